@@ -1,0 +1,1 @@
+"""Hint learning in JAX and Flax."""

@@ -1,0 +1,327 @@
+"""Regressors: from the guided layer's output to the hint layer's shape.
+
+A regressor is a small Flax module, `module(x, train)`, whose parameters live in a
+tree of their own, never inside the student. A method is given a *sizing* function,
+
+    sizing(student_shape, teacher_shape) -> module
+
+(shapes of one example, channels last), so that nobody types channels or strides.
+Options are bound with `functools.partial`::
+
+    partial(regressors.conv, batch_norm=True, activation=nn.relu)
+
+Every regressor treats each example alone, and takes any batch size after
+initialisation. BatchNorm, where asked for, is the one exception while training.
+"""
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+from jaxtyping import Array, Float, Key, PyTree
+
+Shape = tuple[int, ...]
+Sizing = Callable[[Shape, Shape], nn.Module]
+
+
+class Regressor(nn.Module):
+    """Layers in a row, then optionally BatchNorm, a non-linearity and maxout.
+
+    Attributes:
+        layers: the linear layers.
+        batch_norm: normalise their output, over the batch and all positions.
+        activation: the hint layer's non-linearity, or None.
+        pieces: channels are reduced by the maximum over this many pieces, which
+            is the non-linearity of a maxout hint layer; 1 reduces nothing.
+    """
+
+    layers: tuple[nn.Module, ...]
+    batch_norm: bool = False
+    activation: Callable[[Array], Array] | None = None
+    pieces: int = 1
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "batch *any"], train: bool = False
+    ) -> Float[Array, "batch *hint"]:
+        for layer in self.layers:
+            x = layer(x)
+        if self.batch_norm:
+            # Two-pass variance: E[x^2] - E[x]^2 cancels for large means.
+            x = nn.BatchNorm(
+                use_running_average=not train,
+                momentum=0.9,
+                epsilon=1e-5,
+                use_fast_variance=False,
+            )(x)
+        if self.pieces > 1:
+            x = x.reshape(*x.shape[:-1], -1, self.pieces).max(-1)
+        return x if self.activation is None else self.activation(x)
+
+
+def identity(student: Shape, teacher: Shape) -> Regressor:
+    """No regressor: for layers of equal shape, when this is what you want.
+
+    Args:
+        student: shape of the guided layer, one example.
+        teacher: shape of the hint layer, one example.
+
+    Returns:
+        A module without parameters.
+
+    Raises:
+        ValueError: if the shapes differ.
+
+    References:
+        FitNets' code adds none where shapes agree; later work found that a
+        trained projector helps even there, so it is not the default.
+    """
+    if student != teacher:
+        raise ValueError(
+            f"regressors.identity: expected equal shapes, got student {student} and "
+            f"teacher {teacher}. Use regressors.linear or regressors.conv."
+        )
+    return Regressor(layers=())
+
+
+def linear(
+    student: Shape,
+    teacher: Shape,
+    *,
+    batch_norm: bool = False,
+    activation: Callable[[Array], Array] | None = None,
+    pieces: int = 1,
+) -> Regressor:
+    """One linear map of the channels, the same at every position.
+
+    A 1x1 convolution on maps, a dense layer on vectors and on tokens.
+
+    Args:
+        student: shape of the guided layer, one example: `(*positions, c)`.
+        teacher: shape of the hint layer, with the same positions.
+        batch_norm: see `Regressor`.
+        activation: see `Regressor`.
+        pieces: see `Regressor`.
+
+    Returns:
+        A module `(batch, *positions, c) -> (batch, *positions, channels)`.
+
+    Raises:
+        ValueError: if the positions differ.
+
+    >>> module = linear((7, 7, 8), (7, 7, 32))
+    >>> module.layers[0].features
+    32
+    """
+    _same_positions("regressors.linear", student, teacher)
+    return Regressor(
+        (nn.Dense(teacher[-1] * pieces),), batch_norm, activation, pieces
+    )
+
+
+def mlp(
+    student: Shape,
+    teacher: Shape,
+    *,
+    hidden: int | None = None,
+    batch_norm: bool = False,
+    activation: Callable[[Array], Array] | None = None,
+) -> Regressor:
+    """One hidden layer with ReLU, the same at every position.
+
+    Args:
+        student: shape of the guided layer, one example: `(*positions, c)`.
+        teacher: shape of the hint layer, with the same positions.
+        hidden: width of the hidden layer; by default the hint layer's channels.
+        batch_norm: see `Regressor`.
+        activation: see `Regressor`.
+
+    Returns:
+        A module `(batch, *positions, c) -> (batch, *positions, channels)`.
+
+    Raises:
+        ValueError: if the positions differ.
+    """
+    _same_positions("regressors.mlp", student, teacher)
+    hidden_layer = nn.Sequential([nn.Dense(hidden or teacher[-1]), nn.relu])
+    return Regressor((hidden_layer, nn.Dense(teacher[-1])), batch_norm, activation)
+
+
+def conv(
+    student: Shape,
+    teacher: Shape,
+    *,
+    batch_norm: bool = False,
+    activation: Callable[[Array], Array] | None = None,
+    pieces: int = 1,
+) -> Regressor:
+    """A convolution sized for any two maps, axis by axis.
+
+    For a guided map of n positions and a hint map of m along an axis::
+
+        n = m        kernel 1
+        n = r m      kernel 2r - 1, stride r, padding r - 1
+        n > m        kernel n - m + 1, VALID
+        m = r n      transposed, kernel r + 2, stride r, padding 1 (torch's)
+        m > n        transposed, kernel m - n + 1, stride 1, padding 0
+
+    If the map shrinks along one axis and grows along the other, a convolution is
+    followed by a transposed one.
+
+    Args:
+        student: shape of the guided layer, one example: `(h, w, c)`.
+        teacher: shape of the hint layer, one example: `(h, w, c)`.
+        batch_norm: see `Regressor`.
+        activation: see `Regressor`.
+        pieces: see `Regressor`.
+
+    Returns:
+        A module `(batch, h, w, c) -> (batch, *teacher)`.
+
+    Raises:
+        ValueError: if either is not a map.
+
+    Convention:
+        For r = 2, VALID and equal sizes this is ConvReg of the CRD benchmark,
+        which adds `batch_norm=True, activation=nn.relu`. Behind a BatchNorm that
+        uses batch statistics the bias has no gradient; it is kept as published.
+
+    >>> module = conv((8, 8, 16), (4, 4, 32))
+    >>> module.layers[0].kernel_size, module.layers[0].strides
+    ((3, 3), (2, 2))
+
+    References:
+        Romero et al. 2015, FitNets (the VALID form); Tian et al. 2020, CRD, code
+        (ConvReg).
+    """
+    _maps("regressors.conv", student, teacher)
+    features = teacher[-1] * pieces
+    sizes = list(zip(student[:-1], teacher[:-1], strict=True))
+    grows = [m > n for n, m in sizes]
+    layers = []
+    if not all(grows):
+        kernel, strides, padding = zip(*map(_shrink, sizes), strict=True)
+        layers.append(nn.Conv(features, kernel, strides, padding))
+    if any(grows):
+        kernel, strides, padding = zip(*map(_grow, sizes), strict=True)
+        # Torch's layout and padding p: flax pads the dilated input by k - 1 - p.
+        layers.append(
+            nn.ConvTranspose(
+                features, kernel, strides, padding, transpose_kernel=True
+            )
+        )
+    return Regressor(tuple(layers), batch_norm, activation, pieces)
+
+
+def valid_conv(
+    student: Shape,
+    teacher: Shape,
+    *,
+    batch_norm: bool = False,
+    activation: Callable[[Array], Array] | None = None,
+    pieces: int = 1,
+) -> Regressor:
+    """FitNets' own regressor: VALID, with kernel n - m + 1 along each axis.
+
+    Args:
+        student: shape of the guided layer, one example: `(h, w, c)`.
+        teacher: shape of the hint layer, no larger than the guided one.
+        batch_norm: see `Regressor`.
+        activation: the hint layer's non-linearity; the paper uses the same.
+        pieces: see `Regressor`; 2 for the paper's maxout hints.
+
+    Returns:
+        A module `(batch, h, w, c) -> (batch, *teacher)`.
+
+    Raises:
+        ValueError: if either is not a map, or the hint map is the larger one.
+
+    >>> valid_conv((8, 8, 16), (5, 5, 32)).layers[0].kernel_size
+    (4, 4)
+
+    References:
+        Romero et al. 2015, section 2.2.
+    """
+    _maps("regressors.valid_conv", student, teacher)
+    kernel = tuple(n - m + 1 for n, m in zip(student[:-1], teacher[:-1], strict=True))
+    if min(kernel) < 1:
+        raise ValueError(
+            f"regressors.valid_conv: expected a guided map at least as large as the "
+            f"hint map, got student {student} and teacher {teacher}. Use "
+            f"regressors.conv, which transposes."
+        )
+    layer = nn.Conv(teacher[-1] * pieces, kernel, padding="VALID")
+    return Regressor((layer,), batch_norm, activation, pieces)
+
+
+def fit(student: Shape, teacher: Shape) -> Regressor:
+    """The default: `conv` between two maps, `linear` between anything else."""
+    maps = len(student) == len(teacher) == 3
+    return conv(student, teacher) if maps else linear(student, teacher)
+
+
+def init(
+    regressor: nn.Module, key: Key[Array, ""], shape: Shape
+) -> tuple[PyTree, PyTree]:
+    """Parameters and state of a regressor.
+
+    Args:
+        regressor: the module.
+        key: for its initialisation.
+        shape: the guided layer's, batch included.
+
+    Returns:
+        `(params, state)`; state holds BatchNorm's statistics, or is empty.
+    """
+    variables = dict(regressor.init(key, jax.numpy.zeros(shape)))
+    return variables.pop("params", {}), variables
+
+
+def apply(
+    regressor: nn.Module,
+    params: PyTree,
+    state: PyTree,
+    x: Float[Array, "batch *any"],
+    train: bool,
+) -> tuple[Float[Array, "batch *hint"], PyTree]:
+    """Applies a regressor; the state moves only while training."""
+    y, changed = regressor.apply(
+        {"params": params, **state}, x, train, mutable=list(state) if train else []
+    )
+    return y, {**state, **changed}
+
+
+def _shrink(sizes):
+    n, m = sizes
+    if m >= n:
+        return 1, 1, (0, 0)
+    if n % m == 0:
+        ratio = n // m
+        return 2 * ratio - 1, ratio, (ratio - 1, ratio - 1)
+    return n - m + 1, 1, (0, 0)
+
+
+def _grow(sizes):
+    n, m = sizes
+    if m <= n:
+        return 1, 1, (0, 0)
+    if m % n == 0:
+        ratio = m // n
+        return ratio + 2, ratio, (ratio, ratio)
+    return m - n + 1, 1, (m - n, m - n)
+
+
+def _same_positions(where, student, teacher):
+    if student[:-1] != teacher[:-1]:
+        raise ValueError(
+            f"{where}: expected the same positions, got student {student} and teacher "
+            f"{teacher}. Use regressors.conv between maps of unequal size."
+        )
+
+
+def _maps(where, student, teacher):
+    if len(student) != 3 or len(teacher) != 3:
+        raise ValueError(
+            f"{where}: expected two maps (h, w, c), got student {student} and teacher "
+            f"{teacher}. Use regressors.linear between vectors or tokens."
+        )
