@@ -1,0 +1,260 @@
+"""Matching where the networks look: attention transfer (AT)."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from hintjax import _checks
+from hintjax._numerics import (
+    absolute_power,
+    adaptive_average_pool,
+    as_float,
+    keep,
+    masked_mean,
+    norm,
+    unit,
+)
+
+
+def attention_map(
+    features: Float[Array, "*batch h w c"],
+    *,
+    power: int = 2,
+    where: Bool[Array, "..."] | None = None,
+) -> Float[Array, "*batch h*w"]:
+    """Attention map (AT): the energy at each position, as a unit vector.
+
+    q_j = Q_j / ||Q||_2,  Q_j = mean_c |F_jc|^p,  j over the h w positions
+
+    Args:
+        features: a feature map; a vision transformer's tokens go on their grid first.
+        power: p, an integer >= 1; a larger one looks more at the strongest positions.
+        where: what counts: examples or positions (*batch h w); the others are 0.
+
+    Returns:
+        A map of norm 1 (0 where all features are 0), row after row.
+
+    Convention:
+        The mean over channels is the code's; the paper sums, and the norm removes the
+        factor. The code has no absolute value: its maps for an odd p keep signs.
+
+    >>> features = jnp.array([[[0.0], [3.0]], [[4.0], [0.0]]])
+    >>> attention_map(features, power=1)
+    Array([0. , 0.6, 0.8, 0. ], dtype=float32)
+
+    References:
+        Zagoruyko, Komodakis: Paying More Attention to Attention, 2017.
+        https://arxiv.org/abs/1612.03928
+        https://github.com/szagoruyko/attention-transfer (utils.py)
+    """
+    features = as_float("attention_map", features)
+    _checks.rank("attention_map", 3, "*batch h w c", features=features)
+    _checks.positive_int("attention_map", power=power)
+    batch = features.shape[:-3]
+    _checks.mask("attention_map", where, batch, features.shape[:-1])
+    energy = jnp.mean(absolute_power(keep(features, where), power), -1)
+    return unit(energy.reshape(*batch, -1))
+
+
+def attention_maps(
+    student: Float[Array, "*batch h w c"],
+    teacher: Float[Array, "*batch h2 w2 c2"],
+    *,
+    power: int = 2,
+    where: Bool[Array, "..."] | None = None,
+) -> tuple[Float[Array, "*batch n"], Float[Array, "*batch n"]]:
+    """The attention maps of both networks, of one length: ready to compare.
+
+    Where the sizes differ, the features of the larger (not its map) are averaged down
+    to the smaller, along each axis on its own. Channels may differ.
+
+    Args:
+        student: feature map of the student.
+        teacher: feature map of the teacher, of the same examples.
+        power: p, an integer >= 1.
+        where: what counts: examples, or positions of the smaller map (*batch h w).
+
+    Returns:
+        The map of the student and the map of the teacher.
+
+    >>> student, teacher = jnp.ones((2, 4, 4, 8)), jnp.ones((2, 8, 8, 16))
+    >>> [m.shape for m in attention_maps(student, teacher)]
+    [(2, 16), (2, 16)]
+    """
+    return _maps("attention_maps", student, teacher, power, where)
+
+
+def attention_map_loss(
+    student: Float[Array, "*batch n"],
+    teacher: Float[Array, "*batch n"],
+    *,
+    where: Bool[Array, "..."] | None = None,
+) -> Float[Array, "*batch"]:
+    """Attention transfer (AT) between maps: the mean squared difference.
+
+    L = mean_j (s_j - t_j)^2
+
+    `attention_transfer_loss` without its first half. Maps of one length can be stacked
+    and compared at once for many pairs of layers.
+
+    Args:
+        student: maps of the student.
+        teacher: maps of the teacher.
+        where: what counts: examples or positions (*batch n).
+
+    Returns:
+        One value >= 0 per example; 0 where nothing counts.
+
+    Convention:
+        As `attention_transfer_loss`.
+
+    >>> attention_map_loss(jnp.array([0.6, 0.8]), jnp.array([1.0, 0.0]))
+    Array(0.4..., dtype=float32)
+    """
+    error = _error("attention_map_loss", student, teacher, where)
+    return masked_mean(jnp.square(error), where, error.ndim - 1)
+
+
+def attention_map_loss_paper(
+    student: Float[Array, "*batch n"],
+    teacher: Float[Array, "*batch n"],
+    *,
+    where: Bool[Array, "..."] | None = None,
+) -> Float[Array, "*batch"]:
+    """Attention transfer (AT) between maps as in the paper: their distance.
+
+    L = ||s - t||_2
+
+    Args:
+        student: maps of the student.
+        teacher: maps of the teacher.
+        where: what counts: examples or positions (*batch n).
+
+    Returns:
+        One value >= 0 per example; 0 where nothing counts.
+
+    Convention:
+        As `attention_transfer_loss_paper`.
+
+    >>> student, teacher = jnp.array([0.6, 0.8]), jnp.array([1.0, 0.0])
+    >>> attention_map_loss_paper(student, teacher)
+    Array(0.894..., dtype=float32)
+    """
+    return norm(_error("attention_map_loss_paper", student, teacher, where))
+
+
+def attention_transfer_loss(
+    student: Float[Array, "*batch h w c"],
+    teacher: Float[Array, "*batch h2 w2 c2"],
+    *,
+    power: int = 2,
+    where: Bool[Array, "..."] | None = None,
+) -> Float[Array, "*batch"]:
+    """Attention transfer (AT): mean squared difference of the attention maps.
+
+    L = mean_j (q_j(s) - q_j(t))^2,  q = attention_map
+
+    Args:
+        student: feature map of the student.
+        teacher: feature map of the teacher, of any size and channels; the larger of
+            the two is averaged down to the smaller.
+        power: p, an integer >= 1.
+        where: what counts: examples, or positions of the smaller map (*batch h w).
+
+    Returns:
+        One value in [0, 2 / (h w)] per example; 0 where nothing counts.
+
+    Convention:
+        `.mean()` is what the authors' code and RepDistiller weigh by beta = 1000, once
+        for each pair of layers. It is ||q(s) - q(t)||^2 / (h w), where the paper's
+        Eq. 2 has the norm not squared: `attention_transfer_loss_paper`.
+
+    >>> student = jnp.array([[[1.0], [0.0]]])
+    >>> attention_transfer_loss(student, student[:, ::-1])
+    Array(1., dtype=float32)
+
+    References:
+        Zagoruyko, Komodakis: Paying More Attention to Attention, 2017.
+        https://arxiv.org/abs/1612.03928
+        https://github.com/szagoruyko/attention-transfer (utils.py)
+        https://github.com/HobbitLong/RepDistiller (AT.py)
+    """
+    caller = "attention_transfer_loss"
+    student, teacher = _maps(caller, student, teacher, power, where)
+    return attention_map_loss(student, teacher, where=_flat(where, student))
+
+
+def attention_transfer_loss_paper(
+    student: Float[Array, "*batch h w c"],
+    teacher: Float[Array, "*batch h2 w2 c2"],
+    *,
+    power: int = 2,
+    where: Bool[Array, "..."] | None = None,
+) -> Float[Array, "*batch"]:
+    """Attention transfer (AT) as in the paper: distance of the attention maps.
+
+    L = ||q(s) - q(t)||_2,  q = attention_map
+
+    The gradient has the same size however near the maps are, and is 0 where they
+    are equal.
+
+    Args:
+        student: feature map of the student.
+        teacher: feature map of the teacher, of any size and channels; the larger of
+            the two is averaged down to the smaller.
+        power: p, an integer >= 1.
+        where: what counts: examples, or positions of the smaller map (*batch h w).
+
+    Returns:
+        One value in [0, sqrt(2)] per example; 0 where nothing counts.
+
+    Convention:
+        The paper's Eq. 2 without beta / 2, which is the weight of this term, once for
+        each pair of layers.
+
+    >>> student = jnp.array([[[1.0], [0.0]]])
+    >>> attention_transfer_loss_paper(student, student[:, ::-1])
+    Array(1.414..., dtype=float32)
+
+    References:
+        Zagoruyko, Komodakis: Paying More Attention to Attention, 2017, Eq. 2.
+        https://arxiv.org/abs/1612.03928
+    """
+    caller = "attention_transfer_loss_paper"
+    student, teacher = _maps(caller, student, teacher, power, where)
+    return attention_map_loss_paper(student, teacher, where=_flat(where, student))
+
+
+def _maps(caller, student, teacher, power, where):
+    """Both attention maps at the smaller size, with errors in the caller's name."""
+    student, teacher = as_float(caller, student, teacher)
+    _checks.rank(caller, 3, "*batch h w c", student=student, teacher=teacher)
+    _checks.same_leading(caller, 3, student=student, teacher=teacher)
+    _checks.positive_int(caller, power=power)
+    height, width = map(min, student.shape[-3:-1], teacher.shape[-3:-1])
+    batch = student.shape[:-3]
+    _checks.mask(caller, where, batch, (*batch, height, width))
+    student, teacher = (
+        adaptive_average_pool(features, (height, width))
+        for features in (student, teacher)
+    )
+    return (
+        attention_map(student, power=power, where=where),
+        attention_map(teacher, power=power, where=where),
+    )
+
+
+def _flat(where, maps):
+    """A mask of examples or positions, in the shape of the flattened maps."""
+    if where is None or where.ndim < maps.ndim:
+        return where
+    return where.reshape(maps.shape)
+
+
+def _error(caller, student, teacher, where):
+    """Student's map minus teacher's, checked, and 0 at what does not count."""
+    student, teacher = as_float(caller, student, teacher)
+    _checks.rank(caller, 1, "*batch n", student=student)
+    do = "attention_maps makes them of one length."
+    _checks.same_shape(caller, student=student, teacher=teacher, do=do)
+    _checks.mask(caller, where, student.shape[:-1], student.shape)
+    return keep(student - teacher, where)

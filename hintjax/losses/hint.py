@@ -1,0 +1,95 @@
+"""Matching activations themselves: the hint loss of FitNets."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from hintjax import _checks
+from hintjax._numerics import as_float, keep, masked_mean
+
+
+def hint_loss(
+    student: Float[Array, "*shape"],
+    teacher: Float[Array, "*shape"],
+    *,
+    batch_dims: int = 1,
+    where: Bool[Array, "..."] | None = None,
+) -> Float[Array, "*batch"]:
+    """FitNets hint loss: mean squared error of the regressed guided layer.
+
+    L = mean_i (s_i - t_i)^2,  i over all features of one example
+
+    Args:
+        student: the guided layer behind its regressor, of any rank.
+        teacher: the hint layer, of the same shape.
+        batch_dims: how many leading axes count examples; the others are features.
+        where: what counts: examples (shape of the leading axes) or positions (all
+            axes but the last, the channels).
+
+    Returns:
+        One value >= 0 per example; 0 where nothing counts.
+
+    Convention:
+        `.mean()` is the MSE that RepDistiller and its descendants weigh by 100. With
+        N features per example, FitNets' Eq. 3 (`hint_loss_paper`) is N / 2 times this,
+        and the FitNets code R / 2 times: it sums over one axis, which is the R rows of
+        the map in its maxout layers (for other layers, the channels).
+
+    >>> student = jnp.array([[1.0, 2.0], [3.0, 4.0]])
+    >>> hint_loss(student, jnp.zeros((2, 2)))
+    Array([ 2.5, 12.5], dtype=float32)
+
+    References:
+        Romero et al.: FitNets: Hints for Thin Deep Nets, 2015, Eq. 3.
+        https://arxiv.org/abs/1412.6550
+        https://github.com/HobbitLong/RepDistiller (FitNet.py)
+        https://github.com/adri-romsor/FitNets (HintCost.py)
+    """
+    error = _error("hint_loss", student, teacher, batch_dims, where)
+    return masked_mean(jnp.square(error), where, batch_dims)
+
+
+def hint_loss_paper(
+    student: Float[Array, "*shape"],
+    teacher: Float[Array, "*shape"],
+    *,
+    batch_dims: int = 1,
+    where: Bool[Array, "..."] | None = None,
+) -> Float[Array, "*batch"]:
+    """FitNets hint loss as in the paper: half the squared distance.
+
+    L = 1/2 sum_i (s_i - t_i)^2,  i over all features of one example
+
+    Args:
+        student: the guided layer behind its regressor, of any rank.
+        teacher: the hint layer, of the same shape.
+        batch_dims: how many leading axes count examples; the others are features.
+        where: what counts: examples (shape of the leading axes) or positions (all
+            axes but the last, the channels).
+
+    Returns:
+        One value >= 0 per example; 0 where nothing counts.
+
+    Convention:
+        FitNets' Eq. 3. It grows with the number N of features: N / 2 times
+        `hint_loss`.
+
+    >>> student = jnp.array([[1.0, 1.0, 1.0], [2.0, 2.0, 2.0]])
+    >>> hint_loss_paper(student, jnp.zeros((2, 3)))
+    Array([1.5, 6. ], dtype=float32)
+
+    References:
+        Romero et al.: FitNets: Hints for Thin Deep Nets, 2015, Eq. 3.
+        https://arxiv.org/abs/1412.6550
+    """
+    error = _error("hint_loss_paper", student, teacher, batch_dims, where)
+    return jnp.sum(jnp.square(error), tuple(range(batch_dims, error.ndim))) / 2
+
+
+def _error(caller, student, teacher, batch_dims, where):
+    """Student minus teacher, checked, and 0 at what does not count."""
+    student, teacher = as_float(caller, student, teacher)
+    do = "Put a regressor between them (hintjax.regressors)."
+    _checks.same_shape(caller, student=student, teacher=teacher, do=do)
+    _checks.rank(caller, batch_dims, "*batch *features", student=student)
+    _checks.mask(caller, where, student.shape[:batch_dims], student.shape[:-1])
+    return keep(student - teacher, where)

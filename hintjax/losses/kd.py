@@ -1,0 +1,112 @@
+"""Matching the teacher's softened output: KD, and the form that FitNets uses."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, ScalarLike
+
+from hintjax import _checks
+from hintjax._numerics import as_float, keep
+
+
+def kd_loss(
+    student_logits: Float[Array, "*batch classes"],
+    teacher_logits: Float[Array, "*batch classes"],
+    *,
+    temperature: ScalarLike = 4.0,
+    where: Bool[Array, "*batch"] | None = None,
+) -> Float[Array, "*batch"]:
+    """Knowledge distillation (KD): how far the softened outputs are apart.
+
+    L = T^2 sum_c p_c (log p_c - log q_c),  p = softmax(z_t / T),  q = softmax(z_s / T)
+
+    T^2 keeps the size of the gradient about the same at every temperature.
+
+    Args:
+        student_logits: what the student says of each class.
+        teacher_logits: what the teacher says. A logit of -inf excludes a class.
+        temperature: T > 0; a larger one shows more of the small probabilities. It may
+            be traced, and is not checked then.
+        where: the examples that count; the others are 0.
+
+    Returns:
+        The divergence of each example, >= 0 up to rounding, in nats times T^2.
+
+    Convention:
+        `.mean()` is the paper's objective times T^2 less the teacher's entropy, which
+        the student cannot change, and what RepDistiller prints ("batchmean").
+        torch's `reduction="mean"` is smaller by the number of classes.
+
+    >>> student, teacher = jnp.zeros((2, 3)), jnp.array([[0.0, 0, 0], [8, 0, 0]])
+    >>> kd_loss(student, teacher, temperature=4.0)
+    Array([0. , 6.928...], dtype=float32)
+
+    References:
+        Hinton, Vinyals, Dean: Distilling the Knowledge in a Neural Network, 2015.
+        https://arxiv.org/abs/1503.02531
+    """
+    log_q, log_p, temperature = _softened(
+        "kd_loss", student_logits, teacher_logits, temperature, where
+    )
+    return temperature**2 * _expectation(log_p, log_p - log_q, where)
+
+
+def soft_cross_entropy_loss(
+    student_logits: Float[Array, "*batch classes"],
+    teacher_logits: Float[Array, "*batch classes"],
+    *,
+    temperature: ScalarLike = 3.0,
+    where: Bool[Array, "*batch"] | None = None,
+) -> Float[Array, "*batch"]:
+    """Cross-entropy of softened outputs: KD as FitNets' second stage has it.
+
+    L = -sum_c p_c log q_c,  p = softmax(z_t / T),  q = softmax(z_s / T)
+
+    Args:
+        student_logits: what the student says of each class.
+        teacher_logits: what the teacher says. A logit of -inf excludes a class.
+        temperature: T > 0, FitNets' tau. It may be traced, and is not checked then.
+        where: the examples that count; the others are 0.
+
+    Returns:
+        The cross-entropy of each example, in nats; at least the teacher's entropy.
+
+    Convention:
+        `.mean()` is H(P_T, P_S) of FitNets' Eq. 2, without lambda, which is the weight
+        of this term. Its gradient is that of `kd_loss` divided by T^2.
+
+    >>> student, teacher = jnp.zeros((2, 3)), jnp.array([[0.0, 0, 0], [9, 0, 0]])
+    >>> soft_cross_entropy_loss(student, teacher)
+    Array([1.098..., 1.098...], dtype=float32)
+
+    References:
+        Romero et al.: FitNets: Hints for Thin Deep Nets, 2015, Eq. 2.
+        https://arxiv.org/abs/1412.6550
+    """
+    log_q, log_p, _ = _softened(
+        "soft_cross_entropy_loss", student_logits, teacher_logits, temperature, where
+    )
+    return _expectation(log_p, -log_q, where)
+
+
+def _softened(caller, student, teacher, temperature, where):
+    """Checked log-probabilities of student and teacher, and T as an array."""
+    student, teacher = as_float(caller, student, teacher)
+    do = "Both networks must have the same classes."
+    _checks.rank(caller, 1, "*batch classes", student_logits=student)
+    _checks.same_shape(caller, student_logits=student, teacher_logits=teacher, do=do)
+    _checks.positive(caller, temperature=temperature)
+    _checks.mask(caller, where, student.shape[:-1])
+    temperature = jnp.asarray(temperature, student.dtype)
+    log_q = jax.nn.log_softmax(keep(student, where) / temperature)
+    log_p = jax.nn.log_softmax(keep(teacher, where) / temperature)
+    return log_q, log_p, temperature
+
+
+def _expectation(log_p, value, where):
+    """sum_c p_c value_c, where a class of probability 0 counts 0 even if infinite.
+
+    The `where` is on the value, not on the product, to keep 0 * inf out of the
+    gradient too. (`== 0` and not `> 0`: nan stays nan.)
+    """
+    p = jnp.exp(log_p)
+    return keep(jnp.sum(p * jnp.where(p == 0, 0, value), -1), where)
