@@ -13,7 +13,6 @@ A path names one activation::
     group2/margin              a value that the module `sow`s as "margin"
 """
 
-import difflib
 import inspect
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -23,6 +22,8 @@ import flax.linen as nn
 import jax
 from flax.core import unfreeze
 from jaxtyping import Array, Key, PyTree
+
+from hintjax._checks import message, nearest
 
 _COLLECTION = "intermediates"
 _GRAMMAR = re.compile(
@@ -332,11 +333,9 @@ def _prefixes(tree, scope=""):
 
 
 def _unknown(name: str, path: str, known: Iterable[str]) -> ValueError:
-    near = difflib.get_close_matches(path, list(known), n=3, cutoff=0.0)
-    return ValueError(
-        f"{name}: expected the path of a layer, got {path!r}. Nearest: "
-        f"{', '.join(near) or 'none'}; list them all with `hintjax layers`."
-    )
+    near = ", ".join(nearest(path, known)) or "none"
+    do = f"Nearest: {near}; list them all with `hintjax layers`."
+    return ValueError(message(name, "the path of a layer", repr(path), do))
 
 
 __all__ = [
@@ -350,4 +349,3 @@ __all__ = [
     "parse_path",
     "split",
 ]
-

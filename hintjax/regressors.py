@@ -42,8 +42,8 @@ class Regressor(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "batch *any"], train: bool = False
-    ) -> Float[Array, "batch *hint"]:
+        self, x: Float[Array, "batch ..."], train: bool = False
+    ) -> Float[Array, "batch ..."]:
         for layer in self.layers:
             x = layer(x)
         if self.batch_norm:
@@ -114,9 +114,7 @@ def linear(
     32
     """
     _same_positions("regressors.linear", student, teacher)
-    return Regressor(
-        (nn.Dense(teacher[-1] * pieces),), batch_norm, activation, pieces
-    )
+    return Regressor((nn.Dense(teacher[-1] * pieces),), batch_norm, activation, pieces)
 
 
 def mlp(
@@ -206,9 +204,7 @@ def conv(
         kernel, strides, padding = zip(*map(_grow, sizes), strict=True)
         # Torch's layout and padding p: flax pads the dilated input by k - 1 - p.
         layers.append(
-            nn.ConvTranspose(
-                features, kernel, strides, padding, transpose_kernel=True
-            )
+            nn.ConvTranspose(features, kernel, strides, padding, transpose_kernel=True)
         )
     return Regressor(tuple(layers), batch_norm, activation, pieces)
 
@@ -281,9 +277,9 @@ def apply(
     regressor: nn.Module,
     params: PyTree,
     state: PyTree,
-    x: Float[Array, "batch *any"],
+    x: Float[Array, "batch ..."],
     train: bool,
-) -> tuple[Float[Array, "batch *hint"], PyTree]:
+) -> tuple[Float[Array, "batch ..."], PyTree]:
     """Applies a regressor; the state moves only while training."""
     y, changed = regressor.apply(
         {"params": params, **state}, x, train, mutable=list(state) if train else []

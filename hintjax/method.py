@@ -1,0 +1,247 @@
+"""A method: what it wants to see of each network, what it trains, its loss.
+
+A published way to distil is a `Method`, a pair of pure functions. Methods know
+nothing of data, optimisers or modules beyond `Features`. They compose: a weighted
+sum of methods is an `objective`, which is a method itself.
+"""
+
+import itertools
+import math
+import zlib
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key, Num
+
+from hintjax._checks import message
+from hintjax._numerics import as_float, masked_mean
+from hintjax.networks import Wants
+
+Weight = float | Callable[[Array], Array]
+Pairs = Sequence[tuple[str, str]]  # (guided layer, hint layer), as paths
+
+
+class Context(NamedTuple):
+    """Where in the training a method is applied."""
+
+    key: Key[Array, ""]
+    step: Int[Array, ""]
+    train: bool
+
+
+class Data(NamedTuple):
+    """What a method may know of the training set before the first step."""
+
+    size: int
+    labels: Int[Array, " size"]
+
+
+class Method(NamedTuple):
+    """A published way to distil.
+
+    Attributes:
+        student: what it wants to see of the student.
+        teacher: what it wants to see of the teacher.
+        init: `(key, student, teacher, data) -> (params, memory)`: what it trains
+            beside the student, and what it remembers from step to step. The
+            features are shapes (`ShapeDtypeStruct`); both results are dicts.
+        apply: `(params, memory, student, teacher, batch, context) -> (values,
+            memory, metrics)`: one value per example; the memory, which may differ
+            only if `context.train`; scalars to report, by name.
+    """
+
+    student: Wants
+    teacher: Wants
+    init: Callable[..., tuple[dict, dict]]
+    apply: Callable[..., tuple[Float[Array, " batch"], dict, dict]]
+
+
+class Weighted(NamedTuple):
+    """A method and its weight in an objective."""
+
+    method: Method
+    weight: Weight
+
+
+def nothing(key, student, teacher, data) -> tuple[dict, dict]:
+    """The `init` of a method that trains and remembers nothing."""
+    return {}, {}
+
+
+def weighted(method: Method, weight: Weight) -> Weighted:
+    """A method with its weight, as a term of an `objective`.
+
+    Args:
+        method: the method.
+        weight: a number >= 0, or a schedule `step -> weight`, such as optax's.
+
+    Returns:
+        The term.
+
+    Raises:
+        ValueError: if the number is negative or not finite.
+    """
+    if not callable(weight) and not (weight >= 0 and math.isfinite(weight)):
+        wanted = "a finite weight >= 0 or a schedule"
+        raise ValueError(message("weighted", wanted, f"{weight}"))
+    return Weighted(method, weight)
+
+
+def objective(**terms: Weighted | Method) -> Method:
+    """A weighted sum of methods: `sum_i w_i(step) L_i`.
+
+    Reported are, by the names of the terms: `name` (the mean of its raw values),
+    `name/weighted`, and the method's own metrics as `name/metric`; and the total as
+    `loss`. Means are over the examples that `batch["where"]` leaves valid.
+
+    Args:
+        **terms: the terms by name; a method alone has the weight 1.
+
+    Returns:
+        The method; what it trains and remembers is kept under the terms' names, so
+        that two objectives can share a term (see `carry` of a stage).
+
+    Raises:
+        ValueError: if there is no term, or if all weights are 0.
+
+    >>> import optax
+    >>> term = task(optax.softmax_cross_entropy_with_integer_labels)
+    >>> objective(task=weighted(term, 0.5), again=term).student
+    Wants(output=True, hints=(), params=())
+    """
+    named = {
+        name: term if isinstance(term, Weighted) else Weighted(term, 1.0)
+        for name, term in terms.items()
+    }
+    if all(term.weight == 0 for term in named.values()):
+        got = f"the terms {list(named)} with weight 0" if named else "no terms"
+        raise ValueError(message("objective", "a term with a weight > 0", got))
+
+    def init(key, student, teacher, data):
+        made = {
+            name: term.method.init(_fold(key, name), student, teacher, data)
+            for name, term in named.items()
+        }
+        params = {name: params for name, (params, _) in made.items()}
+        memory = {name: memory for name, (_, memory) in made.items()}
+        return params, memory
+
+    def apply(params, memory, student, teacher, batch, context):
+        total, remembered, metrics = 0.0, {}, {}
+        for name, (method, weight) in named.items():
+            values, remembered[name], own = method.apply(
+                params[name],
+                memory[name],
+                student,
+                teacher,
+                batch,
+                context._replace(key=_fold(context.key, name)),
+            )
+            scale = weight(context.step) if callable(weight) else weight
+            scaled = values * jnp.asarray(scale, values.dtype)
+            total = total + scaled
+            metrics[name] = masked_mean(values, batch.get("where"))
+            metrics[f"{name}/weighted"] = masked_mean(scaled, batch.get("where"))
+            metrics |= {f"{name}/{key}": value for key, value in own.items()}
+        metrics["loss"] = masked_mean(total, batch.get("where"))
+        return total, remembered, metrics
+
+    return Method(
+        student=union(*(term.method.student for term in named.values())),
+        teacher=union(*(term.method.teacher for term in named.values())),
+        init=init,
+        apply=apply,
+    )
+
+
+def task(
+    loss: Callable[[Float[Array, "batch ..."], Num[Array, "batch ..."]], Array],
+    label: str = "label",
+) -> Method:
+    """The task itself as a method: the student's output against the labels.
+
+    Args:
+        loss: `(output, labels) -> one value per example`, for instance
+            `optax.softmax_cross_entropy_with_integer_labels`.
+        label: the name of the labels in the batch.
+
+    Returns:
+        The method. For integer labels it also reports `accuracy`.
+    """
+
+    def apply(params, memory, student, teacher, batch, context):
+        output, labels = as_float("task", student.output), batch[label]
+        metrics = {}
+        if jnp.issubdtype(labels.dtype, jnp.integer):
+            right = (output.argmax(-1) == labels).astype(output.dtype)
+            metrics["accuracy"] = masked_mean(right, batch.get("where"))
+        return loss(output, labels), memory, metrics
+
+    return Method(Wants(output=True), Wants(), nothing, apply)
+
+
+def union(*wants: Wants) -> Wants:
+    """All that any of them wants, each thing once.
+
+    >>> union(Wants(hints=("a",)), Wants(output=True, hints=("b", "a")))
+    Wants(output=True, hints=('a', 'b'), params=())
+    """
+    return Wants(
+        output=any(w.output for w in wants),
+        hints=tuple(dict.fromkeys(itertools.chain(*(w.hints for w in wants)))),
+        params=tuple(dict.fromkeys(itertools.chain(*(w.params for w in wants)))),
+    )
+
+
+def hints_of(caller: str, pairs: Pairs) -> tuple[Wants, Wants]:
+    """What a method of pairs wants of the student and of the teacher.
+
+    Raises:
+        ValueError: in the caller's name, if there are no pairs.
+    """
+    if not pairs:
+        do = "Find pairs with hintjax.suggest_pairs."
+        wanted = "at least one pair (guided layer, hint layer)"
+        raise ValueError(message(caller, wanted, "none", do))
+    guided, hints = zip(*pairs, strict=True)
+    return Wants(hints=guided), Wants(hints=hints)
+
+
+def over_pairs(
+    loss: Callable[[Array, Array], Float[Array, " batch"]],
+) -> Callable[[Sequence[Array], Sequence[Array]], Float[Array, " batch"]]:
+    """A loss of one pair as the sum over many, by vmap over a leading pair axis.
+
+    Pairs of equal shapes are stacked and evaluated at once. Meant for what is left
+    after a reduction (attention maps, FSP matrices); stacking whole feature maps
+    copies them.
+
+    Args:
+        loss: `(student, teacher) -> one value per example`.
+
+    Returns:
+        `(students, teachers) -> the sum over pairs, one value per example`.
+
+    >>> squared = over_pairs(lambda s, t: ((s - t) ** 2).sum(-1))
+    >>> ones, zeros = jnp.ones((2, 3)), jnp.zeros((2, 3))
+    >>> squared([ones, ones], [zeros, ones]).tolist()
+    [3.0, 3.0]
+    """
+
+    def summed(students, teachers):
+        groups: dict[tuple, list[tuple[Array, Array]]] = {}
+        for pair in zip(students, teachers, strict=True):
+            groups.setdefault(tuple((a.shape, a.dtype) for a in pair), []).append(pair)
+        return sum(
+            jax.vmap(loss)(*map(jnp.stack, zip(*pairs, strict=True))).sum(0)
+            for pairs in groups.values()
+        )
+
+    return summed
+
+
+def _fold(key, name):
+    """A key of its own for each name, whatever the other names are."""
+    return jax.random.fold_in(key, zlib.crc32(name.encode()))

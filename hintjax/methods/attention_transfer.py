@@ -1,0 +1,51 @@
+"""AT: attention transfer (Zagoruyko and Komodakis 2017)."""
+
+from collections.abc import Callable
+
+from jaxtyping import Array, Float
+
+from hintjax._checks import positive_int
+from hintjax.losses import attention_map_loss, attention_maps
+from hintjax.method import Method, Pairs, hints_of, nothing, over_pairs
+
+
+def attention_transfer(
+    pairs: Pairs,
+    *,
+    power: int = 2,
+    loss: Callable[[Array, Array], Float[Array, " batch"]] = attention_map_loss,
+) -> Method:
+    """AT: the student's attention maps match the teacher's.
+
+    The maps of each pair are computed first; those of one size are then compared
+    at once, by vmap over the pairs, and summed. Nothing is trained beside the
+    student, and channel counts may differ. The field pairs all groups of a residual
+    network at weight 1000 with the official code's loss (the default); the paper's
+    form is `loss=attention_map_loss_paper` at weight beta / 2.
+
+    Args:
+        pairs: (guided layer, hint layer) for each pair, as paths.
+        power: p of the attention map.
+        loss: compares two batches of maps, one value per example.
+
+    Returns:
+        The method.
+
+    Raises:
+        ValueError: without pairs, or if the power is not an integer >= 1.
+
+    References:
+        Zagoruyko and Komodakis 2017, Paying More Attention to Attention.
+    """
+    positive_int("attention_transfer", power=power)
+    summed = over_pairs(loss)
+    student_wants, teacher_wants = hints_of("attention_transfer", pairs)
+
+    def apply(params, memory, student, teacher, batch, context):
+        maps = [
+            attention_maps(student.hints[guided], teacher.hints[hint], power=power)
+            for guided, hint in pairs
+        ]
+        return summed(*zip(*maps, strict=True)), memory, {}
+
+    return Method(student_wants, teacher_wants, nothing, apply)

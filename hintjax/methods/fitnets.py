@@ -1,0 +1,161 @@
+"""FitNets: hints (Romero et al. 2015)."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from hintjax import regressors
+from hintjax._numerics import as_float
+from hintjax.losses import hint_loss
+from hintjax.method import Method, Pairs, hints_of
+
+
+def fitnets(
+    pairs: Pairs,
+    *,
+    regressor: regressors.Sizing = regressors.fit,
+    loss: Callable[[Array, Array], Float[Array, " batch"]] = hint_loss,
+) -> Method:
+    """FitNets: a regressor on the guided layer predicts the hint layer.
+
+    In a hint stage this is the first of FitNets' two stages; as a term beside the
+    task in a distillation stage it is what benchmarks call FitNet (weight 100,
+    `regressor=partial(regressors.conv, batch_norm=True, activation=nn.relu)`).
+    The paper pairs the middle of the teacher with the middle of the student.
+
+    The pairs are summed. They are evaluated one after another inside one jit:
+    stacking feature maps to vmap over them would copy them.
+
+    Args:
+        pairs: (guided layer, hint layer) for each pair, as paths.
+        regressor: sizes a regressor for one pair from the two shapes.
+        loss: compares a prediction with its hint, one value per example.
+
+    Returns:
+        The method. It trains one regressor per pair, named `guided->hint`;
+        remembers their BatchNorm statistics; reports `r2`, the share of the hint's
+        variance that is predicted (per channel, over the batch), as the mean over
+        pairs, and each pair's `loss` and `r2` if there are several.
+
+    Raises:
+        ValueError: without pairs, or (when a stage is initialised) if a regressor
+            cannot be sized for a pair.
+
+    References:
+        Romero et al. 2015, FitNets: Hints for Thin Deep Nets.
+    """
+    student_wants, teacher_wants = hints_of("fitnets", pairs)
+    names = [f"{guided}->{hint}" for guided, hint in pairs]
+
+    def sized(student, teacher):
+        for (guided, hint), name in zip(pairs, names, strict=True):
+            shape, target = student.hints[guided].shape, teacher.hints[hint].shape
+            module = regressor(shape[1:], target[1:])
+            yield name, module, student.hints[guided], teacher.hints[hint]
+
+    def init(key, student, teacher, data):
+        params, memory = {}, {}
+        for number, (name, module, guided, _) in enumerate(sized(student, teacher)):
+            one = jax.random.fold_in(key, number)
+            params[name], memory[name] = regressors.init(module, one, guided.shape)
+        return params, memory
+
+    def apply(params, memory, student, teacher, batch, context):
+        total, remembered, r2 = 0.0, {}, {}
+        for name, module, guided, hint in sized(student, teacher):
+            predicted, remembered[name] = regressors.apply(
+                module, params[name], memory[name], guided, context.train
+            )
+            total = total + loss(predicted, hint)
+            r2[name] = explained_variance(predicted, hint, batch.get("where"))
+        metrics = {"r2": sum(r2.values()) / len(r2)}
+        if len(names) > 1:
+            metrics |= {f"{name}/r2": value for name, value in r2.items()}
+        return total, remembered, metrics
+
+    return Method(student_wants, teacher_wants, init, apply)
+
+
+def lambda_decay(
+    initial: float, final: float, start: int, saturate: int, steps_per_epoch: int
+) -> Callable[[Array], Float[Array, ""]]:
+    """FitNets' decay of the teacher's weight, as a schedule of the step.
+
+    With `d = (initial - final) / (saturate - start + 1)` and the epoch e from 0::
+
+        lambda(e) = initial                          e < start
+                    initial - d (e - start + 1)      start <= e < saturate
+                    final                            saturate <= e
+
+    Args:
+        initial: the weight before the decay; the paper's 4.
+        final: the weight after it; the paper's 1.
+        start: the first epoch of the decay.
+        saturate: the first epoch of the final weight.
+        steps_per_epoch: optimiser steps in an epoch.
+
+    Returns:
+        `step -> weight`, constant within an epoch.
+
+    Raises:
+        ValueError: if `saturate < start` or there are no steps in an epoch.
+
+    >>> decay = lambda_decay(4.0, 1.0, start=1, saturate=3, steps_per_epoch=10)
+    >>> [float(decay(10 * epoch)) for epoch in range(5)]
+    [4.0, 3.0, 2.0, 1.0, 1.0]
+
+    References:
+        Romero et al. 2015, section 3.1 and code (TeacherDecayOverEpoch).
+    """
+    if saturate < start or steps_per_epoch < 1:
+        raise ValueError(
+            f"lambda_decay: expected start <= saturate and steps_per_epoch >= 1, got "
+            f"start {start}, saturate {saturate}, steps_per_epoch {steps_per_epoch}. "
+            f"Give the epochs in their order."
+        )
+    drop = (initial - final) / (saturate - start + 1)
+
+    def schedule(step):
+        epoch = jnp.asarray(step) // steps_per_epoch
+        decayed = initial - drop * (epoch - start + 1).astype(jnp.float32)
+        late = jnp.where(epoch < saturate, decayed, final)
+        return jnp.where(epoch < start, initial, late)
+
+    return schedule
+
+
+def explained_variance(
+    predicted: Float[Array, "batch ..."],
+    target: Float[Array, "batch ..."],
+    where: Bool[Array, " batch"] | None = None,
+) -> Float[Array, ""]:
+    """R^2: the share of the target's variance that is predicted.
+
+    `1 - sum (t - p)^2 / sum (t - mean t)^2`, the mean per channel over the valid
+    examples and all positions; 0 for a target that does not vary.
+
+    Args:
+        predicted: the regressor's output.
+        target: the hint.
+        where: the examples that count; all by default.
+
+    Returns:
+        At most 1; negative where the mean would predict better.
+
+    >>> t = jnp.arange(6.0).reshape(3, 2)
+    >>> float(explained_variance(t, t)), float(explained_variance(t * 0 + 2.5, t))
+    (1.0, -0.09375)
+    """
+    predicted, target = as_float("r2", predicted), as_float("r2", target)
+    if where is None:
+        where = jnp.ones(target.shape[:1], bool)
+    valid = jnp.expand_dims(where, range(1, target.ndim)).astype(target.dtype)
+    valid = jnp.broadcast_to(valid, target.shape)
+    axes = tuple(range(target.ndim - 1))
+    count = jnp.maximum(valid.sum(axes, keepdims=True), 1)
+    mean = (target * valid).sum(axes, keepdims=True) / count
+    left = (jnp.square(target - predicted) * valid).sum()
+    whole = (jnp.square(target - mean) * valid).sum()
+    return jnp.where(whole > 0, 1 - left / jnp.where(whole > 0, whole, 1), 0)

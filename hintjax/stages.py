@@ -1,0 +1,380 @@
+"""The two stages of hint learning, as optax update steps.
+
+The *hint stage* trains what feeds the guided layers, and the regressors, and
+computes nothing above the hints in either network. The *distillation stage* trains
+the whole student. Both are the same step,
+
+    taught = teach(state, teacher, batch)          the teacher's features
+    state, metrics = step(state, taught, batch)    one update of the student
+
+and `update` is the jit of the two. The teacher is an argument: it is never
+differentiated, never changed, and runs with `train=False`.
+
+A batch is a dict: the inputs as "image" (or whatever `inputs` selects), what the
+objective reads ("label", "index"), and optionally "where", the examples that count.
+"""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.interpreters.partial_eval import dce_jaxpr
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int, Key, PyTree
+
+from hintjax._numerics import masked_mean
+from hintjax.method import Context, Method
+from hintjax.networks import Features, Network, Variables, Wants
+from hintjax.sharding import over_batch, replicated
+
+Batch = Mapping[str, Array]
+Metrics = dict[str, Float[Array, ""]]
+
+
+class State(NamedTuple):
+    """All that a stage changes; a pytree of arrays.
+
+    Attributes:
+        params: `{"student": ..., "regressors": ...}`.
+        state: the student's other collections (BatchNorm statistics).
+        memory: what the method remembers.
+        opt_state: the optimiser's state.
+        step: updates made.
+        key: the key that every update's randomness is folded from.
+    """
+
+    params: dict[str, PyTree]
+    state: PyTree
+    memory: PyTree
+    opt_state: optax.OptState
+    step: Int[Array, ""]
+    key: Key[Array, ""]
+
+
+class Stage(NamedTuple):
+    """An optax update step for one objective.
+
+    Attributes:
+        init: `(key, student, teacher, batch, data=None, carry=None) -> State`, from
+            `Variables`. Everything is copied, so that donation never deletes the
+            caller's arrays. `data` (`Data`) is for methods that need the training
+            set's size and labels; `carry`, the `State` of an earlier stage, gives
+            its regressors and memory to the terms of the same name.
+        teach: `(state, teacher, batch) -> Features` of the teacher, with
+            `stop_gradient`.
+        step: `(state, taught, batch) -> (state, metrics)`; pure and not jitted.
+        update: `(state, teacher, batch) -> (state, metrics)`: the jit of `teach`,
+            then `step`. The state is donated.
+        evaluate: `(state, teacher, batch) -> metrics`: the objective with
+            `train=False`; nothing moves.
+    """
+
+    init: Callable[..., State]
+    teach: Callable[[State, Variables | None, Batch], Features]
+    step: Callable[[State, Features, Batch], tuple[State, Metrics]]
+    update: Callable[[State, Variables | None, Batch], tuple[State, Metrics]]
+    evaluate: Callable[[State, Variables | None, Batch], Metrics]
+
+
+def image(batch: Batch) -> Float[Array, "batch h w c"]:
+    """The default inputs of a network: the batch's "image", as floats.
+
+    Raises:
+        ValueError: if there is none.
+        TypeError: if it holds integers.
+    """
+    if "image" not in batch:
+        raise ValueError(
+            f'batch: expected an entry "image", got {sorted(batch)}. Select the '
+            f"inputs with inputs= and teacher_inputs=."
+        )
+    if not jnp.issubdtype(batch["image"].dtype, jnp.floating):
+        raise TypeError(
+            f'batch: expected "image" to be floating point, got '
+            f"{batch['image'].dtype}. Scale and standardise the images first."
+        )
+    return batch["image"]
+
+
+def hint_stage(
+    student: Network,
+    teacher: Network,
+    method: Method,
+    optimizer: optax.GradientTransformation,
+    *,
+    inputs: Callable[[Batch], PyTree] = image,
+    teacher_inputs: Callable[[Batch], PyTree] = image,
+    mesh: Mesh | None = None,
+) -> Stage:
+    """The hint stage: trains what feeds the guided layers, and the regressors.
+
+    Which parameters of the student feed the loss is read off the traced program.
+    The others are frozen (`optax.partition`, `set_to_zero`): no gradient, no weight
+    decay and no optimiser state reaches them. BatchNorm's statistics move exactly
+    where they feed a hint. Since nothing above the hints is returned, XLA does not
+    compute it: forward, backward, or in the teacher.
+
+    Args:
+        student: the student.
+        teacher: the teacher.
+        method: for instance `fitnets(pairs)`, or an objective of such terms.
+        optimizer: the optimiser of this stage.
+        inputs: what the student sees of a batch.
+        teacher_inputs: what the teacher sees of a batch.
+        mesh: the batch is split over its axis `data`, all else replicated; one
+            device by default.
+
+    Returns:
+        The stage.
+
+    Raises:
+        ValueError: if the method wants the student's output: that is a loss for
+            the distillation stage.
+
+    References:
+        Romero et al. 2015, FitNets, stage 1 (Eq. 3).
+    """
+    if method.student.output:
+        raise ValueError(
+            "hint_stage: expected a method of hints alone, got one that wants the "
+            "student's output. Train it in a distillation_stage."
+        )
+
+    def optimiser(objective, *parts):
+        def loss(*parts, train):
+            return objective(*parts, train=train)[0]
+
+        learning = partial(loss, train=True)
+        trained = _reads(learning, 0, parts)
+        labels = jax.tree.map(lambda t: "trained" if t else "frozen", trained)
+        transforms = {"trained": optimizer, "frozen": optax.set_to_zero()}
+        # While training BatchNorm reads no statistics: evaluation says which count.
+        kept = jax.tree.map(
+            lambda *read: any(read),
+            _reads(learning, 1, parts),
+            _reads(partial(loss, train=False), 1, parts),
+        )
+        return optax.partition(transforms, labels), trained, kept
+
+    return _stage(student, teacher, method, optimiser, inputs, teacher_inputs, mesh)
+
+
+def distillation_stage(
+    student: Network,
+    teacher: Network | None,
+    method: Method,
+    optimizer: optax.GradientTransformation,
+    *,
+    rates: Mapping[str, float] | None = None,
+    inputs: Callable[[Batch], PyTree] = image,
+    teacher_inputs: Callable[[Batch], PyTree] = image,
+    mesh: Mesh | None = None,
+) -> Stage:
+    """The distillation stage: trains the whole student, and the regressors.
+
+    Args:
+        student: the student.
+        teacher: the teacher; None for a method that wants nothing of it, such as
+            the task alone (this is how a teacher is trained).
+        method: usually an objective of the task and distillation terms.
+        optimizer: the optimiser of this stage.
+        rates: learning-rate multipliers by path of a layer: the updates of all
+            parameters that feed it are multiplied (FitNets' `lr_scale` for the
+            layers that the hint stage trained). Where layers overlap, so do the
+            factors.
+        inputs: what the student sees of a batch.
+        teacher_inputs: what the teacher sees of a batch.
+        mesh: see `hint_stage`.
+
+    Returns:
+        The stage.
+
+    Raises:
+        ValueError: if the method wants a teacher and there is none, or a rate is
+            negative.
+
+    References:
+        Romero et al. 2015, FitNets, stage 2 (Eq. 2).
+    """
+    rates = dict(rates or {})
+    if any(not rate >= 0 for rate in rates.values()):
+        raise ValueError(
+            f"distillation_stage: expected rates >= 0, got {rates}. Use 0 to freeze."
+        )
+
+    def optimiser(objective, params, model_state, memory, taught, batch, key, step):
+        def feeds(path):
+            def hint(weights, model_state, batch, key):
+                wants = Wants(hints=(path,))
+                shown, _ = student.apply(
+                    weights,
+                    model_state,
+                    inputs(batch),
+                    wants=wants,
+                    train=True,
+                    key=key,
+                )
+                return shown.hints[path]
+
+            parts = (params["student"], model_state, batch, key)
+            nowhere = jax.tree.map(lambda _: False, params)
+            return {**nowhere, "student": _reads(hint, 0, parts)}
+
+        multipliers = [
+            optax.masked(optax.scale(rate), feeds(path)) for path, rate in rates.items()
+        ]
+        everything = jax.tree.map(lambda _: True, (params, model_state))
+        return optax.chain(optimizer, *multipliers), *everything
+
+    return _stage(student, teacher, method, optimiser, inputs, teacher_inputs, mesh)
+
+
+def student_variables(state: State) -> Variables:
+    """The student alone: what is shipped, or where the next stage starts."""
+    return Variables(state.params["student"], state.state)
+
+
+def _stage(student, teacher, method, optimiser, inputs, teacher_inputs, mesh):
+    """The step that both stages are.
+
+    `optimiser(objective, *parts)`, where parts are the objective's arguments or
+    their shapes, says the optimiser, which parameters it changes, and which of the
+    student's state is kept.
+    """
+    if teacher is None and method.teacher != Wants():
+        raise ValueError(
+            f"stage: expected a teacher, since the method wants {method.teacher} of "
+            f"it, got None. Pass the teacher's network."
+        )
+
+    def teach(state, variables, batch):
+        if teacher is None:
+            return Features()
+        features, _ = teacher.apply(
+            *variables, teacher_inputs(batch), wants=method.teacher, train=False
+        )
+        return jax.lax.stop_gradient(features)
+
+    def objective(params, model_state, memory, taught, batch, key, step, *, train):
+        ours, theirs = jax.random.split(jax.random.fold_in(key, step))
+        shown, model_state = student.apply(
+            params["student"],
+            model_state,
+            inputs(batch),
+            wants=method.student,
+            train=train,
+            key=ours,
+        )
+        values, memory, metrics = method.apply(
+            params["regressors"],
+            memory,
+            shown,
+            taught,
+            batch,
+            Context(theirs, step, train),
+        )
+        loss = masked_mean(values, batch.get("where"))
+        return loss, (model_state, memory, {**metrics, "loss": loss})
+
+    def parts_of(state, taught, batch):
+        params, model_state, memory, _, step, key = state
+        return params, model_state, memory, taught, batch, key, step
+
+    def step(state, taught, batch):
+        parts = parts_of(state, taught, batch)
+        learning = partial(objective, train=True)
+        grads, aux = jax.grad(learning, has_aux=True)(*parts)
+        model_state, memory, metrics = aux
+        transform, trained, kept = optimiser(objective, *parts)
+        updates, opt_state = transform.update(grads, state.opt_state, state.params)
+        moved = optax.apply_updates(state.params, updates)
+        return State(
+            params=_where(trained, moved, state.params),
+            state=_where(kept, model_state, state.state),
+            memory=memory,
+            opt_state=opt_state,
+            step=state.step + 1,
+            key=state.key,
+        ), metrics
+
+    def init(key, student_variables, teacher_variables, batch, data=None, carry=None):
+        own, theirs = jax.random.split(key)
+        params, model_state = jax.tree.map(jnp.copy, tuple(student_variables))
+        taught = jax.eval_shape(partial(teach, None), teacher_variables, batch)
+        shown, _ = jax.eval_shape(
+            lambda params, model_state, batch: student.apply(
+                params, model_state, inputs(batch), wants=method.student, train=False
+            ),
+            params,
+            model_state,
+            batch,
+        )
+        regressors, memory = jax.jit(lambda key: method.init(key, shown, taught, data))(
+            theirs
+        )
+        if carry is not None:
+            regressors = _carried(regressors, carry.params["regressors"])
+            memory = _carried(memory, carry.memory)
+        params = {"student": params, "regressors": regressors}
+        state = State(params, model_state, memory, (), jnp.zeros((), jnp.int32), own)
+        transform, _, _ = optimiser(objective, *parts_of(state, taught, batch))
+        state = state._replace(opt_state=jax.jit(transform.init)(params))
+        return state if mesh is None else jax.device_put(state, replicated(mesh))
+
+    def update(state, variables, batch):
+        return step(state, teach(state, variables, batch), batch)
+
+    def evaluate(state, variables, batch):
+        parts = parts_of(state, teach(state, variables, batch), batch)
+        _, (_, _, metrics) = objective(*parts, train=False)
+        return metrics
+
+    placed: dict[str, Any] = {}
+    if mesh is not None:
+        everywhere = replicated(mesh)
+        placed["in_shardings"] = (everywhere, everywhere, over_batch(mesh))
+        placed["out_shardings"] = everywhere
+    return Stage(
+        init=init,
+        teach=teach,
+        step=step,
+        update=jax.jit(update, donate_argnums=0, **placed),
+        evaluate=jax.jit(evaluate, **placed),
+    )
+
+
+def _reads(function: Callable, position: int, arguments: tuple) -> PyTree:
+    """For each leaf of one argument, whether the function's result depends on it.
+
+    Read off the traced program after the elimination of dead code, so that a leaf
+    which only feeds something beside the result does not count.
+    """
+    jaxpr = jax.make_jaxpr(function)(*arguments).jaxpr
+    _, used = dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+    tree = jax.tree.structure(arguments)
+    return jax.tree.unflatten(tree, used)[position]
+
+
+def _where(chosen: PyTree, new: PyTree, old: PyTree) -> PyTree:
+    """New leaves where chosen; the very same old ones elsewhere."""
+    return jax.tree.map(lambda c, n, o: n if c else o, chosen, new, old)
+
+
+def _carried(fresh: dict, earlier: dict) -> dict:
+    """The earlier stage's entries under names that both have."""
+    carried = {name: earlier[name] for name in fresh if name in earlier}
+    for name, value in carried.items():
+        ours, theirs = (
+            jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)
+            for tree in (fresh[name], value)
+        )
+        if ours != theirs:
+            raise ValueError(
+                f"carry: expected the term {name!r} to be the same in both stages, got "
+                f"{theirs} from the earlier stage and {ours} here. Use the same pairs "
+                f"and regressors, or another name."
+            )
+    return {**fresh, **jax.tree.map(jnp.copy, carried)}
