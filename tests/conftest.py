@@ -1,0 +1,86 @@
+"""Set-up of all tests: 8 CPU devices, checked annotations, golden vectors."""
+
+import os
+from pathlib import Path
+
+# Both are read when jax starts, so they come before any import of it.
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+)
+
+import hypothesis
+import jax
+import jax.numpy as jnp
+import jaxtyping
+import numpy as np
+import pytest
+
+HERE = Path(__file__).parent
+
+# Annotations are checked at run time, in tests only, and must be hooked in before
+# hintjax is imported.
+jaxtyping.install_import_hook("hintjax", "beartype.beartype")
+
+jax.config.update("jax_compilation_cache_dir", str(HERE.parent / ".jax_cache"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+hypothesis.settings.register_profile(
+    "hintjax",
+    max_examples=10,
+    derandomize=True,
+    deadline=None,
+    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
+)
+hypothesis.settings.load_profile("hintjax")
+
+
+def pytest_configure(config):
+    # Another test process may be writing the entry of the cache that this one reads.
+    config.addinivalue_line(
+        "filterwarnings", "default:Error (reading|writing) persistent compilation cache"
+    )
+
+
+@pytest.fixture
+def strict():
+    """Nothing in hintjax's own mathematics promotes a dtype or a rank by accident."""
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        yield
+
+
+@pytest.fixture
+def unchecked():
+    """Annotations unchecked, as users have them: the library's own errors are seen."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+class Golden:
+    """One case of tests/golden: its arrays, and how far others are from them."""
+
+    def __init__(self, name: str):
+        path = HERE / "golden" / f"{name.replace('/', '__')}.npz"
+        with np.load(path) as file:
+            self.arrays = dict(file)
+
+    def __getitem__(self, key: str) -> jax.Array:
+        return jnp.asarray(self.arrays[key])
+
+    def error(self, key: str, got) -> float:
+        """max |got - want| / max |want|.
+
+        A gradient that is 0 in exact arithmetic should be small against the others.
+        """
+        want, got = np.float64(self.arrays[key]), np.float64(got)
+        np.testing.assert_equal(got.shape, want.shape)
+        if key in self.arrays.get("zero", ()):
+            return float(np.abs(got).max() / self.arrays["grad_scale"])
+        return float(np.abs(got - want).max() / np.abs(want).max())
+
+
+@pytest.fixture(scope="session")
+def golden():
+    """`golden(name)` reads a case: `golden("hint/mse_equal")["in.f_s"]`."""
+    return Golden

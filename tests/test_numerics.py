@@ -1,0 +1,138 @@
+"""Numbers that stay numbers."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hintjax import _numerics
+
+pytestmark = pytest.mark.usefixtures("strict")
+
+
+def normal(shape, seed=0):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_the_door_raises_to_float32(dtype):
+    assert _numerics.as_float("f", jnp.ones(2, dtype)).dtype == jnp.float32
+
+
+def test_the_door_has_one_dtype_for_all():
+    with jax.enable_x64(True):
+        half, double = jnp.ones(2, jnp.bfloat16), jnp.ones(2, jnp.float64)
+        got = _numerics.as_float("f", half, double)
+        assert [x.dtype for x in got] == [jnp.float64, jnp.float64]
+
+
+@pytest.mark.parametrize("dtype", ["int32", "uint8", "bool", "complex64"])
+def test_the_door_refuses_what_is_no_float(dtype):
+    arrays = jnp.ones(2), jnp.ones((3, 4), dtype)
+    with pytest.raises(TypeError, match=rf"^f: .*float32 \(2,\) and {dtype} \(3, 4\)"):
+        _numerics.as_float("f", *arrays)
+
+
+def test_unit_is_torch_normalize():
+    x = normal((5, 7)) * np.float32([[1], [1e-5], [1e5], [1e-13], [0]])
+    want = x / np.maximum(np.linalg.norm(np.float64(x), axis=1, keepdims=True), 1e-12)
+    np.testing.assert_allclose(_numerics.unit(jnp.array(x)), want, rtol=1e-6)
+
+
+@pytest.mark.parametrize("scale", [0, 1e-30, 1e-14])
+def test_unit_has_no_gradient_where_there_is_no_direction(scale):
+    x = jnp.array(normal((7,))) * jnp.float32(scale)
+    gradient = jax.grad(lambda x: _numerics.unit(x)[0])(x)
+    np.testing.assert_array_equal(gradient, jnp.zeros(7))
+
+
+def test_unit_has_the_gradient_of_a_direction():
+    x = np.float64(normal((7,)))
+    length = np.linalg.norm(x)
+    want = (np.eye(7)[0] - x[0] * x / length**2) / length
+    gradient = jax.grad(lambda x: _numerics.unit(x)[0])(jnp.array(x, jnp.float32))
+    np.testing.assert_allclose(gradient, want, rtol=1e-5, atol=1e-7)
+
+
+def test_norm_and_its_gradient():
+    x = jnp.array(normal((3, 7))).at[0].set(0)
+    np.testing.assert_allclose(_numerics.norm(x), np.linalg.norm(x, axis=1), rtol=1e-6)
+    np.testing.assert_allclose(_numerics.norm(x, 0), np.linalg.norm(x, axis=0))
+    gradient = jax.grad(lambda x: _numerics.norm(x).sum())(x)
+    np.testing.assert_array_equal(gradient[0], jnp.zeros(7))
+    np.testing.assert_allclose(gradient[1:], _numerics.unit(x)[1:], rtol=1e-6)
+
+
+@pytest.mark.parametrize("f", [_numerics.norm, _numerics.unit])
+def test_nan_stays_nan(f):
+    assert jnp.isnan(f(jnp.array([[0, jnp.nan]]))).all()
+
+
+@pytest.mark.parametrize("power", [1, 2, 3, 4])
+def test_absolute_power(power):
+    x = jnp.array([-2.0, 0, 3])
+    want = np.abs([-2.0, 0, 3]) ** power
+    np.testing.assert_allclose(_numerics.absolute_power(x, power), want)
+    gradient = jax.grad(lambda x: _numerics.absolute_power(x, power).sum())(x)
+    want = power * np.abs([-2.0, 0, 3]) ** (power - 1) * np.sign([-2, 0, 3])
+    np.testing.assert_allclose(gradient, want)
+
+
+def test_masked_mean_is_the_mean_of_what_is_kept():
+    x = normal((3, 4, 5))
+    where = np.random.default_rng(1).random((3, 4)) < 0.5
+    where[2] = False
+    x[~where] = np.nan
+    got = _numerics.masked_mean(jnp.array(x), jnp.array(where), batch_dims=1)
+    want = [x[0][where[0]].mean(), x[1][where[1]].mean(), 0]
+    np.testing.assert_allclose(got, want, rtol=1e-6)
+    total = _numerics.masked_mean(jnp.array(x), jnp.array(where))
+    np.testing.assert_allclose(total, x[where].mean(), rtol=1e-6)
+    plain = _numerics.masked_mean(jnp.array(x[:1]), batch_dims=2)
+    np.testing.assert_allclose(plain, x[:1].mean(2), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("n", "m", "bins"),
+    [
+        (4, 2, [(0, 2), (2, 4)]),
+        (7, 4, [(0, 2), (1, 4), (3, 6), (5, 7)]),
+        (10, 7, [(0, 2), (1, 3), (2, 5), (4, 6), (5, 8), (7, 9), (8, 10)]),
+        (2, 3, [(0, 1), (0, 2), (1, 2)]),
+        (5, 1, [(0, 5)]),
+    ],
+)
+def test_adaptive_pooling_has_torch_bins(n, m, bins):
+    x = normal((2, n, 3, 4))
+    want = np.stack([x[:, start:stop].mean(1) for start, stop in bins], 1)
+    got = _numerics.adaptive_average_pool(jnp.array(x), (m, 3))
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+    turned = jnp.array(x).swapaxes(1, 2)
+    got = _numerics.adaptive_average_pool(turned, (3, m)).swapaxes(1, 2)
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("n", "m", "index"),
+    [
+        (5, 7, [0, 0, 1, 2, 2, 3, 4]),
+        (8, 4, [0, 2, 4, 6]),
+        (3, 6, [0, 0, 1, 1, 2, 2]),
+        (7, 4, [0, 1, 3, 5]),
+    ],
+)
+def test_nearest_resize_has_torch_indices(n, m, index):
+    x = normal((2, n, 3, 4))
+    got = _numerics.nearest_resize(jnp.array(x), (m, 3))
+    np.testing.assert_array_equal(got, x[:, index])
+    turned = jnp.array(x).swapaxes(1, 2)
+    got = _numerics.nearest_resize(turned, (3, m)).swapaxes(1, 2)
+    np.testing.assert_array_equal(got, x[:, index])
+
+
+@pytest.mark.parametrize(
+    "resize", [_numerics.adaptive_average_pool, _numerics.nearest_resize]
+)
+def test_a_size_is_positive(resize):
+    with pytest.raises(ValueError, match=f"{resize.__name__}.*height"):
+        resize(jnp.zeros((1, 4, 4, 1)), (0, 4))
