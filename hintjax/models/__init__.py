@@ -1,0 +1,67 @@
+"""Reference teachers and students in Flax Linen, written plainly.
+
+Every factory is called as `factory(classes=10)`; every module as `module(images,
+train=False)`; every docstring lists the paths that can be hints.
+"""
+
+from hintjax.models.fitnets import (
+    MaxoutCNN,
+    fitnet1,
+    fitnet2,
+    fitnet3,
+    fitnet4,
+    fitnet_mnist,
+    maxout_cifar,
+    maxout_mnist,
+)
+from hintjax.models.maxout import Maxout
+from hintjax.models.plain import PlainCNN, plain_thin, plain_wide
+from hintjax.models.resnet import (
+    ResNet,
+    resnet8,
+    resnet8x4,
+    resnet14,
+    resnet20,
+    resnet32,
+    resnet32x4,
+    resnet44,
+    resnet56,
+    resnet110,
+)
+from hintjax.models.wrn import (
+    WideResNet,
+    wrn_16_1,
+    wrn_16_2,
+    wrn_40_1,
+    wrn_40_2,
+)
+
+__all__ = [
+    "Maxout",
+    "MaxoutCNN",
+    "PlainCNN",
+    "ResNet",
+    "WideResNet",
+    "fitnet1",
+    "fitnet2",
+    "fitnet3",
+    "fitnet4",
+    "fitnet_mnist",
+    "maxout_cifar",
+    "maxout_mnist",
+    "plain_thin",
+    "plain_wide",
+    "resnet8",
+    "resnet8x4",
+    "resnet14",
+    "resnet20",
+    "resnet32",
+    "resnet32x4",
+    "resnet44",
+    "resnet56",
+    "resnet110",
+    "wrn_16_1",
+    "wrn_16_2",
+    "wrn_40_1",
+    "wrn_40_2",
+]

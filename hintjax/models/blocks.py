@@ -1,0 +1,60 @@
+"""Small named modules that the residual families share."""
+
+from flax import linen as nn
+from jax import Array
+from jaxtyping import Float
+
+HE_FAN_OUT = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+
+
+class GlobalAveragePool(nn.Module):
+    """Mean over the map; a module, so that the pooled vector can be a hint."""
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "*batch h w channels"]
+    ) -> Float[Array, "*batch channels"]:
+        return x.mean(axis=(-3, -2))
+
+
+class Sum(nn.Module):
+    """Addition; a module, so that a residual sum can be a hint before its ReLU."""
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "*shape"], y: Float[Array, "*shape"]
+    ) -> Float[Array, "*shape"]:
+        return x + y
+
+
+def conv(features: int, *, name: str, kernel: int = 3, stride: int = 1) -> nn.Conv:
+    """A convolution without bias, padded by `kernel // 2` on every side.
+
+    At stride 2 on an even map "SAME" pads (0, 1), torch (1, 1): the same shape, but
+    every output looks one pixel further, and imported teachers would be wrong.
+    """
+    side = (kernel // 2, kernel // 2)
+    return nn.Conv(
+        features,
+        kernel_size=(kernel, kernel),
+        strides=(stride, stride),
+        padding=(side, side),
+        use_bias=False,
+        kernel_init=HE_FAN_OUT,
+        name=name,
+    )
+
+
+def batch_norm(train: bool, *, name: str) -> nn.BatchNorm:
+    """BatchNorm with torch's constants (its momentum 0.1 is 0.9 here).
+
+    The slow variance is the exact one: E[x^2] - E[x]^2 cancels when the mean is large.
+    The running variance is Flax's biased one; torch stores n / (n - 1) times that.
+    """
+    return nn.BatchNorm(
+        use_running_average=not train,
+        momentum=0.9,
+        epsilon=1e-5,
+        use_fast_variance=False,
+        name=name,
+    )

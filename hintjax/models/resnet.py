@@ -1,0 +1,172 @@
+"""CIFAR ResNets of depth 6n + 2, narrow (16, 16, 32, 64) and four times as wide."""
+
+from flax import linen as nn
+from jax import Array
+from jaxtyping import Float
+
+from hintjax.models.blocks import GlobalAveragePool, Sum, batch_norm, conv
+
+NARROW = (16, 16, 32, 64)
+WIDE = (32, 64, 128, 256)
+
+
+class Stem(nn.Module):
+    """Convolution, BatchNorm and ReLU on the image."""
+
+    features: int
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "*batch h w channels"], train: bool = False
+    ) -> Float[Array, "*batch h w features"]:
+        x = conv(self.features, name="conv")(x)
+        return nn.relu(batch_norm(train, name="norm")(x))
+
+
+class BasicBlock(nn.Module):
+    """Two convolutions and a shortcut; `sum` inside it is the map before the ReLU."""
+
+    features: int
+    stride: int = 1
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "*batch h w channels"], train: bool = False
+    ) -> Float[Array, "*batch h2 w2 features"]:
+        y = conv(self.features, stride=self.stride, name="conv1")(x)
+        y = nn.relu(batch_norm(train, name="norm1")(y))
+        y = conv(self.features, name="conv2")(y)
+        y = batch_norm(train, name="norm2")(y)
+        if self.stride != 1 or x.shape[-1] != self.features:
+            x = conv(self.features, kernel=1, stride=self.stride, name="shortcut_conv")(
+                x
+            )
+            x = batch_norm(train, name="shortcut_norm")(x)
+        return nn.relu(Sum(name="sum")(x, y))
+
+
+class Group(nn.Module):
+    """Blocks of one resolution; the first one strides."""
+
+    features: int
+    blocks: int
+    stride: int
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "*batch h w channels"], train: bool = False
+    ) -> Float[Array, "*batch h2 w2 features"]:
+        for number in range(1, self.blocks + 1):
+            stride = self.stride if number == 1 else 1
+            x = BasicBlock(self.features, stride, name=f"block{number}")(x, train)
+        return x
+
+
+class ResNet(nn.Module):
+    """CIFAR ResNet with basic blocks.
+
+    Hint paths, with n = (depth - 2) / 6: `stem`, `group1`, `group2`, `group3` (after
+    the ReLU), `pool` (the pooled vector) and `classifier` are f0 to f4 and the logits
+    of the CRD benchmark code; `group1/block1` ... `group3/block{n}` are the blocks, and
+    `group1/block{n}/sum` is what `group1` is before its ReLU, where OFD, AB and ReviewKD
+    attach (see `preactivations`). The BatchNorm that OFD takes its margins from is
+    `group1/block{n}/norm2`.
+
+    Convolutions are initialised as the reference code does (He, fan out); the
+    classifier is Flax's default, where torch has U(-1, 1) / sqrt(fan in).
+
+    Args:
+        depth: 6n + 2.
+        widths: channels of the stem and of the three groups.
+        classes: number of logits.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> model, images = resnet8(classes=100), jnp.zeros((2, 32, 32, 3))
+        >>> variables = jax.eval_shape(model.init, jax.random.key(0), images)
+        >>> jax.eval_shape(model.apply, variables, images).shape
+        (2, 100)
+        >>> model.preactivations
+        ('group1/block1/sum', 'group2/block1/sum', 'group3/block1/sum')
+
+    References:
+        He, Zhang, Ren and Sun, Deep Residual Learning for Image Recognition, CVPR 2016;
+        widths and attachment points: HobbitLong/RepDistiller.
+    """
+
+    depth: int
+    widths: tuple[int, int, int, int]
+    classes: int
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of each group."""
+        blocks, rest = divmod(self.depth - 2, 6)
+        if rest or blocks < 1:
+            raise ValueError(
+                f"ResNet: expected depth 6n + 2 with n >= 1, got {self.depth}. Use 8, "
+                f"14, 20, 32, 44, 56 or 110."
+            )
+        return blocks
+
+    @property
+    def preactivations(self) -> tuple[str, ...]:
+        """Paths of the three groups' outputs before their last ReLU."""
+        return tuple(f"group{group}/block{self.blocks}/sum" for group in (1, 2, 3))
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "*batch h w channels"], train: bool = False
+    ) -> Float[Array, "*batch classes"]:
+        stem, *groups = self.widths
+        x = Stem(stem, name="stem")(x, train)
+        for number, features in enumerate(groups, start=1):
+            stride = 1 if number == 1 else 2
+            x = Group(features, self.blocks, stride, name=f"group{number}")(x, train)
+        x = GlobalAveragePool(name="pool")(x)
+        return nn.Dense(self.classes, name="classifier")(x)
+
+
+def resnet8(classes: int) -> ResNet:
+    """ResNet-8: 1 block in each group."""
+    return ResNet(8, NARROW, classes)
+
+
+def resnet14(classes: int) -> ResNet:
+    """ResNet-14: 2 blocks in each group."""
+    return ResNet(14, NARROW, classes)
+
+
+def resnet20(classes: int) -> ResNet:
+    """ResNet-20: 3 blocks in each group, 0.278M parameters for 100 classes."""
+    return ResNet(20, NARROW, classes)
+
+
+def resnet32(classes: int) -> ResNet:
+    """ResNet-32: 5 blocks in each group, 0.473M parameters for 100 classes."""
+    return ResNet(32, NARROW, classes)
+
+
+def resnet44(classes: int) -> ResNet:
+    """ResNet-44: 7 blocks in each group."""
+    return ResNet(44, NARROW, classes)
+
+
+def resnet56(classes: int) -> ResNet:
+    """ResNet-56: 9 blocks in each group, 0.862M parameters for 100 classes."""
+    return ResNet(56, NARROW, classes)
+
+
+def resnet110(classes: int) -> ResNet:
+    """ResNet-110: 18 blocks in each group, 1.737M parameters for 100 classes."""
+    return ResNet(110, NARROW, classes)
+
+
+def resnet8x4(classes: int) -> ResNet:
+    """ResNet-8 four times as wide, 1.234M parameters for 100 classes."""
+    return ResNet(8, WIDE, classes)
+
+
+def resnet32x4(classes: int) -> ResNet:
+    """ResNet-32 four times as wide, 7.434M parameters for 100 classes."""
+    return ResNet(32, WIDE, classes)
