@@ -21,6 +21,8 @@ import jax
 import numpy as np
 from jaxtyping import ArrayLike
 
+from hintjax._checks import message
+
 FILE = "metrics.jsonl"
 Numbers = Sequence[SupportsFloat] | np.ndarray
 _RESERVED = ("step", "stage", "time")
@@ -85,8 +87,12 @@ def open_metrics(
         _truncate(path, resume)
     elif path.exists() and path.stat().st_size:
         raise ValueError(
-            f"open_metrics: expected a run directory without metrics, got {path}. "
-            "Choose another directory, or pass the restored step as resume=."
+            message(
+                "open_metrics",
+                "a run directory without metrics",
+                str(path),
+                "Choose another directory, or pass the restored step as resume=.",
+            )
         )
     events = None
     if tensorboard and importlib.util.find_spec("tensorboardX") is not None:
@@ -132,9 +138,12 @@ def _number(name: str, value: ArrayLike) -> int | float | None:
     value = np.asarray(value)
     if name in _RESERVED or value.ndim != 0:
         raise ValueError(
-            f"MetricsWriter.write: expected scalars under names other than "
-            f"{', '.join(_RESERVED)}, got {name!r} of shape {value.shape}. "
-            "Rename the metric, or reduce it to one number."
+            message(
+                "MetricsWriter.write",
+                f"scalars under names other than {', '.join(_RESERVED)}",
+                f"{name!r} of shape {value.shape}",
+                "Rename the metric, or reduce it to one number.",
+            )
         )
     if value.dtype == bool or np.issubdtype(value.dtype, np.integer):
         return int(value)
@@ -303,8 +312,12 @@ def summary(values: Numbers) -> Summary:
     values = np.asarray(values, np.float64)
     if values.ndim != 1 or values.size == 0:
         raise ValueError(
-            f"summary: expected one number per seed, got shape {values.shape}. "
-            "Pass a non-empty list of numbers."
+            message(
+                "summary",
+                "one number per seed",
+                f"shape {values.shape}",
+                "Pass a non-empty list of numbers.",
+            )
         )
     count, mean = values.size, float(values.mean())
     if count == 1:
@@ -335,8 +348,12 @@ def paired(a: Numbers, b: Numbers) -> Paired:
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     if a.shape != b.shape:
         raise ValueError(
-            f"paired: expected the same seeds in both arms, got shapes {a.shape} and "
-            f"{b.shape}. Compare the seeds that both have."
+            message(
+                "paired",
+                "the same seeds in both arms",
+                f"shapes {a.shape} and {b.shape}",
+                "Compare the seeds that both have.",
+            )
         )
     result = summary(a - b)
     # Written so that nan falls on the careful side.

@@ -18,6 +18,7 @@ from matplotlib.patheffects import withStroke
 from matplotlib.textpath import TextPath
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from hintjax._checks import message
 from hintjax.metrics import Numbers, summary
 
 # Okabe and Ito's colours and Tol's, told apart with any colour vision; the line style
@@ -391,15 +392,22 @@ def _check_maps(where: str, images, maps: Mapping) -> None:
     shape = np.shape(images)
     if len(shape) != 4 or shape[0] == 0 or not maps:
         raise ValueError(
-            f"{where}: expected images [n, h, w, c] and at least one network's maps, "
-            f"got images {shape} and {len(maps)} networks. Pass a batch of images."
+            message(
+                where,
+                "images [n, h, w, c] and at least one network's maps",
+                f"images {shape} and {len(maps)} networks",
+                "Pass a batch of images.",
+            )
         )
     for name, value in maps.items():
         if np.ndim(value) != 3 or np.shape(value)[0] != shape[0]:
             raise ValueError(
-                f"{where}: expected maps [n, h, w] of the same {shape[0]} images, got "
-                f"shape {np.shape(value)} for {name!r}. Sum over channels, for these "
-                "images only."
+                message(
+                    where,
+                    f"maps [n, h, w] of the same {shape[0]} images",
+                    f"shape {np.shape(value)} for {name!r}",
+                    "Sum over channels, for these images only.",
+                )
             )
 
 
@@ -422,8 +430,12 @@ def _finite(run: History) -> History:
     at, accuracy = np.asarray(run.at, float), np.asarray(run.accuracy, float)
     if at.shape != accuracy.shape or at.ndim != 1:
         raise ValueError(
-            f"curves: expected as many accuracies as steps, got shapes {at.shape} and "
-            f"{accuracy.shape}. Give History(at, accuracy) two lists of one length."
+            message(
+                "curves",
+                "as many accuracies as steps",
+                f"shapes {at.shape} and {accuracy.shape}",
+                "Give History(at, accuracy) two lists of one length.",
+            )
         )
     keep = np.isfinite(accuracy)
     return History(at[keep], accuracy[keep], run.boundary)
