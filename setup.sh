@@ -1,0 +1,124 @@
+#!/usr/bin/env bash
+# What quickstart.sh and test.sh share, to be sourced. Run by itself it makes .venv with
+# all that the command needs.
+#
+#   find_python any|VERSION          prints a Python: any from 3.11 on, or a version
+#   set_up DIRECTORY PYTHON EXTRAS   makes a virtual environment there, with hintjax
+#
+# HINTJAX_ACCELERATOR=cpu|cuda12|cuda13|tpu chooses the build of jax; without it the
+# machine is looked at.
+
+hintjax_root="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)"
+
+# Version managers leave commands on the PATH that only print an error, and Debian has
+# Pythons that cannot make environments: nothing but running it tells.
+usable_python() {
+  "$1" - "$2" > /dev/null 2>&1 << 'PYTHON'
+import sys
+import ensurepip, venv
+wanted, have = sys.argv[1], sys.version_info
+sys.exit(have < (3, 11) or wanted not in ("any", "%d.%d" % have[:2]))
+PYTHON
+}
+
+find_python() {
+  local version="$1" candidate
+  local -a candidates=(python3 python3.13 python3.12 python3.11 python3.14 python)
+  if [ "$version" != any ]; then
+    candidates=("python$version" python3)
+    if command -v pyenv > /dev/null 2>&1; then
+      candidates+=("$(pyenv root || true)/versions/$version"*/bin/python)
+    fi
+  fi
+  for candidate in "${candidates[@]}"; do
+    if usable_python "$candidate" "$version"; then
+      command -v "$candidate"
+      return
+    fi
+  done
+  return 1
+}
+
+# Prints the extra with jax for this machine's accelerator, or nothing.
+accelerator() {
+  local gpu device
+  if [ -n "${HINTJAX_ACCELERATOR:-}" ]; then
+    if [ "$HINTJAX_ACCELERATOR" != cpu ]; then
+      echo "$HINTJAX_ACCELERATOR"
+    fi
+    return
+  fi
+  gpu="$(nvidia-smi --query-gpu=driver_version,compute_cap --format=csv,noheader \
+    2> /dev/null)" || gpu=""
+  if [[ "$gpu" =~ ^([0-9]+)\.[^,]*,\ *([0-9]+)\.([0-9]+) ]]; then
+    # CUDA 13 wants driver 580 and compute capability 7.5; CUDA 12 wants driver 525.
+    local driver="${BASH_REMATCH[1]}" capability="${BASH_REMATCH[2]}${BASH_REMATCH[3]}"
+    if [ "$driver" -ge 580 ] && [ "$capability" -ge 75 ]; then
+      echo cuda13
+    elif [ "$driver" -ge 525 ]; then
+      echo cuda12
+    else
+      echo "NVIDIA's driver $driver is too old for jax, which wants 525: using the CPU." >&2
+    fi
+  elif [ -e /dev/accel0 ]; then
+    echo tpu
+  elif [ -d /dev/vfio ]; then
+    # Newer TPUs are here, as other hardware may be: look for the chip (v4, v5p, v5e,
+    # v6e, 7x).
+    for device in /sys/bus/pci/devices/*; do
+      case "$(cat "$device/vendor" "$device/device" 2> /dev/null | tr '\n' ' ')" in
+        "0x1ae0 0x005e " | "0x1ae0 0x0062 " | "0x1ae0 0x0063 " | "0x1ae0 0x006f " | \
+          "0x1ae0 0x0076 ")
+          echo tpu
+          return
+          ;;
+      esac
+    done
+  fi
+}
+
+set_up() {
+  local directory="$1" python="$2" extras="$3" build made_for project stamp extra
+  local old="" old_project="" old_extras=""
+  if [ -z "$python" ]; then
+    echo "hintjax wants Python 3.11 or newer with its venv module, and found none on the" \
+      "PATH. On Debian and Ubuntu: apt install python3 python3-venv." >&2
+    return 1
+  fi
+  build="$(accelerator)"
+  extras="$extras${build:+,$build}"
+  made_for="${build:-cpu} $directory"
+  project="$(cksum < "$hintjax_root/pyproject.toml")"
+
+  # The stamp says what the environment was made of; it is there only if all went well.
+  stamp="$directory/hintjax.stamp"
+  if [ -f "$stamp" ]; then
+    { read -r old && read -r old_project && read -r old_extras; } < "$stamp" || true
+  fi
+  # Made anew: one without its Python, copied from elsewhere, or for another accelerator.
+  if ! "$directory/bin/python" -c "import pip" 2> /dev/null ||
+    [ "${old:-$made_for}" != "$made_for" ]; then
+    "$python" -m venv --clear "$directory"
+    old_project="" old_extras=""
+  fi
+  # The extras of before stay. When none is new, the two lists have one length.
+  for extra in ${old_extras//,/ }; do
+    case ",$extras," in
+      *",$extra,"*) ;;
+      *) extras="$extras,$extra" ;;
+    esac
+  done
+  if [ "$old_project" = "$project" ] && [ ${#extras} -eq ${#old_extras} ]; then
+    return
+  fi
+  rm -f -- "$stamp"
+  echo "Installing hintjax[$extras] into $directory (once; it takes a few minutes)." >&2
+  "$directory/bin/python" -m pip install --quiet --disable-pip-version-check \
+    --editable "${hintjax_root}[$extras]"
+  printf '%s\n' "$made_for" "$project" "$extras" > "$stamp"
+}
+
+if [ "${BASH_SOURCE[0]}" = "$0" ]; then
+  set -euo pipefail
+  set_up "$hintjax_root/.venv" "$(find_python any || true)" cli,data,viz
+fi
