@@ -1,8 +1,13 @@
-"""Suggesting pairs: which layer of the student follows which of the teacher."""
+"""Pairs: which layer of the student follows which of the teacher, and how well."""
 
 from collections.abc import Mapping
 
 import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from hintjax._numerics import adaptive_average_pool
+from hintjax.methods import explained_variance
 
 
 def suggest_pairs(
@@ -63,3 +68,40 @@ def _depths(which, layers):
         if len(outermost) >= 3 or level == deepest:
             break
     return {path: (i + 1) / len(outermost) for i, path in enumerate(outermost)}
+
+
+def linearly_explained(
+    fit: tuple[Float[Array, "n ..."], Float[Array, "n ..."]],
+    on: tuple[Float[Array, "m ..."], Float[Array, "m ..."]],
+) -> Float[Array, ""]:
+    """R^2 of the best linear map from the guided layer's channels to the hint's.
+
+    How much of the hint a student's layer holds, whatever it was trained with: the
+    map is found by least squares on one set of examples, and judged on another.
+    Maps of unequal size are average-pooled to the smaller one first.
+
+    Args:
+        fit: (guided, hint) activations to find the map from.
+        on: (guided, hint) activations to judge it on.
+
+    Returns:
+        `1 - sum (t - p)^2 / sum (t - mean t)^2`; 0 for a hint that does not vary.
+
+    >>> s = jax.random.normal(jax.random.key(0), (8, 3))
+    >>> t = s @ jnp.ones((3, 5)) + 1
+    >>> round(float(linearly_explained((s, t), (s, t))), 4)
+    1.0
+    """
+    (guided, hint), (new_guided, new_hint) = (_rows(*pair) for pair in (fit, on))
+    solution, *_ = jnp.linalg.lstsq(guided, hint)
+    return explained_variance(new_guided @ solution, new_hint)
+
+
+def _rows(guided, hint):
+    """Positions as rows, at one resolution, with a column of ones."""
+    if guided.ndim == hint.ndim == 4:
+        size = tuple(map(min, guided.shape[1:3], hint.shape[1:3]))
+        guided, hint = (adaptive_average_pool(x, size) for x in (guided, hint))
+    guided = guided.reshape(-1, guided.shape[-1])
+    ones = jnp.ones_like(guided[:, :1])
+    return jnp.concatenate([guided, ones], 1), hint.reshape(-1, hint.shape[-1])

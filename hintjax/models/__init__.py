@@ -15,7 +15,7 @@ from hintjax.models.fitnets import (
     maxout_mnist,
 )
 from hintjax.models.maxout import Maxout
-from hintjax.models.plain import PlainCNN, plain_thin, plain_wide
+from hintjax.models.plain import PlainCNN, plain_thin, plain_thin_he, plain_wide
 from hintjax.models.resnet import (
     ResNet,
     resnet8,
@@ -50,6 +50,7 @@ __all__ = [
     "maxout_cifar",
     "maxout_mnist",
     "plain_thin",
+    "plain_thin_he",
     "plain_wide",
     "resnet8",
     "resnet8x4",

@@ -103,6 +103,15 @@ def plain_thin(
     return PlainCNN((width,) * depth, classes, kernel_init=kernel_init)
 
 
+def plain_thin_he(classes: int) -> PlainCNN:
+    """`plain_thin` with He's initialisation, under which it trains without hints.
+
+    References:
+        He et al. 2015, Delving Deep into Rectifiers.
+    """
+    return plain_thin(classes, kernel_init=nn.initializers.he_normal())
+
+
 def plain_wide(
     classes: int,
     kernel_init: nn.initializers.Initializer = LECUN,

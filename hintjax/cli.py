@@ -1,0 +1,340 @@
+"""The command `hintjax`: distill, resume, eval, layers, doctor."""
+
+import datetime
+import functools
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+
+from hintjax import config as configs
+from hintjax import regressors
+from hintjax._checks import message, nearest
+from hintjax.compare import (
+    REPORT,
+    Arm,
+    accuracy,
+    compare,
+    picture,
+    show_table,
+    table,
+)
+from hintjax.config import Config
+from hintjax.experiment import (
+    Recipe,
+    Step,
+    backprop,
+    cross_entropy,
+    layers,
+    load_student,
+    network,
+    prepare,
+    run,
+    teacher_of,
+)
+from hintjax.method import objective, weighted
+from hintjax.methods import (
+    attention_transfer,
+    fitnets,
+    kd,
+    lambda_decay,
+    soft_targets,
+)
+from hintjax.metrics import progress
+
+_RATES = (1e-3, 3e-3)  # that every arm of a comparison chooses from
+
+
+def _or(value: float | None, usual: float) -> float:
+    return usual if value is None else value
+
+
+def _kd(config, pairs, per_epoch):
+    terms = {
+        "task": weighted(cross_entropy(), _or(config.task_weight, 0.1)),
+        "kd": weighted(kd(config.temperature), _or(config.weight, 0.9)),
+    }
+    return [Step("kd", objective(**terms), config.epochs)]
+
+
+def _attention(config, pairs, per_epoch):
+    method = attention_transfer(pairs)
+    terms = {
+        "task": weighted(cross_entropy(), _or(config.task_weight, 1.0)),
+        "at": weighted(method, _or(config.weight, 1000.0)),
+    }
+    return [Step("at", objective(**terms), config.epochs)]
+
+
+def _fitnets(config, pairs, per_epoch):
+    epochs = config.epochs - config.hint_epochs
+    # The paper's second stage: lambda decays from 4 to 1, over all of it.
+    decay = lambda_decay(4.0, 1.0, 0, epochs, per_epoch)
+    terms = {
+        "task": weighted(cross_entropy(), _or(config.task_weight, 1.0)),
+        "kd": weighted(soft_targets(3.0), decay),
+    }
+    rates = {guided: config.hinted_rate for guided, _ in pairs[-1:]}
+    return [
+        Step("hint", objective(hint=fitnets(pairs)), config.hint_epochs, True),
+        Step("distillation", objective(**terms), epochs, rates=rates),
+    ]
+
+
+def _joint(config, pairs, per_epoch):
+    sizing = functools.partial(regressors.conv, batch_norm=True, activation=nn.relu)
+    terms = {
+        "task": weighted(cross_entropy(), _or(config.task_weight, 1.0)),
+        "hint": weighted(fitnets(pairs, regressor=sizing), _or(config.weight, 100.0)),
+    }
+    return [Step("joint", objective(**terms), config.epochs)]
+
+
+RECIPES: dict[str, Recipe] = {
+    "at": _attention,
+    "backprop": backprop,
+    "fitnet": _joint,
+    "fitnets": _fitnets,
+    "kd": _kd,
+}
+
+# What `distill` compares when it is given no method. The plain student is the kind
+# that FitNets was invented for; the He rows and the untrained teacher say what part of
+# a gain is only that the student trains at all.
+_HE = "hintjax.models:plain_thin_he"
+_BASELINES = ("backprop", "KD", "AT", "backprop, He", "KD, He")
+
+
+def _arms(config: Config) -> list[Arm]:
+    plain = config.student
+    return [
+        Arm("backprop", backprop, plain),
+        Arm("KD", _kd, plain),
+        Arm("AT", _attention, plain),
+        Arm("FitNets", _fitnets, plain),
+        Arm("FitNets, untrained hints", _fitnets, plain, untrained=True),
+        Arm("backprop, He", backprop, _HE),
+        Arm("KD, He", _kd, _HE),
+        Arm("FitNets, He", _fitnets, _HE),
+    ]
+
+
+def distill(config: Config, run_dir: Path, *, resume: bool = False) -> None:
+    """Runs what a config says, in a run directory that it owns.
+
+    Args:
+        config: one method, or a comparison of methods.
+        run_dir: checked and made by `claim`.
+        resume: go on where it stopped.
+    """
+    if config.method is not None and config.method not in RECIPES:
+        do = f"Nearest: {', '.join(nearest(config.method, RECIPES))}."
+        raise ValueError(message("distill", "a method", repr(config.method), do))
+    alone = config.method == "backprop"
+    bare = prepare(config)
+    per_epoch = bare.dataset.train.n // config.batch_size
+    arms = _arms(config) if config.method is None else []
+    runs = len(arms) * (len(_RATES) + config.seeds - 1) if arms else 1
+    total = runs * config.epochs * per_epoch
+    with progress(total, "hintjax", images_per_step=config.batch_size) as report:
+        begin = _counting(report)
+        if alone:
+            run(bare, run_dir, backprop, resume=resume, show=begin("student"))
+            return
+        network_, variables = teacher_of(
+            config, run_dir, resume=resume, show=lambda *_: None
+        )
+        setting = prepare(config, network_)
+        _show_pairs(setting)
+        if not arms:
+            recipe = RECIPES[config.method]
+            how = {"teacher": variables, "resume": resume, "show": begin("student")}
+            run(setting, run_dir, recipe, **how)
+            return
+        found = compare(setting, run_dir, arms, variables, rates=_RATES, begin=begin)
+    result = table(setting, variables, found, _BASELINES)
+    (run_dir / REPORT).write_text(json.dumps(result, indent=1))
+    show_table(result)
+    print(f"picture: {picture(setting, run_dir, variables, result, found)}")
+
+
+def claim(run_dir: Path | None, config: Config) -> Path:
+    """Makes the run directory of a new run, and leaves the config in it.
+
+    Raises:
+        ValueError: if it holds anything, or cannot be made.
+    """
+    if run_dir is None:
+        name = Path(config.dataset).stem
+        now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+        run_dir = Path("runs") / f"{name}-{config.method or 'comparison'}-{now}"
+    run_dir = run_dir.expanduser().resolve()
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        if any(run_dir.iterdir()):
+            ours = (run_dir / configs.FILE).exists()
+            do = f"Go on with `hintjax resume {run_dir}`." if ours else ""
+            do = f"{do} Choose another --run-dir.".strip()
+            got = f"{run_dir} with {'a run' if ours else 'other files'} in it"
+            raise ValueError(message("distill", "an empty run directory", got, do))
+        configs.save(config, run_dir)
+    except OSError as error:
+        wanted = "a run directory that can be written"
+        raise ValueError(message("distill", wanted, f"{error}")) from None
+    return run_dir
+
+
+def _counting(report):
+    """Steps of many runs as those of one: begin(name) gives the next run's `show`."""
+    last = 0
+
+    def begin(name):
+        before = last
+
+        def show(at, metrics, phase):
+            nonlocal last
+            last = before + at
+            report(last, metrics, f"{name}, {phase}")
+
+        return show
+
+    return begin
+
+
+def _show_pairs(setting):
+    ours = layers(setting.student, setting.inputs)
+    theirs = layers(setting.teacher, setting.inputs)
+    for guided, hint in setting.pairs:
+        print(
+            f"pair: student {guided} {ours[guided].shape[1:]} "
+            f"<- teacher {hint} {theirs[hint].shape[1:]}"
+        )
+
+
+def resume(run_dir: Path) -> None:
+    """Goes on with a run, or a comparison, where it stopped.
+
+    Args:
+        run_dir: its run directory.
+    """
+    path = run_dir.expanduser().resolve()
+    distill(configs.load(path), path, resume=True)
+
+
+def evaluate_run(run_dir: Path) -> None:
+    """Says how accurate the student of a finished run is, or shows a comparison.
+
+    Args:
+        run_dir: its run directory.
+    """
+    path = run_dir.expanduser().resolve()
+    if (path / REPORT).exists():
+        show_table(json.loads((path / REPORT).read_text()))
+        return
+    config = configs.load(path)
+    student, variables = load_student(path)
+    dataset = prepare(config).dataset
+    for name in ("validation", "test"):
+        split = getattr(dataset, name)
+        found = accuracy(student, variables, split, dataset.standardize)
+        print(f"{name} accuracy: {found:.4f}")
+
+
+def show_layers(
+    model: str, shape: tuple[int, int, int] = (32, 32, 3), classes: int = 10
+) -> None:
+    """Lists every layer that can be a hint or guided layer, with its shape.
+
+    Args:
+        model: package.module:factory, or the directory of a finished run.
+        shape: of one input.
+        classes: what the factory is called with.
+    """
+    if ":" in model:
+        found = network(model, classes)
+    else:
+        found, _ = load_student(model)
+    for path, layer in layers(found, jax.numpy.zeros((1, *shape))).items():
+        print(f"{path:40} {layer.shape[1:]}  {layer.dtype}")
+
+
+def doctor() -> None:
+    """Says what a report of a problem should hold: versions, devices, disk."""
+    print(f"python       {platform.python_version()} on {platform.platform()}")
+    for name in (
+        *("hintjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "chex"),
+        *("tensorflow-datasets", "grain", "tyro", "rich", "matplotlib"),
+    ):
+        try:
+            version = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            version = "not installed"
+        print(f"{name:20} {version}")
+    for device in jax.devices():
+        print(f"device       {device.id}: {device.device_kind} ({device.platform})")
+    print(f"XLA_FLAGS    {os.environ.get('XLA_FLAGS', '')}")
+    free = shutil.disk_usage(Path.cwd()).free
+    writable = "writable" if os.access(Path.cwd(), os.W_OK) else "not writable"
+    print(f"disk         {free / 2**30:.1f} GiB free here, {writable}")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The entry point of the command."""
+    import tyro
+
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        default, argv = _from_file(argv)
+
+        def distill_command(
+            config: tyro.conf.OmitArgPrefixes[Config] = default,
+            run_dir: Path | None = None,
+        ) -> None:
+            """Distils a teacher into a student; without --method, compares methods.
+
+            --config FILE takes a run's config.yaml for the defaults of all options.
+
+            Args:
+                config: what to run.
+                run_dir: where all of it goes; by default a new directory in runs/.
+            """
+            checked = configs.check(config)
+            path = claim(run_dir, checked)
+            print(f"run directory: {path}")
+            distill(checked, path)
+
+        tyro.extras.subcommand_cli_from_dict(
+            {
+                "distill": distill_command,
+                "resume": resume,
+                "eval": evaluate_run,
+                "layers": show_layers,
+                "doctor": doctor,
+            },
+            prog="hintjax",
+            args=argv,
+            config=(tyro.conf.PositionalRequiredArgs,),
+        )
+    except (ValueError, TypeError, OSError) as error:
+        if "--debug" in argv:
+            raise
+        print(f"hintjax: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _from_file(argv: Sequence[str]) -> tuple[Config, list[str]]:
+    """Takes --config FILE off the arguments: it gives the defaults of the others."""
+    for i, argument in enumerate(argv):
+        if argument == "--config" and i + 1 < len(argv):
+            return configs.load(argv[i + 1]), [*argv[:i], *argv[i + 2 :]]
+        if argument.startswith("--config="):
+            path = argument.removeprefix("--config=")
+            return configs.load(path), [*argv[:i], *argv[i + 1 :]]
+    return Config(), list(argv)

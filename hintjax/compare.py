@@ -1,0 +1,349 @@
+"""A comparison: one teacher, several arms, the same seeds; a table and a picture.
+
+Every arm has the same number of steps and the same learning rates to choose from;
+the choice is made on the validation split, with the first seed. The test split is
+read once, at the end of each run.
+"""
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from hintjax.data import Split, Standardize, evaluation_batches, order, take
+from hintjax.experiment import (
+    EVALUATION_BATCH,
+    RESULT,
+    Recipe,
+    Setting,
+    load_student,
+    network,
+    run,
+)
+from hintjax.losses import attention_map
+from hintjax.metrics import paired, read_metrics, summary
+from hintjax.networks import Network, Variables, Wants
+from hintjax.pairing import linearly_explained
+
+ACCURACY = "task/accuracy"
+REPORT = "report.json"
+_EXAMPLES = 256  # that R^2 is fitted and judged on
+_SHOWN = 6  # images in the picture
+
+
+class Arm(NamedTuple):
+    """One way to train the student.
+
+    Attributes:
+        name: in the table.
+        recipe: its phases.
+        initial: the factory of the module that initialises the student.
+        untrained: whether its hints come from a teacher that was never trained.
+    """
+
+    name: str
+    recipe: Recipe
+    initial: str
+    untrained: bool = False
+
+
+def compare(
+    setting: Setting,
+    run_dir: Path,
+    arms: Sequence[Arm],
+    teacher: Variables,
+    *,
+    rates: Sequence[float],
+    begin: Callable[[str], Callable[..., None]],
+) -> dict[str, Any]:
+    """Runs all arms over all seeds; runs that are finished are not run again.
+
+    Args:
+        setting: data, networks, pairs.
+        run_dir: each run has a directory in it.
+        arms: what is compared; they differ in nothing else.
+        teacher: its variables.
+        rates: the learning rates to choose from, for every arm.
+        begin: called with the name of each run; gives what `fit` calls to show it.
+
+    Returns:
+        For each arm its learning rate and, per seed, the results; with R^2.
+    """
+    untrained = setting.teacher.init(
+        jax.random.key(setting.config.seed), setting.inputs
+    )
+    explained = _explained(setting, teacher)
+
+    def one(arm, rate, seed):
+        path = run_dir / arm.name / f"rate{rate:g}-seed{seed}"
+        if not (path / RESULT).exists():
+            initial = network(arm.initial, setting.dataset.classes)
+            run(
+                setting,
+                path,
+                arm.recipe,
+                teacher=teacher,
+                hints=untrained if arm.untrained else None,
+                initial=initial,
+                learning_rate=rate,
+                seed=seed,
+                resume=True,
+                show=begin(f"{arm.name}, seed {seed}"),
+            )
+        return path, json.loads((path / RESULT).read_text())
+
+    found = {}
+    for arm in arms:
+        first = setting.config.seed
+        tried = {rate: one(arm, rate, first)[1] for rate in rates}
+        rate = max(tried, key=lambda rate: tried[rate][f"validation/{ACCURACY}"])
+        seeds = range(first, first + setting.config.seeds)
+        runs = [one(arm, rate, seed) for seed in seeds]
+        found[arm.name] = {
+            "rate": rate,
+            "validation": {
+                str(r): v[f"validation/{ACCURACY}"] for r, v in tried.items()
+            },
+            "test": [result[f"test/{ACCURACY}"] for _, result in runs],
+            "seconds": [result["seconds"] for _, result in runs],
+            "r2": [explained(load_student(path)[1]) for path, _ in runs],
+            "runs": [str(path.relative_to(run_dir)) for path, _ in runs],
+        }
+    return found
+
+
+def accuracy(
+    network: Network, variables: Variables, split: Split, standardize: Standardize
+) -> float:
+    """The share of a split that a network gets right."""
+    apply = jax.jit(
+        lambda variables, images: network.apply(
+            *variables, images, wants=Wants(output=True), train=False
+        )[0].output.argmax(-1)
+    )
+    right = 0
+    for batch in evaluation_batches(split, EVALUATION_BATCH, standardize):
+        found = apply(variables, batch["image"]) == batch["label"]
+        right += int((found & batch["where"]).sum())
+    return right / split.n
+
+
+def _explained(setting, teacher):
+    """(student's variables) -> R^2 of the hint, from training to test images."""
+    guided, hint = setting.pairs[-1]
+    shown = {
+        "student": jax.jit(_hint(setting.student, guided)),
+        "teacher": jax.jit(_hint(setting.teacher, hint)),
+    }
+    dataset = setting.dataset
+    chosen = order(jax.random.key(0), dataset.train.n)[:_EXAMPLES]
+    fit_on = take(dataset.train, chosen, dataset.standardize)["image"]
+    chosen = order(jax.random.key(1), dataset.test.n)[:_EXAMPLES]
+    judge_on = take(dataset.test, chosen, dataset.standardize)["image"]
+    theirs = [shown["teacher"](teacher, images) for images in (fit_on, judge_on)]
+
+    def r2(student):
+        ours = [shown["student"](student, images) for images in (fit_on, judge_on)]
+        return float(linearly_explained(*zip(ours, theirs, strict=True)))
+
+    return r2
+
+
+def _hint(network, path):
+    def hint(variables, images):
+        wants = Wants(hints=(path,))
+        return network.apply(*variables, images, wants=wants, train=False)[0].hints[
+            path
+        ]
+
+    return hint
+
+
+def table(
+    setting: Setting,
+    teacher: Variables,
+    found: Mapping[str, Mapping[str, Any]],
+    baselines: Sequence[str],
+) -> dict[str, Any]:
+    """The comparison in numbers: one row per arm, and what can be told apart.
+
+    Args:
+        setting: see `compare`.
+        teacher: its variables.
+        found: what `compare` returned.
+        baselines: the arms that do without hints; every other arm is compared, seed
+            by seed, with the best of them (chosen on validation).
+
+    Returns:
+        Rows and differences; JSON.
+    """
+    dataset = setting.dataset
+    sizes = {
+        "teacher": _size(teacher.params),
+        "student": _size(
+            setting.student.init(jax.random.key(0), setting.inputs).params
+        ),
+    }
+    chance = np.bincount(dataset.test.label).max() / dataset.test.n
+    rows = []
+    for name, arm in found.items():
+        spread = summary(arm["test"])
+        rows.append(
+            {
+                "arm": name,
+                "mean": spread.mean,
+                "std": spread.std,
+                "seeds": arm["test"],
+                # Twice chance is far from both: an arm learns, or it does not.
+                "trained": sum(accuracy > 2 * chance for accuracy in arm["test"]),
+                "r2": float(np.mean(arm["r2"])),
+                "seconds": float(np.mean(arm["seconds"])),
+                "rate": arm["rate"],
+            }
+        )
+    best = max(baselines, key=lambda name: max(found[name]["validation"].values()))
+    differences = {
+        name: paired(arm["test"], found[best]["test"])._asdict()
+        for name, arm in found.items()
+        if name != best
+    }
+    return {
+        "dataset": setting.config.dataset,
+        "teacher": {
+            "accuracy": accuracy(
+                setting.teacher, teacher, dataset.test, dataset.standardize
+            ),
+            "parameters": sizes["teacher"],
+        },
+        "parameters": sizes["student"],
+        "compression": sizes["teacher"] / sizes["student"],
+        "chance": float(chance),
+        "pairs": [list(pair) for pair in setting.pairs],
+        "baseline": best,
+        "rows": rows,
+        "differences": differences,
+    }
+
+
+def show_table(report: Mapping[str, Any]) -> None:
+    """Prints what `table` made."""
+    from rich.console import Console
+    from rich.table import Table
+
+    teacher = report["teacher"]
+    title = (
+        f"{report['dataset']}: teacher {teacher['accuracy']:.1%}, "
+        f"{teacher['parameters']:,} parameters; student {report['parameters']:,} "
+        f"({report['compression']:.1f} times fewer)"
+    )
+    shown = Table(title=title, title_justify="left")
+    for name in ("arm", "test accuracy", "each seed", "trained", "R²", "rate", "s"):
+        shown.add_column(name, justify="left" if name == "arm" else "right")
+    versus = f"against {report['baseline']}"
+    shown.add_column(versus, justify="right")
+    for row in report["rows"]:
+        count = len(row["seeds"])
+        spread = "" if math.isnan(row["std"]) else f" ± {100 * row['std']:.1f}"
+        difference = report["differences"].get(row["arm"])
+        shown.add_row(
+            row["arm"],
+            f"{100 * row['mean']:.1f}{spread}",
+            " ".join(f"{100 * accuracy:.1f}" for accuracy in row["seeds"]),
+            f"{row['trained']} of {count}",
+            f"{row['r2']:.2f}",
+            f"{row['rate']:g}",
+            f"{row['seconds']:.1f}",
+            "" if difference is None else _difference(difference),
+        )
+    console = Console()
+    console.print(shown)
+    console.print(
+        "trained: seeds above twice chance. R²: how much of the hint's variance a "
+        "linear map from the guided layer explains, on test images. "
+        f"{versus[0].upper()}{versus[1:]}: paired differences over the seeds in points, "
+        "with 95 % intervals.",
+        style="dim",
+    )
+
+
+def picture(
+    setting: Setting,
+    run_dir: Path,
+    teacher: Variables,
+    report: Mapping[str, Any],
+    found: Mapping[str, Mapping[str, Any]],
+) -> Path:
+    """Draws comparison.png: curves, accuracies, and attention maps side by side.
+
+    Args:
+        setting: see `compare`.
+        run_dir: where the runs are, and the picture goes.
+        teacher: its variables.
+        report: what `table` made.
+        found: what `compare` returned.
+
+    Returns:
+        The path of the picture.
+    """
+    from hintjax import viz
+
+    guided, hint = setting.pairs[-1]
+    dataset = setting.dataset
+    per_epoch = dataset.train.n // setting.config.batch_size
+    shown = np.arange(_SHOWN)
+    images = take(dataset.test, shown, dataset.standardize)["image"]
+
+    def maps(network, path, variables):
+        hints = _hint(network, path)(variables, images)
+        height, width = hints.shape[1:3]
+        return np.asarray(attention_map(hints)).reshape(_SHOWN, height, width)
+
+    attention = {f"teacher {hint}": maps(setting.teacher, hint, teacher)}
+    for name, arm in found.items():
+        student = load_student(run_dir / arm["runs"][0])[1]
+        attention[f"{name} {guided}"] = maps(setting.student, guided, student)
+    figure = viz.comparison(
+        {
+            name: [_history(run_dir / path, per_epoch) for path in arm["runs"]]
+            for name, arm in found.items()
+        },
+        dataset.test.image[shown],
+        attention,
+        accuracies={name: arm["test"] for name, arm in found.items()},
+        reference=("teacher", report["teacher"]["accuracy"]),
+        title=f"{report['dataset']}: {report['compression']:.0f} times fewer parameters",
+        chance=report["chance"],
+    )
+    path = run_dir / "comparison.png"
+    figure.savefig(path)
+    return path
+
+
+def _history(run_dir, per_epoch):
+    from hintjax import viz
+
+    lines = read_metrics(run_dir)
+    name = f"validation/{ACCURACY}"
+    seen = [line for line in lines if name in line]
+    before = [line["step"] for line in lines if line["stage"] == "hint"]
+    return viz.History(
+        at=[line["step"] / per_epoch for line in seen],
+        accuracy=[line[name] for line in seen],
+        boundary=max(before) / per_epoch if before else None,
+    )
+
+
+def _difference(difference):
+    text = (
+        f"{100 * difference['mean']:+.1f} "
+        f"[{100 * difference['low']:+.1f}, {100 * difference['high']:+.1f}]"
+    )
+    return text if difference["told_apart"] else f"{text} cannot be told apart"
+
+
+def _size(params):
+    return sum(leaf.size for leaf in jax.tree.leaves(params))

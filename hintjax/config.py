@@ -1,0 +1,196 @@
+"""The configuration of a run: a frozen dataclass, in and out of YAML."""
+
+import dataclasses
+import os
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from hintjax._checks import message, nearest, positive, positive_int
+
+FILE = "config.yaml"
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What a run is made of; every run directory holds its own as config.yaml."""
+
+    method: str | None = None
+    """How to distil; without it, the methods are compared."""
+    dataset: str = "digits"
+    """digits, a file .npz with image and label, or a TensorFlow Datasets name."""
+    data_dir: str | None = None
+    """Where prepared TensorFlow Datasets are."""
+    limit: int | None = None
+    """Keep so many training labels."""
+    size: int | None = None
+    """Scale images to this many pixels."""
+    pad: int = 0
+    """Random crops after padding by so many pixels."""
+    flip: bool = False
+    """Random left-right flips."""
+    student: str = "hintjax.models:plain_thin"
+    """package.module:factory; called as factory(classes=...)."""
+    teacher: str = "hintjax.models:plain_wide"
+    """A factory, to train one first, or the run directory of a finished run."""
+    pairs: tuple[str, ...] = ()
+    """guided=hint for each pair; by default the middle of both networks."""
+    epochs: int = 30
+    """Of a student, in all stages together."""
+    hint_epochs: int = 10
+    """Of these, how many the hint stage has, in a method that has one."""
+    teacher_epochs: int = 15
+    """Of a teacher that is trained here."""
+    batch_size: int = 64
+    """Examples in a step."""
+    optimizer: Literal["adam", "sgd"] = "adam"
+    """Adam, or SGD with Nesterov momentum 0.9."""
+    learning_rate: float = 1e-3
+    """Of every stage."""
+    hinted_rate: float = 1.0
+    """Multiplies the rate of layers that the hint stage trained, after it."""
+    weight_decay: float = 0.0
+    """Decoupled for adam, L2 for sgd."""
+    cosine: bool = False
+    """Let the learning rate of each stage fall to 0 along a cosine."""
+    temperature: float = 4.0
+    """Of kd."""
+    task_weight: float | None = None
+    """Of the task beside the method; the method's usual one by default."""
+    weight: float | None = None
+    """Of the method; its usual one by default."""
+    patience: int | None = None
+    """End the hint stage after so many epochs without a lower validation loss."""
+    seed: int = 0
+    """Of the student, the order of the data, and all else."""
+    seeds: int = 3
+    """Runs of each arm in a comparison."""
+    evaluate_every: int = 1
+    """Epochs between two evaluations on the validation split."""
+    checkpoint_every: int = 5
+    """Epochs between two checkpoints."""
+    dispatch: int | None = None
+    """Steps in one dispatch; 1 on a CPU and about a second's on accelerators."""
+    debug: bool = False
+    """Check at every report that all numbers are finite."""
+
+
+def check(config: Config) -> Config:
+    """Refuses what could only fail, or mislead, later.
+
+    Raises:
+        ValueError: naming the first field that is wrong.
+    """
+    positive("config", temperature=config.temperature)
+    positive("config", learning_rate=config.learning_rate)
+    for name in ("epochs", "teacher_epochs", "batch_size", "seeds", "evaluate_every"):
+        positive_int("config", **{name: getattr(config, name)})
+    positive_int("config", checkpoint_every=config.checkpoint_every)
+    for name in ("limit", "size", "patience", "dispatch"):
+        if getattr(config, name) is not None:
+            positive_int("config", **{name: getattr(config, name)})
+    for name in ("task_weight", "weight", "weight_decay", "hinted_rate", "pad"):
+        value = getattr(config, name)
+        if value is not None and not 0 <= value < float("inf"):
+            raise ValueError(message("config", f"{name} to be >= 0", f"{value}"))
+    if config.weight == 0 and config.task_weight == 0:
+        got = "weight 0 and task_weight 0"
+        raise ValueError(message("config", "a loss with a weight > 0", got))
+    if not 0 < config.hint_epochs < config.epochs:
+        wanted = f"hint_epochs between 1 and epochs - 1 = {config.epochs - 1}"
+        raise ValueError(message("config", wanted, f"{config.hint_epochs}"))
+    for pair in config.pairs:
+        parse_pair(pair)
+    return config
+
+
+def parse_pair(pair: str) -> tuple[str, str]:
+    """`guided=hint` as its two paths.
+
+    >>> parse_pair("conv10=conv2")
+    ('conv10', 'conv2')
+    """
+    guided, equal, hint = pair.partition("=")
+    if not (guided and equal and hint):
+        raise ValueError(message("config", "pairs as guided=hint", repr(pair)))
+    return guided, hint
+
+
+def save(config: Config, run_dir: str | os.PathLike[str]) -> None:
+    """Writes config.yaml into a run directory."""
+    import yaml
+
+    fields = dataclasses.asdict(config) | {"pairs": list(config.pairs)}
+    (Path(run_dir) / FILE).write_text(yaml.safe_dump(fields, sort_keys=False))
+
+
+def load(path: str | os.PathLike[str]) -> Config:
+    """Reads a config from a YAML file or from a run directory.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        ValueError: for an unknown key (the nearest names are given), or a value of
+            the wrong type or range.
+        TypeError: if the file does not hold names and values.
+    """
+    import yaml
+
+    path = Path(path).expanduser()
+    path = path / FILE if path.is_dir() else path
+    if not path.is_file():
+        do = "Pass a run directory of hintjax, or a YAML file."
+        raise FileNotFoundError(message("config", f"a file {path}", "nothing", do))
+    try:
+        fields = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        got = " ".join(str(error).split())
+        raise ValueError(message("config", f"plain YAML in {path}", got)) from None
+    if not isinstance(fields, Mapping):
+        got = type(fields).__name__
+        raise TypeError(message("config", f"names and values in {path}", got))
+    return from_dict(fields)
+
+
+def from_dict(fields: Mapping[str, Any]) -> Config:
+    """A config from plain names and values, each checked.
+
+    >>> from_dict({"epochs": 3, "hint_epochs": 1}).epochs
+    3
+    >>> from_dict({"epoch": 3})
+    Traceback (most recent call last):
+    ...
+    ValueError: config: expected a known key, got 'epoch'. Nearest: epochs, ...
+    """
+    types_of = typing.get_type_hints(Config)
+    given = {}
+    for name, value in fields.items():
+        if name not in types_of:
+            do = f"Nearest: {', '.join(nearest(str(name), types_of))}."
+            raise ValueError(message("config", "a known key", repr(name), do))
+        given[name] = _typed(name, value, types_of[name])
+    return check(Config(**given))
+
+
+def _typed(name, value, wanted):
+    options = typing.get_args(wanted) if _is_union(wanted) else (wanted,)
+    for option in options:
+        if typing.get_origin(option) is Literal:
+            if value in typing.get_args(option):
+                return value
+        elif typing.get_origin(option) is tuple:
+            if isinstance(value, (list, tuple)) and all(
+                isinstance(item, str) for item in value
+            ):
+                return tuple(value)
+        elif option is float and type(value) is int:
+            return float(value)
+        elif type(value) is option:  # so that a bool is no int
+            return value
+    text = " or ".join(getattr(option, "__name__", str(option)) for option in options)
+    raise ValueError(message("config", f"{name} to be {text}", repr(value)))
+
+
+def _is_union(annotation):
+    return typing.get_origin(annotation) in (typing.Union, types.UnionType)

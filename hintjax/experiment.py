@@ -1,0 +1,336 @@
+"""One run from its config: data, teacher, student, phases, and what is left on disk.
+
+A run directory holds config.yaml, metrics.jsonl, TensorBoard events, checkpoints,
+and, when it is finished, the student alone (`student/`, an Orbax tree that a plain
+`module.apply` takes) and result.json. Runs of one `Setting` share the data on the
+device and their compiled programs.
+"""
+
+import dataclasses
+import functools
+import importlib
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+from hintjax import config as configs
+from hintjax._checks import message
+from hintjax.checkpoint import load_tree, save_tree
+from hintjax.config import Config
+from hintjax.data import (
+    Augment,
+    Dataset,
+    evaluation_batches,
+    load,
+    steps_per_epoch,
+)
+from hintjax.method import Method, objective, task
+from hintjax.networks import Network, Variables, join, linen, split
+from hintjax.pairing import suggest_pairs
+from hintjax.stages import distillation_stage, hint_stage, student_variables
+from hintjax.train import Fitted, Phase, Program, evaluate, fit, on_device, program
+
+RESULT = "result.json"
+EVALUATION_BATCH = 500
+
+
+class Step(NamedTuple):
+    """One phase of a recipe: a method in a stage, for a share of the epochs.
+
+    Attributes:
+        name: of the phase, in the metrics.
+        method: what is trained.
+        epochs: how long.
+        hints_only: whether it is a hint stage.
+        carry: see `Phase`.
+        rates: see `distillation_stage`.
+    """
+
+    name: str
+    method: Method
+    epochs: int
+    hints_only: bool = False
+    carry: bool = False
+    rates: Mapping[str, float] = {}
+
+
+# (config, pairs, steps in an epoch) -> the phases of a run.
+Recipe = Callable[[Config, Sequence[tuple[str, str]], int], Sequence[Step]]
+
+
+class Setting(NamedTuple):
+    """What runs share.
+
+    Attributes:
+        config: the run's, or the comparison's.
+        dataset: decoded, on the host.
+        inputs: one image, for shapes.
+        student: the network.
+        teacher: the network; None if no teacher is needed.
+        pairs: (guided layer, hint layer).
+        programs: compiled stages, by what they are made of; filled as they are used.
+    """
+
+    config: Config
+    dataset: Dataset
+    inputs: jax.Array
+    student: Network
+    teacher: Network | None
+    pairs: tuple[tuple[str, str], ...]
+    programs: dict[Any, Program]
+
+
+def network(factory: str, classes: int) -> Network:
+    """The network of `package.module:factory`, called as factory(classes=...).
+
+    Args:
+        factory: its name.
+        classes: of the data set.
+
+    Returns:
+        The factory's `Network`, or its Flax Linen module as one.
+
+    Raises:
+        ValueError: if there is no such factory, or it makes something else.
+    """
+    module_name, colon, name = factory.partition(":")
+    if not (module_name and colon and name):
+        do = "For instance hintjax.models:resnet20."
+        raise ValueError(message("model", "package.module:factory", repr(factory), do))
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            message("model", f"to import {module_name}", f"{error}")
+        ) from None
+    if not hasattr(module, name):
+        near = ", ".join(configs.nearest(name, dir(module)))
+        do = f"Nearest: {near}."
+        raise ValueError(message("model", f"a factory in {module_name}", name, do))
+    made = getattr(module, name)(classes=classes)
+    if isinstance(made, Network):
+        return made
+    if isinstance(made, nn.Module):
+        return linen(made)
+    wanted = f"{factory} to make a Flax Linen module or a hintjax.Network"
+    raise ValueError(message("model", wanted, type(made).__name__))
+
+
+def prepare(config: Config, teacher: Network | None = None) -> Setting:
+    """Reads the data and builds the networks of a run; trains nothing.
+
+    Args:
+        config: the run's.
+        teacher: the teacher's network.
+
+    Returns:
+        The setting, with pairs as configured or else suggested by depth.
+    """
+    dataset = load(
+        config.dataset, config.data_dir, limit=config.limit, size=config.size
+    )
+    steps_per_epoch(dataset.train.n, config.batch_size)  # raises
+    inputs = jnp.zeros((1, *dataset.train.shape), jnp.float32)
+    student = network(config.student, dataset.classes)
+    pairs = tuple(map(configs.parse_pair, config.pairs))
+    if teacher is not None and not pairs:
+        pairs = suggest_pairs(layers(student, inputs), layers(teacher, inputs))
+    return Setting(config, dataset, inputs, student, teacher, pairs, {})
+
+
+def layers(network: Network, inputs: jax.Array) -> dict[str, jax.ShapeDtypeStruct]:
+    """The layers of a network for such inputs, found without computing anything."""
+    variables = jax.eval_shape(network.init, jax.random.key(0), inputs)
+    return network.layers(*variables, inputs)
+
+
+def teacher_of(config: Config, run_dir: Path, **how: Any) -> tuple[Network, Variables]:
+    """The teacher: from the run directory it was trained in, or trained now.
+
+    Args:
+        config: of the run that needs a teacher.
+        run_dir: of that run; a teacher that is trained goes to `run_dir/teacher`.
+        **how: see `run`.
+
+    Returns:
+        The network and its variables.
+    """
+    path = Path(config.teacher).expanduser()
+    if ":" in config.teacher:
+        path = run_dir / "teacher"
+        if not (path / RESULT).exists():
+            own = dataclasses.replace(
+                config,
+                method="backprop",
+                student=config.teacher,
+                epochs=config.teacher_epochs,
+                hint_epochs=1,
+                limit=None,
+                pairs=(),
+                weight=None,
+                task_weight=None,
+                cosine=False,
+            )
+            run(prepare(own), path, backprop, **how)
+    return load_student(path)
+
+
+def load_student(run_dir: str | os.PathLike[str]) -> tuple[Network, Variables]:
+    """The student that a finished run left, with its network.
+
+    Raises:
+        ValueError: if the run has none.
+    """
+    path = Path(run_dir).expanduser()
+    config = configs.load(path)
+    if not (path / "student").exists():
+        do = f"Finish it with `hintjax resume {path}`."
+        raise ValueError(message("teacher", f"a student in {path}", "none", do))
+    result = json.loads((path / RESULT).read_text())
+    return network(config.student, result["classes"]), split(
+        load_tree(path / "student")
+    )
+
+
+def backprop(config, pairs, per_epoch) -> list[Step]:
+    """The recipe of the task alone; also how a teacher is trained."""
+    return [Step("backprop", objective(task=cross_entropy()), config.epochs)]
+
+
+def cross_entropy() -> Method:
+    """The task of image classification."""
+    return task(optax.softmax_cross_entropy_with_integer_labels)
+
+
+def run(
+    setting: Setting,
+    run_dir: Path,
+    recipe: Recipe,
+    *,
+    teacher: Variables | None = None,
+    hints: Variables | None = None,
+    initial: Network | None = None,
+    label: Any = None,
+    learning_rate: float | None = None,
+    seed: int | None = None,
+    resume: bool = False,
+    show: Callable[..., None] | None = None,
+) -> tuple[Fitted, dict[str, Any]]:
+    """One run, from the data to the student on disk.
+
+    Args:
+        setting: what it shares with other runs.
+        run_dir: where it leaves everything.
+        recipe: its phases.
+        teacher: the teacher's variables.
+        hints: the variables of the hint stage's teacher, if that is another one.
+        initial: the network that initialises the student, if that differs.
+        label: under which its programs are shared; the recipe by default.
+        learning_rate: instead of the config's.
+        seed: instead of the config's.
+        resume: go on where the run stopped.
+        show: see `fit`.
+
+    Returns:
+        How it went, and what result.json says.
+    """
+    config, dataset = setting.config, setting.dataset
+    config = dataclasses.replace(
+        config,
+        learning_rate=learning_rate or config.learning_rate,
+        seed=config.seed if seed is None else seed,
+    )
+    run_dir.mkdir(parents=True, exist_ok=True)
+    if not (run_dir / configs.FILE).exists():
+        configs.save(config, run_dir)
+    initialise, feeding, fitting = jax.random.split(jax.random.key(config.seed), 3)
+    feed = on_device(dataset, config.batch_size, feeding)
+    steps = recipe(config, setting.pairs, feed.per_epoch)
+    phases = [
+        _phase(
+            setting, (label or recipe, number), step, config, feed.per_epoch
+        )._replace(teacher=hints if step.hints_only and hints is not None else teacher)
+        for number, step in enumerate(steps)
+    ]
+    batches = functools.partial(
+        evaluation_batches,
+        batch_size=EVALUATION_BATCH,
+        standardize=dataset.standardize,
+    )
+    fitted = fit(
+        run_dir,
+        phases,
+        feed,
+        (initial or setting.student).init(initialise, setting.inputs),
+        key=fitting,
+        validation=list(batches(dataset.validation)),
+        evaluate_every=config.evaluate_every,
+        checkpoint_every=config.checkpoint_every,
+        resume=resume,
+        dispatch=config.dispatch,
+        debug=config.debug,
+        show=show,
+    )
+    stage = phases[-1].program.stage
+    result = {"steps": fitted.steps, "seconds": round(fitted.seconds, 2)}
+    result |= {"boundaries": list(fitted.boundaries), "classes": dataset.classes}
+    for name in ("validation", "test"):
+        found = evaluate(stage, fitted.state, teacher, batches(getattr(dataset, name)))
+        result |= {f"{name}/{key}": value for key, value in found.items()}
+    save_tree(run_dir / "student", join(student_variables(fitted.state)))
+    (run_dir / RESULT).write_text(json.dumps(result, indent=1))
+    return fitted, result
+
+
+def _phase(setting, label, step, config, per_epoch):
+    if label not in setting.programs:
+        setting.programs[label] = program(
+            _stage(setting, step, config, per_epoch),
+            config.batch_size,
+            Augment(pad=config.pad, flip=config.flip),
+        )
+
+    def adjust(state):
+        rates = {"learning_rate": config.learning_rate}
+        return state._replace(opt_state=optax.tree.set(state.opt_state, **rates))
+
+    return Phase(
+        name=step.name,
+        program=setting.programs[label],
+        steps=step.epochs * per_epoch,
+        carry=step.carry,
+        patience=config.patience if step.hints_only else None,
+        adjust=adjust,
+    )
+
+
+def _stage(setting, step, config, per_epoch):
+    optimiser = _optimiser(config, step.epochs * per_epoch)
+    networks = (setting.student, setting.teacher, step.method, optimiser)
+    if step.hints_only:
+        return hint_stage(*networks)
+    return distillation_stage(*networks, rates=step.rates)
+
+
+def _optimiser(config, steps):
+    """The learning rate is in the state, so that one program serves every rate."""
+    decay, rate = config.weight_decay, config.learning_rate
+    if config.optimizer == "adam":
+        made = optax.inject_hyperparams(optax.adamw)(rate, weight_decay=decay)
+    else:
+        sgd = functools.partial(optax.sgd, momentum=0.9, nesterov=True)
+        made = optax.chain(
+            optax.add_decayed_weights(decay), optax.inject_hyperparams(sgd)(rate)
+        )
+    if config.cosine:
+        made = optax.chain(
+            made, optax.scale_by_schedule(optax.cosine_decay_schedule(1.0, steps))
+        )
+    return made

@@ -1,0 +1,453 @@
+"""The loop: batches through stages, with reports, validation, checkpoints, resume.
+
+A run is a list of phases, each a stage with its number of steps; the next phase
+starts from the student of the one before. Where a run stands is its global step,
+the phase, and the stage's state: all in one checkpoint, so that a run that was
+killed goes on to the same bits.
+
+On a CPU every step is its own asynchronous dispatch (convolutions inside a scan are
+many times slower there); on an accelerator one dispatch is a scan of about a second
+of steps. The host waits for the device once per report, never per step.
+"""
+
+import math
+import os
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Key
+
+from hintjax.checkpoint import fingerprint, open_checkpoints
+from hintjax.data import Augment, Dataset, Records, order, steps_per_epoch, stream, take
+from hintjax.method import Data
+from hintjax.metrics import open_metrics
+from hintjax.networks import Variables
+from hintjax.sharding import over_batch, replicated
+from hintjax.stages import Stage, State, student_variables
+
+Batch = Mapping[str, Array]
+_MEASURED = 8  # single steps that say how long a step takes on this accelerator
+
+
+class Program(NamedTuple):
+    """A stage compiled together with the making of its batches.
+
+    Share one program between runs: seeds and initial values are arguments.
+    """
+
+    stage: Stage
+    one: Callable[..., tuple[State, Mapping[str, Array]]]
+    many: Callable[..., tuple[State, Mapping[str, Array]]]
+
+
+class Phase(NamedTuple):
+    """A stage with its budget.
+
+    Attributes:
+        name: of the stage, in the metrics.
+        program: the compiled stage.
+        steps: how many, at most.
+        teacher: its teacher's variables; checkpoints hold their fingerprint only.
+        carry: take over regressors and memory of the same terms from the phase before.
+        patience: end after so many evaluations without a lower validation loss.
+        adjust: applied to the fresh state, e.g. to set a learning rate in it.
+    """
+
+    name: str
+    program: Program
+    steps: int
+    teacher: Variables | None = None
+    carry: bool = False
+    patience: int | None = None
+    adjust: Callable[[State], State] = lambda state: state
+
+
+class Feed(NamedTuple):
+    """Where batches come from.
+
+    Attributes:
+        advance: `(program, state, teacher, at, count) -> (state, metrics)`: the steps
+            `at` to `at + count` of the run.
+        example: one batch, for its shapes.
+        data: size and labels of the training set.
+        per_epoch: steps in an epoch.
+        position: what a checkpoint must hold to go on from here; JSON.
+        seek: goes to such a position.
+    """
+
+    advance: Callable[..., tuple[State, Mapping[str, Array]]]
+    example: Batch
+    data: Data
+    per_epoch: int
+    position: Callable[[], Any]
+    seek: Callable[[Any], None]
+
+
+class Fitted(NamedTuple):
+    """What a run came to."""
+
+    state: State
+    steps: int
+    seconds: float  # of training: evaluation, compilation and saving are not in it
+    boundaries: tuple[int, ...]  # the global step at which each phase ended
+
+
+def program(
+    stage: Stage,
+    batch_size: int,
+    augment: Augment | None = None,
+    mesh: Mesh | None = None,
+) -> Program:
+    """Compiles a stage together with `take`, for data that is on the device.
+
+    Args:
+        stage: the stage.
+        batch_size: of a step.
+        augment: crops and flips.
+        mesh: the stage's mesh, if it has one.
+
+    Returns:
+        The program; nothing is compiled before its first call.
+    """
+    augment = augment or Augment()
+
+    def body(state, teacher, train, standardize, epoch, key, at, position):
+        index = jax.lax.dynamic_slice(epoch, (position * batch_size,), (batch_size,))
+        key = jax.random.fold_in(key, at)
+        batch = take(train, index, standardize, key=key, augment=augment)
+        if mesh is not None:
+            batch = jax.lax.with_sharding_constraint(batch, over_batch(mesh))
+        return stage.step(state, stage.teach(state, teacher, batch), batch)
+
+    def many(state, teacher, train, standardize, epoch, key, at, position, count):
+        def one(state, i):
+            return body(
+                state, teacher, train, standardize, epoch, key, at + i, position + i
+            )
+
+        state, metrics = jax.lax.scan(one, state, jnp.arange(count))
+        return state, jax.tree.map(lambda leaf: leaf[-1], metrics)
+
+    return Program(
+        stage,
+        jax.jit(body, donate_argnums=0),
+        jax.jit(many, donate_argnums=0, static_argnames="count"),
+    )
+
+
+def on_device(
+    dataset: Dataset, batch_size: int, key: Key[Array, ""], mesh: Mesh | None = None
+) -> Feed:
+    """Batches of a training split that is kept on the device as uint8.
+
+    Shuffled anew every epoch; where the run stands follows from its step.
+
+    Args:
+        dataset: decoded.
+        batch_size: of a step.
+        key: of the order and of crops and flips.
+        mesh: the split is replicated over it.
+
+    Returns:
+        The feed.
+    """
+    n, per_epoch = dataset.train.n, steps_per_epoch(dataset.train.n, batch_size)
+    orders, crops = jax.random.split(key)
+    place = None if mesh is None else replicated(mesh)
+    train, standardize = jax.device_put((dataset.train, dataset.standardize), place)
+    current: dict[int, Array] = {}
+
+    def advance(program, state, teacher, at, count):
+        epoch, position = divmod(at, per_epoch)
+        if epoch not in current:
+            current.clear()
+            current[epoch] = order(jax.random.fold_in(orders, epoch), n)
+        where = (train, standardize, current[epoch], crops, at, position)
+        if count == 1:
+            return program.one(state, teacher, *where)
+        return program.many(state, teacher, *where, count=count)
+
+    return Feed(
+        advance=advance,
+        example=take(train, jnp.arange(batch_size), standardize),
+        data=Data(n, train.label),
+        per_epoch=per_epoch,
+        position=lambda: None,
+        seek=lambda position: None,
+    )
+
+
+def streamed(
+    records: Records,
+    dataset: Dataset,
+    batch_size: int,
+    seed: int,
+    augment: Augment | None = None,
+) -> Feed:
+    """Batches of a training split that does not fit, decoded as they are needed.
+
+    Args:
+        records: the training split on disk.
+        dataset: for its `standardize`.
+        batch_size: of a step.
+        seed: of the order and of crops and flips.
+        augment: crops and flips, made on the host.
+
+    Returns:
+        The feed; its position is Grain's own.
+    """
+    batches = stream(
+        records,
+        batch_size,
+        dataset.standardize,
+        augment=augment or Augment(),
+        seed=seed,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    start = batches.get_state()
+    example = next(batches)
+    batches.set_state(start)
+
+    def advance(program, state, teacher, at, count):
+        for _ in range(count):
+            state, metrics = program.stage.update(state, teacher, next(batches))
+        return state, metrics
+
+    labels = records.labels(range(records.n))
+    return Feed(
+        advance=advance,
+        example=example,
+        data=Data(records.n, labels),
+        per_epoch=steps_per_epoch(records.n, batch_size),
+        position=batches.get_state,
+        seek=batches.set_state,
+    )
+
+
+def evaluate(
+    stage: Stage,
+    state: State,
+    teacher: Variables | None,
+    batches: Iterable[Batch],
+) -> dict[str, float]:
+    """The objective and its metrics over a whole split, each example counted once.
+
+    Args:
+        stage: the stage.
+        state: its state; untouched.
+        teacher: the teacher's variables.
+        batches: with "where", as `data.evaluation_batches` gives them.
+
+    Returns:
+        The metrics by name, on the host.
+    """
+    total, count = None, 0
+    for batch in batches:
+        valid = int(np.sum(batch["where"]))
+        metrics = stage.evaluate(state, teacher, batch)
+        weighted = jax.tree.map(lambda value, by=valid: value * by, metrics)
+        total = weighted if total is None else jax.tree.map(jnp.add, total, weighted)
+        count += valid
+    if total is None:
+        raise ValueError(
+            "evaluate: expected batches, got none. Give a split that has examples."
+        )
+    return {name: float(value) / count for name, value in jax.device_get(total).items()}
+
+
+def fit(
+    run_dir: str | os.PathLike[str],
+    phases: Sequence[Phase],
+    feed: Feed,
+    student: Variables,
+    *,
+    key: Key[Array, ""],
+    validation: Sequence[Batch] = (),
+    evaluate_every: int = 1,
+    checkpoint_every: int = 1,
+    report_every: int | None = None,
+    resume: bool = False,
+    identity: Mapping[str, Any] | None = None,
+    dispatch: int | None = None,
+    debug: bool = False,
+    show: Callable[[int, Mapping[str, Any], str], None] | None = None,
+) -> Fitted:
+    """Trains a student through its phases, and leaves all in the run directory.
+
+    Args:
+        run_dir: metrics and checkpoints go here.
+        phases: the stages, in their order.
+        feed: the batches.
+        student: where the first phase starts.
+        key: of the run.
+        validation: batches that are evaluated, never trained on.
+        evaluate_every: epochs between evaluations.
+        checkpoint_every: epochs between checkpoints; each phase also ends with one.
+        report_every: steps between reports; by default an epoch, at most 100 steps.
+        resume: go on from the newest checkpoint, if there is one.
+        identity: what must be equal for a resume to make sense; JSON.
+        dispatch: steps in one dispatch; by default 1 on a CPU, about a second's on an
+            accelerator.
+        debug: check at every report that parameters and metrics are finite.
+        show: `(steps done, metrics, phase)`, called at every report.
+
+    Returns:
+        The final state and how it was reached.
+
+    Raises:
+        ValueError: if a resumed run has another teacher or another identity.
+    """
+    teachers = [fingerprint(phase.teacher) for phase in phases]
+    identity = {**(identity or {}), "teachers": teachers}
+    report_every = report_every or min(feed.per_epoch, 100)
+    evaluate_every, checkpoint_every = (
+        epochs * feed.per_epoch for epochs in (evaluate_every, checkpoint_every)
+    )
+    pauses = (report_every, evaluate_every, checkpoint_every)
+
+    def begin(number, variables, earlier):
+        phase = phases[number]
+        state = phase.program.stage.init(
+            jax.random.fold_in(key, number),
+            variables,
+            phase.teacher,
+            feed.example,
+            feed.data,
+            earlier if phase.carry else None,
+        )
+        return phase.adjust(state)
+
+    def save(checkpoints, state, now):
+        extra = {"now": now._asdict(), "position": feed.position(), "of": identity}
+        checkpoints.save(now.at, state, extra)
+
+    def restore(checkpoints, saved):
+        extra = checkpoints.peek(saved)
+        _check_identity(run_dir, extra["of"], identity)
+        now = _Now(**extra["now"])
+        state, _ = checkpoints.restore(begin(now.phase, student, None), saved)
+        feed.seek(extra["position"])
+        return state, now
+
+    def report(lines, state, metrics, now):
+        """Waits for the device, and says how things are."""
+        phase = phases[now.phase]
+        metrics = jax.device_get(metrics)
+        ended = now.at == now.began + phase.steps
+        if validation and (ended or now.at % evaluate_every == 0):
+            found = evaluate(phase.program.stage, state, phase.teacher, validation)
+            metrics |= {f"validation/{name}": value for name, value in found.items()}
+            better = now.best is None or found["loss"] < now.best
+            now = now._replace(
+                best=found["loss"] if better else now.best,
+                waited=0 if better else now.waited + 1,
+            )
+        if debug:
+            chex.assert_tree_all_finite((metrics, state.params, state.state))
+        lines.write(now.at, phase.name, metrics)
+        if show is not None:
+            show(now.at, metrics, phase.name)
+        return now
+
+    def over(now):
+        phase = phases[now.phase]
+        tired = phase.patience is not None and now.waited >= phase.patience
+        return tired or now.at == now.began + phase.steps
+
+    def train(checkpoints, lines, state, now):
+        """One phase, to its end."""
+        phase = phases[now.phase]
+        end, timer = now.began + phase.steps, None
+        periods = (*pauses, feed.per_epoch)  # no dispatch reaches over one of these
+        while not over(now):
+            stop = min(end, *(now.at - now.at % every + every for every in periods))
+            while now.at < stop:
+                count = now.dispatch or 1
+                count = count if now.at + count <= stop else 1
+                state, metrics = feed.advance(
+                    phase.program, state, phase.teacher, now.at, count
+                )
+                now = now._replace(at=now.at + count)
+                if timer is None:  # that was compilation
+                    jax.block_until_ready(metrics)
+                    timer = _Timer()
+                elif now.dispatch is None and timer.calls() == _MEASURED:
+                    jax.block_until_ready(metrics)
+                    now = now._replace(dispatch=timer.steps_in_a_second())
+            if now.at == end or any(now.at % every == 0 for every in pauses):
+                jax.block_until_ready(metrics)
+                now = now._replace(seconds=now.seconds + timer.seconds())
+                now = report(lines, state, metrics, now)
+                if over(now) or now.at % checkpoint_every == 0:
+                    save(checkpoints, state, now)
+                timer = _Timer()
+        return state, now
+
+    with open_checkpoints(Path(run_dir) / "checkpoints") as checkpoints:
+        saved = checkpoints.latest() if resume else None
+        if saved is None:
+            on_cpu = jax.default_backend() == "cpu"
+            now = _Now(dispatch=dispatch or (1 if on_cpu else None))
+            state = begin(0, student, None)
+        else:
+            state, now = restore(checkpoints, saved)
+        with open_metrics(run_dir, resume=now.at if resume else None) as lines:
+            while True:
+                state, now = train(checkpoints, lines, state, now)
+                now = now._replace(ended=[*now.ended, now.at])
+                if now.phase + 1 == len(phases):
+                    break
+                now = now._replace(
+                    phase=now.phase + 1, began=now.at, best=None, waited=0
+                )
+                state = begin(now.phase, student_variables(state), state)
+    return Fitted(state, now.at, now.seconds, tuple(now.ended))
+
+
+class _Now(NamedTuple):
+    """Where a run stands, beside the state of its stage; JSON."""
+
+    at: int = 0  # steps of the run, over all phases
+    phase: int = 0
+    began: int = 0  # the step at which the phase began
+    ended: Sequence[int] = ()  # the steps at which phases ended
+    best: float | None = None  # the phase's lowest validation loss,
+    waited: int = 0  # and the evaluations since
+    seconds: float = 0.0
+    dispatch: int | None = None
+
+
+class _Timer:
+    """Seconds and calls since it was made."""
+
+    def __init__(self):
+        self._start, self._calls = time.perf_counter(), 0
+
+    def seconds(self) -> float:
+        return time.perf_counter() - self._start
+
+    def calls(self) -> int:
+        self._calls += 1
+        return self._calls
+
+    def steps_in_a_second(self) -> int:
+        steps = self._calls / max(self.seconds(), 1e-9)
+        return 2 ** int(math.log2(min(max(steps, 1), 256)))
+
+
+def _check_identity(run_dir, saved, ours):
+    changed = [name for name in {**saved, **ours} if saved.get(name) != ours.get(name)]
+    if changed:
+        name = changed[0]
+        raise ValueError(
+            f"resume: expected {run_dir} to be a run with {name} {ours.get(name)!r}, got "
+            f"{saved.get(name)!r}. Resume with what it was started with, or start anew."
+        )
