@@ -1,0 +1,573 @@
+"""Checkpoints and exports on disk; the only file that imports Orbax.
+
+A checkpoint is one directory, ``<directory>/<step>``: an Orbax tree of plain nested
+dicts of numpy arrays and, in it, ``hintjax.json`` with the caller's `extra` and the
+path, dtype, shape and checksum of every array. Both are written under a temporary name
+and renamed together, so that a step is there whole or not at all.
+
+Orbax is asked for two things only, to write and to read one directory, and writes on
+one thread of ours. Its managers stay out: one skips a save while another is in flight,
+one deletes the newest step when it keeps the best one, both cast on restore, and both
+lose what is in flight when the interpreter ends.
+"""
+
+import atexit
+import contextlib
+import errno
+import hashlib
+import json
+import logging
+import operator
+import os
+import shutil
+import sys
+import threading
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple, SupportsIndex
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from jaxtyping import PyTree
+
+from hintjax._checks import message, positive_int
+
+_RECORD = "hintjax.json"
+_FORMAT = 1
+_STAGING = ".hintjax-tmp"
+_SHOWN = 10  # differences that an error lists
+
+# Saves whose outcome nobody has been told yet.
+_UNTOLD: set[Future] = set()
+
+
+class _Leaf(NamedTuple):
+    """What is known of an array before its values."""
+
+    path: tuple[str, ...]
+    dtype: str
+    shape: tuple[int, ...]
+    key: str  # the implementation, if it holds typed PRNG keys
+
+
+class Checkpoints(contextlib.AbstractContextManager):
+    """The checkpoints of one run; made by `open_checkpoints`.
+
+    Whatever reads waits for a save in flight first.
+    """
+
+    def __init__(self, directory: Path, keep: int):
+        self.directory = directory
+        self.keep = keep
+        self._thread = ThreadPoolExecutor(1, "hintjax-checkpoint")
+        self._saving: Future | None = None
+
+    def save(
+        self,
+        step: SupportsIndex,
+        tree: PyTree,
+        extra: Mapping[str, Any] | None = None,
+        *,
+        best: bool = False,
+    ) -> None:
+        """Copies `tree` to the host, returns, and writes it and `extra` behind.
+
+        The arrays may be donated straight afterwards. A save in flight is waited for;
+        if it failed, that is raised here, and this one has not started.
+
+        Args:
+          step: above every step that is there.
+          tree: arrays, typed PRNG keys among them, in any pytree.
+          extra: what JSON can hold, stored and read together with the tree.
+          best: marks the step; the newest one so marked outlives the latest `keep`.
+        """
+        step, newest = operator.index(step), max(self.steps(), default=-1)
+        if step <= newest:
+            do = f"Steps only grow, and nothing in {self.directory} is overwritten."
+            raise ValueError(message("save", f"a step above {newest}", f"{step}", do))
+        leaves, arrays = _flatten("save", tree)
+        record = {"best": best, "extra": _json(extra or {})}
+        # A view of a CPU device's memory would keep that memory from being donated.
+        host = [array.copy() for array in _fetch(arrays)]
+        target, staging = self.directory / str(step), self.directory / _STAGING
+        _stage("save", staging, target, host)
+        self._saving = self._thread.submit(
+            self._write, staging, target, leaves, host, record
+        )
+        _UNTOLD.add(self._saving)
+
+    def _write(
+        self,
+        staging: Path,
+        target: Path,
+        leaves: list[_Leaf],
+        host: list[np.ndarray],
+        record: dict[str, Any],
+    ) -> None:
+        try:
+            record["leaves"] = _entries(leaves, host)
+            _commit("save", staging, target, _nest(leaves, host), record)
+            with contextlib.suppress(OSError):  # it is saved; the next save tries again
+                self._retire(staging)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+
+    def _retire(self, trash: Path) -> None:
+        """Moves away what is not kept: half deleted, it must not look like a step."""
+        steps = self._steps()
+        for step in set(steps) - {*steps[-self.keep :], self._best(steps)}:
+            (self.directory / str(step)).rename(trash / f"{step}.retired")
+
+    def _steps(self) -> list[int]:
+        if not self.directory.is_dir():
+            return []
+        names = [record.parent.name for record in self.directory.glob(f"*/{_RECORD}")]
+        return sorted(int(name) for name in names if name.isdecimal())
+
+    def _best(self, steps: list[int]) -> int | None:
+        for step in reversed(steps):
+            with contextlib.suppress(ValueError):  # damaged
+                if _record(self.directory / str(step))["best"]:
+                    return step
+        return None
+
+    def steps(self) -> list[int]:
+        """The steps that are there, ascending."""
+        self.wait()
+        return self._steps()
+
+    def latest(self) -> int | None:
+        """The newest step, or None."""
+        return max(self.steps(), default=None)
+
+    def best(self) -> int | None:
+        """The newest step that was saved with ``best=True``, or None."""
+        return self._best(self.steps())
+
+    def _find(self, caller: str, step: SupportsIndex | None) -> Path:
+        steps = self.steps()
+        if not steps:
+            raise ValueError(
+                message(caller, f"a checkpoint in {self.directory}", "none")
+            )
+        step = steps[-1] if step is None else operator.index(step)
+        if step not in steps:
+            wanted = f"one of the steps {steps} in {self.directory}"
+            raise ValueError(message(caller, wanted, str(step)))
+        return self.directory / str(step)
+
+    def peek(self, step: SupportsIndex | None = None) -> dict[str, Any]:
+        """The `extra` of a step, the newest if None, without reading its tree.
+
+        It says which stage wrote the step, which one has to know to build `like`.
+        """
+        return _record(self._find("peek", step))["extra"]
+
+    def restore(
+        self, like: PyTree, step: SupportsIndex | None = None
+    ) -> tuple[PyTree, dict[str, Any]]:
+        """Reads a step, the newest if None, into the structure of `like`.
+
+        Args:
+          like: a tree of arrays or `jax.ShapeDtypeStruct`. Values are not read, so that
+            donated arrays will do; every array goes where its counterpart lies.
+          step: which step.
+
+        Returns:
+          The tree, equal bit for bit to the one that was saved, and its `extra`.
+
+        Raises:
+          ValueError: paths, shapes or dtypes differ (nothing is cast, and nothing is
+            restored in part), an array is damaged, or there is no such step.
+        """
+        path = self._find("restore", step)
+        leaves, targets = _flatten("restore", like)
+        record = _record(path)
+        _refuse_other(path, record["leaves"], leaves)
+        stored = _read(path, record)[0]
+        values = [
+            _place(leaf.path, *stored[leaf.path], target)
+            for leaf, target in zip(leaves, targets, strict=True)
+        ]
+        return jax.tree.unflatten(jax.tree.structure(like), values), record["extra"]
+
+    def wait(self) -> None:
+        """Returns when nothing is in flight; raises OSError if the save failed."""
+        if self._saving is None:
+            return
+        error = self._saving.exception()
+        _UNTOLD.discard(self._saving)
+        self._saving = None
+        if error is not None:
+            raise error
+
+    def close(self) -> None:
+        """Waits, as the end of a ``with`` block does."""
+        self.wait()
+
+    def __exit__(self, kind, error, traceback) -> None:
+        try:
+            self.wait()
+        except OSError as failure:
+            if error is None:
+                raise
+            error.add_note(str(failure))  # what ended the block stays the error
+
+
+def open_checkpoints(directory: str | os.PathLike, *, keep: int = 2) -> Checkpoints:
+    """The checkpoints in `directory`; the first save makes it if it is not there.
+
+    Args:
+      directory: a local directory; relative paths and ``~`` are resolved now.
+      keep: how many of the latest steps stay, besides the best one.
+
+    >>> from tempfile import TemporaryDirectory
+    >>> with TemporaryDirectory() as directory:
+    ...     with open_checkpoints(directory) as checkpoints:
+    ...         checkpoints.save(10, {"w": jnp.arange(2)}, {"stage": "hint"})
+    ...         print(checkpoints.latest(), checkpoints.peek())
+    ...         tree, extra = checkpoints.restore({"w": jnp.zeros(2, int)})
+    10 {'stage': 'hint'}
+    >>> tree
+    {'w': Array([0, 1], dtype=int32)}
+    """
+    positive_int("open_checkpoints", keep=keep)
+    path = _resolve("open_checkpoints", directory)
+    if path.exists() and not path.is_dir():
+        raise ValueError(message("open_checkpoints", "a directory", f"the file {path}"))
+    return Checkpoints(path, keep)
+
+
+def fingerprint(tree: PyTree) -> str:
+    """SHA-256 over the sorted paths, dtypes, shapes and bytes of a tree.
+
+    Containers and devices do not count: a dict, a NamedTuple of the same fields and
+    sharded copies of either have one fingerprint.
+
+    >>> fingerprint({"w": np.zeros(2, np.float32)})[:12]
+    'bdce4ce55dfb'
+    """
+    leaves, arrays = _flatten("fingerprint", tree)
+    digest = hashlib.sha256()
+    for leaf, array in sorted(zip(leaves, _fetch(arrays), strict=True)):
+        digest.update(json.dumps([leaf.path, leaf.dtype, leaf.shape]).encode())
+        digest.update(_bytes(array))
+    return digest.hexdigest()
+
+
+def save_tree(path: str | os.PathLike, tree: Mapping[str, Any]) -> None:
+    """Writes nested dicts of arrays as one Orbax directory, there when it returns.
+
+    Plain Orbax reads it as well: ``StandardCheckpointer().restore(path)``.
+
+    Args:
+      path: a new or empty directory, or an earlier export, which is replaced.
+      tree: what ``module.apply`` takes: ``{"params": ..., "batch_stats": ...}``.
+    """
+    target = _resolve("save_tree", path)
+    empty = target.is_dir() and not any(target.iterdir())
+    if target.exists() and not empty and not _is_export(target):
+        wanted = "a new or empty directory or an earlier export"
+        do = "Choose another path: what others wrote is not overwritten."
+        raise ValueError(message("save_tree", wanted, str(target), do))
+    tree = _plain(tree, ())
+    leaves, arrays = _flatten("save_tree", tree)
+    host = _fetch(arrays)
+    for leaf, array in zip(leaves, host, strict=True):
+        if leaf.key or not array.size:
+            wanted = f"{'/'.join(leaf.path)} to be a plain array, and not empty"
+            raise ValueError(
+                message("save_tree", wanted, _kind(leaf.dtype, leaf.shape))
+            )
+    staging = target.with_name(f".{target.name}{_STAGING}")
+    _stage("save_tree", staging, target, host)
+    try:
+        record = {"export": True, "leaves": _entries(leaves, host)}
+        tree = jax.tree.unflatten(jax.tree.structure(tree), host)
+        _commit("save_tree", staging, target, tree, record)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def load_tree(path: str | os.PathLike) -> dict[str, Any]:
+    """Reads what `save_tree` wrote: nested dicts of arrays, with nothing else to know.
+
+    >>> from tempfile import TemporaryDirectory
+    >>> with TemporaryDirectory() as directory:
+    ...     save_tree(f"{directory}/student", {"params": {"bias": jnp.ones(2)}})
+    ...     load_tree(f"{directory}/student")
+    {'params': {'bias': Array([1., 1.], dtype=float32)}}
+    """
+    source = _resolve("load_tree", path)
+    if not _is_export(source):
+        wanted = "a directory that save_tree wrote"
+        raise ValueError(message("load_tree", wanted, str(source)))
+    stored, tree = _read(source, _record(source))
+    leaves, arrays = _flatten("load_tree", tree)
+    placed = [
+        _place(leaf.path, *stored[leaf.path], jax.ShapeDtypeStruct(x.shape, x.dtype))
+        for leaf, x in zip(leaves, arrays, strict=True)
+    ]
+    return jax.tree.unflatten(jax.tree.structure(tree), placed)
+
+
+# Trees and arrays.
+
+
+def _flatten(caller: str, tree: PyTree) -> tuple[list[_Leaf], list[Any]]:
+    """The arrays of a tree by path; None and empty containers are structure only."""
+    leaves, arrays, taken = [], [], {}
+    for keys, array in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        path = tuple(jax.tree_util.keystr((key,), simple=True) for key in keys)
+        kinds = (np.number, np.bool_, jax.dtypes.prng_key)
+        dtype = getattr(array, "dtype", None)
+        if dtype is None or not any(jnp.issubdtype(dtype, kind) for kind in kinds):
+            wanted = f"{'/'.join(path)} to be an array of numbers"
+            do = "Make it one (jnp.asarray), or keep it in extra."
+            raise TypeError(message(caller, wanted, f"{type(array).__name__}", do))
+        # Orbax joins keys with dots and writes {"a.b": x} over {"a": {"b": y}}.
+        other = taken.setdefault("/".join(path).replace(".", "/"), path)
+        if other is not path:
+            wanted = "paths that differ when their keys are joined with dots"
+            raise ValueError(message(caller, wanted, f"{path} and {other}"))
+        key = isinstance(array, jax.Array) and _is_key(array)
+        key = str(jax.random.key_impl(array)) if key else ""
+        leaves.append(_Leaf(path, str(dtype), tuple(array.shape), key))
+        arrays.append(array)
+    return leaves, arrays
+
+
+def _is_key(array: Any) -> bool:
+    return jnp.issubdtype(array.dtype, jax.dtypes.prng_key)
+
+
+def _fetch(arrays: Sequence[Any]) -> list[np.ndarray]:
+    """On the host, keys as their data. All transfers start before the first ends."""
+    data = [jax.random.key_data(x) if _is_key(x) else x for x in arrays]
+    return [np.asarray(array) for array in jax.device_get(data)]
+
+
+def _bytes(array: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+
+
+def _kind(dtype: str, shape: Sequence[int]) -> str:
+    return f"{dtype} {tuple(shape)}"
+
+
+def _entries(leaves: list[_Leaf], host: list[np.ndarray]) -> list[dict[str, Any]]:
+    """The leaves as the record has them: `data` is what lies on disk."""
+    return [
+        leaf._asdict()
+        | {"data": [str(array.dtype), array.shape], "crc32": zlib.crc32(_bytes(array))}
+        for leaf, array in zip(leaves, host, strict=True)
+    ]
+
+
+def _nest(leaves: list[_Leaf], host: list[np.ndarray]) -> dict[str, Any]:
+    """Nested dicts by path, less arrays of size 0, which Orbax cannot write."""
+    tree: dict[str, Any] = {}
+    for leaf, array in zip(leaves, host, strict=True):
+        node = tree
+        for key in leaf.path[:-1]:
+            node = node.setdefault(key, {})
+        if array.size:
+            node[leaf.path[-1]] = array
+    return tree
+
+
+def _plain(node: Any, path: tuple[str, ...]) -> Any:
+    """The same dicts as plain ones: nothing else comes back as what it was."""
+    if isinstance(node, Mapping) and all(isinstance(key, str) for key in node):
+        return {key: _plain(child, (*path, key)) for key, child in node.items()}
+    if path and hasattr(node, "dtype"):
+        return node
+    wanted = f"{'/'.join(path) or 'tree'} to be a dict with strings as keys"
+    raise TypeError(message("save_tree", wanted, type(node).__name__))
+
+
+def _place(path: tuple[str, ...], value: np.ndarray, key: str, like: Any) -> Any:
+    """The value as an array of the kind of `like`, where `like` lies."""
+    if isinstance(like, np.ndarray | np.generic):
+        return value if isinstance(like, np.ndarray) else value[()]
+    placed: Any = value
+    if key:
+        placed = jax.random.wrap_key_data(value, impl=key)
+    elif like.weak_type:
+        # A strong type here would promote otherwise than the run that saved it.
+        placed = jnp.full(value.shape, value.dtype.type(0).item()).at[...].set(value)
+    # An array that was free to join any mesh stays free.
+    if like.sharding is not None and getattr(like, "committed", True):
+        placed = jax.device_put(placed, like.sharding)
+    else:
+        placed = jnp.asarray(placed)
+    if placed.dtype != like.dtype:
+        wanted = f"{'/'.join(path)} as {like.dtype}"
+        do = "Set jax_enable_x64, as the run that saved it had."
+        raise ValueError(message("restore", wanted, str(placed.dtype), do))
+    return placed
+
+
+# Directories.
+
+
+def _resolve(caller: str, path: str | os.PathLike) -> Path:
+    if "://" in str(path):
+        raise ValueError(message(caller, "a local path", str(path)))
+    return Path(path).expanduser().absolute()
+
+
+def _json(extra: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy as JSON will give it back."""
+    try:
+        return json.loads(json.dumps(dict(extra)))
+    except (TypeError, ValueError) as error:
+        wanted = "extra to hold what JSON can"
+        raise TypeError(message("save", wanted, str(error))) from error
+
+
+def _stage(caller: str, staging: Path, target: Path, host: list[np.ndarray]) -> None:
+    """Makes `staging` anew, if there is room; a killed process may have left it."""
+    if not any(array.size for array in host):
+        raise ValueError(message(caller, "a tree with arrays in it", "none"))
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    if shutil.disk_usage(staging).free < sum(array.nbytes for array in host):
+        staging.rmdir()
+        raise _failure(caller, target, host, "the disk is full", errno.ENOSPC)
+
+
+def _commit(
+    caller: str, staging: Path, target: Path, tree: dict, record: dict[str, Any]
+) -> None:
+    """Writes tree and record under `staging`, and renames them into place together."""
+    staged = staging / target.name
+    try:
+        with _orbax() as orbax:
+            orbax.save(staged, args=ocp.args.StandardSave(tree))
+        (staged / _RECORD).write_text(json.dumps({"format": _FORMAT, **record}))
+        if _is_export(target):
+            target.rename(staging / f"{target.name}.replaced")
+        staged.rename(target)
+    except Exception as error:
+        shutil.rmtree(staging, ignore_errors=True)
+        reason = str(error).partition("\n")[0][:300]
+        code = getattr(error, "errno", None) or (
+            errno.ENOSPC if "No space left" in reason else errno.EIO
+        )
+        raise _failure(caller, target, jax.tree.leaves(tree), reason, code) from error
+
+
+def _failure(
+    caller: str, target: Path, host: list[np.ndarray], reason: str, code: int
+) -> OSError:
+    needed = sum(array.nbytes for array in host)
+    free = shutil.disk_usage(target.parent).free
+    text = (
+        f"{caller}: nothing was written, {reason}; {needed} bytes are needed and "
+        f"{free} are free. What was there before is as it was"
+    )
+    return OSError(code, text, str(target))
+
+
+def _record(path: Path) -> dict[str, Any]:
+    try:
+        record = json.loads((path / _RECORD).read_text())
+        version = record["format"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _damaged(path / _RECORD, error) from error
+    if version != _FORMAT:
+        got = f"format {version} in {path}"
+        do = "Read it with the version of hintjax that wrote it, or a newer one."
+        raise ValueError(message("checkpoint", f"format {_FORMAT}", got, do))
+    return record
+
+
+def _is_export(path: Path) -> bool:
+    return (path / _RECORD).is_file() and "export" in _record(path)
+
+
+def _read(path: Path, record: dict[str, Any]) -> tuple[dict, dict]:
+    """{path: (array, key implementation)} and the tree of them, all as recorded."""
+    try:
+        with _orbax() as orbax:
+            tree = orbax.restore(path)
+    except Exception as error:
+        raise _damaged(path, error) from error
+    stored = {}
+    for entry in record["leaves"]:
+        dtype, shape = entry["data"]
+        array: Any = np.zeros(shape, jnp.dtype(dtype)) if 0 in shape else tree
+        for key in () if 0 in shape else entry["path"]:
+            array = array.get(key) if isinstance(array, dict) else None
+        if (
+            not isinstance(array, np.ndarray)
+            or [str(array.dtype), [*array.shape]] != entry["data"]
+            or zlib.crc32(_bytes(array)) != entry["crc32"]
+        ):
+            raise _damaged(path, "/".join(entry["path"]))
+        stored[tuple(entry["path"])] = (array, entry["key"])
+    return stored, tree
+
+
+def _damaged(path: Path, what: object) -> ValueError:
+    do = "Restore another step."
+    return ValueError(message("checkpoint", f"{path} as it was written", f"{what}", do))
+
+
+def _refuse_other(path: Path, stored: list[dict], wanted: list[_Leaf]) -> None:
+    """Raise, listing the differences, unless the two have one structure."""
+    there = {tuple(x["path"]): _kind(x["dtype"], x["shape"]) for x in stored}
+    here = {leaf.path: _kind(leaf.dtype, leaf.shape) for leaf in wanted}
+    differences = [
+        f"{'/'.join(leaf)}: {there.get(leaf, 'nothing')} stored, "
+        f"{here.get(leaf, 'nothing')} wanted"
+        for leaf in sorted(there.keys() | here.keys())
+        if there.get(leaf) != here.get(leaf)
+    ]
+    if not differences:
+        return
+    shown = differences[:_SHOWN]
+    if len(differences) > _SHOWN:
+        shown.append(f"and {len(differences) - _SHOWN} more")
+    do = "Build `like` from the models, the method and the optimizer that were saved."
+    got = "\n  ".join([f"{len(differences)} differences:", *shown]) + "\n"
+    raise ValueError(message("restore", f"the tree in {path}", got, do))
+
+
+@contextlib.contextmanager
+def _orbax() -> Iterator[ocp.Checkpointer]:
+    """Orbax for one directory, in silence: what goes wrong is raised.
+
+    It logs by absl at every level; only its own records are dropped, and only while
+    it works for us.
+    """
+    inside = f"{os.sep}orbax{os.sep}"
+    absl = logging.getLogger("absl")
+
+    def others(record: logging.LogRecord) -> bool:
+        return inside not in record.pathname
+
+    absl.addFilter(others)
+    try:
+        with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as orbax:
+            yield orbax
+    finally:
+        absl.removeFilter(others)
+
+
+def _finish() -> None:
+    """Lets a save in flight end, and tells of failures that nobody asked for."""
+    for saving in tuple(_UNTOLD):
+        error = saving.exception()
+        if error is not None:
+            print(f"{type(error).__name__}: {error}", file=sys.stderr)
+
+
+# Orbax needs threads, and none start once the interpreter shuts down, which is before
+# atexit: what is in flight has to end earlier.
+getattr(threading, "_register_atexit", atexit.register)(_finish)
