@@ -49,8 +49,6 @@ from hintjax.methods import (
 )
 from hintjax.metrics import progress
 
-_RATES = (1e-3, 3e-3)  # that every arm of a comparison chooses from
-
 
 def _or(value: float | None, usual: float) -> float:
     return usual if value is None else value
@@ -74,16 +72,22 @@ def _attention(config, pairs, per_epoch):
 
 
 def _fitnets(config, pairs, per_epoch):
-    epochs = config.epochs - config.hint_epochs
+    hint_epochs = config.hint_epochs or config.epochs // 2
+    if not hint_epochs:
+        wanted = "epochs >= 2: one for each stage of fitnets"
+        raise ValueError(message("config", wanted, f"{config.epochs}"))
+    epochs = config.epochs - hint_epochs
     # The paper's second stage: lambda decays from 4 to 1, over all of it.
     decay = lambda_decay(4.0, 1.0, 0, epochs, per_epoch)
     terms = {
         "task": weighted(cross_entropy(), _or(config.task_weight, 1.0)),
         "kd": weighted(soft_targets(3.0), decay),
     }
-    rates = {guided: config.hinted_rate for guided, _ in pairs[-1:]}
+    rates = {}
+    if config.hinted_rate != 1:
+        rates = {guided: config.hinted_rate for guided, _ in pairs[-1:]}
     return [
-        Step("hint", objective(hint=fitnets(pairs)), config.hint_epochs, True),
+        Step("hint", objective(hint=fitnets(pairs)), hint_epochs, True),
         Step("distillation", objective(**terms), epochs, rates=rates),
     ]
 
@@ -113,16 +117,18 @@ _BASELINES = ("backprop", "KD", "AT", "backprop, He", "KD, He")
 
 
 def _arms(config: Config) -> list[Arm]:
-    plain = config.student
+    def arm(name, recipe, rate, initial=config.student, **more):
+        return Arm(name, recipe, config.rates or (rate,), initial, **more)
+
     return [
-        Arm("backprop", backprop, plain),
-        Arm("KD", _kd, plain),
-        Arm("AT", _attention, plain),
-        Arm("FitNets", _fitnets, plain),
-        Arm("FitNets, untrained hints", _fitnets, plain, untrained=True),
-        Arm("backprop, He", backprop, _HE),
-        Arm("KD, He", _kd, _HE),
-        Arm("FitNets, He", _fitnets, _HE),
+        arm("backprop", backprop, 2e-3),
+        arm("KD", _kd, 2e-3),
+        arm("AT", _attention, 3e-3),
+        arm("FitNets", _fitnets, 3e-3),
+        arm("FitNets, untrained hints", _fitnets, 3e-3, untrained=True),
+        arm("backprop, He", backprop, 2e-3, _HE),
+        arm("KD, He", _kd, 3e-3, _HE),
+        arm("FitNets, He", _fitnets, 2e-3, _HE),
     ]
 
 
@@ -141,7 +147,7 @@ def distill(config: Config, run_dir: Path, *, resume: bool = False) -> None:
     bare = prepare(config)
     per_epoch = bare.dataset.train.n // config.batch_size
     arms = _arms(config) if config.method is None else []
-    runs = len(arms) * (len(_RATES) + config.seeds - 1) if arms else 1
+    runs = sum(len(arm.rates) + config.seeds - 1 for arm in arms) or 1
     total = runs * config.epochs * per_epoch
     with progress(total, "hintjax", images_per_step=config.batch_size) as report:
         begin = _counting(report)
@@ -158,7 +164,7 @@ def distill(config: Config, run_dir: Path, *, resume: bool = False) -> None:
             how = {"teacher": variables, "resume": resume, "show": begin("student")}
             run(setting, run_dir, recipe, **how)
             return
-        found = compare(setting, run_dir, arms, variables, rates=_RATES, begin=begin)
+        found = compare(setting, run_dir, arms, variables, begin=begin)
     result = table(setting, variables, found, _BASELINES)
     (run_dir / REPORT).write_text(json.dumps(result, indent=1))
     show_table(result)

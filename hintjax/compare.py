@@ -1,8 +1,8 @@
 """A comparison: one teacher, several arms, the same seeds; a table and a picture.
 
-Every arm has the same number of steps and the same learning rates to choose from;
-the choice is made on the validation split, with the first seed. The test split is
-read once, at the end of each run.
+Every arm has the same number of steps. Where an arm has several learning rates to
+choose from, the choice is made on the validation split, with the first seed. The test
+split is read once, at the end of each run.
 """
 
 import json
@@ -41,12 +41,14 @@ class Arm(NamedTuple):
     Attributes:
         name: in the table.
         recipe: its phases.
+        rates: the learning rates to choose from.
         initial: the factory of the module that initialises the student.
         untrained: whether its hints come from a teacher that was never trained.
     """
 
     name: str
     recipe: Recipe
+    rates: Sequence[float]
     initial: str
     untrained: bool = False
 
@@ -57,7 +59,6 @@ def compare(
     arms: Sequence[Arm],
     teacher: Variables,
     *,
-    rates: Sequence[float],
     begin: Callable[[str], Callable[..., None]],
 ) -> dict[str, Any]:
     """Runs all arms over all seeds; runs that are finished are not run again.
@@ -67,7 +68,6 @@ def compare(
         run_dir: each run has a directory in it.
         arms: what is compared; they differ in nothing else.
         teacher: its variables.
-        rates: the learning rates to choose from, for every arm.
         begin: called with the name of each run; gives what `fit` calls to show it.
 
     Returns:
@@ -99,7 +99,7 @@ def compare(
     found = {}
     for arm in arms:
         first = setting.config.seed
-        tried = {rate: one(arm, rate, first)[1] for rate in rates}
+        tried = {rate: one(arm, rate, first)[1] for rate in arm.rates}
         rate = max(tried, key=lambda rate: tried[rate][f"validation/{ACCURACY}"])
         seeds = range(first, first + setting.config.seeds)
         runs = [one(arm, rate, seed) for seed in seeds]

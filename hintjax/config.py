@@ -1,6 +1,7 @@
 """The configuration of a run: a frozen dataclass, in and out of YAML."""
 
 import dataclasses
+import itertools
 import os
 import types
 import typing
@@ -39,8 +40,9 @@ class Config:
     """guided=hint for each pair; by default the middle of both networks."""
     epochs: int = 30
     """Of a student, in all stages together."""
-    hint_epochs: int = 10
-    """Of these, how many the hint stage has, in a method that has one."""
+    hint_epochs: int | None = None
+    """Of these, how many the hint stage has, in a method that has one; half of them
+    by default."""
     teacher_epochs: int = 15
     """Of a teacher that is trained here."""
     batch_size: int = 64
@@ -49,6 +51,9 @@ class Config:
     """Adam, or SGD with Nesterov momentum 0.9."""
     learning_rate: float = 1e-3
     """Of every stage."""
+    rates: tuple[float, ...] = ()
+    """In a comparison, learning rates of which each arm takes its best on validation;
+    by default those that were found this way on the digits."""
     hinted_rate: float = 1.0
     """Multiplies the rate of layers that the hint stage trained, after it."""
     weight_decay: float = 0.0
@@ -84,7 +89,8 @@ def check(config: Config) -> Config:
         ValueError: naming the first field that is wrong.
     """
     positive("config", temperature=config.temperature)
-    positive("config", learning_rate=config.learning_rate)
+    for rate in (config.learning_rate, *config.rates):
+        positive("config", learning_rate=rate)
     for name in ("epochs", "teacher_epochs", "batch_size", "seeds", "evaluate_every"):
         positive_int("config", **{name: getattr(config, name)})
     positive_int("config", checkpoint_every=config.checkpoint_every)
@@ -98,7 +104,7 @@ def check(config: Config) -> Config:
     if config.weight == 0 and config.task_weight == 0:
         got = "weight 0 and task_weight 0"
         raise ValueError(message("config", "a loss with a weight > 0", got))
-    if not 0 < config.hint_epochs < config.epochs:
+    if config.hint_epochs is not None and not 0 < config.hint_epochs < config.epochs:
         wanted = f"hint_epochs between 1 and epochs - 1 = {config.epochs - 1}"
         raise ValueError(message("config", wanted, f"{config.hint_epochs}"))
     for pair in config.pairs:
@@ -122,7 +128,10 @@ def save(config: Config, run_dir: str | os.PathLike[str]) -> None:
     """Writes config.yaml into a run directory."""
     import yaml
 
-    fields = dataclasses.asdict(config) | {"pairs": list(config.pairs)}
+    fields = {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in dataclasses.asdict(config).items()
+    }
     (Path(run_dir) / FILE).write_text(yaml.safe_dump(fields, sort_keys=False))
 
 
@@ -180,16 +189,21 @@ def _typed(name, value, wanted):
             if value in typing.get_args(option):
                 return value
         elif typing.get_origin(option) is tuple:
-            if isinstance(value, (list, tuple)) and all(
-                isinstance(item, str) for item in value
-            ):
-                return tuple(value)
+            item, _ = typing.get_args(option)
+            if isinstance(value, (list, tuple)):
+                return tuple(_typed(name, one, item) for one in value)
         elif option is float and type(value) is int:
             return float(value)
         elif type(value) is option:  # so that a bool is no int
             return value
-    text = " or ".join(getattr(option, "__name__", str(option)) for option in options)
-    raise ValueError(message("config", f"{name} to be {text}", repr(value)))
+    names = " or ".join(itertools.chain(*map(_names, options)))
+    raise ValueError(message("config", f"{name} to be {names}", repr(value)))
+
+
+def _names(option):
+    if typing.get_origin(option) is Literal:
+        return typing.get_args(option)
+    return [getattr(option, "__name__", str(option))]
 
 
 def _is_union(annotation):

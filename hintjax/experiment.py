@@ -28,6 +28,7 @@ from hintjax.data import (
     Augment,
     Dataset,
     evaluation_batches,
+    fits_on_device,
     load,
     steps_per_epoch,
 )
@@ -35,7 +36,16 @@ from hintjax.method import Method, objective, task
 from hintjax.networks import Network, Variables, join, linen, split
 from hintjax.pairing import suggest_pairs
 from hintjax.stages import distillation_stage, hint_stage, student_variables
-from hintjax.train import Fitted, Phase, Program, evaluate, fit, on_device, program
+from hintjax.train import (
+    Fitted,
+    Phase,
+    Program,
+    evaluate,
+    fit,
+    on_device,
+    program,
+    streamed,
+)
 
 RESULT = "result.json"
 EVALUATION_BATCH = 500
@@ -171,7 +181,7 @@ def teacher_of(config: Config, run_dir: Path, **how: Any) -> tuple[Network, Vari
                 method="backprop",
                 student=config.teacher,
                 epochs=config.teacher_epochs,
-                hint_epochs=1,
+                hint_epochs=None,
                 limit=None,
                 pairs=(),
                 weight=None,
@@ -251,7 +261,11 @@ def run(
     if not (run_dir / configs.FILE).exists():
         configs.save(config, run_dir)
     initialise, feeding, fitting = jax.random.split(jax.random.key(config.seed), 3)
-    feed = on_device(dataset, config.batch_size, feeding)
+    augment = Augment(pad=config.pad, flip=config.flip)
+    if fits_on_device(dataset.train):
+        feed = on_device(dataset, config.batch_size, feeding)
+    else:
+        feed = streamed(dataset, config.batch_size, config.seed, augment)
     steps = recipe(config, setting.pairs, feed.per_epoch)
     phases = [
         _phase(

@@ -185,17 +185,12 @@ def on_device(
 
 
 def streamed(
-    records: Records,
-    dataset: Dataset,
-    batch_size: int,
-    seed: int,
-    augment: Augment | None = None,
+    dataset: Dataset, batch_size: int, seed: int, augment: Augment | None = None
 ) -> Feed:
-    """Batches of a training split that does not fit, decoded as they are needed.
+    """Batches of a training split that does not fit on the device, by Grain.
 
     Args:
-        records: the training split on disk.
-        dataset: for its `standardize`.
+        dataset: its training split is read from the host, or from disk (`Records`).
         batch_size: of a step.
         seed: of the order and of crops and flips.
         augment: crops and flips, made on the host.
@@ -203,14 +198,15 @@ def streamed(
     Returns:
         The feed; its position is Grain's own.
     """
+    train, processes = dataset.train, jax.process_count()
     batches = stream(
-        records,
-        batch_size,
+        train,
+        batch_size // processes,
         dataset.standardize,
         augment=augment or Augment(),
         seed=seed,
         process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        process_count=processes,
     )
     start = batches.get_state()
     example = next(batches)
@@ -221,12 +217,13 @@ def streamed(
             state, metrics = program.stage.update(state, teacher, next(batches))
         return state, metrics
 
-    labels = records.labels(range(records.n))
+    everything = np.arange(train.n)
+    labels = train.labels(everything) if isinstance(train, Records) else train.label
     return Feed(
         advance=advance,
         example=example,
-        data=Data(records.n, labels),
-        per_epoch=steps_per_epoch(records.n, batch_size),
+        data=Data(train.n, labels),
+        per_epoch=steps_per_epoch(train.n, batch_size),
         position=batches.get_state,
         seek=batches.set_state,
     )
@@ -345,9 +342,10 @@ def fit(
         if validation and (ended or now.at % evaluate_every == 0):
             found = evaluate(phase.program.stage, state, phase.teacher, validation)
             metrics |= {f"validation/{name}": value for name, value in found.items()}
-            better = now.best is None or found["loss"] < now.best
+            loss = found["loss"]
+            better = math.isfinite(loss) and (now.best is None or loss < now.best)
             now = now._replace(
-                best=found["loss"] if better else now.best,
+                best=loss if better else now.best,
                 waited=0 if better else now.waited + 1,
             )
         if debug:

@@ -1,0 +1,86 @@
+"""Configs: in and out of YAML, and what they refuse."""
+
+import dataclasses
+
+import pytest
+import yaml
+
+from hintjax import config as configs
+from hintjax.config import Config
+
+pytestmark = pytest.mark.quick
+
+
+def test_a_config_survives_its_own_yaml(tmp_path):
+    config = Config(
+        method="kd",
+        epochs=7,
+        pairs=("a/b=c",),
+        rates=(1e-3, 0.5),
+        patience=3,
+        flip=True,
+    )
+    configs.save(config, tmp_path)
+    assert configs.load(tmp_path) == config
+    assert configs.load(tmp_path / "config.yaml") == config
+    assert configs.load(tmp_path).rates == (1e-3, 0.5)
+
+
+def test_every_field_can_be_read_back_from_its_default(tmp_path):
+    configs.save(Config(), tmp_path)
+    written = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    assert set(written) == {field.name for field in dataclasses.fields(Config)}
+    assert configs.load(tmp_path) == Config()
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"epoch": 3}, "config: expected a known key, got 'epoch'. Nearest: epochs"),
+        ({"temprature": 3}, "Nearest: temperature"),
+        ({"epochs": "3"}, "expected epochs to be int, got '3'"),
+        ({"epochs": True}, "expected epochs to be int, got True"),
+        ({"epochs": 0}, "expected epochs to be an integer >= 1, got 0"),
+        ({"flip": 1}, "expected flip to be bool, got 1"),
+        ({"optimizer": "adamw"}, "expected optimizer to be adam or sgd, got 'adamw'"),
+        ({"pairs": "a=b"}, "expected pairs to be"),
+        ({"pairs": ["ab"]}, "expected pairs as guided=hint, got 'ab'"),
+        ({"rates": ["fast"]}, "expected rates to be float, got 'fast'"),
+        ({"rates": [0.0]}, "expected learning_rate to be > 0, got 0"),
+        ({"temperature": 0.0}, "expected temperature to be > 0, got 0"),
+        ({"temperature": -1}, "expected temperature to be > 0, got -1"),
+        ({"learning_rate": float("nan")}, "expected learning_rate to be > 0"),
+        ({"weight": -1.0}, "expected weight to be >= 0, got -1"),
+        ({"task_weight": float("inf")}, "expected task_weight to be >= 0"),
+        ({"weight": 0, "task_weight": 0}, "expected a loss with a weight > 0"),
+        ({"hint_epochs": 30}, "expected hint_epochs between 1 and epochs - 1 = 29"),
+        ({"limit": 0}, "expected limit to be an integer >= 1, got 0"),
+    ],
+)
+def test_a_wrong_value_is_refused_in_one_sentence(fields, sentence):
+    with pytest.raises(ValueError) as error:
+        configs.from_dict(fields)
+    assert sentence in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        ("!!python/object/apply:os.system [echo]", ValueError),
+        ("a: [1", ValueError),
+        ("- 1\n- 2", TypeError),
+        ("", TypeError),
+        ("\x00", ValueError),
+    ],
+)
+def test_only_plain_yaml_of_names_and_values_is_read(tmp_path, text, kind):
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    with pytest.raises(kind, match="config: expected"):
+        configs.load(path)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="config: expected a file .*nowhere"):
+        configs.load(tmp_path / "nowhere")

@@ -1,0 +1,258 @@
+"""The loop: resume to the same bits, reports, early stop, dispatch."""
+
+import itertools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import hintjax as hj
+from hintjax.checkpoint import fingerprint
+from hintjax.data import Augment, Dataset, Split, evaluation_batches, statistics
+from hintjax.metrics import read_metrics
+from hintjax.train import Phase, evaluate, fit, on_device, program, streamed
+
+BATCH, EPOCH = 8, 4  # examples in a step, steps in an epoch
+
+
+class Net(nn.Module):
+    width: int
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        for layer in range(3):
+            x = nn.Dense(self.width, name=f"dense{layer}")(x)
+            x = nn.BatchNorm(not train, momentum=0.9, name=f"norm{layer}")(x)
+            x = nn.relu(x)
+        x = nn.Dropout(0.1, deterministic=not train)(x.mean((1, 2)))
+        return nn.Dense(3)(x)
+
+
+def make_split(seed, n):
+    random = np.random.default_rng(seed)
+    image = random.integers(0, 256, (n, 4, 4, 1), dtype=np.uint8)
+    return Split(image, random.integers(0, 3, n, dtype=np.int32))
+
+
+@pytest.fixture(scope="module")
+def world():
+    """Data, networks and the compiled programs of two stages, shared by all tests."""
+    train = make_split(0, BATCH * EPOCH + 3)
+    splits = (train, make_split(1, 10), make_split(2, 10))
+    dataset = Dataset("noise", 3, *splits, statistics(train), ("a", "b", "c"))
+    student, teacher = hj.linen(Net(4)), hj.linen(Net(6))
+    image = jnp.zeros((1, 4, 4, 1))
+    hint = hj.objective(hint=hj.fitnets([("dense1", "dense1")]))
+    cross_entropy = optax.softmax_cross_entropy_with_integer_labels
+    both = hj.objective(
+        task=hj.task(cross_entropy),
+        hint=hj.weighted(
+            hj.fitnets([("dense1", "dense1")]), optax.linear_schedule(1.0, 0.0, 9)
+        ),
+    )
+    augment = Augment(pad=1, flip=True)
+    stages = {
+        "hint": hj.hint_stage(student, teacher, hint, optax.adamw(1e-2)),
+        "distillation": hj.distillation_stage(student, teacher, both, optax.adam(1e-2)),
+    }
+    return {
+        "dataset": dataset,
+        "programs": {name: program(s, BATCH, augment) for name, s in stages.items()},
+        "student": student.init(jax.random.key(1), image),
+        "teacher": teacher.init(jax.random.key(2), image),
+        "validation": list(
+            evaluation_batches(dataset.validation, 8, dataset.standardize)
+        ),
+    }
+
+
+def train(world, run_dir, *, feed=None, phases=None, **options):
+    phases = phases or [
+        Phase("hint", world["programs"]["hint"], 8, world["teacher"]),
+        Phase(
+            "distillation",
+            world["programs"]["distillation"],
+            8,
+            world["teacher"],
+            carry=True,
+        ),
+    ]
+    feed = feed or on_device(world["dataset"], BATCH, jax.random.key(3))
+    return fit(
+        run_dir,
+        phases,
+        feed,
+        world["student"],
+        key=jax.random.key(4),
+        validation=world["validation"],
+        **options,
+    )
+
+
+@pytest.fixture(scope="module")
+def whole(world, tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("whole")
+    return run_dir, train(world, run_dir)
+
+
+class Killed(Exception):
+    pass
+
+
+def killer(at):
+    def show(step, metrics, phase):
+        if step == at:
+            raise Killed
+
+    return show
+
+
+def without_time(run_dir):
+    return [{**line, "time": 0} for line in read_metrics(run_dir)]
+
+
+def test_a_run_stopped_anywhere_resumes_to_the_same_bits(world, whole, tmp_path):
+    run_dir, expected = whole
+    for at in (2, 5, 8, 9, 14, 16):
+        stopped = tmp_path / str(at)
+        with pytest.raises(Killed):
+            train(world, stopped, report_every=1, show=killer(at))
+        fitted = train(world, stopped, resume=True)
+        assert fingerprint(fitted.state) == fingerprint(expected.state)
+        assert fitted.boundaries == expected.boundaries == (8, 16)
+    # Reports of the resumed part are those of the run that was not stopped.
+    assert without_time(stopped)[-1] == without_time(run_dir)[-1]
+
+
+def test_a_finished_run_resumes_to_where_it_ended(world, whole):
+    run_dir, expected = whole
+    again = train(world, run_dir, resume=True)
+    assert fingerprint(again.state) == fingerprint(expected.state)
+
+
+@pytest.mark.quick
+def test_every_term_is_reported_by_name_in_both_stages(whole):
+    lines = read_metrics(whole[0])
+    first, last = lines[0], lines[-1]
+    assert [line["step"] for line in lines] == [4, 8, 12, 16]
+    assert first["stage"] == "hint" and last["stage"] == "distillation"
+    assert {"hint", "hint/r2", "hint/weighted", "loss"} <= set(first)
+    assert {"task", "task/accuracy", "hint", "validation/task/accuracy"} <= set(last)
+    np.testing.assert_allclose(
+        last["loss"], last["task/weighted"] + last["hint/weighted"], rtol=1e-5
+    )
+    assert not any("task" in name for name in first)
+
+
+def test_the_regressors_are_carried_into_the_second_stage(world, tmp_path):
+    programs = world["programs"]
+    hint = Phase("hint", programs["hint"], 4, world["teacher"])
+    distill = Phase("distillation", programs["distillation"], 1, world["teacher"])
+    with_carry = distill._replace(carry=True)
+    ended = train(world, tmp_path / "0", phases=[hint])
+    kept = train(world, tmp_path / "1", phases=[hint, with_carry])
+    fresh = train(world, tmp_path / "2", phases=[hint, distill])
+    kernel = [
+        run.state.params["regressors"]["hint"]["dense1->dense1"]["layers_0"]["kernel"]
+        for run in (ended, kept, fresh)
+    ]
+    # One Adam step moves by about the learning rate, 0.01.
+    assert abs(kernel[1] - kernel[0]).max() < 0.02
+    assert abs(kernel[2] - kernel[0]).max() > 0.1
+
+
+def test_the_hint_stage_ends_early_without_progress_and_resume_knows(world, tmp_path):
+    broken = Phase(
+        "hint",
+        world["programs"]["hint"],
+        40,
+        world["teacher"],
+        patience=2,
+        adjust=lambda state: state._replace(
+            params=jax.tree.map(lambda p: p * jnp.nan, state.params)
+        ),
+    )
+    after = Phase(
+        "distillation", world["programs"]["distillation"], 4, world["teacher"]
+    )
+    fitted = train(world, tmp_path / "a", phases=[broken, after])
+    # The loss is nan, which is never lower: the second evaluation ends the stage.
+    assert fitted.boundaries == (8, 12)
+    with pytest.raises(Killed):
+        train(world, tmp_path / "b", phases=[broken, after], show=killer(12))
+    resumed = train(world, tmp_path / "b", phases=[broken, after], resume=True)
+    assert resumed.boundaries == (8, 12)
+
+
+def test_another_teacher_or_identity_is_refused_on_resume(world, tmp_path):
+    train(world, tmp_path, identity={"config": 1})
+    with pytest.raises(ValueError, match="resume: expected .* config 2, got 1"):
+        train(world, tmp_path, resume=True, identity={"config": 2})
+    other = jax.tree.map(lambda leaf: leaf + 1, world["teacher"])
+    phases = [Phase("hint", world["programs"]["hint"], 8, other)]
+    with pytest.raises(ValueError, match="resume: .* teachers"):
+        train(world, tmp_path, resume=True, phases=phases, identity={"config": 1})
+
+
+def test_scanned_dispatch_trains_like_single_steps_and_resumes_exactly(world, tmp_path):
+    single = train(world, tmp_path / "1", dispatch=1)
+    scanned = train(world, tmp_path / "3", dispatch=3)
+    assert single.steps == scanned.steps
+    # Not the parameters: biases in front of a BatchNorm have a gradient of rounding
+    # noise, which Adam makes steps of.
+    one, three = (read_metrics(tmp_path / name)[-1] for name in "13")
+    for name in ("loss", "hint/r2", "validation/loss", "validation/hint"):
+        np.testing.assert_allclose(one[name], three[name], rtol=1e-3)
+    with pytest.raises(Killed):
+        train(world, tmp_path / "x", dispatch=3, show=killer(12))
+    resumed = train(world, tmp_path / "x", dispatch=3, resume=True)
+    assert fingerprint(resumed.state) == fingerprint(scanned.state)
+
+
+def test_streamed_batches_resume_to_the_same_bits(world, tmp_path):
+    def feed():
+        return streamed(world["dataset"], BATCH, seed=0, augment=Augment(pad=1))
+
+    expected = train(world, tmp_path / "whole", feed=feed())
+    with pytest.raises(Killed):
+        train(world, tmp_path / "killed", feed=feed(), show=killer(12))
+    resumed = train(world, tmp_path / "killed", feed=feed(), resume=True)
+    assert fingerprint(resumed.state) == fingerprint(expected.state)
+
+
+def test_evaluation_counts_every_example_once(world):
+    stage = world["programs"]["distillation"].stage
+    dataset = world["dataset"]
+    shape = {"image": jnp.zeros((2, 4, 4, 1)), "label": jnp.zeros(2, jnp.int32)}
+    state = stage.init(jax.random.key(0), world["student"], world["teacher"], shape)
+    found = [
+        evaluate(
+            stage,
+            state,
+            world["teacher"],
+            evaluation_batches(dataset.test, size, dataset.standardize),
+        )
+        for size in (3, 10, 16)
+    ]
+    for one, other in itertools.pairwise(found):
+        for name in ("task", "task/accuracy", "hint", "loss"):
+            np.testing.assert_allclose(one[name], other[name], rtol=1e-5)
+    with pytest.raises(ValueError, match="evaluate: expected batches"):
+        evaluate(stage, state, world["teacher"], [])
+
+
+def test_debug_names_what_is_not_finite(world, tmp_path):
+    phase = Phase(
+        "hint",
+        world["programs"]["hint"],
+        4,
+        world["teacher"],
+        adjust=lambda state: state._replace(
+            params=jax.tree.map(lambda p: p * jnp.inf, state.params)
+        ),
+    )
+    with pytest.raises(AssertionError, match="loss"):
+        train(world, tmp_path, phases=[phase], debug=True)
