@@ -23,7 +23,7 @@ HERE = Path(__file__).parent
 jaxtyping.install_import_hook("hintjax", "beartype.beartype")
 
 jax.config.update("jax_compilation_cache_dir", str(HERE.parent / ".jax_cache"))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 hypothesis.settings.register_profile(
     "hintjax",

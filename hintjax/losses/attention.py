@@ -194,8 +194,8 @@ def attention_transfer_loss_paper(
 
     L = ||q(s) - q(t)||_2,  q = attention_map
 
-    The gradient has the same size however near the maps are, and is 0 where they
-    are equal.
+    A distance has the same slope however near the maps are: at the end it is rounding
+    noise that it follows, where the squared form calms down.
 
     Args:
         student: feature map of the student.

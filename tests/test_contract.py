@@ -1,0 +1,373 @@
+"""What every loss owes, and what every method owes.
+
+One row per loss or method in the tables below; one test per promise. A row waives a
+promise by the name of its test and says why. A new loss or method without a row fails.
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hintjax import losses
+
+pytestmark = pytest.mark.usefixtures("strict")
+
+
+class Loss(NamedTuple):
+    """How to call a loss, and what it does not promise."""
+
+    loss: Callable[..., jax.Array]
+    student: Any  # shape of one example, or a tree of shapes
+    teacher: Any = None  # as the student's by default
+    positions: int = 0  # first axes of an example that a mask may cover too
+    batch_dims: bool = False  # must be told how many axes are the batch?
+    waived: Mapping[str, str] = MappingProxyType({})  # test without "test_": reason
+
+    def over(self, batch_dims):
+        """The loss for that many batch axes."""
+        if self.batch_dims:
+            return functools.partial(self.loss, batch_dims=batch_dims)
+        return self.loss
+
+    def places(self):
+        """Shape of the positions of one example."""
+        return self.student[: self.positions] if self.positions else ()
+
+
+CHANNELS = {"names_both_shapes": "channels may differ; a batch of 1 is refused below"}
+
+LOSSES = {
+    "attention_map_loss": Loss(losses.attention_map_loss, (12,), positions=1),
+    "attention_map_loss_paper": Loss(
+        losses.attention_map_loss_paper, (12,), positions=1
+    ),
+    "attention_transfer_loss": Loss(
+        losses.attention_transfer_loss,
+        (4, 3, 5),
+        (8, 7, 6),
+        positions=2,
+        waived=CHANNELS,
+    ),
+    "attention_transfer_loss_paper": Loss(
+        losses.attention_transfer_loss_paper,
+        (4, 3, 5),
+        (8, 7, 6),
+        positions=2,
+        waived=CHANNELS
+        | {"flat_at_equality": "a distance has a kink at 0; its slope is bounded"},
+    ),
+    "hint_loss": Loss(
+        losses.hint_loss,
+        (4, 3, 5),
+        positions=2,
+        batch_dims=True,
+    ),
+    "hint_loss_paper": Loss(
+        losses.hint_loss_paper,
+        (4, 3, 5),
+        positions=2,
+        batch_dims=True,
+    ),
+    "kd_loss": Loss(losses.kd_loss, (10,)),
+    "soft_cross_entropy_loss": Loss(
+        losses.soft_cross_entropy_loss,
+        (10,),
+        waived={"zero_at_equality": "the least value is the teacher's entropy"},
+    ),
+}
+NOT_LOSSES = {"attention_map", "attention_maps"}
+
+
+@pytest.fixture(params=LOSSES)
+def row(request):
+    row = LOSSES[request.param]
+    promise = request.function.__name__.removeprefix("test_")
+    if promise in row.waived:
+        pytest.skip(row.waived[promise])
+    return row
+
+
+def random(shapes, batch=(4,), seed=0, dtype=np.float32):
+    """Random arrays in the tree of one example's shapes, with batch axes in front."""
+    generator = np.random.default_rng(seed)
+
+    def one(shape):
+        return generator.normal(size=(*batch, *shape)).astype(dtype)
+
+    return jax.tree.map(one, shapes, is_leaf=is_shape)
+
+
+def is_shape(tree):
+    return isinstance(tree, tuple) and all(isinstance(n, int) for n in tree)
+
+
+def pair(row, seed=0, **kwargs):
+    """Student and teacher, of the shapes that the row gives."""
+    teacher = row.student if row.teacher is None else row.teacher
+    return random(row.student, seed=seed, **kwargs), random(
+        teacher, seed=seed + 1, **kwargs
+    )
+
+
+def peers(row, **kwargs):
+    """Student and teacher of one shape."""
+    return pair(row._replace(teacher=None), **kwargs)
+
+
+@functools.cache
+def compiled(loss):
+    """Values, and the gradient of their sum by the student and by the teacher."""
+
+    def total(student, teacher, where):
+        values = loss(student, teacher, where=where)
+        return values.sum(), values
+
+    gradients = jax.jit(jax.grad(total, (0, 1), has_aux=True))
+
+    def run(student, teacher, where=None):
+        (by_student, by_teacher), values = gradients(student, teacher, where)
+        return values, by_student, by_teacher
+
+    return run
+
+
+def largest(tree):
+    return max(np.abs(np.asarray(leaf)).max() for leaf in jax.tree.leaves(tree))
+
+
+def assert_close(got, want, rtol):
+    """Close against the largest entry: what a gradient needs."""
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        atol = rtol * np.abs(b).max()
+        np.testing.assert_allclose(a, b, rtol=rtol, atol=atol)
+
+
+def scaled(tree, factor):
+    return jax.tree.map(lambda x: x * np.asarray(factor, x.dtype), tree)
+
+
+def test_every_loss_has_a_row():
+    assert set(LOSSES) | NOT_LOSSES == set(losses.__all__)
+    assert list(losses.__all__) == sorted(losses.__all__)
+
+
+def test_only_promises_are_waived():
+    waived = {name for row in LOSSES.values() for name in row.waived}
+    assert all(f"test_{name}" in globals() for name in waived)
+
+
+@pytest.mark.parametrize("batch", [(4,), (1,), (2, 3)])
+def test_one_value_per_example(row, batch):
+    values = jax.eval_shape(row.over(len(batch)), *pair(row, batch=batch))
+    assert (values.shape, values.dtype) == (batch, jnp.float32)
+
+
+def test_least_at_equality(row):
+    noise, teacher = peers(row)
+    least, *_ = compiled(row.loss)(teacher, teacher)
+    for size in 1e-2, 1.0, -1.0:
+        student = jax.tree.map(np.add, teacher, scaled(noise, size))
+        values, *_ = compiled(row.loss)(student, teacher)
+        assert np.all(values > least)
+
+
+def test_zero_at_equality(row):
+    _, teacher = peers(row)
+    values, *_ = compiled(row.loss)(teacher, teacher)
+    np.testing.assert_allclose(values, 0, atol=1e-6)
+
+
+def test_flat_at_equality(row):
+    _, teacher = peers(row)
+    _, gradient, _ = compiled(row.loss)(teacher, teacher)
+    assert largest(gradient) < 1e-6
+
+
+def test_jit_is_eager(row):
+    student, teacher = jax.device_put(pair(row))
+    values, *_ = compiled(row.loss)(student, teacher)
+    np.testing.assert_allclose(row.loss(student, teacher), values, rtol=1e-6)
+
+
+def test_vmap_is_batch(row):
+    student, teacher = pair(row)
+    got = jax.jit(jax.vmap(row.over(0)))(student, teacher)
+    values, *_ = compiled(row.loss)(student, teacher)
+    np.testing.assert_allclose(got, values, rtol=1e-6)
+
+
+def test_finite_differences(row):
+    """First and second derivatives, in forward and in reverse mode."""
+    with jax.enable_x64(True):
+        point = pair(row, dtype=np.float64)
+        direction = pair(row, dtype=np.float64, seed=2)
+        total = jax.value_and_grad(lambda s, t: row.loss(s, t).sum(), (0, 1))
+        along = jax.jit(lambda point: jax.jvp(total, point, direction))
+        (value, gradient), (slope, bend) = jax.device_get(along(point))
+        step = 1e-5
+        ahead, behind = (
+            jax.device_get(along(jax.tree.map(np.add, point, scaled(direction, h)))[0])
+            for h in (step, -step)
+        )
+    want = jax.tree.map(lambda a, b: (a - b) / (2 * step), ahead, behind)
+    assert value.dtype == np.float64
+    assert_close((slope, bend), want, rtol=1e-6)
+    product = jax.tree.map(np.vdot, gradient, direction)
+    np.testing.assert_allclose(slope, sum(jax.tree.leaves(product)), rtol=1e-9)
+
+
+@pytest.mark.parametrize("size", [0, 1e-30, 1e-20])
+def test_bounded_gradient_at_zero(row, size):
+    student, teacher = pair(row)
+    for arrays in (
+        (scaled(student, size), teacher),
+        (student, scaled(teacher, size)),
+        (scaled(student, size), scaled(teacher, size)),
+    ):
+        values, *gradients = compiled(row.loss)(*arrays)
+        assert np.isfinite(values).all()
+        assert largest(gradients) < 100
+
+
+def test_nan_stays_nan(row):
+    student, teacher = pair(row)
+    arrays = {"student": student, "teacher": teacher}
+    for name, tree in arrays.items():
+        broken = jax.tree.map(np.copy, tree)
+        for leaf in jax.tree.leaves(broken):
+            leaf[1].flat[0] = np.nan
+        values, *_ = compiled(row.loss)(**arrays | {name: broken})
+        np.testing.assert_array_equal(np.isnan(values), np.arange(4) == 1)
+
+
+def hidden(tree, where):
+    """The tree with nan wherever `where` is False."""
+
+    def hide(x):
+        x = np.copy(x)
+        x[~where] = np.nan
+        return x
+
+    return jax.tree.map(hide, tree)
+
+
+def test_masked_is_sliced(row):
+    arrays = pair(row, batch=(8,))
+    where = np.arange(8) % 2 == 0
+    got = compiled(row.loss)(*(hidden(tree, where) for tree in arrays), where)
+    want = compiled(row.loss)(*jax.tree.map(lambda x: x[where], arrays))
+    assert_close([np.asarray(x)[where] for x in jax.tree.leaves(got)], want, rtol=1e-6)
+    assert largest([np.asarray(x)[~where] for x in jax.tree.leaves(got)]) == 0
+
+
+def test_masked_positions_are_sliced(row):
+    if not row.positions:
+        pytest.skip("one example is one position")
+    arrays = peers(row, batch=(8,))
+    where = np.zeros((8, *row.places()), bool)
+    where[:, :2] = True
+    got = compiled(row.loss)(*(hidden(tree, where) for tree in arrays), where)
+    want = compiled(row.loss)(*jax.tree.map(lambda x: x[:, :2], arrays))
+    np.testing.assert_allclose(got[0], want[0], rtol=1e-5)
+    gradients = [np.asarray(x) for x in jax.tree.leaves(got[1:])]
+    assert_close([x[:, :2] for x in gradients], want[1:], rtol=1e-5)
+    assert largest([x[:, 2:] for x in gradients]) == 0
+
+
+def test_fully_masked_is_zero(row):
+    for shape in {(8,), (8, *row.places())}:
+        where = np.zeros(shape, bool)
+        arrays = (pair if where.ndim == 1 else peers)(row, batch=(8,))
+        got = compiled(row.loss)(*(hidden(tree, where) for tree in arrays), where)
+        assert largest(got) == 0
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_within_one_percent(row, dtype):
+    arrays = pair(row)
+    want, *gradients = compiled(row.loss)(*arrays)
+    half = jax.tree.map(lambda x: x.astype(jnp.dtype(dtype)), arrays)
+    got, *halves = compiled(row.loss)(*half)
+    assert got.dtype == jnp.float32
+    np.testing.assert_allclose(got, want, rtol=0.01)
+    for a, b in zip(jax.tree.leaves(halves), jax.tree.leaves(gradients), strict=True):
+        a, b = np.float64(a).ravel(), np.float64(b).ravel()
+        assert a @ b > 0.999 * np.linalg.norm(a) * np.linalg.norm(b)
+
+
+def assert_names_both(row, student, teacher):
+    name = row.loss.__name__
+    with pytest.raises(ValueError, match=f"^{name}: expected ") as error:
+        row.loss(student, teacher)
+    for tree in student, teacher:
+        for leaf in jax.tree.leaves(tree):
+            assert str(leaf.shape) in str(error.value)
+
+
+def test_names_both_shapes(row, unchecked):
+    student, teacher = jax.device_put(peers(row))
+    assert_names_both(row, student, jax.tree.map(lambda x: x[..., 1:], teacher))
+
+
+def test_never_broadcasts(row, unchecked):
+    student, teacher = jax.device_put(pair(row))
+    assert_names_both(row, student, jax.tree.map(lambda x: x[:1], teacher))
+    assert_names_both(row, jax.tree.map(lambda x: x[:1], student), teacher)
+
+
+def test_refuses_integers(row, unchecked):
+    student, teacher = pair(row)
+    whole = jax.tree.map(lambda x: x.astype(jnp.int32), student)
+    for arrays in (whole, teacher), (teacher, whole):
+        with pytest.raises(TypeError, match=f"^{row.loss.__name__}: .*floating-point"):
+            row.loss(*arrays)
+
+
+def test_teacher_may_be_stopped(row):
+    """The loss stops nothing itself; stopped outside, only the student learns."""
+    student, teacher = pair(row)
+    _, by_student, by_teacher = compiled(row.loss)(student, teacher)
+    assert largest(by_student) > 0
+    assert largest(by_teacher) > 0
+    stopped = jax.jit(
+        jax.grad(lambda s, t: row.loss(s, jax.lax.stop_gradient(t)).sum(), (0, 1))
+    )(student, teacher)
+    assert_close(stopped[0], by_student, rtol=1e-6)
+    assert largest(stopped[1]) == 0
+
+
+def test_a_batch_of_one(row):
+    student, teacher = pair(row)
+    one = jax.tree.map(lambda x: x[:1], (student, teacher))
+    got, want = compiled(row.loss)(*one), compiled(row.loss)(student, teacher)
+    assert_close(got, [x[:1] for x in jax.tree.leaves(want)], rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@hypothesis.given(
+    seed=st.integers(0, 2**32 - 1),
+    sizes=st.tuples(*2 * [st.sampled_from([0, 1e-30, 1e-12, 1e-4, 1, 1e2, 3e4])]),
+)
+def test_finite_at_any_magnitude(row, dtype, seed, sizes):
+    generator = np.random.default_rng(seed)
+    arrays = [
+        jax.tree.map(
+            lambda x, size=size: generator.uniform(-size, size, x.shape).astype(
+                jnp.dtype(dtype)
+            ),
+            tree,
+        )
+        for tree, size in zip(pair(row), sizes, strict=True)
+    ]
+    values, *gradients = compiled(row.loss)(*arrays)
+    assert np.isfinite(values).all()
+    assert np.all(values >= -1e-5)
+    assert np.isfinite(largest(gradients))
