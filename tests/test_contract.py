@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import chex
 import hypothesis
 import hypothesis.strategies as st
 import jax
@@ -16,7 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hintjax import losses
+from hintjax import losses, methods, regressors
+from hintjax.method import Context, Data, Method
+from hintjax.networks import Features
 
 pytestmark = pytest.mark.usefixtures("strict")
 
@@ -160,7 +163,8 @@ def test_every_loss_has_a_row():
 
 
 def test_only_promises_are_waived():
-    waived = {name for row in LOSSES.values() for name in row.waived}
+    rows = [*LOSSES.values(), *METHODS.values()]
+    waived = {name for row in rows for name in row.waived}
     assert all(f"test_{name}" in globals() for name in waived)
 
 
@@ -371,3 +375,151 @@ def test_finite_at_any_magnitude(row, dtype, seed, sizes):
     assert np.isfinite(values).all()
     assert np.all(values >= -1e-5)
     assert np.isfinite(largest(gradients))
+
+
+class Taught(NamedTuple):
+    """A method and the shapes of one example of all that it wants to see."""
+
+    method: Method
+    student: Features
+    teacher: Features
+    waived: Mapping[str, str] = MappingProxyType({})
+
+
+PAIRS = [("guided", "hint")]
+OUTPUTS = Features(output=(10,)), Features(output=(10,))
+
+METHODS = {
+    "attention_transfer": Taught(
+        methods.attention_transfer(PAIRS),
+        Features(hints={"guided": (4, 4, 3)}),
+        Features(hints={"hint": (8, 8, 5)}),
+    ),
+    "fitnets": Taught(
+        methods.fitnets(
+            PAIRS, regressor=functools.partial(regressors.conv, batch_norm=True)
+        ),
+        Features(hints={"guided": (4, 4, 3)}),
+        Features(hints={"hint": (2, 2, 5)}),
+    ),
+    "kd": Taught(methods.kd(), *OUTPUTS),
+    "soft_targets": Taught(methods.soft_targets(), *OUTPUTS),
+}
+NOT_METHODS = {"explained_variance", "lambda_decay"}
+
+KEY = jax.random.key(0)
+
+
+@pytest.fixture(params=METHODS)
+def taught(request):
+    row = METHODS[request.param]
+    promise = request.function.__name__.removeprefix("test_")
+    if promise in row.waived:
+        pytest.skip(row.waived[promise])
+    return row
+
+
+def name_of(row):
+    return next(name for name, other in METHODS.items() if other is row)
+
+
+def seen(row, size=4):
+    """Random features of student and teacher, and the batch that they come from."""
+    features = random(row.student, (size,)), random(row.teacher, (size,), seed=1)
+    label = np.arange(size, dtype=np.int32) % 10
+    return *features, {"label": label, "index": np.arange(size, dtype=np.int32)}
+
+
+@functools.cache
+def started(name):
+    """What a method trains and remembers at first, made for another batch size."""
+    row = METHODS[name]
+    shapes = jax.eval_shape(lambda: seen(row, size=6)[:2])
+    data = Data(32, jnp.arange(32) % 10)
+    return jax.jit(lambda key: row.method.init(key, *shapes, data))(KEY)
+
+
+@functools.cache
+def applied(name, train):
+    """The method as stages apply it, compiled: the teacher is stopped."""
+    method = METHODS[name].method
+
+    def total(params, student, teacher, memory, batch, key, step):
+        stopped = jax.lax.stop_gradient(teacher)
+        context = Context(key, step, train)
+        values, memory, metrics = method.apply(
+            params, memory, student, stopped, batch, context
+        )
+        return values.sum(), (values, memory, metrics)
+
+    chex.clear_trace_counter()  # chex counts by name, and all of these have one
+    once = chex.assert_max_traces(total, n=1)
+    return jax.jit(jax.grad(once, (0, 1, 2), has_aux=True))
+
+
+def applied_to(row, student, teacher, batch, *, train=True, step=0):
+    """Gradients (parameters, student, teacher) and values, memory, metrics."""
+    name = name_of(row)
+    params, memory = started(name)
+    arguments = memory, batch, jax.random.fold_in(KEY, step), np.int32(step)
+    return applied(name, train)(params, student, teacher, *arguments)
+
+
+def test_every_method_has_a_row():
+    assert set(METHODS) | NOT_METHODS == set(methods.__all__)
+
+
+def test_a_method_names_what_it_wants(taught):
+    for wants, shown in (
+        (taught.method.student, taught.student),
+        (taught.method.teacher, taught.teacher),
+    ):
+        assert wants.output == (shown.output is not None)
+        assert set(wants.hints) == set(shown.hints)
+        assert set(wants.params) == set(shown.params)
+
+
+def test_a_method_gives_values_memory_and_metrics(taught):
+    params, memory = started(name_of(taught))
+    _, (values, after, metrics) = applied_to(taught, *seen(taught))
+    assert isinstance(params, dict)
+    assert isinstance(memory, dict)
+    chex.assert_shape(values, (4,))
+    chex.assert_type(values, jnp.float32)
+    chex.assert_trees_all_equal_shapes_and_dtypes(memory, after)
+    chex.assert_rank(list(metrics.values()), 0)
+    chex.assert_tree_all_finite((values, metrics))
+
+
+def test_a_method_teaches_the_student_and_never_the_teacher(taught):
+    (params, student, teacher), _ = applied_to(taught, *seen(taught))
+    assert largest(student) > 0
+    assert not params or largest(params) > 0
+    assert largest(teacher) == 0
+
+
+def test_a_method_remembers_nothing_in_evaluation(taught):
+    _, memory = started(name_of(taught))
+    _, (_, after, _) = applied_to(taught, *seen(taught), train=False)
+    chex.assert_trees_all_equal(memory, after)
+
+
+def test_a_method_is_traced_once(taught):
+    for step in range(3):
+        applied_to(taught, *seen(taught), step=step)
+
+
+def test_a_method_does_not_mind_the_order_of_examples(taught):
+    _, (values, _, _) = applied_to(taught, *seen(taught))
+    order = np.array([2, 0, 3, 1])
+    turned = jax.tree.map(lambda x: x[order], seen(taught))
+    _, (got, _, _) = applied_to(taught, *turned)
+    np.testing.assert_allclose(got, np.asarray(values)[order], rtol=1e-5)
+
+
+def test_a_method_keeps_nan_to_its_example(taught):
+    student, teacher, batch = seen(taught)
+    for leaf in jax.tree.leaves(student):
+        leaf[1].flat[0] = np.nan
+    _, (values, _, _) = applied_to(taught, student, teacher, batch, train=False)
+    np.testing.assert_array_equal(np.isnan(values), np.arange(4) == 1)
