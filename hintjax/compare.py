@@ -188,7 +188,7 @@ def table(
             setting.student.init(jax.random.key(0), setting.inputs).params
         ),
     }
-    chance = np.bincount(dataset.test.label).max() / dataset.test.n
+    chance = float(np.bincount(dataset.test.label).max() / dataset.test.n)
     rows = []
     for name, arm in found.items():
         spread = summary(arm["test"])
@@ -221,7 +221,7 @@ def table(
         },
         "parameters": sizes["student"],
         "compression": sizes["teacher"] / sizes["student"],
-        "chance": float(chance),
+        "chance": chance,
         "pairs": [list(pair) for pair in setting.pairs],
         "baseline": best,
         "rows": rows,

@@ -1,0 +1,241 @@
+"""The command, as a person runs it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from hintjax import models
+from hintjax.checkpoint import fingerprint, load_tree
+from hintjax.cli import main
+from hintjax.metrics import read_metrics
+
+TINY = (
+    *("--student", "hintjax.models:plain_wide", "--batch-size", "16"),
+    *("--epochs", "4", "--teacher-epochs", "2"),
+)
+
+
+@pytest.fixture(scope="module")
+def arrays(tmp_path_factory):
+    """64 training images of 4 classes that differ in their brightest corner."""
+    random = np.random.default_rng(0)
+    label = np.arange(120) % 4
+    image = random.integers(0, 60, (120, 8, 8), dtype=np.uint8)
+    for i, corner in enumerate(label):
+        row, column = divmod(int(corner), 2)
+        image[i, 4 * row : 4 * row + 4, 4 * column : 4 * column + 4] += 150
+    path = tmp_path_factory.mktemp("data") / "corners.npz"
+    np.savez(path, image=image, label=label)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def finished(arrays, tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("runs") / "a run"
+    common = ("--dataset", arrays, *TINY, "--run-dir", str(run_dir))
+    main(["distill", "--method", "fitnets", *common])
+    return run_dir
+
+
+def test_a_run_directory_holds_all_of_the_run(finished):
+    assert {path.name for path in finished.iterdir()} >= {
+        *("config.yaml", "metrics.jsonl", "tensorboard", "checkpoints", "student"),
+        *("teacher", "result.json"),
+    }
+    stages = [line["stage"] for line in read_metrics(finished)]
+    assert stages == ["hint", "hint", "distillation", "distillation"]
+
+
+def test_the_student_on_disk_is_what_plain_apply_takes(finished):
+    variables = load_tree(finished / "student")
+    assert set(variables) == {"params"}
+    module = models.plain_wide(classes=4)
+    logits = module.apply(variables, jnp.ones((2, 8, 8, 1)))
+    with ocp.StandardCheckpointer() as checkpointer:
+        plain = checkpointer.restore(finished / "student")
+    assert jnp.array_equal(logits, module.apply(plain, jnp.ones((2, 8, 8, 1))))
+
+
+def test_a_run_is_run_again_from_its_own_config(finished, tmp_path):
+    again = tmp_path / "again"
+    main(
+        ["distill", "--config", str(finished / "config.yaml"), "--run-dir", str(again)]
+    )
+    assert fingerprint(load_tree(again / "student")) == fingerprint(
+        load_tree(finished / "student")
+    )
+
+
+def test_a_teacher_can_be_an_earlier_run(finished, arrays, tmp_path, capsys):
+    run_dir = tmp_path / "kd"
+    common = ("--dataset", arrays, *TINY, "--run-dir", str(run_dir))
+    main(["distill", "--method", "kd", "--teacher", str(finished), *common])
+    assert not (run_dir / "teacher").exists()
+    main(["eval", str(run_dir)])
+    assert "test accuracy:" in capsys.readouterr().out
+    result = json.loads((run_dir / "result.json").read_text())
+    assert {"test/kd", "test/task/accuracy", "validation/loss"} <= set(result)
+
+
+@pytest.mark.parametrize("method", ["backprop", "at", "fitnet"])
+def test_every_method_runs_by_name(method, finished, arrays, tmp_path):
+    common = ("--dataset", arrays, *TINY, "--run-dir", str(tmp_path / "run"))
+    teacher = ("--teacher", str(finished / "teacher"))
+    main(["distill", "--method", method, *teacher, *common])
+    assert (tmp_path / "run" / "result.json").exists()
+
+
+def test_the_comparison_shows_a_table_and_a_picture(arrays, tmp_path, capsys):
+    run_dir = tmp_path / "compare"
+    common = ("--dataset", arrays, *TINY, "--run-dir", str(run_dir))
+    main(["distill", "--seeds", "2", "--rates", "0.001", "0.003", *common])
+    out = capsys.readouterr().out
+    report = json.loads((run_dir / "report.json").read_text())
+    arms = [row["arm"] for row in report["rows"]]
+    assert arms == ["backprop", "KD", "AT", "FitNets", "FitNets, untrained hints"]
+    assert all(arm.split(",")[0] in out for arm in arms)
+    assert all(len(row["seeds"]) == 2 and 0 <= row["r2"] <= 1 for row in report["rows"])
+    assert report["compression"] == 1.0
+    assert report["baseline"] in {"backprop", "KD", "AT"}
+    assert (run_dir / "comparison.png").read_bytes().startswith(b"\x89PNG")
+    # What is finished is not run again.
+    before = (run_dir / "KD" / "rate0.001-seed0" / "result.json").stat().st_mtime_ns
+    main(["resume", str(run_dir)])
+    after = (run_dir / "KD" / "rate0.001-seed0" / "result.json").stat().st_mtime_ns
+    assert before == after
+    assert json.loads((run_dir / "report.json").read_text()) == report
+
+
+@pytest.mark.quick
+def test_layers_lists_paths_and_shapes_in_order(capsys):
+    main(["layers", "hintjax.models:plain_wide", "--shape", "8", "8", "1"])
+    lines = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert lines == [
+        *("conv1/conv", "conv1", "conv2/conv", "conv2", "maxpool2"),
+        *("conv3/conv", "conv3", "pool", "classifier"),
+    ]
+
+
+@pytest.mark.quick
+def test_doctor_names_versions_devices_and_disk(capsys):
+    main(["doctor"])
+    out = capsys.readouterr().out
+    assert all(word in out for word in ("python", "jax", "flax", "device", "GiB free"))
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--method", "fitnetz"], "expected a method, got 'fitnetz'. Nearest: fitnet"),
+        (["--method", "kd", "--temperature", "0"], "temperature to be > 0, got 0"),
+        (["--weight", "-1"], "weight to be >= 0, got -1"),
+        (["--weight", "0", "--task-weight", "0"], "a loss with a weight > 0"),
+        (["--student", "hintjax.models:resnet21"], "Nearest: resnet20"),
+        (["--student", "nowhere.at:all"], "model: expected to import nowhere.at"),
+        (["--student", "resnet20"], "expected package.module:factory"),
+        (["--batch-size", "5000"], "batch_size"),
+        (["--teacher", "no/such/run"], "expected a file"),
+        (["--method", "fitnets", "--pairs", "conv99=conv2"], "Nearest: conv9"),
+        (["--method", "fitnets", "--epochs", "1"], "one for each stage"),
+        (["--dataset", "diggits"], "diggits"),
+        (["--config", "nowhere.yaml"], "expected a file"),
+    ],
+)
+def test_bad_input_is_one_sentence_before_anything_is_trained(
+    arguments, sentence, tmp_path, capsys, unchecked
+):
+    run_dir = tmp_path / "run"
+    with pytest.raises(SystemExit) as stopped:
+        main(["distill", *arguments, "--run-dir", str(run_dir)])
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert sentence in error
+    assert "Traceback" not in error
+    assert not list(run_dir.glob("**/metrics.jsonl"))
+
+
+@pytest.mark.quick
+def test_foreign_and_unwritable_run_directories_are_refused(tmp_path, capsys):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    (tmp_path / "file").write_text("")
+    for path, sentence in (
+        (tmp_path, "with other files in it"),
+        (tmp_path / "file" / "run", "that can be written"),
+    ):
+        with pytest.raises(SystemExit):
+            main(["distill", "--run-dir", str(path)])
+        assert sentence in capsys.readouterr().err
+    assert (tmp_path / "thesis.tex").read_text() == "years of work"
+    assert not (tmp_path / "config.yaml").exists()
+
+
+def wait_for(condition, process):
+    for _ in range(3000):
+        if condition():
+            return
+        if process.poll() is not None:
+            raise RuntimeError(f"ended too early: {process.stderr.read()}")
+        time.sleep(0.02)
+    raise RuntimeError("waited in vain")
+
+
+def stages_saved(run_dir):
+    records = run_dir.glob("checkpoints/*/hintjax.json")
+    return {json.loads(path.read_text())["extra"]["now"]["phase"] for path in records}
+
+
+def test_a_killed_run_resumes_to_the_same_bits_in_both_stages(
+    arrays, finished, tmp_path
+):
+    """SIGKILL in the hint stage, again in the distillation stage, then to the end."""
+    command = [sys.executable, "-m", "hintjax.cli"]
+    options = (
+        *("--method", "fitnets", "--dataset", arrays, *TINY, "--epochs", "60"),
+        *("--checkpoint-every", "1", "--teacher", str(finished / "teacher")),
+    )
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    environment.pop("XLA_FLAGS", None)  # one device, as elsewhere
+    cache = Path(__file__).parent.parent / ".jax_cache"
+    environment["JAX_COMPILATION_CACHE_DIR"] = str(cache)
+    run_dir = tmp_path / "killed"
+
+    def start(*arguments):
+        return subprocess.Popen(
+            [*command, *arguments],
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    whole = start("distill", *options, "--run-dir", str(tmp_path / "whole"))
+    killed = start("distill", *options, "--run-dir", str(run_dir))
+    for phase in (0, 1):
+        wait_for(lambda p=phase: p in stages_saved(run_dir), killed)
+        killed.send_signal(signal.SIGKILL)
+        killed.wait()
+        assert not (run_dir / "result.json").exists()
+        killed = start("resume", str(run_dir))
+    for process in (whole, killed):
+        _, errors = process.communicate()
+        assert process.returncode == 0, errors
+    assert fingerprint(load_tree(run_dir / "student")) == fingerprint(
+        load_tree(tmp_path / "whole" / "student")
+    )
+    results = [
+        json.loads((path / "result.json").read_text())
+        for path in (run_dir, tmp_path / "whole")
+    ]
+    for result in results:
+        del result["seconds"]
+    assert results[0] == results[1]
