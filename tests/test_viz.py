@@ -17,7 +17,8 @@ ARMS = (
     *("backpropagation", "backpropagation, He init", "KD", "KD, He init"),
     *("attention transfer", "attention transfer, He init", "FitNets"),
     *("FitNets, He init", "FitNets, the hints of an untrained teacher"),
-    "FitNets in one stage with a very slow decay of $lambda, so slow_that it never ends",
+    # Between two dollars stands a formula, for those who forget to switch that off.
+    r"FitNets in one stage, $\slow decay$, so slow_that it never ends before the others",
 )
 
 
@@ -124,6 +125,8 @@ def test_curves_draw_every_seed_their_mean_and_the_boundary():
     np.testing.assert_allclose(thick[0].get_ydata(), expected, rtol=1e-12)
     dashed = [line for line in lines_of(axes, 1.0) if set(line.get_xdata()) == {9.0}]
     assert len(dashed) == 1
+    dots = [line.get_xdata() for line in axes.get_lines() if line.get_marker() == "o"]
+    np.testing.assert_array_equal(dots, [[9.0], [9.0]])
     texts = [text for text, _ in boxes(figure)]
     assert any("hint stage ends" in text for text in texts)
     assert {"FitNets", "FitNets, He init", "step", "chance"} <= set(texts)
