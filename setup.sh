@@ -113,7 +113,7 @@ set_up() {
   fi
   rm -f -- "$stamp"
   echo "Installing hintjax[$extras] into $directory (once; it takes a few minutes)." >&2
-  "$directory/bin/python" -m pip install --quiet --disable-pip-version-check \
+  "$directory/bin/python" -m pip install -qq --disable-pip-version-check \
     --editable "${hintjax_root}[$extras]"
   printf '%s\n' "$made_for" "$project" "$extras" > "$stamp"
 }
