@@ -64,7 +64,9 @@ def masked_mean(
     return jnp.sum(keep(x, where), axes) / jnp.maximum(count, 1)
 
 
-def norm(x: Float[Array, "*shape"], axis: int = -1) -> Float[Array, "..."]:
+def norm(
+    x: Float[Array, "*shape"], axis: int | tuple[int, ...] = -1
+) -> Float[Array, "..."]:
     """Euclidean norm whose gradient at 0 is 0, not nan.
 
     The inner `where` moves the square root away from 0, where its slope is infinite;
@@ -76,7 +78,7 @@ def norm(x: Float[Array, "*shape"], axis: int = -1) -> Float[Array, "..."]:
 
 
 def unit(
-    x: Float[Array, "*shape"], axis: int = -1, eps: float = 1e-12
+    x: Float[Array, "*shape"], axis: int | tuple[int, ...] = -1, eps: float = 1e-12
 ) -> Float[Array, "*shape"]:
     """x / max(||x||, eps), with no gradient inside the ball ||x|| <= eps.
 

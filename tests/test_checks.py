@@ -6,6 +6,8 @@ import pytest
 
 from hintjax import _checks
 
+pytestmark = pytest.mark.quick
+
 
 def test_a_message_is_one_sentence_and_what_to_do():
     got = _checks.message("loss", "a", "b", "Do c.")

@@ -7,7 +7,7 @@ import pytest
 
 from hintjax import losses
 
-pytestmark = pytest.mark.usefixtures("strict")
+pytestmark = [pytest.mark.quick, pytest.mark.usefixtures("strict")]
 
 
 def features(seed, shape=(3, 4, 5, 6)):

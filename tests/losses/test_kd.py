@@ -8,7 +8,7 @@ import pytest
 
 from hintjax.losses import kd_loss, soft_cross_entropy_loss
 
-pytestmark = pytest.mark.usefixtures("strict")
+pytestmark = [pytest.mark.quick, pytest.mark.usefixtures("strict")]
 
 
 def logits(seed, shape=(2, 3, 7)):
