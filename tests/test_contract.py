@@ -453,8 +453,8 @@ def started(name):
     """What a method trains and remembers at first, made for another batch size."""
     row = METHODS[name]
     shapes = jax.eval_shape(lambda: seen(row, size=6)[:2])
-    data = Data(32, jnp.arange(32) % 10)
-    return jax.jit(lambda key: row.method.init(key, *shapes, data))(KEY)
+    data = Data(labels=np.arange(32, dtype=np.int32) % 10)
+    return jax.jit(lambda key, data: row.method.init(key, *shapes, data))(KEY, data)
 
 
 @functools.cache
