@@ -32,13 +32,14 @@ from hintjax.experiment import (
     Recipe,
     Step,
     backprop,
+    check,
     cross_entropy,
     layers,
     load_student,
     network,
     prepare,
     run,
-    teacher_of,
+    teacher_variables,
 )
 from hintjax.method import objective, weighted
 from hintjax.methods import (
@@ -72,13 +73,10 @@ def _attention(config, pairs, per_epoch):
     return [Step("at", objective(**terms), config.epochs)]
 
 
-def _fitnets(config, pairs, per_epoch):
-    hint_epochs = config.hint_epochs or config.epochs // 2
-    if not hint_epochs:
-        wanted = "epochs >= 2: one for each stage of fitnets"
-        raise ValueError(message("config", wanted, f"{config.epochs}"))
-    epochs = config.epochs - hint_epochs
-    # The paper's second stage: lambda decays from 4 to 1, over all of it.
+def _second_stage(config, pairs, per_epoch, epochs=None):
+    """FitNets' second stage, alone: the KD of FitNets' paper."""
+    epochs = epochs or config.epochs
+    # Lambda decays from 4 to 1, over all of the stage.
     decay = lambda_decay(4.0, 1.0, 0, epochs, per_epoch)
     terms = {
         "task": weighted(cross_entropy(), _or(config.task_weight, 1.0)),
@@ -87,10 +85,21 @@ def _fitnets(config, pairs, per_epoch):
     rates = {}
     if config.hinted_rate != 1:
         rates = {guided: config.hinted_rate for guided, _ in pairs[-1:]}
-    return [
-        Step("hint", objective(hint=fitnets(pairs)), hint_epochs, True),
-        Step("distillation", objective(**terms), epochs, rates=rates),
-    ]
+    return [Step("distillation", objective(**terms), epochs, rates=rates)]
+
+
+def _fitnets(config, pairs, per_epoch, after=_second_stage):
+    hint_epochs = config.hint_epochs or config.epochs // 2
+    if not hint_epochs:
+        wanted = "epochs >= 2: one for each stage of fitnets"
+        raise ValueError(message("config", wanted, f"{config.epochs}"))
+    hint = Step("hint", objective(hint=fitnets(pairs)), hint_epochs, hints_only=True)
+    rest = config.epochs - hint_epochs
+    return [hint, *after(config, pairs, per_epoch, rest)]
+
+
+def _hints_then_task(config, pairs, per_epoch):
+    return _fitnets(config, pairs, per_epoch, after=backprop)
 
 
 def _joint(config, pairs, per_epoch):
@@ -121,16 +130,17 @@ def _arms(config: Config) -> list[Arm]:
         return Arm(name, recipe, config.rates or (rate,), initial, **more)
 
     arms = [
-        arm("backprop", backprop, 2e-3),
-        arm("KD", _kd, 2e-3),
-        arm("AT", _attention, 3e-3),
+        arm("backprop", backprop, 1e-3),
+        arm("KD", _second_stage, 1e-3),
+        arm("AT", _attention, 1e-3),
         arm("FitNets", _fitnets, 3e-3),
         arm("FitNets, untrained hints", _fitnets, 3e-3, untrained=True),
+        arm("hints, then the task", _hints_then_task, 3e-3),
     ]
     if config.student == Config.student:
         arms += [
             arm("backprop, He", backprop, 2e-3, _HE),
-            arm("KD, He", _kd, 3e-3, _HE),
+            arm("KD, He", _second_stage, 2e-3, _HE),
             arm("FitNets, He", _fitnets, 2e-3, _HE),
         ]
     return arms
@@ -147,29 +157,29 @@ def distill(config: Config, run_dir: Path, *, resume: bool = False) -> None:
     if config.method is not None and config.method not in RECIPES:
         do = f"Nearest: {', '.join(nearest(config.method, RECIPES))}."
         raise ValueError(message("distill", "a method", repr(config.method), do))
-    alone = config.method == "backprop"
-    bare = prepare(config)
-    per_epoch = bare.dataset.train.n // config.batch_size
+    setting = prepare(config, teach=config.method != "backprop")
     arms = _arms(config) if config.method is None else []
-    runs = sum(len(arm.rates) + config.seeds - 1 for arm in arms) or 1
-    total = runs * config.epochs * per_epoch
-    with progress(total, "hintjax", images_per_step=config.batch_size) as report:
-        begin = _counting(report)
-        if alone:
-            run(bare, run_dir, backprop, resume=resume, show=begin("student"))
-            return
-        network_, variables = teacher_of(
-            config, run_dir, resume=resume, show=lambda *_: None
-        )
-        setting = prepare(config, network_)
+    for recipe in [arm.recipe for arm in arms] or [RECIPES[config.method]]:
+        check(setting, recipe)
+    if setting.teacher is not None:
         _show_pairs(setting)
+    per_epoch = setting.dataset.train.n // config.batch_size
+    runs = sum(len(arm.rates) for arm in arms) * config.seeds or 1
+    trained = config.teacher_epochs if ":" in config.teacher else 0
+    total = (runs * config.epochs + trained) * per_epoch
+    with progress(total, "hintjax", images_per_step=config.batch_size) as report:
+        begin, variables = _counting(report), None
+        if setting.teacher is not None:
+            variables = teacher_variables(config, run_dir, show=begin("teacher"))
         if not arms:
             recipe = RECIPES[config.method]
             how = {"teacher": variables, "resume": resume, "show": begin("student")}
             run(setting, run_dir, recipe, **how)
             return
         found = compare(setting, run_dir, arms, variables, begin=begin)
-    without_hints = [arm.name for arm in arms if arm.recipe is not _fitnets]
+    without_hints = [
+        arm.name for arm in arms if arm.recipe not in (_fitnets, _hints_then_task)
+    ]
     result = table(setting, variables, found, without_hints)
     (run_dir / REPORT).write_text(json.dumps(result, indent=1))
     show_table(result)

@@ -1,8 +1,8 @@
 """A comparison: one teacher, several arms, the same seeds; a table and a picture.
 
 Every arm has the same number of steps. Where an arm has several learning rates to
-choose from, the choice is made on the validation split, with the first seed. The test
-split is read once, at the end of each run.
+choose from, it runs with all of them, and the mean over the seeds on the validation
+split decides. The test split decides nothing.
 """
 
 import json
@@ -96,22 +96,24 @@ def compare(
             )
         return path, json.loads((path / RESULT).read_text())
 
-    found = {}
+    found, first = {}, setting.config.seed
+    seeds = range(first, first + setting.config.seeds)
     for arm in arms:
-        first = setting.config.seed
-        tried = {rate: one(arm, rate, first)[1] for rate in arm.rates}
-        rate = max(tried, key=lambda rate: tried[rate][f"validation/{ACCURACY}"])
-        seeds = range(first, first + setting.config.seeds)
-        runs = [one(arm, rate, seed) for seed in seeds]
+        tried = {rate: [one(arm, rate, seed) for seed in seeds] for rate in arm.rates}
+        validation = {
+            rate: float(
+                np.mean([result[f"validation/{ACCURACY}"] for _, result in runs])
+            )
+            for rate, runs in tried.items()
+        }
+        rate = max(validation, key=validation.get)
         found[arm.name] = {
             "rate": rate,
-            "validation": {
-                str(r): v[f"validation/{ACCURACY}"] for r, v in tried.items()
-            },
-            "test": [result[f"test/{ACCURACY}"] for _, result in runs],
-            "seconds": [result["seconds"] for _, result in runs],
-            "r2": [explained(load_student(path)[1]) for path, _ in runs],
-            "runs": [str(path.relative_to(run_dir)) for path, _ in runs],
+            "validation": {str(rate): value for rate, value in validation.items()},
+            "test": [result[f"test/{ACCURACY}"] for _, result in tried[rate]],
+            "seconds": [result["seconds"] for _, result in tried[rate]],
+            "r2": [explained(load_student(path)[1]) for path, _ in tried[rate]],
+            "runs": [str(path.relative_to(run_dir)) for path, _ in tried[rate]],
         }
     return found
 

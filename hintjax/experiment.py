@@ -32,7 +32,7 @@ from hintjax.data import (
     load,
     steps_per_epoch,
 )
-from hintjax.method import Method, objective, task
+from hintjax.method import Data, Method, objective, task
 from hintjax.networks import Network, Variables, join, linen, split
 from hintjax.pairing import suggest_pairs
 from hintjax.stages import distillation_stage, hint_stage, student_variables
@@ -85,7 +85,7 @@ class Setting(NamedTuple):
         student: the network.
         teacher: the network; None if no teacher is needed.
         pairs: (guided layer, hint layer).
-        programs: compiled stages, by what they are made of; filled as they are used.
+        programs: compiled stages by name, epochs and kind; filled as they are used.
     """
 
     config: Config
@@ -133,12 +133,12 @@ def network(factory: str, classes: int) -> Network:
     raise ValueError(message("model", wanted, type(made).__name__))
 
 
-def prepare(config: Config, teacher: Network | None = None) -> Setting:
+def prepare(config: Config, *, teach: bool = False) -> Setting:
     """Reads the data and builds the networks of a run; trains nothing.
 
     Args:
         config: the run's.
-        teacher: the teacher's network.
+        teach: whether it needs a teacher.
 
     Returns:
         The setting, with pairs as configured or else suggested by depth.
@@ -149,6 +149,7 @@ def prepare(config: Config, teacher: Network | None = None) -> Setting:
     steps_per_epoch(dataset.train.n, config.batch_size)  # raises
     inputs = jnp.zeros((1, *dataset.train.shape), jnp.float32)
     student = network(config.student, dataset.classes)
+    teacher = teacher_network(config, dataset.classes) if teach else None
     pairs = tuple(map(configs.parse_pair, config.pairs))
     if teacher is not None and not pairs:
         pairs = suggest_pairs(layers(student, inputs), layers(teacher, inputs))
@@ -161,35 +162,39 @@ def layers(network: Network, inputs: jax.Array) -> dict[str, jax.ShapeDtypeStruc
     return network.layers(*variables, inputs)
 
 
-def teacher_of(config: Config, run_dir: Path, **how: Any) -> tuple[Network, Variables]:
-    """The teacher: from the run directory it was trained in, or trained now.
+def teacher_network(config: Config, classes: int) -> Network:
+    """The network of the configured teacher, whether it is trained yet or not."""
+    if ":" in config.teacher:
+        return network(config.teacher, classes)
+    return load_student(config.teacher)[0]
+
+
+def teacher_variables(config: Config, run_dir: Path, **how: Any) -> Variables:
+    """The teacher's variables: from the run that left them, or trained now.
 
     Args:
         config: of the run that needs a teacher.
         run_dir: of that run; a teacher that is trained goes to `run_dir/teacher`.
         **how: see `run`.
-
-    Returns:
-        The network and its variables.
     """
-    path = Path(config.teacher).expanduser()
-    if ":" in config.teacher:
-        path = run_dir / "teacher"
-        if not (path / RESULT).exists():
-            own = dataclasses.replace(
-                config,
-                method="backprop",
-                student=config.teacher,
-                epochs=config.teacher_epochs,
-                hint_epochs=None,
-                limit=None,
-                pairs=(),
-                weight=None,
-                task_weight=None,
-                cosine=False,
-            )
-            run(prepare(own), path, backprop, **how)
-    return load_student(path)
+    if ":" not in config.teacher:
+        return load_student(config.teacher)[1]
+    path = run_dir / "teacher"
+    if not (path / RESULT).exists():
+        own = dataclasses.replace(
+            config,
+            method="backprop",
+            student=config.teacher,
+            epochs=config.teacher_epochs,
+            hint_epochs=None,
+            limit=None,
+            pairs=(),
+            weight=None,
+            task_weight=None,
+            cosine=False,
+        )
+        run(prepare(own), path, backprop, resume=True, **how)
+    return load_student(path)[1]
 
 
 def load_student(run_dir: str | os.PathLike[str]) -> tuple[Network, Variables]:
@@ -209,14 +214,36 @@ def load_student(run_dir: str | os.PathLike[str]) -> tuple[Network, Variables]:
     )
 
 
-def backprop(config, pairs, per_epoch) -> list[Step]:
+def backprop(config, pairs, per_epoch, epochs=None) -> list[Step]:
     """The recipe of the task alone; also how a teacher is trained."""
-    return [Step("backprop", objective(task=cross_entropy()), config.epochs)]
+    return [Step("backprop", objective(task=cross_entropy()), epochs or config.epochs)]
 
 
 def cross_entropy() -> Method:
     """The task of image classification."""
     return task(optax.softmax_cross_entropy_with_integer_labels)
+
+
+def check(setting: Setting, recipe: Recipe) -> None:
+    """Traces every phase of a recipe on shapes alone: what cannot work raises here.
+
+    Args:
+        setting: of the run.
+        recipe: its phases.
+    """
+    config, train = setting.config, setting.dataset.train
+    key, size = jax.random.key(0), config.batch_size
+    of = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
+    image = jax.ShapeDtypeStruct((size, *train.shape), jnp.float32)
+    batch = {"image": image, "label": of((size,)), "index": of((size,))}
+    student, teacher = (
+        None if network is None else jax.eval_shape(network.init, key, setting.inputs)
+        for network in (setting.student, setting.teacher)
+    )
+    per_epoch = steps_per_epoch(train.n, size)
+    for step in recipe(config, setting.pairs, per_epoch):
+        init = _phase(setting, step, config, per_epoch).program.stage.init
+        jax.eval_shape(init, key, student, teacher, batch, Data(of((train.n,))))
 
 
 def run(
@@ -227,7 +254,6 @@ def run(
     teacher: Variables | None = None,
     hints: Variables | None = None,
     initial: Network | None = None,
-    label: Any = None,
     learning_rate: float | None = None,
     seed: int | None = None,
     resume: bool = False,
@@ -242,7 +268,6 @@ def run(
         teacher: the teacher's variables.
         hints: the variables of the hint stage's teacher, if that is another one.
         initial: the network that initialises the student, if that differs.
-        label: under which its programs are shared; the recipe by default.
         learning_rate: instead of the config's.
         seed: instead of the config's.
         resume: go on where the run stopped.
@@ -268,10 +293,10 @@ def run(
         feed = streamed(dataset, config.batch_size, config.seed, augment)
     steps = recipe(config, setting.pairs, feed.per_epoch)
     phases = [
-        _phase(
-            setting, (label or recipe, number), step, config, feed.per_epoch
-        )._replace(teacher=hints if step.hints_only and hints is not None else teacher)
-        for number, step in enumerate(steps)
+        _phase(setting, step, config, feed.per_epoch)._replace(
+            teacher=hints if step.hints_only and hints is not None else teacher
+        )
+        for step in steps
     ]
     batches = functools.partial(
         evaluation_batches,
@@ -303,7 +328,8 @@ def run(
     return fitted, result
 
 
-def _phase(setting, label, step, config, per_epoch):
+def _phase(setting, step, config, per_epoch):
+    label = (step.name, step.epochs, step.hints_only)
     if label not in setting.programs:
         setting.programs[label] = program(
             _stage(setting, step, config, per_epoch),
@@ -312,8 +338,9 @@ def _phase(setting, label, step, config, per_epoch):
         )
 
     def adjust(state):
-        rates = {"learning_rate": config.learning_rate}
-        return state._replace(opt_state=optax.tree.set(state.opt_state, **rates))
+        rate = jnp.asarray(config.learning_rate, jnp.float32)
+        opt_state = optax.tree.set(state.opt_state, learning_rate=rate)
+        return state._replace(opt_state=opt_state)
 
     return Phase(
         name=step.name,

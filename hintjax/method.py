@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, Key, Num
 
 from hintjax._checks import message
@@ -34,8 +35,12 @@ class Context(NamedTuple):
 class Data(NamedTuple):
     """What a method may know of the training set before the first step."""
 
-    size: int
-    labels: Int[Array, " size"]
+    labels: Int[Array | np.ndarray, " size"]
+
+    @property
+    def size(self) -> int:
+        """How many examples there are."""
+        return self.labels.shape[0]
 
 
 class Method(NamedTuple):

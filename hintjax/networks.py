@@ -170,14 +170,9 @@ def linen(
     name = type(module).__name__
     call = call or _default_call(module)
 
+    @jax.jit  # made once, so that a second initialisation compiles nothing
     def init(key: Key[Array, ""], inputs: PyTree) -> Variables:
-        return split(
-            jax.jit(
-                lambda key, inputs: module.init(
-                    key, inputs, method=lambda bound, x: call(bound, x, False)
-                )
-            )(key, inputs)
-        )
+        return split(module.init(key, inputs, False, method=call))
 
     def run(params, state, inputs, train, key, capture, sow_inputs=frozenset()):
         collections = [*(state if train else ()), *([_COLLECTION] if capture else ())]

@@ -300,28 +300,33 @@ def _stage(student, teacher, method, optimiser, inputs, teacher_inputs, mesh):
             key=state.key,
         ), metrics
 
-    def init(key, student_variables, teacher_variables, batch, data=None, carry=None):
-        own, theirs = jax.random.split(key)
-        params, model_state = jax.tree.map(jnp.copy, tuple(student_variables))
-        taught = jax.eval_shape(partial(teach, None), teacher_variables, batch)
-        shown, _ = jax.eval_shape(
-            lambda params, model_state, batch: student.apply(
-                params, model_state, inputs(batch), wants=method.student, train=False
-            ),
-            params,
-            model_state,
-            batch,
+    @jax.jit  # made once, so that a second initialisation compiles nothing
+    def fresh(key, student_variables, teacher_variables, batch, data):
+        """All that does not come from elsewhere: regressors, memory, optimiser."""
+        params, model_state = student_variables
+        taught = teach(None, teacher_variables, batch)
+        shown, _ = student.apply(
+            params, model_state, inputs(batch), wants=method.student, train=False
         )
-        regressors, memory = jax.jit(lambda key: method.init(key, shown, taught, data))(
-            theirs
+        shapes = jax.eval_shape(lambda *features: features, shown, taught)
+        own, theirs = jax.random.split(key)
+        regressors, memory = method.init(theirs, *shapes, data)
+        params = {"student": params, "regressors": regressors}
+        state = State(params, model_state, memory, (), jnp.zeros((), jnp.int32), own)
+        transform, _, _ = optimiser(objective, *parts_of(state, taught, batch))
+        return regressors, memory, transform.init(params), state.step, own
+
+    def init(key, student_variables, teacher_variables, batch, data=None, carry=None):
+        variables = Variables(*student_variables)
+        regressors, memory, opt_state, step, key = fresh(
+            key, variables, teacher_variables, batch, data
         )
         if carry is not None:
             regressors = _carried(regressors, carry.params["regressors"])
             memory = _carried(memory, carry.memory)
+        params, model_state = jax.tree.map(jnp.copy, tuple(variables))
         params = {"student": params, "regressors": regressors}
-        state = State(params, model_state, memory, (), jnp.zeros((), jnp.int32), own)
-        transform, _, _ = optimiser(objective, *parts_of(state, taught, batch))
-        state = state._replace(opt_state=jax.jit(transform.init)(params))
+        state = State(params, model_state, memory, opt_state, step, key)
         return state if mesh is None else jax.device_put(state, replicated(mesh))
 
     def update(state, variables, batch):

@@ -177,7 +177,7 @@ def on_device(
     return Feed(
         advance=advance,
         example=take(train, jnp.arange(batch_size), standardize),
-        data=Data(n, train.label),
+        data=Data(train.label),
         per_epoch=per_epoch,
         position=lambda: None,
         seek=lambda position: None,
@@ -222,7 +222,7 @@ def streamed(
     return Feed(
         advance=advance,
         example=example,
-        data=Data(train.n, labels),
+        data=Data(labels),
         per_epoch=steps_per_epoch(train.n, batch_size),
         position=batches.get_state,
         seek=batches.set_state,
