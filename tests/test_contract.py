@@ -33,6 +33,7 @@ class Loss(NamedTuple):
     positions: int = 0  # first axes of an example that a mask may cover too
     batch_dims: bool = False  # must be told how many axes are the batch?
     waived: Mapping[str, str] = MappingProxyType({})  # test without "test_": reason
+    name: str = ""  # filled in from the table
 
     def over(self, batch_dims):
         """The loss for that many batch axes."""
@@ -46,6 +47,11 @@ class Loss(NamedTuple):
 
 
 CHANNELS = {"names_both_shapes": "channels may differ; a batch of 1 is refused below"}
+KINK = {"flat_at_equality": "a distance has a kink at 0; its slope is bounded"}
+ENTROPY = {"zero_at_equality": "the least value is the teacher's entropy"}
+
+FEATURES = {"student": (4, 3, 5), "positions": 2}
+UNEQUAL = FEATURES | {"teacher": (8, 7, 6)}
 
 LOSSES = {
     "attention_map_loss": Loss(losses.attention_map_loss, (12,), positions=1),
@@ -53,37 +59,16 @@ LOSSES = {
         losses.attention_map_loss_paper, (12,), positions=1
     ),
     "attention_transfer_loss": Loss(
-        losses.attention_transfer_loss,
-        (4, 3, 5),
-        (8, 7, 6),
-        positions=2,
-        waived=CHANNELS,
+        losses.attention_transfer_loss, **UNEQUAL, waived=CHANNELS
     ),
     "attention_transfer_loss_paper": Loss(
-        losses.attention_transfer_loss_paper,
-        (4, 3, 5),
-        (8, 7, 6),
-        positions=2,
-        waived=CHANNELS
-        | {"flat_at_equality": "a distance has a kink at 0; its slope is bounded"},
+        losses.attention_transfer_loss_paper, **UNEQUAL, waived=CHANNELS | KINK
     ),
-    "hint_loss": Loss(
-        losses.hint_loss,
-        (4, 3, 5),
-        positions=2,
-        batch_dims=True,
-    ),
-    "hint_loss_paper": Loss(
-        losses.hint_loss_paper,
-        (4, 3, 5),
-        positions=2,
-        batch_dims=True,
-    ),
+    "hint_loss": Loss(losses.hint_loss, **FEATURES, batch_dims=True),
+    "hint_loss_paper": Loss(losses.hint_loss_paper, **FEATURES, batch_dims=True),
     "kd_loss": Loss(losses.kd_loss, (10,)),
     "soft_cross_entropy_loss": Loss(
-        losses.soft_cross_entropy_loss,
-        (10,),
-        waived={"zero_at_equality": "the least value is the teacher's entropy"},
+        losses.soft_cross_entropy_loss, (10,), waived=ENTROPY
     ),
 }
 NOT_LOSSES = {"attention_map", "attention_maps"}
@@ -91,7 +76,7 @@ NOT_LOSSES = {"attention_map", "attention_maps"}
 
 @pytest.fixture(params=LOSSES)
 def row(request):
-    row = LOSSES[request.param]
+    row = LOSSES[request.param]._replace(name=request.param)
     promise = request.function.__name__.removeprefix("test_")
     if promise in row.waived:
         pytest.skip(row.waived[promise])
@@ -115,9 +100,8 @@ def is_shape(tree):
 def pair(row, seed=0, **kwargs):
     """Student and teacher, of the shapes that the row gives."""
     teacher = row.student if row.teacher is None else row.teacher
-    return random(row.student, seed=seed, **kwargs), random(
-        teacher, seed=seed + 1, **kwargs
-    )
+    student = random(row.student, seed=seed, **kwargs)
+    return student, random(teacher, seed=seed + 1, **kwargs)
 
 
 def peers(row, **kwargs):
@@ -308,8 +292,7 @@ def test_half_precision_within_one_percent(row, dtype):
 
 
 def assert_names_both(row, student, teacher):
-    name = row.loss.__name__
-    with pytest.raises(ValueError, match=f"^{name}: expected ") as error:
+    with pytest.raises(ValueError, match=f"^{row.name}: expected ") as error:
         row.loss(student, teacher)
     for tree in student, teacher:
         for leaf in jax.tree.leaves(tree):
@@ -331,7 +314,7 @@ def test_refuses_integers(row, unchecked):
     student, teacher = pair(row)
     whole = jax.tree.map(lambda x: x.astype(jnp.int32), student)
     for arrays in (whole, teacher), (teacher, whole):
-        with pytest.raises(TypeError, match=f"^{row.loss.__name__}: .*floating-point"):
+        with pytest.raises(TypeError, match=f"^{row.name}: .*floating-point"):
             row.loss(*arrays)
 
 
@@ -402,6 +385,7 @@ class Taught(NamedTuple):
     student: Features
     teacher: Features
     waived: Mapping[str, str] = MappingProxyType({})
+    name: str = ""
 
 
 PAIRS = [("guided", "hint")]
@@ -430,15 +414,11 @@ KEY = jax.random.key(0)
 
 @pytest.fixture(params=METHODS)
 def taught(request):
-    row = METHODS[request.param]
+    row = METHODS[request.param]._replace(name=request.param)
     promise = request.function.__name__.removeprefix("test_")
     if promise in row.waived:
         pytest.skip(row.waived[promise])
     return row
-
-
-def name_of(row):
-    return next(name for name, other in METHODS.items() if other is row)
 
 
 def seen(row, size=4):
@@ -477,10 +457,9 @@ def applied(name, train):
 
 def applied_to(row, student, teacher, batch, *, train=True, step=0):
     """Gradients (parameters, student, teacher) and values, memory, metrics."""
-    name = name_of(row)
-    params, memory = started(name)
+    params, memory = started(row.name)
     arguments = memory, batch, jax.random.fold_in(KEY, step), np.int32(step)
-    return applied(name, train)(params, student, teacher, *arguments)
+    return applied(row.name, train)(params, student, teacher, *arguments)
 
 
 def test_every_method_has_a_row():
@@ -498,7 +477,7 @@ def test_a_method_names_what_it_wants(taught):
 
 
 def test_a_method_gives_values_memory_and_metrics(taught):
-    params, memory = started(name_of(taught))
+    params, memory = started(taught.name)
     _, (values, after, metrics) = applied_to(taught, *seen(taught))
     assert isinstance(params, dict)
     assert isinstance(memory, dict)
@@ -517,7 +496,7 @@ def test_a_method_teaches_the_student_and_never_the_teacher(taught):
 
 
 def test_a_method_remembers_nothing_in_evaluation(taught):
-    _, memory = started(name_of(taught))
+    _, memory = started(taught.name)
     _, (_, after, _) = applied_to(taught, *seen(taught), train=False)
     chex.assert_trees_all_equal(memory, after)
 

@@ -106,7 +106,7 @@ def _expectation(log_p, value, where):
     """sum_c p_c value_c, where a class of probability 0 counts 0 even if infinite.
 
     The `where` is on the value, not on the product, to keep 0 * inf out of the
-    gradient too. (`== 0` and not `> 0`: nan stays nan.)
+    gradient too.
     """
     p = jnp.exp(log_p)
     return keep(jnp.sum(p * jnp.where(p == 0, 0, value), -1), where)
