@@ -127,7 +127,8 @@ def compiled(loss):
 
 
 def largest(tree):
-    return max(np.abs(np.asarray(leaf)).max() for leaf in jax.tree.leaves(tree))
+    """The largest entry; nan if there is one (Python's own max may miss it)."""
+    return np.max([np.abs(np.asarray(x)).max() for x in jax.tree.leaves(tree)])
 
 
 def assert_close(got, want, rtol):
@@ -316,6 +317,13 @@ def test_refuses_integers(row, unchecked):
     for arrays in (whole, teacher), (teacher, whole):
         with pytest.raises(TypeError, match=f"^{row.name}: .*floating-point"):
             row.loss(*arrays)
+
+
+@pytest.mark.parametrize("where", [np.ones(3, bool), np.ones(4, np.float32)])
+def test_refuses_a_wrong_mask(row, unchecked, where):
+    got = f"{where.dtype} \\({where.shape[0]},\\)"
+    with pytest.raises(ValueError, match=f"^{row.name}: .*where to be bool .*{got}"):
+        row.loss(*pair(row), where=where)
 
 
 def test_teacher_may_be_stopped(row):
