@@ -1,0 +1,65 @@
+"""What the README and the notebook show, runs."""
+
+import os
+import re
+import runpy
+from pathlib import Path
+
+import jupytext
+import nbclient
+import nbformat
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def examples():
+    text = (ROOT / "README.md").read_text()
+    return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+
+
+@pytest.mark.quick
+def test_the_readme_example_is_short_and_runs(tmp_path):
+    (code,) = examples()
+    lines = [line for line in code.splitlines() if line.strip()]
+    assert len(lines) <= 25
+    (tmp_path / "example.py").write_text(code)
+    scope = runpy.run_path(str(tmp_path / "example.py"))
+    assert scope["logits"].shape == (32, 10)
+    assert {"task", "kd", "loss", "task/accuracy"} <= set(scope["metrics"])
+    assert int(scope["state"].step) == 100
+
+
+def test_the_notebook_and_its_script_say_the_same():
+    notebook = jupytext.read(ROOT / "colabs" / "quickstart.ipynb")
+    script = jupytext.read(ROOT / "colabs" / "quickstart.py")
+    cells = [
+        [(cell.cell_type, cell.source) for cell in nb.cells]
+        for nb in (notebook, script)
+    ]
+    assert cells[0] == cells[1]
+    assert notebook.metadata["accelerator"] == "TPU"
+
+
+def test_the_notebook_runs_on_eight_devices(monkeypatch):
+    monkeypatch.setenv("HINTJAX_STEPS", "3")
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".jax_cache"))
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    notebook = nbformat.read(ROOT / "colabs" / "quickstart.ipynb", as_version=4)
+    client = nbclient.NotebookClient(
+        notebook,
+        timeout=300,
+        kernel_name="python3",
+        resources={"metadata": {"path": str(ROOT / "colabs")}},
+    )
+    client.execute()
+    printed = "".join(
+        output.get("text", "")
+        for cell in notebook.cells
+        for output in cell.get("outputs", [])
+    )
+    assert printed.count("CpuDevice") == 8
+    assert "with hints" in printed and "('conv10', 'conv2')" in printed
+    assert os.environ["HINTJAX_STEPS"] == "3"
