@@ -14,6 +14,7 @@ import hypothesis
 import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 
@@ -151,6 +152,11 @@ def test_only_promises_are_waived():
     rows = [*LOSSES.values(), *METHODS.values()]
     waived = {name for row in rows for name in row.waived}
     assert all(f"test_{name}" in globals() for name in waived)
+
+
+def test_annotations_are_checked_in_tests():
+    with pytest.raises(jaxtyping.TypeCheckError):
+        losses.kd_loss(jnp.zeros((2, 3)), jnp.zeros((2, 4)))
 
 
 @pytest.mark.parametrize("batch", [(4,), (1,), (2, 3)])
