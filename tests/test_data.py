@@ -62,14 +62,15 @@ def prepare(folder: Path, name: str, splits: dict[str, data.Split], **options) -
         code_path = None  # there are no checksums beside this file
 
         def _info(self):
-            image = tfds.features.Image(shape=shape, encoding_format="png")
+            dtype = options.get("dtype", np.uint8)
+            image = tfds.features.Image(shape=shape, dtype=dtype, encoding_format="png")
             label = options.get("label", tfds.features.ClassLabel(num_classes=3))
             other = tfds.features.Text()
             features = {"image": image, "label": label, "id": other}
             return tfds.core.DatasetInfo(
                 builder=self,
                 features=tfds.features.FeaturesDict(features),
-                supervised_keys=("image", "label"),
+                supervised_keys=options.get("keys", ("image", "label")),
             )
 
         def _split_generators(self, _):
@@ -104,6 +105,10 @@ def ordered(one: data.Split) -> tuple[np.ndarray, np.ndarray]:
     return rows[np.lexsort(rows.T)]
 
 
+def same(first, second) -> None:
+    jax.tree.map(np.testing.assert_array_equal, first, second)
+
+
 def crop_by_hand(image, pad, dy, dx, flip, reflect):
     mode = {"mode": "reflect"} if reflect else {}
     padded = np.pad(image, ((pad, pad), (pad, pad), (0, 0)), **mode)
@@ -136,7 +141,7 @@ def test_digits_scaled():
 
 def test_load_is_deterministic_and_splits_by_seed():
     first, again, other = (data.load("digits", seed=seed) for seed in (0, 0, 1))
-    jax.tree.map(np.testing.assert_array_equal, first, again)
+    same(first, again)
     np.testing.assert_array_equal(first.test.image, other.test.image)
     assert not np.array_equal(first.validation.image, other.validation.image)
 
@@ -154,12 +159,11 @@ def test_limit_is_nested_and_touches_only_train():
     full, many, few = (data.load("digits", limit=limit) for limit in (None, 200, 50))
     assert (many.train.n, few.train.n) == (200, 50)
     assert np.bincount(few.train.label, minlength=10).min() >= 4
+    same(full.standardize, data.statistics(full.train))
     rows = {image.tobytes() for image in many.train.image}
     assert {image.tobytes() for image in few.train.image} <= rows
     for part in ("validation", "test", "standardize"):
-        jax.tree.map(
-            np.testing.assert_array_equal, getattr(full, part), getattr(few, part)
-        )
+        same(getattr(full, part), getattr(few, part))
 
 
 def test_npz(tmp_path):
@@ -177,7 +181,7 @@ def test_npz(tmp_path):
         path, **arrays, image_test=test.image, label_test=test.label, class_names=names
     )
     got = data.load(path)
-    jax.tree.map(np.testing.assert_array_equal, got.test, test)
+    same(got.test, test)
     assert got.classes == 4 and got.class_names == ("cat", "dog", "owl", "fox")
     assert got.train.n + got.validation.n == 40
 
@@ -191,7 +195,7 @@ def test_tfds(prepared):
     both = (got.train, got.validation)
     both = data.Split(*map(np.concatenate, zip(*both, strict=True)))
     np.testing.assert_array_equal(ordered(both), ordered(want["train"]))
-    jax.tree.map(np.testing.assert_array_equal, got, data.load("tiny", folder))
+    same(got, data.load("tiny", folder))
 
 
 def test_tfds_takes_the_newest_version_and_an_asked_one(prepared, monkeypatch):
@@ -207,6 +211,20 @@ def test_tfds_validation_stands_in_for_a_missing_test(prepared):
     assert (got.train.n, got.validation.n, got.test.n) == (18, 2, 8)
 
 
+def test_tfds_test_without_labels_is_left_out(tmp_path):
+    one = split(20)
+    hidden = data.Split(one.image, np.full(20, -1, np.int32))
+    splits = {"train": one, "validation": split(8, seed=1), "test": hidden}
+    prepare(tmp_path, "hidden", splits)
+    got = data.load("hidden", tmp_path)
+    assert (got.train.n, got.validation.n, got.test.n) == (18, 2, 8)
+    prepare(tmp_path, "open", {**splits, "test": one})
+    got = data.load("open", tmp_path)
+    assert (got.train.n, got.validation.n, got.test.n) == (20, 8, 20)
+    with pytest.raises(ValueError, match=r"labels in 0\.\.2 in 'test' of 'hidden'"):
+        data.records("hidden", tmp_path, "test").read(range(3))
+
+
 def test_records(prepared):
     folder, _ = prepared
     whole = data.records("tiny", folder)
@@ -219,15 +237,16 @@ def test_records(prepared):
     assert not data.fits_on_device(whole, part, limit=60 * 90 + 30 * 192 - 1)
     sampled = data.statistics(whole, sample=60)
     exact = data.statistics(whole.read(range(60)))
-    jax.tree.map(np.testing.assert_array_equal, sampled, exact)
+    same(sampled, exact)
 
 
 def test_sets_of_many_shapes_need_a_size(tmp_path):
-    mixed = ([images(1, (5, 6, 3))[0], images(1, (7, 5, 3))[0]], [0, 1])
+    shapes = [(5, 6, 3), (7, 5, 3), (9, 9, 1)]  # the last is stored in grey
+    mixed = ([images(1, shape)[0] for shape in shapes], [0, 1, 2])
     prepare(tmp_path, "mixed", {"train": mixed}, shape=(None, None, 3))
     with pytest.raises(ValueError, match="one shape.*size="):
-        data.records("mixed", tmp_path).read(range(2))
-    assert data.records("mixed", tmp_path, size=4).read(range(2)).shape == (4, 4, 3)
+        data.records("mixed", tmp_path).read(range(3))
+    assert data.records("mixed", tmp_path, size=4).read(range(3)).shape == (4, 4, 3)
 
 
 def test_statistics():
@@ -290,8 +309,8 @@ def test_not_prepared(prepared):
 
 
 def test_configurations(tmp_path):
-    for config in ("letters", "digits"):
-        folder = tmp_path / "emnist" / config / "1.0.0"
+    for config in ("letters/1.0.0", "digits/1.0.0", "incomplete.AB12_1.0.0"):
+        folder = tmp_path / "emnist" / config
         folder.mkdir(parents=True)
         (folder / "features.json").touch()
     with pytest.raises(ValueError, match=r"digits, letters\. Write emnist/digits"):
@@ -310,18 +329,21 @@ def test_stored_as_tfrecord(prepared, tmp_path):
 
 def test_records_errors(prepared, tmp_path):
     folder, _ = prepared
-    with pytest.raises(
-        ValueError, match=r"a split of 'tiny' \(test, train\), got 'val"
-    ):
-        data.records("tiny", folder, "validation")
-    with pytest.raises(ValueError, match="empty split"):
-        data.records("tiny", folder, "train[:0]")
+    for wrong in ("validation", "train[:0]", "train[:1%"):
+        with pytest.raises(ValueError, match=r"'tiny' with examples \(test, train, or"):
+            data.records("tiny", folder, wrong)
     import tensorflow_datasets as tfds
 
     one = {"train": split(2)}
     prepare(tmp_path, "scalar", one, label=tfds.features.Scalar(np.int64))
     with pytest.raises(TypeError, match="image classification set.*id, image, label"):
         data.load("scalar", tmp_path)
+    prepare(tmp_path, "text", one, keys=("id", "label"))
+    with pytest.raises(TypeError, match="image classification set.*got 'text'"):
+        data.load("text", tmp_path)
+    prepare(tmp_path, "deep", one, dtype=np.uint16)
+    with pytest.raises(ValueError, match="uint8 images.*got uint16 of 3 in 'deep'"):
+        data.load("deep", tmp_path)
     prepare(tmp_path, "others", {"part": one["train"]}, shape=(5, 6, 3))
     with pytest.raises(ValueError, match="a train split of 'others'"):
         data.load("others", tmp_path)
@@ -563,7 +585,7 @@ def test_place_replicates_over_a_mesh():
     got = take(placed, index)
     assert got["image"].sharding.spec[0] == "data"
     want = take(data.place(one), np.arange(16, dtype=np.int32))
-    jax.tree.map(np.testing.assert_array_equal, got, want)
+    same(got, want)
 
 
 # Streams.
@@ -573,10 +595,6 @@ FULL = data.Augment(pad=2, flip=True)
 
 def collect(stream, n: int) -> list[dict[str, np.ndarray]]:
     return [next(stream) for _ in range(n)]
-
-
-def same(first, second) -> None:
-    jax.tree.map(np.testing.assert_array_equal, first, second)
 
 
 @pytest.fixture(params=["host", "records"])
