@@ -306,13 +306,13 @@ def load_tree(path: str | os.PathLike) -> dict[str, Any]:
     if not _is_export(source):
         wanted = "a directory that save_tree wrote"
         raise ValueError(message("load_tree", wanted, str(source)))
-    stored, tree = _read(source, _record(source))
-    leaves, arrays = _flatten("load_tree", tree)
-    placed = [
-        _place(leaf.path, *stored[leaf.path], jax.ShapeDtypeStruct(x.shape, x.dtype))
-        for leaf, x in zip(leaves, arrays, strict=True)
-    ]
-    return jax.tree.unflatten(jax.tree.structure(tree), placed)
+    _, tree = _read(source, _record(source))
+
+    def place(path: Any, array: np.ndarray) -> jax.Array:
+        like = jax.ShapeDtypeStruct(array.shape, array.dtype)
+        return _place(_names(path), array, "", like)
+
+    return jax.tree_util.tree_map_with_path(place, tree)
 
 
 # Trees and arrays.
@@ -322,7 +322,7 @@ def _flatten(caller: str, tree: PyTree) -> tuple[list[_Leaf], list[Any]]:
     """The arrays of a tree by path; None and empty containers are structure only."""
     leaves, arrays, taken = [], [], {}
     for keys, array in jax.tree_util.tree_flatten_with_path(tree)[0]:
-        path = tuple(jax.tree_util.keystr((key,), simple=True) for key in keys)
+        path = _names(keys)
         kinds = (np.number, np.bool_, jax.dtypes.prng_key)
         dtype = getattr(array, "dtype", None)
         if dtype is None or not any(jnp.issubdtype(dtype, kind) for kind in kinds):
@@ -339,6 +339,10 @@ def _flatten(caller: str, tree: PyTree) -> tuple[list[_Leaf], list[Any]]:
         leaves.append(_Leaf(path, str(dtype), tuple(array.shape), key))
         arrays.append(array)
     return leaves, arrays
+
+
+def _names(keys: Sequence[Any]) -> tuple[str, ...]:
+    return tuple(jax.tree_util.keystr((key,), simple=True) for key in keys)
 
 
 def _is_key(array: Any) -> bool:
@@ -408,7 +412,7 @@ def _place(path: tuple[str, ...], value: np.ndarray, key: str, like: Any) -> Any
     if placed.dtype != like.dtype:
         wanted = f"{'/'.join(path)} as {like.dtype}"
         do = "Set jax_enable_x64, as the run that saved it had."
-        raise ValueError(message("restore", wanted, str(placed.dtype), do))
+        raise ValueError(message("checkpoint", wanted, str(placed.dtype), do))
     return placed
 
 
@@ -456,9 +460,9 @@ def _commit(
     except Exception as error:
         shutil.rmtree(staging, ignore_errors=True)
         reason = str(error).partition("\n")[0][:300]
-        code = getattr(error, "errno", None) or (
-            errno.ENOSPC if "No space left" in reason else errno.EIO
-        )
+        code = getattr(error, "errno", None) or errno.EIO
+        if "No space left" in str(error):  # as tensorstore words it
+            reason, code = "the disk is full", errno.ENOSPC
         raise _failure(caller, target, jax.tree.leaves(tree), reason, code) from error
 
 
@@ -515,8 +519,9 @@ def _read(path: Path, record: dict[str, Any]) -> tuple[dict, dict]:
 
 
 def _damaged(path: Path, what: object) -> ValueError:
+    got = f"damage: {what}".partition("\n")[0][:200]
     do = "Restore another step."
-    return ValueError(message("checkpoint", f"{path} as it was written", f"{what}", do))
+    return ValueError(message("checkpoint", f"{path} as it was written", got, do))
 
 
 def _refuse_other(path: Path, stored: list[dict], wanted: list[_Leaf]) -> None:

@@ -192,19 +192,19 @@ def test_two_stages_in_one_directory_are_told_apart_by_peek(tmp_path):
 # Saving
 
 
-def slow(monkeypatch, until: threading.Event):
+def during_saves(monkeypatch, act):
     save = ocp.Checkpointer.save
 
-    def wait_and_save(*args, **kwargs):
-        until.wait(10)
+    def act_and_save(*args, **kwargs):
+        act()
         return save(*args, **kwargs)
 
-    monkeypatch.setattr(ocp.Checkpointer, "save", wait_and_save)
+    monkeypatch.setattr(ocp.Checkpointer, "save", act_and_save)
 
 
 def test_a_save_in_flight_is_waited_for_and_none_is_skipped(tmp_path, monkeypatch):
     event = threading.Event()
-    slow(monkeypatch, event)
+    during_saves(monkeypatch, lambda: event.wait(10))
     checkpoints = open_checkpoints(tmp_path, keep=9)
     checkpoints.save(0, SMALL)
     assert names(tmp_path) == [".hintjax-tmp"]  # it returned while nothing is written
@@ -445,7 +445,7 @@ def test_damage_is_seen(tmp_path):
             broken = break_one(path, how)
             next(broken)
             with pytest.raises(
-                ValueError, match="as it was written, got .* Restore an"
+                ValueError, match="as it was written, got damage: .* Restore an"
             ):
                 read()
             next(broken, None)
@@ -455,7 +455,7 @@ def test_damage_is_seen(tmp_path):
     wrong = json.loads(record.read_text())
     wrong["leaves"][0]["crc32"] ^= 1
     record.write_text(json.dumps(wrong))
-    with pytest.raises(ValueError, match="as it was written, got w"):
+    with pytest.raises(ValueError, match="as it was written, got damage: w"):
         checkpoints.restore(tree)
     wrong["format"] = 2
     record.write_text(json.dumps(wrong))
@@ -469,15 +469,15 @@ def test_damage_is_seen(tmp_path):
 @pytest.mark.quick
 def test_a_fingerprint_tells_values_apart_and_nothing_else():
     class Pair(NamedTuple):
-        a: jax.Array
         b: jax.Array
+        a: jax.Array
 
     a, b = jnp.arange(8.0), jnp.ones(3, jnp.bfloat16)
     tree = {"b": b, "a": a}
     rows = NamedSharding(data_mesh(), PartitionSpec("data"))
     for same in (
         {"a": a, "b": b},
-        Pair(a, b),
+        Pair(b, a),
         FrozenDict(tree),
         {"a": np.asarray(a), "b": np.asarray(b), "c": None, "d": {}},
         {"a": jax.device_put(a, rows), "b": b},
@@ -486,7 +486,7 @@ def test_a_fingerprint_tells_values_apart_and_nothing_else():
     others = [
         tree,
         {"a": a, "b": b + 1},
-        {"a": a, "b": b.astype(jnp.float16)},
+        {"a": a, "b": np.asarray(b).view(np.float16)},  # equal bytes
         {"a": a.reshape(2, 4), "b": b},
         {"a": b, "b": a},
         {"a": a, "c": b},
@@ -572,13 +572,13 @@ def test_an_export_that_fails_leaves_the_earlier_one(tmp_path, no_room):
 # Other people's terminals and processes
 
 
-def test_orbax_is_quiet_and_others_are_not(tmp_path, caplog, capfd):
+def test_orbax_is_quiet_and_others_are_not(tmp_path, monkeypatch, caplog, capfd):
+    during_saves(monkeypatch, lambda: absl_logging.warning("the user's own"))
     absl = logging.getLogger("absl")
     filters = list(absl.filters)
     with caplog.at_level(logging.DEBUG), caplog.at_level(logging.DEBUG, "absl"):
         with open_checkpoints(tmp_path) as checkpoints:
             checkpoints.save(1, SMALL)
-            absl_logging.warning("the user's own")
         checkpoints.restore(SMALL)
     assert [r.message for r in caplog.records if r.name == "absl"] == ["the user's own"]
     assert capfd.readouterr() == ("", "")
@@ -631,17 +631,34 @@ while True:
 """
 
 
+def test_a_step_appears_whole_in_one_rename(tmp_path, monkeypatch):
+    rename, seen = Path.rename, []
+
+    def watched(source, target):
+        before = names(tmp_path)
+        rename(source, target)
+        seen.append((before, names(tmp_path), names(tmp_path / "1")))
+
+    monkeypatch.setattr(Path, "rename", watched)
+    with open_checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, SMALL)
+    whole = names(tmp_path / "1")
+    assert "hintjax.json" in whole
+    assert seen == [([".hintjax-tmp"], [".hintjax-tmp", "1"], whole)]
+
+
 def test_sigkill_at_any_instant_loses_no_committed_step(tmp_path):
     checkpoints = open_checkpoints(tmp_path)
     in_flight = 0
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     started = [python(ENDLESS, tmp_path, **pipes) for _ in range(4)]  # and wait
-    for process, delay in zip(started, (0.0, 0.02, 0.05, 0.09), strict=True):
+    for process, moment in zip(started, (0.1, 0.5, 0.9, 1.0), strict=True):
         with process:
             process.stdin.close()
-            for _ in range(3):
-                process.stdout.readline()
-            time.sleep(delay)
+            process.stdout.readline(), process.stdout.readline()
+            start = time.perf_counter()
+            process.stdout.readline()
+            time.sleep(moment * (time.perf_counter() - start))  # of one save
             process.send_signal(signal.SIGKILL)
             told = process.stdout.read().split()
         newest = checkpoints.latest()
