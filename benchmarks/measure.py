@@ -1,0 +1,175 @@
+"""How the benchmarks measure: compilation apart, rounds interleaved, ratios paired.
+
+Machines are noisy for seconds at a time. So every round runs all programs, in a new
+order, and what is compared is divided within its round; the reported ratio is the
+median over rounds, with the interval that order statistics give it.
+"""
+
+import json
+import math
+import os
+import platform
+import time
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+FEWEST_ROUNDS = 6
+
+
+class Program(NamedTuple):
+    """A compiled function, and what the compiler says of it.
+
+    `flops`, `bytes_accessed` and `temp_bytes` are None where the backend does not
+    tell.
+    """
+
+    call: Callable[..., Any]
+    trace_seconds: float
+    compile_seconds: float
+    flops: float | None
+    bytes_accessed: float | None
+    temp_bytes: int | None
+
+    def record(self, seconds: Sequence[float]) -> dict[str, Any]:
+        """All but the function itself, with the seconds of its steps."""
+        told = self._asdict()
+        told.pop("call")
+        return told | {"step_seconds": summary(seconds), "rounds": list(seconds)}
+
+
+def compiled(function: Callable[..., Any], *arguments: Any) -> Program:
+    """Compiles a jitted function; every array it needs must be an argument.
+
+    A parameter that is closed over is a constant, and XLA folds convolutions of
+    constants for minutes.
+    """
+    start = time.perf_counter()
+    lowered = function.lower(*arguments)
+    traced = time.perf_counter()
+    program = lowered.compile()
+    done = time.perf_counter()
+    costs, memory = program.cost_analysis() or {}, program.memory_analysis()
+    return Program(
+        call=program,
+        trace_seconds=traced - start,
+        compile_seconds=done - traced,
+        flops=costs.get("flops"),
+        bytes_accessed=costs.get("bytes accessed"),
+        temp_bytes=None if memory is None else memory.temp_size_in_bytes,
+    )
+
+
+def interleave(
+    runs: Mapping[str, Callable[[], Any]], rounds: int, steps: int
+) -> dict[str, list[float]]:
+    """Seconds per step of every run, once per round.
+
+    Args:
+        runs: what to run, by name; each call is one step and returns its outputs.
+        rounds: in each, every run is timed once; the order is drawn anew.
+        steps: dispatched one after another between two looks at the clock.
+    """
+    for run in runs.values():
+        jax.block_until_ready(run())
+    seconds = {name: [] for name in runs}
+    shuffle = np.random.default_rng(0)
+    for _ in range(rounds):
+        for name in shuffle.permutation(list(runs)):
+            start = time.perf_counter()
+            for _ in range(steps):
+                outputs = runs[name]()
+            jax.block_until_ready(outputs)
+            seconds[name].append((time.perf_counter() - start) / steps)
+    for name, run in runs.items():
+        numbers = [
+            leaf
+            for leaf in jax.tree.leaves(run())
+            if jnp.issubdtype(leaf.dtype, jnp.inexact)
+        ]
+        if not all(jnp.isfinite(leaf).all() for leaf in numbers):
+            raise FloatingPointError(
+                f"{name}: expected finite numbers after the last round, got nan or "
+                f"inf. Lower the learning rate: such steps are not what is measured."
+            )
+    return seconds
+
+
+def summary(values: Sequence[float]) -> dict[str, float]:
+    """Median, and an interval that holds the true median 95 times in 100.
+
+    Its ends are order statistics: with n values, the number of those below the true
+    median is binomial (n, 1/2), whatever their distribution.
+
+    Raises:
+        ValueError: with fewer than 6 values; no interval has that confidence then.
+    """
+    ordered, n = np.sort(values), len(values)
+    if n < FEWEST_ROUNDS:
+        raise ValueError(
+            f"summary: expected at least {FEWEST_ROUNDS} rounds, got {n}. Below that "
+            f"not even the extremes hold the median with 95 % confidence."
+        )
+    outside, low = 0.5**n, 0  # the chance that the median is below ordered[low]
+    while outside + math.comb(n, low + 1) * 0.5**n <= 0.025:
+        low += 1
+        outside += math.comb(n, low) * 0.5**n
+    return {
+        "median": float(np.median(ordered)),
+        "low": float(ordered[low]),
+        "high": float(ordered[n - 1 - low]),
+    }
+
+
+def paired(
+    seconds: Mapping[str, Sequence[float]], whole: str, parts: Sequence[str]
+) -> dict[str, float]:
+    """`summary` of one run's time over the sum of others', round by round."""
+    below = sum(np.asarray(seconds[part]) for part in parts)
+    return summary(np.asarray(seconds[whole]) / below)
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers were made on."""
+    device = jax.devices()[0]
+    packages = ("jax", "jaxlib", "flax", "optax", "hintjax")
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "backend": jax.default_backend(),
+        "device": device.device_kind,
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "load": round(os.getloadavg()[0], 2),
+        "python": platform.python_version(),
+        "versions": {package: version(package) for package in packages},
+    }
+
+
+def write(path: Path, record: Mapping[str, Any]) -> None:
+    """The record as JSON, with five digits for what was timed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(_rounded(record), indent=1) + "\n")
+
+
+def _processor() -> str:
+    """The name of the CPU, where Linux tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.machine()
+    names = [line.partition(":")[2] for line in lines if line.startswith("model name")]
+    return names[0].strip() if names else platform.machine()
+
+
+def _rounded(node):
+    if isinstance(node, Mapping):
+        return {key: _rounded(value) for key, value in node.items()}
+    if isinstance(node, (list, tuple)):
+        return [_rounded(value) for value in node]
+    return float(f"{node:.5g}") if isinstance(node, float) and node < 1e6 else node

@@ -1,0 +1,236 @@
+"""How the losses of many pairs are evaluated: in a loop, or by vmap over the pairs.
+
+    python benchmarks/pairs.py --out benchmarks/results/pairs_cpu.json
+    python benchmarks/pairs.py --plot benchmarks/results/pairs_cpu.json
+
+Device: any; the committed numbers are from two CPU cores. Minutes: 3. Expected: see
+below; time ratios vary with the machine, memory and FLOPs do not.
+
+Value and gradient of the losses of n pairs of layers, with feature maps 16x16x64 of 64
+examples, for n = 1, 2, 4, 8, 16, in these forms:
+
+    attention  loop      one pair after another
+               reduced   maps of each pair first, then vmap over the pairs
+               stacked   feature maps are stacked, then vmap over everything
+    hint       loop      one pair after another, each with its linear regressor
+               stacked   feature maps and regressors are stacked, then vmap
+
+Ratios are to the loop with as many pairs, in the same rounds.
+
+CONCLUSION
+"""
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import measure
+import numpy as np
+
+import hintjax as hj
+from hintjax.losses import (
+    attention_map_loss,
+    attention_maps,
+    attention_transfer_loss,
+    hint_loss,
+)
+
+
+def attention_loop(params, students, teachers):
+    return sum(map(attention_transfer_loss, students, teachers)).mean()
+
+
+def attention_reduced(params, students, teachers):
+    maps = [attention_maps(*pair) for pair in zip(students, teachers, strict=True)]
+    return hj.over_pairs(attention_map_loss)(*zip(*maps, strict=True)).mean()
+
+
+def attention_stacked(params, students, teachers):
+    return hj.over_pairs(attention_transfer_loss)(students, teachers).mean()
+
+
+def regressed_loss(params, student, teacher):
+    """The hint loss behind a linear regressor."""
+    return hint_loss(student @ params["kernel"] + params["bias"], teacher)
+
+
+def hint_loop(params, students, teachers):
+    return sum(map(regressed_loss, params, students, teachers)).mean()
+
+
+def hint_stacked(params, students, teachers):
+    params = jax.tree.map(lambda *leaves: jnp.stack(leaves), *params)
+    losses = jax.vmap(regressed_loss)(params, jnp.stack(students), jnp.stack(teachers))
+    return losses.sum(0).mean()
+
+
+FORMS = {
+    "attention": {
+        "loop": attention_loop,
+        "reduced": attention_reduced,
+        "stacked": attention_stacked,
+    },
+    "hint": {"loop": hint_loop, "stacked": hint_stacked},
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    """Measures, prints the table, and returns what `--out` holds."""
+    options = _options(arguments)
+    if options.plot:
+        record = json.loads(options.plot.read_text())
+        plot(record, options.plot.with_suffix(".png"))
+        return record
+    machine = measure.machine()
+    results = {
+        name: [
+            {"pairs": pairs} | _measured(forms, pairs, options)
+            for pairs in options.pairs
+        ]
+        for name, forms in FORMS.items()
+    }
+    record = {
+        "benchmark": "pairs",
+        "machine": machine,
+        "batch": options.batch,
+        "map": [options.size, options.size, options.channels],
+        "rounds": options.rounds,
+        "steps": options.steps,
+        "losses": results,
+    }
+    print(table(record))
+    if options.out:
+        measure.write(options.out, record)
+    return record
+
+
+def _measured(forms, pairs, options):
+    """All forms of one loss at one number of pairs."""
+    arguments = _arguments(pairs, options)
+    programs, runs, values = {}, {}, {}
+    for form, loss in forms.items():
+        learning = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
+        programs[form] = measure.compiled(learning, *arguments)
+        runs[form] = partial(programs[form].call, *arguments)
+        values[form] = float(runs[form]()[0])
+    # Three ways to write one number.
+    np.testing.assert_allclose(list(values.values()), values["loop"], rtol=1e-4)
+    seconds = measure.interleave(runs, options.rounds, options.steps)
+    return {
+        form: program.record(seconds[form])
+        | {"over_loop": measure.paired(seconds, form, ["loop"])}
+        for form, program in programs.items()
+    }
+
+
+def _arguments(pairs, options):
+    keys = jax.random.split(jax.random.key(0), 3 * pairs)
+    shape = (options.batch, options.size, options.size, options.channels)
+    square = (options.channels, options.channels)
+    students, teachers = (
+        [jax.random.normal(key, shape) for key in keys[start : start + pairs]]
+        for start in (0, pairs)
+    )
+    params = [
+        {
+            "kernel": jax.random.normal(key, square) / options.channels,
+            "bias": jnp.zeros(options.channels),
+        }
+        for key in keys[2 * pairs :]
+    ]
+    return params, students, teachers
+
+
+def table(record: Mapping[str, Any]) -> str:
+    """The record as text."""
+    machine = record["machine"]
+    setting = (
+        f"map {record['map']}, batch {record['batch']}, {record['rounds']} rounds of "
+        f"{record['steps']} on {machine['device']} ({machine['processor']}), jax "
+        f"{machine['versions']['jax']}"
+    )
+    columns = (
+        f"{'pairs':>6}{'trace s':>9}{'compile s':>11}{'temp MB':>9}{'MFLOP':>9}"
+        f"{'step ms':>9}{'over loop':>11}{'95 %':>16}"
+    )
+    lines = [setting]
+    for name, counts in record["losses"].items():
+        lines += ["", f"{name:10}{columns}"]
+        for count in counts:
+            for form in FORMS[name]:
+                one = count[form]
+                over = one["over_loop"]
+                interval = f"{over['low']:.3f} - {over['high']:.3f}"
+                lines.append(
+                    f"{form:10}{count['pairs']:6}{one['trace_seconds']:9.2f}"
+                    f"{one['compile_seconds']:11.2f}{_scaled(one['temp_bytes']):>9}"
+                    f"{_scaled(one['flops']):>9}"
+                    f"{1e3 * one['step_seconds']['median']:9.2f}"
+                    f"{over['median']:11.3f}{interval:>16}"
+                )
+    return "\n".join(lines)
+
+
+def plot(record: Mapping[str, Any], path: Path) -> None:
+    """Time, memory and compile time over the number of pairs."""
+    from matplotlib.figure import Figure
+
+    quantities = {
+        "step / loop": lambda one: one["over_loop"]["median"],
+        "temporary memory, MB": lambda one: (one["temp_bytes"] or 0) / 1e6,
+        "compile, s": lambda one: one["compile_seconds"],
+    }
+    figure = Figure(figsize=(9, 4.6), layout="constrained")
+    grid = figure.subplots(len(FORMS), 3, sharex=True)
+    for row, (name, forms) in zip(grid, FORMS.items(), strict=True):
+        counts = record["losses"][name]
+        pairs = [count["pairs"] for count in counts]
+        for axes, (title, read) in zip(row, quantities.items(), strict=True):
+            for form in forms:
+                values = [read(count[form]) for count in counts]
+                axes.plot(pairs, values, "o-", label=f"{name}: {form}")
+            axes.set_xscale("log", base=2)
+            axes.set_xticks(pairs, pairs)
+            axes.set_ylim(bottom=0)
+            axes.set_title(title, fontsize=9)
+        row[0].legend(fontsize=8)
+    for axes in grid[-1]:
+        axes.set_xlabel("pairs")
+    figure.savefig(path, dpi=100)
+
+
+def _scaled(number):
+    return "-" if number is None else f"{number / 1e6:.1f}"
+
+
+def _options(arguments):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--pairs", type=int, nargs="+", default=[1, 2, 4, 8, 16])
+    add("--batch", type=int, default=64)
+    add("--size", type=int, default=16, help="height and width of the maps")
+    add("--channels", type=int, default=64)
+    on_cpu = jax.default_backend() == "cpu"
+    add("--rounds", type=int, default=30)
+    add("--steps", type=int, default=1 if on_cpu else 50, help="steps in a round")
+    add("--small", action="store_true", help="a tiny case: does it run at all")
+    add("--out", type=Path, help="write the results here, as JSON")
+    add("--plot", type=Path, help="draw the results in this file; measure nothing")
+    options = parser.parse_args(arguments)
+    if options.small:
+        options.pairs = [1, 2]
+        options.batch, options.size, options.channels = 2, 4, 8
+    return options
+
+
+if __name__ == "__main__":
+    # Compile times are among the results.
+    jax.config.update("jax_enable_compilation_cache", False)
+    main()
