@@ -194,6 +194,9 @@ def _draw_curves(
         if own:
             where = float(np.median(own))
             height = np.interp(where, at, mean)
+            # Accuracy is often first measured after the hint stage, which trains none.
+            joined = {"color": line["color"], "linestyle": ":", "zorder": 4}
+            axes.plot([where, max(where, at[0])], [height] * 2, **joined)
             axes.plot(where, height, "o", color=line["color"], markersize=6, zorder=4)
     axes.margins(x=0.0, y=0.05)
     axes.set_xlabel(xlabel, fontsize=_SMALL, color=_INK)

@@ -152,6 +152,13 @@ def test_the_mean_is_over_what_all_seeds_reached_and_skips_what_is_not_finite():
     np.testing.assert_allclose(mean.get_ydata(), [0.1, 0.2, 0.3, 0.4, 0.5])
 
 
+def test_a_line_that_begins_after_the_boundary_is_joined_to_it():
+    run = viz.History([3, 4, 5], [0.2, 0.4, 0.6], 2.0)
+    (axes,) = viz.curves({"FitNets": [run]}).axes
+    (joined,) = [line for line in axes.get_lines() if line.get_linestyle() == ":"]
+    np.testing.assert_allclose(joined.get_xydata(), [[2, 0.2], [3, 0.2]])
+
+
 def test_an_arm_without_results_is_left_out():
     runs = histories(ARMS[:1]) | {"failed": [viz.History([1], [math.nan])], "none": []}
     texts = [text for text, _ in boxes(viz.curves(runs))]
