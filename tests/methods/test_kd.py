@@ -1,0 +1,55 @@
+"""KD as a method: the loss of the two outputs, nothing else."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hintjax import kd, soft_targets
+from hintjax.losses import kd_loss, soft_cross_entropy_loss
+from hintjax.method import Context
+from hintjax.networks import Features, Wants
+
+pytestmark = [pytest.mark.quick, pytest.mark.usefixtures("strict")]
+
+METHODS = {kd: (kd_loss, 4.0), soft_targets: (soft_cross_entropy_loss, 3.0)}
+
+
+def outputs(*shapes):
+    generator = np.random.default_rng(0)
+    draw = [jnp.array(generator.normal(size=s), jnp.float32) for s in shapes]
+    return [Features(output=x) for x in draw]
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("temperature", [None, 1.5])
+def test_the_values_are_those_of_the_loss(method, temperature):
+    loss, default = METHODS[method]
+    student, teacher = outputs((5, 7), (5, 7))
+    made = method() if temperature is None else method(temperature)
+    context = Context(jax.random.key(0), jnp.int32(0), True)
+    values, memory, metrics = made.apply({}, {}, student, teacher, {}, context)
+    want = loss(student.output, teacher.output, temperature=temperature or default)
+    np.testing.assert_array_equal(values, want)
+    assert (memory, metrics) == ({}, {})
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_both_outputs_are_wanted_and_nothing_is_trained(method):
+    made = method()
+    assert made.student == made.teacher == Wants(output=True)
+    assert made.init(jax.random.key(0), *outputs((5, 7), (5, 7)), None) == ({}, {})
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_other_classes_are_refused_at_initialisation(method):
+    message = r"same classes, got outputs \(5, 7\) and \(5, 10\)"
+    with pytest.raises(ValueError, match=f"{method.__name__}: .*{message}"):
+        method().init(jax.random.key(0), *outputs((5, 7), (5, 10)), None)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("temperature", [0.0, -1.0, np.nan, np.inf])
+def test_a_temperature_that_is_none_is_refused(method, temperature):
+    with pytest.raises(ValueError, match=f"{method.__name__}: expected temperature"):
+        method(temperature)
