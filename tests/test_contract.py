@@ -375,21 +375,17 @@ def test_finite_at_any_magnitude(row, dtype, seed, sizes):
 
 
 def test_sharded_is_one_device():
-    """All losses at once, with the batch over 8 devices: values and gradients."""
+    """All losses at once, with the batch over 8 devices."""
     arrays = {name: pair(row, batch=(8,)) for name, row in LOSSES.items()}
 
     @jax.jit
     def everything(arrays):
-        def total(arrays):
-            values = {name: LOSSES[name].loss(*arrays[name]) for name in arrays}
-            return sum(value.sum() for value in values.values()), values
-
-        return jax.grad(total, has_aux=True)(arrays)
+        return {name: LOSSES[name].loss(*arrays[name]) for name in arrays}
 
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     batch = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
     got, want = everything(jax.device_put(arrays, batch)), everything(arrays)
-    chex.assert_trees_all_close(got, want, rtol=1e-5, atol=1e-7)
+    chex.assert_trees_all_close(got, want, rtol=1e-6)
 
 
 class Taught(NamedTuple):
