@@ -89,8 +89,8 @@ def _second_stage(config, pairs, per_epoch, epochs=None):
 
 
 def _fitnets(config, pairs, per_epoch, after=_second_stage):
-    hint_epochs = config.hint_epochs or config.epochs // 2
-    if not hint_epochs:
+    hint_epochs = config.hint_epochs or max(1, config.epochs // 2)
+    if hint_epochs >= config.epochs:
         wanted = "epochs >= 2: one for each stage of fitnets"
         raise ValueError(message("config", wanted, f"{config.epochs}"))
     hint = Step("hint", objective(hint=fitnets(pairs)), hint_epochs, hints_only=True)
@@ -141,6 +141,7 @@ def _arms(config: Config) -> list[Arm]:
         arms += [
             arm("backprop, He", backprop, 2e-3, _HE),
             arm("KD, He", _second_stage, 2e-3, _HE),
+            arm("AT, He", _attention, 2e-3, _HE),
             arm("FitNets, He", _fitnets, 2e-3, _HE),
         ]
     return arms

@@ -73,6 +73,8 @@ def compare(
     Returns:
         For each arm its learning rate and, per seed, the results; with R^2.
     """
+    classes = setting.dataset.classes
+    initial = {arm.initial: network(arm.initial, classes) for arm in arms}
     untrained = setting.teacher.init(
         jax.random.key(setting.config.seed), setting.inputs
     )
@@ -81,14 +83,13 @@ def compare(
     def one(arm, rate, seed):
         path = run_dir / arm.name / f"rate{rate:g}-seed{seed}"
         if not (path / RESULT).exists():
-            initial = network(arm.initial, setting.dataset.classes)
             run(
                 setting,
                 path,
                 arm.recipe,
                 teacher=teacher,
                 hints=untrained if arm.untrained else None,
-                initial=initial,
+                initial=initial[arm.initial],
                 learning_rate=rate,
                 seed=seed,
                 resume=True,

@@ -38,14 +38,14 @@ class Config:
     """A factory, to train one first, or the run directory of a finished run."""
     pairs: tuple[str, ...] = ()
     """guided=hint for each pair; by default the middle of both networks."""
-    epochs: int = 30
+    epochs: int = 9
     """Of a student, in all stages together."""
     hint_epochs: int | None = None
-    """Of these, how many the hint stage has, in a method that has one; half of them
-    by default."""
-    teacher_epochs: int = 15
+    """Of these, how many the hint stage has, in a method that has one; half of
+    them by default."""
+    teacher_epochs: int = 6
     """Of a teacher that is trained here."""
-    batch_size: int = 64
+    batch_size: int = 16
     """Examples in a step."""
     optimizer: Literal["adam", "sgd"] = "adam"
     """Adam, or SGD with Nesterov momentum 0.9."""

@@ -170,7 +170,8 @@ def linen(
     name = type(module).__name__
     call = call or _default_call(module)
 
-    @jax.jit  # made once, so that a second initialisation compiles nothing
+    # Not jitted: equal layers share their compiled operations, and compiling the
+    # initialisation of a deep network at once takes five times as long.
     def init(key: Key[Array, ""], inputs: PyTree) -> Variables:
         return split(module.init(key, inputs, False, method=call))
 

@@ -25,7 +25,16 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Key
 
 from hintjax.checkpoint import fingerprint, open_checkpoints
-from hintjax.data import Augment, Dataset, Records, order, steps_per_epoch, stream, take
+from hintjax.data import (
+    Augment,
+    Dataset,
+    Records,
+    order,
+    place,
+    steps_per_epoch,
+    stream,
+    take,
+)
 from hintjax.method import Data
 from hintjax.metrics import open_metrics
 from hintjax.networks import Variables
@@ -160,8 +169,9 @@ def on_device(
     """
     n, per_epoch = dataset.train.n, steps_per_epoch(dataset.train.n, batch_size)
     orders, crops = jax.random.split(key)
-    place = None if mesh is None else replicated(mesh)
-    train, standardize = jax.device_put((dataset.train, dataset.standardize), place)
+    everywhere = None if mesh is None else replicated(mesh)
+    train = place(dataset.train, everywhere)
+    standardize = jax.device_put(dataset.standardize, everywhere)
     current: dict[int, Array] = {}
 
     def advance(program, state, teacher, at, count):
