@@ -143,10 +143,10 @@ def _explained(setting, teacher):
         "teacher": jax.jit(_hint(setting.teacher, hint)),
     }
     dataset = setting.dataset
-    chosen = order(jax.random.key(0), dataset.train.n)[:_EXAMPLES]
-    fit_on = take(dataset.train, chosen, dataset.standardize)["image"]
-    chosen = order(jax.random.key(1), dataset.test.n)[:_EXAMPLES]
-    judge_on = take(dataset.test, chosen, dataset.standardize)["image"]
+    fit_on, judge_on = (
+        _images(split, order(jax.random.key(0), split.n)[:_EXAMPLES], dataset)
+        for split in (dataset.train, dataset.test)
+    )
     theirs = [shown["teacher"](teacher, images) for images in (fit_on, judge_on)]
 
     def r2(student):
@@ -154,6 +154,12 @@ def _explained(setting, teacher):
         return float(linearly_explained(*zip(ours, theirs, strict=True)))
 
     return r2
+
+
+def _images(split, index, dataset):
+    """Standardised images of a split, decoded or on disk."""
+    chosen = split.read(np.asarray(index))
+    return take(chosen, np.arange(chosen.n), dataset.standardize)["image"]
 
 
 def _hint(network, path):
@@ -191,7 +197,8 @@ def table(
             setting.student.init(jax.random.key(0), setting.inputs).params
         ),
     }
-    chance = float(np.bincount(dataset.test.label).max() / dataset.test.n)
+    labels = dataset.test.labels(np.arange(dataset.test.n))
+    chance = float(np.bincount(labels).max() / dataset.test.n)
     rows = []
     for name, arm in found.items():
         spread = summary(arm["test"])
@@ -234,42 +241,50 @@ def table(
 
 def show_table(report: Mapping[str, Any]) -> None:
     """Prints what `table` made."""
+    from rich import box
     from rich.console import Console
     from rich.table import Table
 
     teacher = report["teacher"]
     title = (
-        f"{report['dataset']}: teacher {teacher['accuracy']:.1%}, "
-        f"{teacher['parameters']:,} parameters; student {report['parameters']:,} "
-        f"({report['compression']:.1f} times fewer)"
+        f"{report['dataset']}: student {report['parameters']:,} parameters, "
+        f"{report['compression']:.1f} times fewer than the teacher"
     )
-    shown = Table(title=title, title_justify="left")
+    shown = Table(
+        title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1)
+    )
     for name in ("arm", "test accuracy", "each seed", "trained", "R²", "rate", "s"):
-        shown.add_column(name, justify="left" if name == "arm" else "right")
-    versus = f"against {report['baseline']}"
-    shown.add_column(versus, justify="right")
+        side = "left" if name == "arm" else "right"
+        shown.add_column(name, justify=side, no_wrap=True)
+    shown.add_row("teacher", f"{100 * teacher['accuracy']:.1f}")
     for row in report["rows"]:
-        count = len(row["seeds"])
         spread = "" if math.isnan(row["std"]) else f" ± {100 * row['std']:.1f}"
-        difference = report["differences"].get(row["arm"])
         shown.add_row(
             row["arm"],
             f"{100 * row['mean']:.1f}{spread}",
             " ".join(f"{100 * accuracy:.1f}" for accuracy in row["seeds"]),
-            f"{row['trained']} of {count}",
+            f"{row['trained']}/{len(row['seeds'])}",
             f"{row['r2']:.2f}",
             f"{row['rate']:g}",
             f"{row['seconds']:.1f}",
-            "" if difference is None else _difference(difference),
         )
+    # Rows stay whole, whatever the width of the terminal or the file.
     console = Console()
+    console.width = max(console.width, console.measure(shown).maximum)
     console.print(shown)
-    console.print(
-        "trained: seeds above twice chance. R²: how much of the hint's variance a "
-        "linear map from the guided layer explains, on test images. "
-        f"{versus[0].upper()}{versus[1:]}: paired differences over the seeds in points, "
-        "with 95 % intervals.",
-        style="dim",
+    print(
+        f"Against {report['baseline']}, in points, with 95 % intervals of the paired\n"
+        f"differences over the seeds:"
+    )
+    for name, difference in report["differences"].items():
+        verdict = "" if difference["told_apart"] else "  cannot be told apart"
+        print(
+            f"  {name:26} {100 * difference['mean']:+6.1f} "
+            f"[{100 * difference['low']:+.1f}, {100 * difference['high']:+.1f}]{verdict}"
+        )
+    print(
+        "trained: seeds above twice chance. R²: how much of the hint's variance a linear\n"
+        "map from the guided layer explains, on test images. s: seconds of training."
     )
 
 
@@ -298,7 +313,7 @@ def picture(
     dataset = setting.dataset
     per_epoch = dataset.train.n // setting.config.batch_size
     shown = np.arange(_SHOWN)
-    images = take(dataset.test, shown, dataset.standardize)["image"]
+    images = _images(dataset.test, shown, dataset)
 
     def maps(network, path, variables):
         hints = _hint(network, path)(variables, images)
@@ -314,7 +329,7 @@ def picture(
             name: [_history(run_dir / path, per_epoch) for path in arm["runs"]]
             for name, arm in found.items()
         },
-        dataset.test.image[shown],
+        dataset.test.read(shown).image,
         attention,
         accuracies={name: arm["test"] for name, arm in found.items()},
         reference=("teacher", report["teacher"]["accuracy"]),
@@ -338,14 +353,6 @@ def _history(run_dir, per_epoch):
         accuracy=[line[name] for line in seen],
         boundary=max(before) / per_epoch if before else None,
     )
-
-
-def _difference(difference):
-    text = (
-        f"{100 * difference['mean']:+.1f} "
-        f"[{100 * difference['low']:+.1f}, {100 * difference['high']:+.1f}]"
-    )
-    return text if difference["told_apart"] else f"{text} cannot be told apart"
 
 
 def _size(params):

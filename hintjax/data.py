@@ -32,7 +32,7 @@ from jaxtyping import Array, Float32, Int32, Integer, PRNGKeyArray, UInt8
 from hintjax._checks import message, nearest
 
 ON_DEVICE = 2 * 2**30  # bytes: a set up to this size is kept on the device
-IN_MEMORY = 16 * 2**30  # bytes: a set above this size is not decoded at all
+IN_MEMORY = 16 * 2**30  # bytes: a set above this size stays on disk
 TEST = 0.2  # the share of a set that brings no test split which becomes one
 _CHUNK = 1024  # images decoded or counted at a time
 _ONE_SHAPE = "images of one shape"
@@ -60,6 +60,10 @@ class Split(NamedTuple):
     def read(self, index: Sequence[int] | Integer[AnyArray, " batch"]) -> "Split":
         """The examples at these positions."""
         return Split(self.image[index], self.label[index])
+
+    def labels(self, index: Sequence[int] | Integer[AnyArray, " batch"]) -> AnyArray:
+        """Their labels alone."""
+        return self.label[index]
 
 
 @partial(
@@ -93,13 +97,13 @@ class Standardize(NamedTuple):
 
 
 class Dataset(NamedTuple):
-    """An image classification set, decoded, in three disjoint splits."""
+    """An image classification set in three disjoint splits, decoded or on disk."""
 
     name: str
     classes: int
-    train: Split
-    validation: Split
-    test: Split
+    train: "Split | Records"
+    validation: "Split | Records"
+    test: "Split | Records"
     standardize: Standardize
     class_names: tuple[str, ...]
 
@@ -127,7 +131,7 @@ def load(
     size: int | None = None,
     seed: int = 0,
 ) -> Dataset:
-    """Reads a whole image classification set into memory as uint8.
+    """Reads an image classification set, into memory as uint8 if it fits there.
 
     A set with its own "validation" and "test" splits keeps them. Without "test", its
     "validation" is the test split, or else a fifth of "train", which is the same for
@@ -147,7 +151,8 @@ def load(
       seed: of the validation split and of the limit.
 
     Returns:
-      A Dataset of numpy arrays. `standardize` is that of "train" before `limit`, so
+      A Dataset of numpy arrays; or, above IN_MEMORY, of Records, which stay on disk and
+      are cut by per cent instead of by class. `standardize` is that of "train" before `limit`, so
       that a student with few labels sees its teacher's inputs.
 
     >>> digits = load("digits", limit=500)
@@ -165,6 +170,10 @@ def load(
         splits, names = _tfds(name, data_dir, size)
     if "test" not in splits and "validation" in splits:
         splits["test"] = splits.pop("validation")
+    if isinstance(splits["train"], Records):
+        if sum(map(_nbytes, splits.values())) > IN_MEMORY:
+            return _on_disk(splits, names, data_dir, size, validation, limit)
+        splits = {key: split.read(range(split.n)) for key, split in splits.items()}
     if size is not None:
         splits = {key: _resized(split, size) for key, split in splits.items()}
     train = splits["train"]
@@ -235,7 +244,7 @@ def _npz(path: Path) -> tuple[dict[str, Split], Sequence[str]]:
 
 def _tfds(
     name: str, data_dir: str | os.PathLike[str] | None, size: int | None
-) -> tuple[dict[str, Split], Sequence[str]]:
+) -> tuple[dict[str, "Records"], Sequence[str]]:
     splits = {
         key: records(name, data_dir, key, size=size)
         for key in _builder(name, data_dir).info.splits
@@ -244,17 +253,49 @@ def _tfds(
     if "train" not in splits:
         do = "Read it by records(name, data_dir, split)."
         raise ValueError(message("load", f"a train split of {name!r}", "none", do))
-    total = sum(_nbytes(split) for split in splits.values())
-    if total > IN_MEMORY:
-        wanted = f"at most {IN_MEMORY / 2**30:.3g} GiB of pixels"
-        got = f"{total / 2**30:.3g} GiB in {name!r}"
-        do = "Pass a smaller size=, or read it by stream(records(...))."
-        raise ValueError(message("load", wanted, got, do))
     test = splits.get("test")
     if test is not None and test.labels([0])[0] < 0:
         del splits["test"]  # published without labels, as ImageNet's
-    names = splits["train"].class_names
-    return {key: split.read(range(split.n)) for key, split in splits.items()}, names
+    return splits, splits["train"].class_names
+
+
+def _on_disk(
+    splits: dict[str, "Records"],
+    names: Sequence[str],
+    data_dir: str | os.PathLike[str] | None,
+    size: int | None,
+    validation: float,
+    limit: int | None,
+) -> Dataset:
+    """The splits of a set that is too large to decode, as Records."""
+    train = splits["train"]
+    if limit is not None:
+        wanted = f"no limit for {train.name!r}, which stays on disk"
+        raise ValueError(message("load", wanted, str(limit), "Pass a smaller size=."))
+
+    def part(of, where):
+        return records(train.name, data_dir, f"{of}[{where}]", size=size)
+
+    # By per cent of the file: TFDS shuffles when it prepares a set.
+    if "test" not in splits:
+        kept = 100 - round(100 * TEST)
+        splits["test"] = part("train", f"{kept}%:")
+    else:
+        kept = 100
+    if "validation" not in splits:
+        cut = round(kept * (1 - validation))
+        splits["validation"] = part("train", f"{cut}%:{kept}%")
+        kept = cut
+    train = part("train", f":{kept}%")
+    return Dataset(
+        train.name,
+        len(names),
+        train,
+        splits["validation"],
+        splits["test"],
+        statistics(train),
+        tuple(names),
+    )
 
 
 class Records:

@@ -303,13 +303,16 @@ def run(
         batch_size=EVALUATION_BATCH,
         standardize=dataset.standardize,
     )
+    validation = functools.partial(batches, dataset.validation)
+    if fits_on_device(dataset.validation):
+        validation = functools.partial(list, list(validation()))
     fitted = fit(
         run_dir,
         phases,
         feed,
         (initial or setting.student).init(initialise, setting.inputs),
         key=fitting,
-        validation=list(batches(dataset.validation)),
+        validation=validation,
         evaluate_every=config.evaluate_every,
         checkpoint_every=config.checkpoint_every,
         resume=resume,

@@ -28,7 +28,6 @@ from hintjax.checkpoint import fingerprint, open_checkpoints
 from hintjax.data import (
     Augment,
     Dataset,
-    Records,
     order,
     place,
     steps_per_epoch,
@@ -200,7 +199,7 @@ def streamed(
     """Batches of a training split that does not fit on the device, by Grain.
 
     Args:
-        dataset: its training split is read from the host, or from disk (`Records`).
+        dataset: its training split is read from the host, or from disk.
         batch_size: of a step.
         seed: of the order and of crops and flips.
         augment: crops and flips, made on the host.
@@ -227,12 +226,10 @@ def streamed(
             state, metrics = program.stage.update(state, teacher, next(batches))
         return state, metrics
 
-    everything = np.arange(train.n)
-    labels = train.labels(everything) if isinstance(train, Records) else train.label
     return Feed(
         advance=advance,
         example=example,
-        data=Data(labels),
+        data=Data(train.labels(np.arange(train.n))),
         per_epoch=steps_per_epoch(train.n, batch_size),
         position=batches.get_state,
         seek=batches.set_state,
@@ -277,7 +274,7 @@ def fit(
     student: Variables,
     *,
     key: Key[Array, ""],
-    validation: Sequence[Batch] = (),
+    validation: Callable[[], Iterable[Batch]] | None = None,
     evaluate_every: int = 1,
     checkpoint_every: int = 1,
     report_every: int | None = None,
@@ -295,7 +292,7 @@ def fit(
         feed: the batches.
         student: where the first phase starts.
         key: of the run.
-        validation: batches that are evaluated, never trained on.
+        validation: gives the batches that are evaluated, never trained on.
         evaluate_every: epochs between evaluations.
         checkpoint_every: epochs between checkpoints; each phase also ends with one.
         report_every: steps between reports; by default an epoch, at most 100 steps.
@@ -349,8 +346,9 @@ def fit(
         phase = phases[now.phase]
         metrics = jax.device_get(metrics)
         ended = now.at == now.began + phase.steps
-        if validation and (ended or now.at % evaluate_every == 0):
-            found = evaluate(phase.program.stage, state, phase.teacher, validation)
+        if validation is not None and (ended or now.at % evaluate_every == 0):
+            batches = validation()
+            found = evaluate(phase.program.stage, state, phase.teacher, batches)
             metrics |= {f"validation/{name}": value for name, value in found.items()}
             loss = found["loss"]
             better = math.isfinite(loss) and (now.best is None or loss < now.best)

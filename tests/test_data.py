@@ -349,10 +349,21 @@ def test_records_errors(prepared, tmp_path):
         data.load("others", tmp_path)
 
 
-def test_too_large_to_decode(prepared, monkeypatch):
+def test_a_set_too_large_to_decode_stays_on_disk(prepared, monkeypatch):
+    decoded = data.load("tiny", prepared[0])
     monkeypatch.setattr(data, "IN_MEMORY", 1000)
-    with pytest.raises(ValueError, match=r"GiB in 'tiny'.*stream\(records"):
-        data.load("tiny", prepared[0])
+    on_disk = data.load("tiny", prepared[0])
+    splits = (on_disk.train, on_disk.validation, on_disk.test)
+    assert all(isinstance(split, data.Records) for split in splits)
+    assert on_disk.classes == decoded.classes
+    assert (
+        on_disk.train.n + on_disk.validation.n == decoded.train.n + decoded.validation.n
+    )
+    everything = [split.read(range(split.n)).image for split in splits]
+    whole = {image.tobytes() for images in everything for image in images}
+    assert len(whole) == sum(len(images) for images in everything)  # disjoint
+    with pytest.raises(ValueError, match="no limit for 'tiny', which stays on disk"):
+        data.load("tiny", prepared[0], limit=3)
 
 
 def test_broken_image(prepared):
