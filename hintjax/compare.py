@@ -269,9 +269,7 @@ def show_table(report: Mapping[str, Any]) -> None:
             f"{row['seconds']:.1f}",
         )
     # Rows stay whole, whatever the width of the terminal or the file.
-    console = Console()
-    console.width = max(console.width, console.measure(shown).maximum)
-    console.print(shown)
+    Console(width=max(Console().width, 120)).print(shown)
     print(
         f"Against {report['baseline']}, in points, with 95 % intervals of the paired\n"
         f"differences over the seeds:"
