@@ -198,6 +198,11 @@ def test_an_objective_of_nothing_is_refused(terms, message):
         objective(**{k: weighted(constant(1.0), w) for k, w in terms.items()})
 
 
+@pytest.mark.xfail(strict=True, reason="annotated as a float alone")
+def test_a_whole_number_is_a_weight():
+    assert applied(objective(a=weighted(constant(1.0), 2)))[0] == 2
+
+
 def test_weighted_is_a_method_and_its_weight():
     method = constant(1.0)
     assert weighted(method, 2.0) == Weighted(method, 2.0)

@@ -476,7 +476,9 @@ def distilled():
 def test_one_update_reports_every_term_and_moves_the_whole_student(distilled):
     stage, ours, theirs = distilled
     batch = images()
-    state, metrics = stage.update(stage.init(KEY, ours, theirs, batch), theirs, batch)
+    start = stage.init(KEY, ours, theirs, batch)
+    state, metrics = stage.update(start, theirs, batch)
+    assert all(x.is_deleted() for x in jax.tree.leaves(start.params))  # donated
     names = {"loss", "task/accuracy", "hint/r2"}
     names |= {name + end for name in EVERYTHING for end in ("", "/weighted")}
     assert set(metrics) == names
@@ -737,6 +739,30 @@ def wide(student, teacher):
     return hj.regressors.mlp(student, teacher, batch_norm=True)
 
 
+@pytest.mark.xfail(strict=True, reason="its state is made before the carrying")
+def test_an_optimiser_begins_with_what_is_carried():
+    """As optimisers that average or extrapolate parameters do: they keep a copy."""
+    student, ours = made(Parallel(), pixel=True)
+    teacher, theirs = made(Parallel(), seed=1, pixel=True)
+    method, batch = hints(("guided", "guided")), points()
+    first = hj.hint_stage(student, teacher, method, optax.sgd(0.1))
+    earlier = first.init(KEY, ours, theirs, batch)
+    second = hj.distillation_stage(student, teacher, method, keeping())
+    key = jax.random.key(7)
+    state = second.init(key, ours, theirs, batch, carry=earlier)
+    equal(state.params["regressors"], earlier.params["regressors"])
+    kept = [x for x in jax.tree.leaves(state.opt_state) if x.ndim]
+    assert len(kept) == len(jax.tree.leaves(state.params))
+    equal(kept, jax.tree.leaves(state.params))
+
+
+def keeping():
+    """An optimiser whose state begins as the parameters."""
+    return optax.GradientTransformation(
+        lambda params: params, lambda updates, state, params=None: (updates, state)
+    )
+
+
 @pytest.mark.xfail(strict=True, reason="nothing is carried, and nobody says so")
 def test_carry_without_a_common_term_is_refused(relay):
     """As from a stage of `fitnets(pairs)` alone to an objective with that term."""
@@ -831,16 +857,41 @@ def kernels(params):
     return jax.tree.map(lambda p: p.ndim > 1, params)
 
 
-def test_an_optimiser_that_keeps_the_parameters_can_be_donated():
-    """Its state begins as the parameters: one buffer must not be given away twice."""
+@pytest.mark.parametrize("keep", [False, True], ids=["schedule-free", "copy"])
+def test_an_optimiser_that_keeps_the_parameters_can_be_donated(keep):
+    """One buffer must neither be given away twice nor be the caller's."""
     student, ours = made(Stochastic(), pixel=True)
+    ours = jax.tree.map(jnp.array, ours)
+    before = copied(ours)
     optimizer = optax.contrib.schedule_free_sgd(0.1)
+    if keep:
+        optimizer = optax.chain(optax.sgd(0.1), keeping())
     stage = hj.distillation_stage(student, None, hj.objective(task=task()), optimizer)
     batch = points()
     state = stage.init(KEY, ours, None, batch)
     for _ in range(2):
         state, metrics = stage.update(state, None, batch)
     assert np.isfinite(metrics["loss"])
+    assert alive(ours)
+    equal(ours, before)
+
+
+def test_what_a_method_remembers_of_the_data_is_a_copy():
+    def init(key, student, teacher, data):
+        return {}, {"labels": data.labels}
+
+    def apply(params, memory, student, teacher, batch, context):
+        return student.output.mean(-1), memory, {}
+
+    wants = hj.Wants(output=True)
+    method = hj.Method(wants, hj.Wants(), init, apply)
+    student, ours = made(Stochastic(), pixel=True)
+    stage = hj.distillation_stage(student, None, method, optax.sgd(0.1))
+    data = hj.Data(jnp.arange(20))
+    state = stage.init(KEY, ours, None, points(), data)
+    state, _ = stage.update(state, None, points())
+    equal(state.memory["labels"], np.arange(20))
+    assert alive(data)
 
 
 @pytest.mark.xfail(strict=True, reason="a weakly typed parameter compiles twice")
