@@ -133,16 +133,16 @@ def _arms(config: Config) -> list[Arm]:
         arm("backprop", backprop, 1e-3),
         arm("KD", _second_stage, 1e-3),
         arm("AT", _attention, 1e-3),
-        arm("FitNets", _fitnets, 3e-3),
-        arm("FitNets, untrained hints", _fitnets, 3e-3, untrained=True),
-        arm("hints, then the task", _hints_then_task, 3e-3),
+        arm("FitNets", _fitnets, 1e-3),
+        arm("FitNets, untrained hints", _fitnets, 1e-3, untrained=True),
+        arm("hints, then the task", _hints_then_task, 1e-3),
     ]
     if config.student == Config.student:
         arms += [
-            arm("backprop, He", backprop, 2e-3, _HE),
-            arm("KD, He", _second_stage, 2e-3, _HE),
-            arm("AT, He", _attention, 2e-3, _HE),
-            arm("FitNets, He", _fitnets, 2e-3, _HE),
+            arm("backprop, He", backprop, 1e-3, _HE),
+            arm("KD, He", _second_stage, 1e-3, _HE),
+            arm("AT, He", _attention, 3e-3, _HE),
+            arm("FitNets, He", _fitnets, 1e-3, _HE),
         ]
     return arms
 

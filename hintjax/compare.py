@@ -5,8 +5,11 @@ choose from, it runs with all of them, and the mean over the seeds on the valida
 split decides. The test split decides nothing.
 """
 
+import importlib.metadata
 import json
 import math
+import os
+import platform
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -223,6 +226,7 @@ def table(
     }
     return {
         "dataset": setting.config.dataset,
+        "machine": _machine(),
         "teacher": {
             "accuracy": accuracy(
                 setting.teacher, teacher, dataset.test, dataset.standardize
@@ -351,6 +355,17 @@ def _history(run_dir, per_epoch):
         accuracy=[line[name] for line in seen],
         boundary=max(before) / per_epoch if before else None,
     )
+
+
+def _machine():
+    """Where numbers come from: they are worth little without."""
+    names = ("hintjax", "jax", "flax", "optax", "orbax-checkpoint")
+    return {
+        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in names},
+    }
 
 
 def _size(params):
