@@ -215,15 +215,12 @@ def claim(run_dir: Path | None, config: Config) -> Path:
 
 def _counting(report):
     """Steps of many runs as those of one: begin(name) gives the next run's `show`."""
-    last = 0
+    done = {}
 
     def begin(name):
-        before = last
-
         def show(at, metrics, phase):
-            nonlocal last
-            last = before + at
-            report(last, metrics, f"{name}, {phase}")
+            done[name] = at
+            report(sum(done.values()), metrics, f"{name}, {phase}")
 
         return show
 
