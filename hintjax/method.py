@@ -20,7 +20,7 @@ from hintjax._checks import message
 from hintjax._numerics import as_float, masked_mean
 from hintjax.networks import Wants
 
-Weight = float | Callable[[Array], Array]
+Weight = float | int | Callable[[Array], Array]
 Pairs = Sequence[tuple[str, str]]  # (guided layer, hint layer), as paths
 
 
@@ -120,6 +120,10 @@ def objective(**terms: Weighted | Method) -> Method:
         name: term if isinstance(term, Weighted) else Weighted(term, 1.0)
         for name, term in terms.items()
     }
+    if "loss" in named:
+        do = "Give the term another name."
+        wanted = "no term named 'loss', which is the total"
+        raise ValueError(message("objective", wanted, f"{list(named)}", do))
     if all(term.weight == 0 for term in named.values()):
         got = f"the terms {list(named)} with weight 0" if named else "no terms"
         raise ValueError(message("objective", "a term with a weight > 0", got))
@@ -135,6 +139,7 @@ def objective(**terms: Weighted | Method) -> Method:
 
     def apply(params, memory, student, teacher, batch, context):
         total, remembered, metrics = 0.0, {}, {}
+        n = None
         for name, (method, weight) in named.items():
             values, remembered[name], own = method.apply(
                 params[name],
@@ -144,6 +149,8 @@ def objective(**terms: Weighted | Method) -> Method:
                 batch,
                 context._replace(key=_fold(context.key, name)),
             )
+            one_per_example("objective", f"the term {name!r}", values, n)
+            n = values.shape[0]
             scale = weight(context.step) if callable(weight) else weight
             scaled = values * jnp.asarray(scale, values.dtype)
             total = total + scaled
@@ -177,6 +184,9 @@ def task(
     """
 
     def apply(params, memory, student, teacher, batch, context):
+        if label not in batch:
+            got, do = f"{sorted(batch)}", "Name the labels with label=."
+            raise ValueError(message("task", f"{label!r} in the batch", got, do))
         output, labels = as_float("task", student.output), batch[label]
         metrics = {}
         if jnp.issubdtype(labels.dtype, jnp.integer):
@@ -200,6 +210,14 @@ def union(*wants: Wants) -> Wants:
     )
 
 
+def one_per_example(caller: str, who: str, values: Array, n: int | None) -> None:
+    """Raises unless a loss gave one value for each of the n examples, if n is known."""
+    if values.ndim != 1 or n not in (None, values.shape[0]):
+        do = "Take no mean inside a loss: the objective divides by the valid examples."
+        wanted = f"{who} to give one value per example, ({n or 'batch'},)"
+        raise ValueError(message(caller, wanted, f"{values.shape}", do))
+
+
 def hints_of(caller: str, pairs: Pairs) -> tuple[Wants, Wants]:
     """What a method of pairs wants of the student and of the teacher.
 
@@ -210,6 +228,11 @@ def hints_of(caller: str, pairs: Pairs) -> tuple[Wants, Wants]:
         do = "Find pairs with hintjax.suggest_pairs."
         wanted = "at least one pair (guided layer, hint layer)"
         raise ValueError(message(caller, wanted, "none", do))
+    for pair in pairs:
+        if isinstance(pair, str) or [type(path) for path in pair] != [str, str]:
+            wanted = "each pair to be (guided layer, hint layer), two paths"
+            do = 'For instance [("group2", "group2")].'
+            raise ValueError(message(caller, wanted, f"{pair!r}", do))
     guided, hints = zip(*pairs, strict=True)
     return Wants(hints=guided), Wants(hints=hints)
 

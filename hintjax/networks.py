@@ -14,6 +14,8 @@ A path names one activation::
 """
 
 import inspect
+import itertools
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
@@ -119,14 +121,16 @@ def split(variables: Mapping[str, PyTree]) -> Variables:
         variables: what `module.init` returns.
 
     Returns:
-        `Variables(params, state)`; values sown at initialisation are left out.
+        `Variables(params, state)`. What a model sows is no state and is left out:
+        it would grow with every call.
 
     >>> split({"params": {"w": 1}, "batch_stats": {"m": 2}})
     Variables(params={'w': 1}, state={'batch_stats': {'m': 2}})
     """
     collections = dict(unfreeze(variables))
-    collections.pop(_COLLECTION, None)
-    return Variables(collections.pop("params", {}), collections)
+    params = collections.pop("params", {})
+    state = {name: tree for name, tree in collections.items() if not _sown(tree)}
+    return Variables(params, state)
 
 
 def join(variables: Variables) -> dict[str, PyTree]:
@@ -210,11 +214,13 @@ def linen(
         return features, {**state, **changed}
 
     def layers(params, state, inputs):
-        order = {}
+        ended = {}  # when each call of each submodule ended
+        clock = itertools.count()
 
         def note(call_next, args, kwargs, context):
             result = call_next(*args, **kwargs)
-            order.setdefault("/".join(context.module.path), len(order))
+            if context.method_name == "__call__":
+                ended.setdefault(context.module.path, []).append(next(clock))
             return result
 
         def trace(params, state, inputs):
@@ -224,13 +230,22 @@ def linen(
         captured = jax.eval_shape(trace, params, state, inputs)
         found = dict(_named_activations(captured.get(_COLLECTION, {})))
 
-        def when(path):  # a sown value comes with the module that sowed it
-            scope = "/".join(parse_path(path).scope)
-            return order.get(scope, order.get(scope.rpartition("/")[0], len(order)))
+        def when(path):
+            scope, call = parse_path(path).scope, parse_path(path).call or 0
+            # A sown value comes with the module that sowed it.
+            calls = ended.get(scope) or ended.get(scope[:-1]) or [math.inf]
+            return calls[min(call, len(calls) - 1)]
 
         return {path: found[path] for path in sorted(found, key=when)}
 
     return Network(init, apply, layers)
+
+
+def _sown(tree):
+    """Whether a collection holds what `sow` leaves: tuples, one entry a call."""
+    if isinstance(tree, Mapping):
+        return any(map(_sown, tree.values()))
+    return isinstance(tree, tuple)
 
 
 def _default_call(module):
@@ -238,8 +253,8 @@ def _default_call(module):
     names = [p.name for p in parameters]
     if "train" in names:
         return lambda bound, inputs, train: bound(inputs, train=train)
-    alone = len(names) == 1 or parameters[0].kind is inspect.Parameter.VAR_POSITIONAL
-    if alone:
+    kinds = [p.kind for p in parameters]
+    if len(names) == 1 or kinds[:1] == [inspect.Parameter.VAR_POSITIONAL]:
         return lambda bound, inputs, train: bound(inputs)
     raise TypeError(
         f"linen: expected {type(module).__name__}.__call__ to take the inputs alone or "
@@ -266,9 +281,10 @@ def _pick(captured, path, parsed, missing):
     if calls is None:
         raise missing(path)
     if parsed.call is None and len(calls) > 1:
+        first, last = (_written(parsed, call) for call in (0, len(calls) - 1))
         raise ValueError(
             f"hints: expected {path!r} to be one activation, got {len(calls)} calls. "
-            f"Choose one of {path}#0 to {path}#{len(calls) - 1}."
+            f"Choose one of {first} to {last}."
         )
     if (parsed.call or 0) >= len(calls):
         raise missing(path)
@@ -285,9 +301,19 @@ def _pick(captured, path, parsed, missing):
     return value
 
 
+def _written(parsed, call):
+    """The path of one call."""
+    method = "" if parsed.method == "__call__" else f".{parsed.method}"
+    item = "" if parsed.item is None else f"[{parsed.item}]"
+    return f"{'/'.join(parsed.scope)}{method}#{call}{parsed.side}{item}"
+
+
 def _calls(captured, parsed):
     """All values recorded for a path: a submodule's calls, or a sown value."""
-    for scope in ((*parsed.scope, parsed.method + parsed.side), parsed.scope):
+    scopes = [(*parsed.scope, parsed.method + parsed.side)]
+    if parsed.method == "__call__" and not parsed.side:
+        scopes.append(parsed.scope)
+    for scope in scopes:
         node = captured
         for part in scope:
             node = node.get(part) if isinstance(node, Mapping) else None
@@ -306,10 +332,12 @@ def _named_activations(tree, scope=()):
             continue
         for number, value in enumerate(node):
             one = path if len(node) == 1 else f"{path}#{number}"
+            items = {one: value}
             if isinstance(value, (tuple, list)):
-                yield from ((f"{one}[{i}]", item) for i, item in enumerate(value))
-            elif hasattr(value, "shape"):
-                yield one, value
+                items = {f"{one}[{i}]": item for i, item in enumerate(value)}
+            yield from (
+                (p, item) for p, item in items.items() if hasattr(item, "shape")
+            )
 
 
 def _subtree(params, path, name):

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from hintjax._checks import positive_int
 from hintjax._numerics import adaptive_average_pool
 from hintjax.methods import explained_variance
 
@@ -33,7 +34,7 @@ def suggest_pairs(
         (guided layer, hint layer) for each pair, from shallow to deep.
 
     Raises:
-        ValueError: if a network shows no feature maps.
+        ValueError: if a network shows no feature maps, or `count` is below 1.
 
     >>> layer = jax.ShapeDtypeStruct((1, 8, 8, 4), "float32")
     >>> student = {f"conv{i}": layer for i in range(1, 21)}
@@ -44,8 +45,10 @@ def suggest_pairs(
     References:
         Romero et al. 2015, section 2.2: the middle layers.
     """
+    positive_int("suggest_pairs", count=count)
     guided, hints = _depths("student", student), _depths("teacher", teacher)
     middle = {path: at for path, at in hints.items() if 1 / 3 < at <= 2 / 3}
+    middle = middle or hints  # fewer than three maps may have no middle third
     nearest = sorted(middle, key=lambda path: abs(middle[path] - 0.5))[:count]
     pairs = []
     for hint in sorted(nearest, key=hints.get):

@@ -25,8 +25,9 @@ from jax.interpreters.partial_eval import dce_jaxpr
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key, PyTree
 
+from hintjax._checks import mask, message
 from hintjax._numerics import masked_mean
-from hintjax.method import Context, Method
+from hintjax.method import Context, Method, one_per_example
 from hintjax.networks import Features, Network, Variables, Wants
 from hintjax.sharding import over_batch, replicated
 
@@ -83,7 +84,7 @@ def image(batch: Batch) -> Float[Array, "batch h w c"]:
     """The default inputs of a network: the batch's "image", as floats.
 
     Raises:
-        ValueError: if there is none.
+        ValueError: if there is none, or it has other axes.
         TypeError: if it holds integers.
     """
     if "image" not in batch:
@@ -95,6 +96,11 @@ def image(batch: Batch) -> Float[Array, "batch h w c"]:
         raise TypeError(
             f'batch: expected "image" to be floating point, got '
             f"{batch['image'].dtype}. Scale and standardise the images first."
+        )
+    if batch["image"].ndim != 4:
+        raise ValueError(
+            f'batch: expected "image" to be (batch, h, w, c), got '
+            f"{batch['image'].shape}. Add the axis, or select other inputs with inputs=."
         )
     return batch["image"]
 
@@ -251,14 +257,19 @@ def _stage(student, teacher, method, optimiser, inputs, teacher_inputs, mesh):
         )
 
     def teach(state, variables, batch):
-        if teacher is None:
+        if method.teacher == Wants():
             return Features()
+        if variables is None:
+            do = "Pass what the teacher's init gave, or hintjax.split(flax_variables)."
+            raise ValueError(message("stage", "the teacher's variables", "None", do))
         features, _ = teacher.apply(
             *variables, teacher_inputs(batch), wants=method.teacher, train=False
         )
         return jax.lax.stop_gradient(features)
 
     def objective(params, model_state, memory, taught, batch, key, step, *, train):
+        n = jax.tree.leaves(inputs(batch))[0].shape[0]
+        mask("batch", batch.get("where"), (n,))
         ours, theirs = jax.random.split(jax.random.fold_in(key, step))
         shown, model_state = student.apply(
             params["student"],
@@ -276,6 +287,7 @@ def _stage(student, teacher, method, optimiser, inputs, teacher_inputs, mesh):
             batch,
             Context(theirs, step, train),
         )
+        one_per_example("stage", "the method", values, n)
         loss = masked_mean(values, batch.get("where"))
         return loss, (model_state, memory, {**metrics, "loss": loss})
 
@@ -301,7 +313,7 @@ def _stage(student, teacher, method, optimiser, inputs, teacher_inputs, mesh):
         ), metrics
 
     @jax.jit  # made once, so that a second initialisation compiles nothing
-    def fresh(key, student_variables, teacher_variables, batch, data):
+    def fresh(key, student_variables, teacher_variables, batch, data, carry):
         """All that does not come from elsewhere: regressors, memory, optimiser."""
         params, model_state = student_variables
         taught = teach(None, teacher_variables, batch)
@@ -311,20 +323,21 @@ def _stage(student, teacher, method, optimiser, inputs, teacher_inputs, mesh):
         shapes = jax.eval_shape(lambda *features: features, shown, taught)
         own, theirs = jax.random.split(key)
         regressors, memory = method.init(theirs, *shapes, data)
+        if carry is not None:
+            regressors, memory = _carried((regressors, memory), carry)
         params = {"student": params, "regressors": regressors}
         state = State(params, model_state, memory, (), jnp.zeros((), jnp.int32), own)
         transform, _, _ = optimiser(objective, *parts_of(state, taught, batch))
         return regressors, memory, transform.init(params), state.step, own
 
     def init(key, student_variables, teacher_variables, batch, data=None, carry=None):
-        variables = Variables(*student_variables)
-        regressors, memory, opt_state, step, key = fresh(
-            key, variables, teacher_variables, batch, data
-        )
+        variables = Variables(*_copied(tuple(student_variables)))
         if carry is not None:
-            regressors = _carried(regressors, carry.params["regressors"])
-            memory = _carried(memory, carry.memory)
-        params, model_state = jax.tree.map(jnp.copy, tuple(variables))
+            carry = _copied((carry.params["regressors"], carry.memory))
+        regressors, memory, opt_state, step, key = fresh(
+            key, variables, teacher_variables, batch, data, carry
+        )
+        params, model_state = variables
         params = {"student": params, "regressors": regressors}
         state = State(params, model_state, memory, opt_state, step, key)
         return state if mesh is None else jax.device_put(state, replicated(mesh))
@@ -368,13 +381,32 @@ def _where(chosen: PyTree, new: PyTree, old: PyTree) -> PyTree:
     return jax.tree.map(lambda c, n, o: n if c else o, chosen, new, old)
 
 
-def _carried(fresh: dict, earlier: dict) -> dict:
-    """The earlier stage's entries under names that both have."""
-    carried = {name: earlier[name] for name in fresh if name in earlier}
-    for name, value in carried.items():
+def _copied(tree: PyTree) -> PyTree:
+    """Arrays of our own, which donation may delete; never weakly typed, since what
+    comes out of an update is not, and would be compiled for once more."""
+
+    def copied(leaf):
+        leaf = jnp.array(leaf)
+        return jnp.array(leaf, dtype=leaf.dtype)
+
+    return jax.tree.map(copied, tree)
+
+
+def _carried(fresh: tuple[dict, dict], earlier: tuple[dict, dict]) -> list[dict]:
+    """The earlier stage's regressors and memory, of the terms that both have."""
+    common = [name for name in fresh[0] if name in earlier[0]]
+    if not common:
+        raise ValueError(
+            f"carry: expected a term of both stages, got {list(earlier[0])} in the "
+            f"earlier stage and {list(fresh[0])} here. Name the term the same in an "
+            f"objective of each stage."
+        )
+    for name in common:
         ours, theirs = (
-            jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)
-            for tree in (fresh[name], value)
+            jax.tree.map(
+                lambda leaf: (leaf.shape, leaf.dtype), [part[name] for part in parts]
+            )
+            for parts in (fresh, earlier)
         )
         if ours != theirs:
             raise ValueError(
@@ -382,4 +414,7 @@ def _carried(fresh: dict, earlier: dict) -> dict:
                 f"{theirs} from the earlier stage and {ours} here. Use the same pairs "
                 f"and regressors, or another name."
             )
-    return {**fresh, **jax.tree.map(jnp.copy, carried)}
+    return [
+        {**new, **{name: old[name] for name in common}}
+        for new, old in zip(fresh, earlier, strict=True)
+    ]

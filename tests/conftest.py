@@ -24,6 +24,8 @@ jaxtyping.install_import_hook("hintjax", "beartype.beartype")
 
 jax.config.update("jax_compilation_cache_dir", str(HERE.parent / ".jax_cache"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+# Tests compile much and compute little.
+jax.config.update("jax_disable_most_optimizations", True)
 
 hypothesis.settings.register_profile(
     "hintjax",

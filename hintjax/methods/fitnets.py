@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from hintjax import regressors
-from hintjax._numerics import as_float
+from hintjax._checks import message
+from hintjax._numerics import as_float, keep, masked_mean
 from hintjax.losses import hint_loss
 from hintjax.method import Method, Pairs, hints_of
 
@@ -63,15 +64,19 @@ def fitnets(
         return params, memory
 
     def apply(params, memory, student, teacher, batch, context):
-        total, remembered, r2 = 0.0, {}, {}
+        total, remembered, losses, r2 = 0.0, {}, {}, {}
+        where = batch.get("where")
         for name, module, guided, hint in sized(student, teacher):
             predicted, remembered[name] = regressors.apply(
                 module, params[name], memory[name], guided, context.train
             )
-            total = total + loss(predicted, hint)
-            r2[name] = explained_variance(predicted, hint, batch.get("where"))
+            values = loss(predicted, hint)
+            total = total + values
+            losses[name] = masked_mean(values, where)
+            r2[name] = explained_variance(predicted, hint, where)
         metrics = {"r2": sum(r2.values()) / len(r2)}
         if len(names) > 1:
+            metrics |= {f"{name}/loss": value for name, value in losses.items()}
             metrics |= {f"{name}/r2": value for name, value in r2.items()}
         return total, remembered, metrics
 
@@ -109,6 +114,9 @@ def lambda_decay(
     References:
         Romero et al. 2015, section 3.1 and code (TeacherDecayOverEpoch).
     """
+    if min(initial, final) < 0:
+        got = f"{initial} to {final}"
+        raise ValueError(message("lambda_decay", "weights >= 0", got))
     if saturate < start or steps_per_epoch < 1:
         raise ValueError(
             f"lambda_decay: expected start <= saturate and steps_per_epoch >= 1, got "
@@ -149,13 +157,9 @@ def explained_variance(
     (1.0, -0.09375)
     """
     predicted, target = as_float("r2", predicted), as_float("r2", target)
-    if where is None:
-        where = jnp.ones(target.shape[:1], bool)
-    valid = jnp.expand_dims(where, range(1, target.ndim)).astype(target.dtype)
-    valid = jnp.broadcast_to(valid, target.shape)
     axes = tuple(range(target.ndim - 1))
-    count = jnp.maximum(valid.sum(axes, keepdims=True), 1)
-    mean = (target * valid).sum(axes, keepdims=True) / count
-    left = (jnp.square(target - predicted) * valid).sum()
-    whole = (jnp.square(target - mean) * valid).sum()
+    count = keep(jnp.ones_like(target), where).sum(axes, keepdims=True)
+    mean = keep(target, where).sum(axes, keepdims=True) / jnp.maximum(count, 1)
+    left = jnp.square(keep(target - predicted, where)).sum()
+    whole = jnp.square(keep(target - mean, where)).sum()
     return jnp.where(whole > 0, 1 - left / jnp.where(whole > 0, whole, 1), 0)
