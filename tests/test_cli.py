@@ -145,7 +145,7 @@ def test_doctor_names_versions_devices_and_disk(capsys):
         (["--student", "resnet20"], "expected package.module:factory"),
         (["--batch-size", "5000"], "batch_size"),
         (["--teacher", "no/such/run"], "expected a file"),
-        (["--method", "fitnets", "--pairs", "conv99=conv2"], "Nearest: conv3"),
+        (["--method", "fitnets", "--pairs", "conv99=conv2"], "Nearest: conv9"),
         (["--method", "fitnets", "--epochs", "1"], "one for each stage"),
         (["--dataset", "diggits"], "diggits"),
         (["--config", "nowhere.yaml"], "expected a file"),
@@ -223,7 +223,7 @@ def test_a_killed_run_resumes_to_the_same_bits_in_both_stages(
     for phase in (0, 1):
         wait_for(lambda p=phase: p in stages_saved(run_dir), killed)
         killed.send_signal(signal.SIGKILL)
-        killed.wait()
+        killed.communicate()
         assert not (run_dir / "result.json").exists()
         killed = start("resume", str(run_dir))
     for process in (whole, killed):

@@ -147,7 +147,7 @@ def test_a_key_depends_on_the_name_of_its_term_alone():
         return {n: float(v) for n, v in metrics.items() if n.endswith("/draw")}
 
     alone = draws(mask=seen())
-    many = draws(first=seen(), mask=seen(), task=constant(1.0, 1.0))
+    many = draws(first=seen(), mask=seen(), task=constant(1.0))
     assert many["mask/draw"] == alone["mask/draw"]
     assert many["mask/draw"] != many["first/draw"]
     assert draws(jax.random.key(1), mask=seen()) != alone
