@@ -3,7 +3,7 @@
     python benchmarks/step_time.py --out benchmarks/results/step_time_cpu.json
     python benchmarks/step_time.py --plot benchmarks/results/step_time_cpu.json
 
-Device: any; the committed numbers are from two CPU cores. Minutes: 8 there, 2 on an
+Device: any; the committed numbers are from two CPU cores. Minutes: 9 there, fewer on an
 accelerator. Expected: every ratio with a bar at most 1.05 (FLOPs 1.000 to 1.001); the
 hint stage at 0.82 of the joint step: the student is spared the last third of its work,
 and the teacher stops at group2 in both.
