@@ -1,5 +1,6 @@
 """What the README and the notebook show, runs."""
 
+import json
 import os
 import re
 import runpy
@@ -11,6 +12,7 @@ import nbformat
 import pytest
 
 ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
 
 
 def examples():
@@ -63,3 +65,27 @@ def test_the_notebook_runs_on_eight_devices(monkeypatch):
     assert printed.count("CpuDevice") == 8
     assert "with hints" in printed and "('conv10', 'conv2')" in printed
     assert os.environ["HINTJAX_STEPS"] == "3"
+
+
+def report(name):
+    return json.loads((RESULTS / name / "report.json").read_text())
+
+
+@pytest.mark.quick
+def test_the_readme_table_is_the_committed_reports():
+    text = (ROOT / "README.md").read_text()
+    digits, few, mnist = map(report, ("digits", "digits_100_labels", "mnist"))
+    lines = [
+        "| arm | digits | trained | 100 labels | trained | MNIST, 14x14 | trained |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for rows in zip(digits["rows"], few["rows"], mnist["rows"], strict=True):
+        assert len({row["arm"] for row in rows}) == 1
+        cells = [rows[0]["arm"]]
+        for row in rows:
+            cells.append(f"{100 * row['mean']:.1f} ± {100 * row['std']:.1f}")
+            cells.append(f"{row['trained']}/{len(row['seeds'])}")
+        lines.append(f"| {' | '.join(cells)} |")
+    accuracies = [f"{100 * r['teacher']['accuracy']:.1f}" for r in (digits, few, mnist)]
+    lines.append(f"| *the teacher* | {' | | '.join(accuracies)} | |")
+    assert "\n".join(lines) in text
