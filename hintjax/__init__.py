@@ -22,7 +22,9 @@ from hintjax.methods import (
     fitnets,
     kd,
     lambda_decay,
+    review,
     soft_targets,
+    warm_up,
 )
 from hintjax.networks import (
     Features,
@@ -68,10 +70,12 @@ __all__ = [
     "objective",
     "over_pairs",
     "regressors",
+    "review",
     "soft_targets",
     "split",
     "student_variables",
     "suggest_pairs",
     "task",
+    "warm_up",
     "weighted",
 ]

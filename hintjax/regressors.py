@@ -20,6 +20,8 @@ import flax.linen as nn
 import jax
 from jaxtyping import Array, Float, Key, PyTree
 
+from hintjax._numerics import nearest_resize, unit
+
 Shape = tuple[int, ...]
 Sizing = Callable[[Shape, Shape], nn.Module]
 
@@ -57,6 +59,100 @@ class Regressor(nn.Module):
         if self.pieces > 1:
             x = x.reshape(*x.shape[:-1], -1, self.pieces).max(-1)
         return x if self.activation is None else self.activation(x)
+
+
+class ABF(nn.Module):
+    """Attention based fusion (ABF) of ReviewKD: a stage joined by the deeper ones.
+
+    With the reduced map x = BN(conv1x1(map)) and the deeper fusion y, resized to it::
+
+        z = sigmoid(conv1x1([x, y]))        two maps of weights
+        fusion = z_0 x + z_1 y              x alone at the deepest stage
+        output = BN(conv3x3(fusion))
+
+    The fusion is resized to the hint map's size before the last convolution if it has
+    another. All resizing is torch's `nearest`.
+
+    Attributes:
+        mid: channels of the fusion, the same at all stages.
+        features: channels of the hint map.
+        size: height and width of the hint map.
+    """
+
+    mid: int
+    features: int
+    size: tuple[int, int]
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "batch h w c"],
+        deeper: Float[Array, "batch h2 w2 mid"] | None = None,
+        train: bool = False,
+    ) -> tuple[
+        Float[Array, "batch height width features"],
+        Float[Array, "batch height width mid"],
+    ]:
+        """The output, to compare with the hint, and the fusion, for the next ABF."""
+
+        def norm(name):
+            return nn.BatchNorm(
+                use_running_average=not train,
+                momentum=0.9,
+                epsilon=1e-5,
+                use_fast_variance=False,
+                name=name,
+            )
+
+        # The published initialisations: U(+-sqrt(3 / fan_in)) around the fusion and
+        # torch's own, U(+-sqrt(1 / fan_in)), for the attention.
+        wide = nn.initializers.variance_scaling(1, "fan_in", "uniform")
+        usual = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
+        def usual_bias(key, shape, dtype=jax.numpy.float32):
+            bound = (2 * self.mid) ** -0.5
+            return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+        x = nn.Conv(self.mid, (1, 1), use_bias=False, kernel_init=wide, name="reduce")(
+            x
+        )
+        x = norm("reduce_norm")(x)
+        if deeper is not None:
+            y = nearest_resize(deeper, x.shape[1:3])
+            weigh = nn.Conv(
+                2, (1, 1), kernel_init=usual, bias_init=usual_bias, name="attention"
+            )
+            z = nn.sigmoid(weigh(jax.numpy.concatenate([x, y], -1)))
+            x = x * z[..., :1] + y * z[..., 1:]
+        x = nearest_resize(x, self.size)
+        expand = nn.Conv(
+            self.features,
+            (3, 3),
+            padding=1,
+            use_bias=False,
+            kernel_init=wide,
+            name="expand",
+        )
+        return norm("expand_norm")(expand(x)), x
+
+
+class Embedding(nn.Module):
+    """CRD's embedding head: a linear map of the pooled features, of norm 1.
+
+    Maps and tokens are averaged over their positions first.
+
+    Attributes:
+        features: size of the embedding.
+    """
+
+    features: int = 128
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "batch ..."], train: bool = False
+    ) -> Float[Array, "batch features"]:
+        x = x.mean(tuple(range(1, x.ndim - 1)))
+        return unit(nn.Dense(self.features)(x))
 
 
 def identity(student: Shape, teacher: Shape) -> Regressor:

@@ -65,6 +65,7 @@ LOSSES = {
     "attention_transfer_loss_paper": Loss(
         losses.attention_transfer_loss_paper, **UNEQUAL, waived=CHANNELS | KINK
     ),
+    "hierarchical_context_loss": Loss(losses.hierarchical_context_loss, (5, 4, 3)),
     "hint_loss": Loss(losses.hint_loss, **FEATURES, batch_dims=True),
     "hint_loss_paper": Loss(losses.hint_loss_paper, **FEATURES, batch_dims=True),
     "kd_loss": Loss(losses.kd_loss, (10,)),
@@ -415,9 +416,14 @@ METHODS = {
         Features(hints={"hint": (2, 2, 5)}),
     ),
     "kd": Taught(methods.kd(), *OUTPUTS),
+    "review": Taught(
+        methods.review([("shallow", "low"), ("guided", "hint"), ("pooled", "last")]),
+        Features(hints={"shallow": (6, 6, 3), "guided": (4, 4, 5), "pooled": (5,)}),
+        Features(hints={"low": (6, 6, 4), "hint": (3, 3, 5), "last": (7,)}),
+    ),
     "soft_targets": Taught(methods.soft_targets(), *OUTPUTS),
 }
-NOT_METHODS = {"explained_variance", "lambda_decay"}
+NOT_METHODS = {"explained_variance", "lambda_decay", "warm_up"}
 
 KEY = jax.random.key(0)
 

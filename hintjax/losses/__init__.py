@@ -14,6 +14,7 @@ from hintjax.losses.attention import (
 )
 from hintjax.losses.hint import hint_loss, hint_loss_paper
 from hintjax.losses.kd import kd_loss, soft_cross_entropy_loss
+from hintjax.losses.review import hierarchical_context_loss
 
 __all__ = (
     "attention_map",
@@ -22,6 +23,7 @@ __all__ = (
     "attention_maps",
     "attention_transfer_loss",
     "attention_transfer_loss_paper",
+    "hierarchical_context_loss",
     "hint_loss",
     "hint_loss_paper",
     "kd_loss",
