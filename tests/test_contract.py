@@ -33,6 +33,7 @@ class Loss(NamedTuple):
     teacher: Any = None  # as the student's by default
     positions: int = 0  # first axes of an example that a mask may cover too
     batch_dims: bool = False  # must be told how many axes are the batch?
+    coupled: bool = False  # does it compare the examples of a batch, its first axis?
     waived: Mapping[str, str] = MappingProxyType({})  # test without "test_": reason
     name: str = ""  # filled in from the table
 
@@ -48,13 +49,21 @@ class Loss(NamedTuple):
 
 
 CHANNELS = {"names_both_shapes": "channels may differ; a batch of 1 is refused below"}
+SIZES = {"names_both_shapes": "features may differ; a batch of 1 is refused below"}
 KINK = {"flat_at_equality": "a distance has a kink at 0; its slope is bounded"}
 ENTROPY = {"zero_at_equality": "the least value is the teacher's entropy"}
+CANDIDATES = dict.fromkeys(
+    ("least_at_equality", "zero_at_equality", "flat_at_equality"),
+    "the teacher's are candidates, of which one is the student's own",
+)
 
 FEATURES = {"student": (4, 3, 5), "positions": 2}
 UNEQUAL = FEATURES | {"teacher": (8, 7, 6)}
 
+RELATION = {"student": (12,), "teacher": (3, 5), "coupled": True, "waived": SIZES}
+
 LOSSES = {
+    "angle_loss": Loss(losses.angle_loss, **RELATION),
     "attention_map_loss": Loss(losses.attention_map_loss, (12,), positions=1),
     "attention_map_loss_paper": Loss(
         losses.attention_map_loss_paper, (12,), positions=1
@@ -65,15 +74,40 @@ LOSSES = {
     "attention_transfer_loss_paper": Loss(
         losses.attention_transfer_loss_paper, **UNEQUAL, waived=CHANNELS | KINK
     ),
+    "contrastive_loss": Loss(
+        functools.partial(
+            losses.contrastive_loss, size=50, log_constant=4.0, temperature=2.0
+        ),
+        (6,),
+        (3, 6),
+        waived=CANDIDATES,
+    ),
+    "distance_loss": Loss(losses.distance_loss, **RELATION),
+    "fsp_loss": Loss(losses.fsp_loss, ((4, 4, 3), (2, 3, 5)), ((5, 3, 3), (3, 4, 5))),
+    "fsp_loss_paper": Loss(
+        losses.fsp_loss_paper, ((4, 4, 3), (2, 3, 5)), ((5, 3, 3), (3, 4, 5))
+    ),
+    "fsp_matrix_loss": Loss(losses.fsp_matrix_loss, (3, 5)),
+    "fsp_matrix_loss_paper": Loss(losses.fsp_matrix_loss_paper, (3, 5)),
     "hierarchical_context_loss": Loss(losses.hierarchical_context_loss, (5, 4, 3)),
     "hint_loss": Loss(losses.hint_loss, **FEATURES, batch_dims=True),
     "hint_loss_paper": Loss(losses.hint_loss_paper, **FEATURES, batch_dims=True),
     "kd_loss": Loss(losses.kd_loss, (10,)),
+    "probability_loss": Loss(losses.probability_loss, **RELATION),
+    "similarity_loss": Loss(losses.similarity_loss, **RELATION),
     "soft_cross_entropy_loss": Loss(
         losses.soft_cross_entropy_loss, (10,), waived=ENTROPY
     ),
 }
-NOT_LOSSES = {"attention_map", "attention_maps"}
+NOT_LOSSES = {
+    "attention_map",
+    "attention_maps",
+    "contrastive_log_constant",
+    "contrastive_scores_loss",  # the row of contrastive_loss runs it
+    "similarity_matrix",
+    "fsp_matrix",
+    "fsp_matrix_paper",
+}
 
 
 @pytest.fixture(params=LOSSES)
@@ -162,6 +196,8 @@ def test_annotations_are_checked_in_tests():
 
 @pytest.mark.parametrize("batch", [(4,), (1,), (2, 3)])
 def test_one_value_per_example(row, batch):
+    if row.coupled and len(batch) > 1:
+        pytest.skip("examples are compared along one axis")
     values = jax.eval_shape(row.over(len(batch)), *pair(row, batch=batch))
     assert (values.shape, values.dtype) == (batch, jnp.float32)
 
@@ -190,13 +226,19 @@ def test_flat_at_equality(row):
 def test_jit_is_eager(row):
     student, teacher = jax.device_put(pair(row))
     values, *_ = compiled(row.loss)(student, teacher)
-    np.testing.assert_allclose(row.loss(student, teacher), values, rtol=1e-6)
+    rtol = 1e-5 if row.coupled else 1e-6  # differences of sums over the batch
+    np.testing.assert_allclose(row.loss(student, teacher), values, rtol=rtol)
 
 
 def test_vmap_is_batch(row):
     student, teacher = pair(row)
-    got = jax.jit(jax.vmap(row.over(0)))(student, teacher)
     values, *_ = compiled(row.loss)(student, teacher)
+    if row.coupled:  # many batches at once
+        turned = jax.tree.map(lambda x: np.stack([x, x[::-1]]), (student, teacher))
+        got = jax.jit(jax.vmap(row.loss))(*turned)
+        np.testing.assert_allclose(got, [values, values[::-1]], rtol=1e-5)
+        return
+    got = jax.jit(jax.vmap(row.over(0)))(student, teacher)
     np.testing.assert_allclose(got, values, rtol=1e-6)
 
 
@@ -241,7 +283,9 @@ def test_nan_stays_nan(row):
         for leaf in jax.tree.leaves(broken):
             leaf[1].flat[0] = np.nan
         values, *_ = compiled(row.loss)(**arrays | {name: broken})
-        np.testing.assert_array_equal(np.isnan(values), np.arange(4) == 1)
+        assert np.isnan(values[1])
+        if not row.coupled:
+            np.testing.assert_array_equal(np.isnan(values), np.arange(4) == 1)
 
 
 def hidden(tree, where):
@@ -349,8 +393,31 @@ def test_teacher_may_be_stopped(row):
 def test_a_batch_of_one(row):
     student, teacher = pair(row)
     one = jax.tree.map(lambda x: x[:1], (student, teacher))
+    if row.coupled:  # there is nothing to compare with
+        got = compiled(row.loss)(*one)
+        assert np.isfinite(got[0]).all()
+        assert largest(got[1:]) < 100
+        return
     got, want = compiled(row.loss)(*one), compiled(row.loss)(student, teacher)
     assert_close(got, [x[:1] for x in jax.tree.leaves(want)], rtol=1e-5)
+
+
+@pytest.mark.parametrize("near", [0, 1e-7, 1e-6])
+def test_bounded_gradient_at_duplicates(row, near):
+    """Examples that are equal, or all but equal, and one of zeros among them."""
+    student, teacher = pair(row, batch=(8,))
+
+    def doubled(x):
+        noise = np.random.default_rng(3).normal(size=x.shape).astype(x.dtype)
+        x = x[[0, 0, 1, 1, 1, 2, 3, 4]] + np.asarray(near, x.dtype) * noise
+        x[6] = 0
+        return x
+
+    same = jax.tree.map(doubled, (student, teacher))
+    for arrays in (same[0], teacher), (student, same[1]), same:
+        values, *gradients = compiled(row.loss)(*arrays)
+        assert np.isfinite(values).all()
+        assert largest(gradients) < 100
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -372,6 +439,10 @@ def test_finite_at_any_magnitude(row, dtype, seed, sizes):
     values, *gradients = compiled(row.loss)(*arrays)
     assert np.isfinite(values).all()
     assert np.all(values >= -1e-5)
+    if dtype == "float16" and not np.isfinite(largest(gradients)):  # too large for it?
+        whole = jax.tree.map(lambda x: x.astype(np.float32), arrays)
+        _, *gradients = compiled(row.loss)(*whole)
+        assert largest(gradients) > np.finfo(np.float16).max
     assert np.isfinite(largest(gradients))
 
 
@@ -401,12 +472,25 @@ class Taught(NamedTuple):
 
 PAIRS = [("guided", "hint")]
 OUTPUTS = Features(output=(10,)), Features(output=(10,))
+UNLIKE = Features(hints={"guided": (4, 4, 3)}), Features(hints={"hint": (7,)})
+TOGETHER = {
+    "a_method_keeps_nan_to_its_example": "the examples of a batch are compared",
+}
 
 METHODS = {
     "attention_transfer": Taught(
         methods.attention_transfer(PAIRS),
         Features(hints={"guided": (4, 4, 3)}),
         Features(hints={"hint": (8, 8, 5)}),
+    ),
+    "crd": Taught(
+        methods.crd(
+            ("guided", "hint"),
+            negatives=methods.AnchorNegatives(12),
+            feature_dim=8,
+        ),
+        Features(hints={"guided": (6,)}),
+        Features(hints={"hint": (2, 2, 5)}),
     ),
     "fitnets": Taught(
         methods.fitnets(
@@ -415,15 +499,34 @@ METHODS = {
         Features(hints={"guided": (4, 4, 3)}),
         Features(hints={"hint": (2, 2, 5)}),
     ),
+    "fsp": Taught(
+        methods.fsp([(("low", "high"), ("one", "two"))], regressor=regressors.linear),
+        Features(hints={"low": (4, 4, 3), "high": (2, 2, 4)}),
+        Features(hints={"one": (8, 8, 5), "two": (4, 4, 6)}),
+    ),
     "kd": Taught(methods.kd(), *OUTPUTS),
+    "probability_transfer": Taught(
+        methods.probability_transfer(PAIRS), *UNLIKE, waived=TOGETHER
+    ),
+    "relational": Taught(methods.relational(PAIRS), *UNLIKE, waived=TOGETHER),
     "review": Taught(
         methods.review([("shallow", "low"), ("guided", "hint"), ("pooled", "last")]),
         Features(hints={"shallow": (6, 6, 3), "guided": (4, 4, 5), "pooled": (5,)}),
         Features(hints={"low": (6, 6, 4), "hint": (3, 3, 5), "last": (7,)}),
     ),
+    "similarity_preserving": Taught(
+        methods.similarity_preserving(PAIRS), *UNLIKE, waived=TOGETHER
+    ),
     "soft_targets": Taught(methods.soft_targets(), *OUTPUTS),
 }
-NOT_METHODS = {"explained_variance", "lambda_decay", "warm_up"}
+NEGATIVES = {"AnchorNegatives", "BatchNegatives", "GivenNegatives", "SharedNegatives"}
+NOT_METHODS = NEGATIVES | {
+    "crd_bytes",
+    "explained_variance",
+    "lambda_decay",
+    "warm_up",
+    "flows",
+}
 
 KEY = jax.random.key(0)
 
