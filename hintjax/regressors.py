@@ -152,7 +152,7 @@ class Embedding(nn.Module):
         self, x: Float[Array, "batch ..."], train: bool = False
     ) -> Float[Array, "batch features"]:
         x = x.mean(tuple(range(1, x.ndim - 1)))
-        return unit(nn.Dense(self.features)(x))
+        return unit(nn.Dense(self.features, name="linear")(x))
 
 
 def identity(student: Shape, teacher: Shape) -> Regressor:

@@ -52,6 +52,11 @@ CHANNELS = {"names_both_shapes": "channels may differ; a batch of 1 is refused b
 SIZES = {"names_both_shapes": "features may differ; a batch of 1 is refused below"}
 KINK = {"flat_at_equality": "a distance has a kink at 0; its slope is bounded"}
 ENTROPY = {"zero_at_equality": "the least value is the teacher's entropy"}
+SIGNS = dict.fromkeys(
+    ("least_at_equality", "zero_at_equality", "flat_at_equality"),
+    "the student should be beyond a margin, not equal",
+) | {"teacher_may_be_stopped": "only the teacher's signs are read"}
+GAUSSIAN = {"zero_at_equality": "the least value is half the log of the variance"}
 CANDIDATES = dict.fromkeys(
     ("least_at_equality", "zero_at_equality", "flat_at_equality"),
     "the teacher's are candidates, of which one is the student's own",
@@ -63,6 +68,9 @@ UNEQUAL = FEATURES | {"teacher": (8, 7, 6)}
 RELATION = {"student": (12,), "teacher": (3, 5), "coupled": True, "waived": SIZES}
 
 LOSSES = {
+    "activation_boundary_loss": Loss(
+        losses.activation_boundary_loss, **FEATURES, batch_dims=True, waived=SIGNS
+    ),
     "angle_loss": Loss(losses.angle_loss, **RELATION),
     "attention_map_loss": Loss(losses.attention_map_loss, (12,), positions=1),
     "attention_map_loss_paper": Loss(
@@ -74,6 +82,7 @@ LOSSES = {
     "attention_transfer_loss_paper": Loss(
         losses.attention_transfer_loss_paper, **UNEQUAL, waived=CHANNELS | KINK
     ),
+    "class_attention_loss": Loss(losses.class_attention_loss, (5, 4, 3), (3, 6, 3)),
     "contrastive_loss": Loss(
         functools.partial(
             losses.contrastive_loss, size=50, log_constant=4.0, temperature=2.0
@@ -83,6 +92,7 @@ LOSSES = {
         waived=CANDIDATES,
     ),
     "distance_loss": Loss(losses.distance_loss, **RELATION),
+    "factor_loss": Loss(losses.factor_loss, **UNEQUAL, waived=CHANNELS),
     "fsp_loss": Loss(losses.fsp_loss, ((4, 4, 3), (2, 3, 5)), ((5, 3, 3), (3, 4, 5))),
     "fsp_loss_paper": Loss(
         losses.fsp_loss_paper, ((4, 4, 3), (2, 3, 5)), ((5, 3, 3), (3, 4, 5))
@@ -93,10 +103,21 @@ LOSSES = {
     "hint_loss": Loss(losses.hint_loss, **FEATURES, batch_dims=True),
     "hint_loss_paper": Loss(losses.hint_loss_paper, **FEATURES, batch_dims=True),
     "kd_loss": Loss(losses.kd_loss, (10,)),
+    "masked_generation_loss": Loss(
+        losses.masked_generation_loss, **FEATURES, batch_dims=True
+    ),
+    "partial_l2_loss": Loss(losses.partial_l2_loss, **FEATURES, batch_dims=True),
     "probability_loss": Loss(losses.probability_loss, **RELATION),
+    "selectivity_loss": Loss(losses.selectivity_loss, **UNEQUAL, waived=CHANNELS),
     "similarity_loss": Loss(losses.similarity_loss, **RELATION),
     "soft_cross_entropy_loss": Loss(
         losses.soft_cross_entropy_loss, (10,), waived=ENTROPY
+    ),
+    "variational_loss": Loss(
+        functools.partial(losses.variational_loss, scale=jnp.ones(5)),
+        **FEATURES,
+        batch_dims=True,
+        waived=GAUSSIAN,
     ),
 }
 NOT_LOSSES = {
@@ -107,6 +128,9 @@ NOT_LOSSES = {
     "similarity_matrix",
     "fsp_matrix",
     "fsp_matrix_paper",
+    "batch_norm_margin",
+    "margin_relu",
+    "class_activation_map",
 }
 
 

@@ -12,11 +12,14 @@ from hintjax.losses.attention import (
     attention_transfer_loss,
     attention_transfer_loss_paper,
 )
+from hintjax.losses.boundary import activation_boundary_loss
+from hintjax.losses.class_attention import class_activation_map, class_attention_loss
 from hintjax.losses.crd import (
     contrastive_log_constant,
     contrastive_loss,
     contrastive_scores_loss,
 )
+from hintjax.losses.factor import factor_loss
 from hintjax.losses.fsp import (
     fsp_loss,
     fsp_loss_paper,
@@ -25,14 +28,19 @@ from hintjax.losses.fsp import (
     fsp_matrix_loss_paper,
     fsp_matrix_paper,
 )
+from hintjax.losses.generation import masked_generation_loss
 from hintjax.losses.hint import hint_loss, hint_loss_paper
 from hintjax.losses.kd import kd_loss, soft_cross_entropy_loss
+from hintjax.losses.overhaul import batch_norm_margin, margin_relu, partial_l2_loss
 from hintjax.losses.probability import probability_loss
 from hintjax.losses.relational import angle_loss, distance_loss
 from hintjax.losses.review import hierarchical_context_loss
+from hintjax.losses.selectivity import selectivity_loss
 from hintjax.losses.similarity import similarity_loss, similarity_matrix
+from hintjax.losses.variational import variational_loss
 
 __all__ = (
+    "activation_boundary_loss",
     "angle_loss",
     "attention_map",
     "attention_map_loss",
@@ -40,10 +48,14 @@ __all__ = (
     "attention_maps",
     "attention_transfer_loss",
     "attention_transfer_loss_paper",
+    "batch_norm_margin",
+    "class_activation_map",
+    "class_attention_loss",
     "contrastive_log_constant",
     "contrastive_loss",
     "contrastive_scores_loss",
     "distance_loss",
+    "factor_loss",
     "fsp_loss",
     "fsp_loss_paper",
     "fsp_matrix",
@@ -54,8 +66,13 @@ __all__ = (
     "hint_loss",
     "hint_loss_paper",
     "kd_loss",
+    "margin_relu",
+    "masked_generation_loss",
+    "partial_l2_loss",
     "probability_loss",
+    "selectivity_loss",
     "similarity_loss",
     "similarity_matrix",
     "soft_cross_entropy_loss",
+    "variational_loss",
 )
