@@ -13,12 +13,16 @@ from hintjax.losses.attention import (
     attention_transfer_loss_paper,
 )
 from hintjax.losses.boundary import activation_boundary_loss
+from hintjax.losses.channel import channel_loss
 from hintjax.losses.class_attention import class_activation_map, class_attention_loss
+from hintjax.losses.correlation import correlation_loss
 from hintjax.losses.crd import (
     contrastive_log_constant,
     contrastive_loss,
     contrastive_scores_loss,
 )
+from hintjax.losses.decoupled import decoupled_kd_loss
+from hintjax.losses.dist import dist_loss
 from hintjax.losses.factor import factor_loss
 from hintjax.losses.fsp import (
     fsp_loss,
@@ -37,6 +41,7 @@ from hintjax.losses.relational import angle_loss, distance_loss
 from hintjax.losses.review import hierarchical_context_loss
 from hintjax.losses.selectivity import selectivity_loss
 from hintjax.losses.similarity import similarity_loss, similarity_matrix
+from hintjax.losses.standardize import standardize_logits
 from hintjax.losses.variational import variational_loss
 
 __all__ = (
@@ -49,11 +54,15 @@ __all__ = (
     "attention_transfer_loss",
     "attention_transfer_loss_paper",
     "batch_norm_margin",
+    "channel_loss",
     "class_activation_map",
     "class_attention_loss",
     "contrastive_log_constant",
     "contrastive_loss",
     "contrastive_scores_loss",
+    "correlation_loss",
+    "decoupled_kd_loss",
+    "dist_loss",
     "distance_loss",
     "factor_loss",
     "fsp_loss",
@@ -74,5 +83,6 @@ __all__ = (
     "similarity_loss",
     "similarity_matrix",
     "soft_cross_entropy_loss",
+    "standardize_logits",
     "variational_loss",
 )
