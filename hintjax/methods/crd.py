@@ -212,8 +212,12 @@ def crd(
             )
         if train:
             if not in_batch:
+                # What is no number is not remembered. And since this reads the scores,
+                # XLA writes the bank after it was read, in place and without a copy.
+                known = jnp.isfinite(values)
+                known = known if where is None else known & where
                 bank = banks.update(
-                    bank, batch["index"], s, t, momentum=momentum, where=where
+                    bank, batch["index"], s, t, momentum=momentum, where=known
                 )
             bank = bank._replace(
                 student_constant=constants[0], teacher_constant=constants[1]

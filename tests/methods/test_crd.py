@@ -273,6 +273,38 @@ def test_masked_examples_leave_no_trace():
     assert np.isfinite(metrics["positive"])
 
 
+def test_what_is_no_number_is_not_remembered():
+    method, params, memory = made(hj.SharedNegatives(30))
+    broken = STUDENT.at[2].set(jnp.nan)
+    _, (values, after, _) = run(method, params, memory, broken, TEACHER, KNOWN)
+    np.testing.assert_array_equal(np.isnan(values), np.arange(BATCH) == 2)
+    for rows, before in zip(after["bank"][:2], memory["bank"][:2], strict=True):
+        np.testing.assert_array_equal(rows[INDEX[2]], before[INDEX[2]])
+        assert np.all(np.isfinite(rows))
+    assert np.isfinite(after["bank"][2:]).all()
+
+
+@pytest.mark.parametrize("kind", [hj.AnchorNegatives, hj.SharedNegatives])
+def test_the_bank_is_written_in_place(kind):
+    """A donated bank is not copied, when candidates are gathered."""
+    method, params, memory = made(kind(5))
+
+    def step(bank, classes):
+        context = Context(KEY, jnp.int32(0), True)
+        shown = Features(hints={"guided": STUDENT}), Features(hints={"hint": TEACHER})
+        before = {"bank": bank, "classes": classes}
+
+        def total(params):
+            values, after, _ = method.apply(params, before, *shown, KNOWN, context)
+            return values.sum(), after["bank"]
+
+        return jax.grad(total, has_aux=True)(params)
+
+    compiled = jax.jit(step, donate_argnums=0).lower(*memory.values()).compile()
+    copies = [line for line in compiled.as_text().splitlines() if " copy(" in line]
+    assert not [line for line in copies if f"f32[{SIZE},8]" in line]
+
+
 def test_an_evaluated_example_is_compared_with_itself_and_not_with_the_bank():
     """Its index is of another split: it stands for nothing in the bank."""
     method, params, memory = made(hj.SharedNegatives(30))
