@@ -92,6 +92,23 @@ def unit(
     return jnp.where(tiny, jax.lax.stop_gradient(x / eps), x / length)
 
 
+def deviations(
+    x: Float[Array, "*shape n"], where: Bool[Array, " n"] | None = None
+) -> Float[Array, "*shape n"]:
+    """x less its mean along the last axis, and exactly 0 where it does not vary.
+
+    The mean of equal numbers is rounded, so that what is left of them looks like a
+    direction, and a norm that divides by it has a gradient of 1e7. Less than 16 units in
+    the last place count as equal: 0, without gradient. `where` spans the last axis.
+    """
+    valid = jnp.ones(x.shape[-1], bool) if where is None else where
+    x = jnp.where(valid, x, 0)
+    count = jnp.maximum(jnp.sum(valid.astype(x.dtype)), 1)
+    centred = jnp.where(valid, x - jnp.sum(x, -1, keepdims=True) / count, 0)
+    noise = 16 * jnp.finfo(x.dtype).eps * norm(x)[..., None]
+    return jnp.where(norm(centred)[..., None] <= noise, 0, centred)
+
+
 def absolute_power(x: Float[Array, "*shape"], power: int) -> Float[Array, "*shape"]:
     """|x|^power for an integer power >= 1, with gradient 0 at 0.
 

@@ -67,6 +67,19 @@ UNEQUAL = FEATURES | {"teacher": (8, 7, 6)}
 
 RELATION = {"student": (12,), "teacher": (3, 5), "coupled": True, "waived": SIZES}
 
+PEARSON = dict.fromkeys(
+    ("zero_at_equality", "flat_at_equality"),
+    "the published 1e-8 beside the variance; its own test bounds what is left",
+)
+ORDER = {"a_method_does_not_mind_the_order_of_examples": "it goes by their order"}
+
+
+def labelled(student, teacher, *, where=None):
+    """Decoupled KD where all have one label."""
+    label = jnp.full(student.shape[:-1], 2, jnp.int32)
+    return losses.decoupled_kd_loss(student, teacher, label, where=where)
+
+
 LOSSES = {
     "activation_boundary_loss": Loss(
         losses.activation_boundary_loss, **FEATURES, batch_dims=True, waived=SIGNS
@@ -91,6 +104,10 @@ LOSSES = {
         (3, 6),
         waived=CANDIDATES,
     ),
+    "channel_loss": Loss(losses.channel_loss, **FEATURES),
+    "correlation_loss": Loss(losses.correlation_loss, (3, 5), coupled=True),
+    "decoupled_kd_loss": Loss(labelled, (10,)),
+    "dist_loss": Loss(losses.dist_loss, (10,), coupled=True, waived=PEARSON),
     "distance_loss": Loss(losses.distance_loss, **RELATION),
     "factor_loss": Loss(losses.factor_loss, **UNEQUAL, waived=CHANNELS | KINK),
     "fsp_loss": Loss(losses.fsp_loss, ((4, 4, 3), (2, 3, 5)), ((5, 3, 3), (3, 4, 5))),
@@ -126,6 +143,7 @@ NOT_LOSSES = {
     "contrastive_log_constant",
     "contrastive_scores_loss",  # the row of contrastive_loss runs it
     "similarity_matrix",
+    "standardize_logits",
     "fsp_matrix",
     "fsp_matrix_paper",
     "batch_norm_margin",
@@ -496,16 +514,45 @@ class Taught(NamedTuple):
 
 PAIRS = [("guided", "hint")]
 OUTPUTS = Features(output=(10,)), Features(output=(10,))
+TEACHER_ALONE = dict.fromkeys(
+    (
+        "a_method_teaches_the_student_and_never_the_teacher",
+        "a_method_keeps_nan_to_its_example",
+    ),
+    "a stage before, on the teacher alone",
+)
 UNLIKE = Features(hints={"guided": (4, 4, 3)}), Features(hints={"hint": (7,)})
 TOGETHER = {
     "a_method_keeps_nan_to_its_example": "the examples of a batch are compared",
 }
 
 METHODS = {
+    "activation_boundary": Taught(
+        methods.activation_boundary(PAIRS),
+        Features(hints={"guided": (4, 4, 3)}),
+        Features(hints={"hint": (8, 8, 5)}),
+    ),
     "attention_transfer": Taught(
         methods.attention_transfer(PAIRS),
         Features(hints={"guided": (4, 4, 3)}),
         Features(hints={"hint": (8, 8, 5)}),
+    ),
+    "channel_wise": Taught(
+        methods.channel_wise(PAIRS),
+        Features(hints={"guided": (4, 4, 3)}),
+        Features(hints={"hint": (4, 4, 3)}),
+    ),
+    "class_attention": Taught(
+        methods.class_attention(("guided", "hint")),
+        Features(
+            hints={"guided": (4, 4, 3)}, params={"classifier": {"kernel": (3, 10)}}
+        ),
+        Features(hints={"hint": (8, 8, 5)}, params={"classifier": {"kernel": (5, 10)}}),
+    ),
+    "correlation_congruence": Taught(
+        methods.correlation_congruence(PAIRS, feature_dim=8),
+        *UNLIKE,
+        waived=TOGETHER | ORDER,
     ),
     "crd": Taught(
         methods.crd(
@@ -515,6 +562,13 @@ METHODS = {
         ),
         Features(hints={"guided": (6,)}),
         Features(hints={"hint": (2, 2, 5)}),
+    ),
+    "decoupled_kd": Taught(methods.decoupled_kd(), *OUTPUTS),
+    "dist": Taught(methods.dist(), *OUTPUTS, waived=TOGETHER),
+    "factor_transfer": Taught(
+        methods.factor_transfer(PAIRS),
+        Features(hints={"guided": (4, 4, 3)}),
+        Features(hints={"hint": (8, 8, 5)}),
     ),
     "fitnets": Taught(
         methods.fitnets(
@@ -529,6 +583,24 @@ METHODS = {
         Features(hints={"one": (8, 8, 5), "two": (4, 4, 6)}),
     ),
     "kd": Taught(methods.kd(), *OUTPUTS),
+    "masked_generation": Taught(
+        methods.masked_generation(PAIRS),
+        Features(hints={"guided": (4, 4, 3)}),
+        Features(hints={"hint": (8, 8, 5)}),
+    ),
+    "overhaul": Taught(
+        methods.overhaul(PAIRS, ["norm"]),
+        Features(hints={"guided": (4, 4, 3)}),
+        Features(
+            hints={"hint": (8, 8, 5)}, params={"norm": {"scale": (5,), "bias": (5,)}}
+        ),
+    ),
+    "paraphrase": Taught(
+        methods.paraphrase(PAIRS),
+        Features(hints={"guided": (4, 4, 3)}),
+        Features(hints={"hint": (8, 8, 5)}),
+        waived=TEACHER_ALONE,
+    ),
     "probability_transfer": Taught(
         methods.probability_transfer(PAIRS), *UNLIKE, waived=TOGETHER
     ),
@@ -538,10 +610,29 @@ METHODS = {
         Features(hints={"shallow": (6, 6, 3), "guided": (4, 4, 5), "pooled": (5,)}),
         Features(hints={"low": (6, 6, 4), "hint": (3, 3, 5), "last": (7,)}),
     ),
+    "selectivity": Taught(
+        methods.selectivity(PAIRS),
+        Features(hints={"guided": (4, 4, 3)}),
+        Features(hints={"hint": (8, 8, 5)}),
+    ),
     "similarity_preserving": Taught(
         methods.similarity_preserving(PAIRS), *UNLIKE, waived=TOGETHER
     ),
+    "simkd": Taught(
+        methods.simkd(("guided", "hint")),
+        Features(hints={"guided": (4, 4, 3)}),
+        Features(
+            hints={"hint": (8, 8, 5)},
+            params={"classifier": {"kernel": (5, 10), "bias": (10,)}},
+        ),
+    ),
+    "standardized_kd": Taught(methods.standardized_kd(), *OUTPUTS),
     "soft_targets": Taught(methods.soft_targets(), *OUTPUTS),
+    "variational": Taught(
+        methods.variational(PAIRS),
+        Features(hints={"guided": (4, 4, 3)}),
+        Features(hints={"hint": (8, 8, 5)}),
+    ),
 }
 NEGATIVES = {"AnchorNegatives", "BatchNegatives", "GivenNegatives", "SharedNegatives"}
 NOT_METHODS = NEGATIVES | {
@@ -550,6 +641,9 @@ NOT_METHODS = NEGATIVES | {
     "lambda_decay",
     "warm_up",
     "flows",
+    "masked_channels",
+    "masked_positions",
+    "reused_classifier",
 }
 
 KEY = jax.random.key(0)
@@ -566,7 +660,12 @@ def taught(request):
 
 def seen(row, size=4):
     """Random features of student and teacher, and the batch that they come from."""
-    features = random(row.student, (size,)), random(row.teacher, (size,), seed=1)
+    features = (
+        random(shapes._replace(params={}), (size,), seed)._replace(
+            params=random(shapes.params, (), seed)  # one for all examples
+        )
+        for seed, shapes in enumerate((row.student, row.teacher))
+    )
     label = np.arange(size, dtype=np.int32) % 10
     return *features, {"label": label, "index": np.arange(size, dtype=np.int32)}
 
@@ -652,14 +751,23 @@ def test_a_method_is_traced_once(taught):
 def test_a_method_does_not_mind_the_order_of_examples(taught):
     _, (values, _, _) = applied_to(taught, *seen(taught))
     order = np.array([2, 0, 3, 1])
-    turned = jax.tree.map(lambda x: x[order], seen(taught))
+    student, teacher, batch = seen(taught)
+    turned = jax.tree.map(
+        lambda x: x[order],
+        (student._replace(params={}), teacher._replace(params={}), batch),
+    )
+    turned = (
+        turned[0]._replace(params=student.params),
+        turned[1]._replace(params=teacher.params),
+        turned[2],
+    )
     _, (got, _, _) = applied_to(taught, *turned)
     np.testing.assert_allclose(got, np.asarray(values)[order], rtol=1e-5)
 
 
 def test_a_method_keeps_nan_to_its_example(taught):
     student, teacher, batch = seen(taught)
-    for leaf in jax.tree.leaves(student):
+    for leaf in jax.tree.leaves(student._replace(params={})):
         leaf[1].flat[0] = np.nan
     _, (values, _, _) = applied_to(taught, student, teacher, batch, train=False)
     np.testing.assert_array_equal(np.isnan(values), np.arange(4) == 1)

@@ -1,10 +1,12 @@
-"""What methods share that compare layers as they are and train nothing."""
+"""What methods share that compare what they see as it is and train nothing."""
 
 from collections.abc import Callable
 
 from jaxtyping import Array, Float
 
+from hintjax._checks import message
 from hintjax.method import Method, Pairs, hints_of, nothing
+from hintjax.networks import Wants
 
 
 def compared(
@@ -25,3 +27,23 @@ def compared(
         return sum(values), memory, {}
 
     return Method(student_wants, teacher_wants, nothing, apply)
+
+
+def outputs(caller: str, loss: Callable[..., Float[Array, " batch"]]) -> Method:
+    """A loss of the two outputs, `(student, teacher, batch) -> one value per example`.
+
+    Networks of other classes are refused when a stage is initialised.
+    """
+
+    def init(key, student, teacher, data):
+        if student.output.shape != teacher.output.shape:
+            wanted = "student and teacher to have the same classes"
+            got = f"outputs {student.output.shape} and {teacher.output.shape}"
+            do = "Distil hints instead, or give both networks one head."
+            raise ValueError(message(caller, wanted, got, do))
+        return nothing(key, student, teacher, data)
+
+    def apply(params, memory, student, teacher, batch, context):
+        return loss(student.output, teacher.output, batch), memory, {}
+
+    return Method(Wants(output=True), Wants(output=True), init, apply)
