@@ -59,7 +59,11 @@ def variational_loss(
         wanted = f"scale to have one entry for each of {student.shape[-1]} channels"
         raise ValueError(_checks.message(caller, wanted, f"shape {scale.shape}"))
     _checks.mask(caller, where, student.shape[:batch_dims], student.shape[:-1])
-    variance = jax.nn.softplus(scale) + LEAST_VARIANCE
-    variance = jnp.expand_dims(variance, range(student.ndim - 1))
+    variance = jnp.expand_dims(variance_of(scale), range(student.ndim - 1))
     squares = jnp.square(keep(student - teacher, where))
     return masked_mean((squares / variance + jnp.log(variance)) / 2, where, batch_dims)
+
+
+def variance_of(scale: Float[Array, " c"]) -> Float[Array, " c"]:
+    """The variance that a trained number stands for: softplus(scale) + 1e-5."""
+    return jax.nn.softplus(scale) + LEAST_VARIANCE
