@@ -31,10 +31,11 @@ def scores(seed=0, batch=3, k=7):
     )
 
 
+@pytest.mark.parametrize("size", [50, 10_000_000])  # the 1e-7 of c counts in the latter
 @pytest.mark.parametrize("temperature", [0.05, 0.07, 1.0, 20.0])
-def test_the_loss_is_the_formula(temperature):
+def test_the_loss_is_the_formula(temperature, size):
     positive, negatives = scores()
-    options = {"size": 50, "temperature": temperature}
+    options = {"size": size, "temperature": temperature}
     got = contrastive_scores_loss(
         jnp.array(positive), jnp.array(negatives), log_constant=5.0, **options
     )

@@ -2,9 +2,12 @@
 
 import functools
 
+import chex
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import hintjax as hj
@@ -368,3 +371,50 @@ def test_memory_is_estimated():
     assert shared["step"] == 2 * 4 * (16384 * 128 + 64 * 16384)
     few = crd_bytes(hj.GivenNegatives(), size=50_000, batch=64)
     assert few["step"] == 2 * 4 * (64 * 50_000 + 64 * 16384)
+
+
+class Net(nn.Module):
+    width: int
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = nn.relu(nn.Dense(self.width, name="body")(x.reshape(len(x), -1)))
+        return nn.Dense(5, name="head")(x)
+
+
+@pytest.mark.parametrize("make", ["hint", "distillation"])
+def test_it_learns_in_both_stages_beside_others(make):
+    """One trace; the bank follows; every loss falls when one batch is repeated."""
+    student, teacher = hj.linen(Net(6)), hj.linen(Net(9))
+    images = jnp.asarray(np.random.default_rng(0).normal(size=(BATCH, 2, 2, 1)))
+    batch = {"image": images.astype(jnp.float32), **KNOWN}
+    terms = {"crd": crd(("body", "body"), negatives=hj.SharedNegatives(64))}
+    stage = hj.hint_stage
+    if make == "distillation":
+        stage, terms["kd"] = hj.distillation_stage, hj.kd()
+    stage = stage(student, teacher, hj.objective(**terms), optax.adam(0.02))
+    ours, theirs = (net.init(KEY, batch["image"]) for net in (student, teacher))
+    with jax.numpy_dtype_promotion("standard"):  # optax's own mathematics
+        with pytest.raises(ValueError, match="crd: expected the training set's labels"):
+            stage.init(KEY, ours, theirs, batch)
+        data = Data(np.arange(SIZE, dtype=np.int32) % 5)
+        state = stage.init(KEY, ours, theirs, batch, data=data)
+        before = jax.tree.map(jnp.copy, state.memory["crd"]["bank"])
+        chex.clear_trace_counter()  # chex counts by name
+        step = jax.jit(
+            chex.assert_max_traces(
+                lambda state, batch: stage.step(
+                    state, stage.teach(state, theirs, batch), batch
+                ),
+                n=1,
+            )
+        )
+        history = []
+        for _ in range(30):
+            state, metrics = step(state, batch)
+            history.append(metrics)
+    assert history[-1]["crd"] < history[0]["crd"] - 1
+    assert history[-1]["crd/positive"] > history[0]["crd/positive"] + 0.2
+    bank = state.memory["crd"]["bank"]
+    moved = np.abs(bank.student - before.student).max(1) > 0
+    np.testing.assert_array_equal(np.flatnonzero(moved), np.sort(INDEX))
