@@ -62,10 +62,9 @@ def probability_loss(
 def _neighbours(rows, valid):
     """Conditional probabilities from the cosine similarities."""
     length = norm(rows)[:, None]
+    rows = rows / (length + EPS)
     # Below eps a row is all slope, 1 / eps, and no direction: a constant.
     rows = jnp.where(length <= EPS, jax.lax.stop_gradient(rows), rows)
-    length = jnp.where(length <= EPS, jax.lax.stop_gradient(length), length)
-    rows = rows / (length + EPS)
     cosine = jnp.matmul(rows, rows.T, precision=jax.lax.Precision.HIGHEST)
     similarity = jnp.where(valid[None, :], (cosine + 1) / 2, 0)
     total = jnp.sum(similarity, 1, keepdims=True)
