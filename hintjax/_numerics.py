@@ -92,6 +92,23 @@ def unit(
     return jnp.where(tiny, jax.lax.stop_gradient(x / eps), x / length)
 
 
+def deviations(
+    x: Float[Array, "*shape n"], where: Bool[Array, " n"] | None = None
+) -> Float[Array, "*shape n"]:
+    """x less its mean along the last axis, and exactly 0 where it does not vary.
+
+    The mean of equal numbers is rounded, so that what is left of them looks like a
+    direction, and a norm that divides by it has a gradient of 1e7. Less than 16 units in
+    the last place count as equal: 0, without gradient. `where` spans the last axis.
+    """
+    valid = jnp.ones(x.shape[-1], bool) if where is None else where
+    x = jnp.where(valid, x, 0)
+    count = jnp.maximum(jnp.sum(valid.astype(x.dtype)), 1)
+    centred = jnp.where(valid, x - jnp.sum(x, -1, keepdims=True) / count, 0)
+    noise = 16 * jnp.finfo(x.dtype).eps * norm(x)[..., None]
+    return jnp.where(norm(centred)[..., None] <= noise, 0, centred)
+
+
 def absolute_power(x: Float[Array, "*shape"], power: int) -> Float[Array, "*shape"]:
     """|x|^power for an integer power >= 1, with gradient 0 at 0.
 
@@ -119,6 +136,38 @@ def adaptive_average_pool(
     )
     precision = jax.lax.Precision.HIGHEST
     return jnp.einsum("ih,jw,...hwc->...ijc", rows, columns, x, precision=precision)
+
+
+def adaptive_max_pool(
+    x: Float[Array, "*batch h w c"], size: tuple[int, int]
+) -> Float[Array, "*batch height width c"]:
+    """Maximum over the bins of `adaptive_average_pool`; of equal entries the first.
+
+    After a ReLU a bin is often all 0. Torch gives the gradient to the first entry, in
+    reading order, where `jnp.max` spreads it over all.
+    """
+    _checks.positive_int("adaptive_max_pool", height=size[0], width=size[1])
+    # Columns first: then the first row that holds the maximum gives its first column.
+    for axis, m in ((-2, size[1]), (-3, size[0])):
+        n = x.shape[axis]
+        if n != m:
+            starts, stops = np.arange(m) * n // m, -(-np.arange(1, m + 1) * n // m)
+            offsets = np.arange((stops - starts).max())
+            # Shorter bins repeat their last entry, which is never the first maximum.
+            index = np.minimum(starts[:, None] + offsets, stops[:, None] - 1)
+            shape = (*x.shape[:axis], *index.shape, *x.shape[axis + 1 :])
+            bins = jnp.take(x, index.ravel(), axis, mode="clip").reshape(shape)
+            first = jnp.argmax(bins, axis, keepdims=True)
+            x = jnp.take_along_axis(bins, first, axis, mode="clip").squeeze(axis)
+    return x
+
+
+def at_smaller_size(
+    student: Float[Array, "*batch h w c"], teacher: Float[Array, "*batch h2 w2 c2"]
+) -> tuple[Float[Array, "*batch h3 w3 c"], Float[Array, "*batch h3 w3 c2"]]:
+    """Both maps, the larger averaged down to the smaller, along each axis alone."""
+    size = tuple(map(min, student.shape[-3:-1], teacher.shape[-3:-1]))
+    return adaptive_average_pool(student, size), adaptive_average_pool(teacher, size)
 
 
 def nearest_resize(

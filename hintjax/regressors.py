@@ -18,7 +18,9 @@ from collections.abc import Callable
 
 import flax.linen as nn
 import jax
-from jaxtyping import Array, Float, Key, PyTree
+from jaxtyping import Array, Bool, Float, Key, PyTree
+
+from hintjax._numerics import nearest_resize, unit
 
 Shape = tuple[int, ...]
 Sizing = Callable[[Shape, Shape], nn.Module]
@@ -59,6 +61,199 @@ class Regressor(nn.Module):
         return x if self.activation is None else self.activation(x)
 
 
+class ABF(nn.Module):
+    """Attention based fusion (ABF) of ReviewKD: a stage joined by the deeper ones.
+
+    With the reduced map x = BN(conv1x1(map)) and the deeper fusion y, resized to it::
+
+        z = sigmoid(conv1x1([x, y]))        two maps of weights
+        fusion = z_0 x + z_1 y              x alone at the deepest stage
+        output = BN(conv3x3(fusion))
+
+    The fusion is resized to the hint map's size before the last convolution if it has
+    another. All resizing is torch's `nearest`.
+
+    Attributes:
+        mid: channels of the fusion, the same at all stages.
+        features: channels of the hint map.
+        size: height and width of the hint map.
+    """
+
+    mid: int
+    features: int
+    size: tuple[int, int]
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "batch h w c"],
+        deeper: Float[Array, "batch h2 w2 mid"] | None = None,
+        train: bool = False,
+    ) -> tuple[
+        Float[Array, "batch height width features"],
+        Float[Array, "batch height width mid"],
+    ]:
+        """The output, to compare with the hint, and the fusion, for the next ABF."""
+
+        def norm(name):
+            return nn.BatchNorm(
+                use_running_average=not train,
+                momentum=0.9,
+                epsilon=1e-5,
+                use_fast_variance=False,
+                name=name,
+            )
+
+        # The published initialisations: U(+-sqrt(3 / fan_in)) around the fusion and
+        # torch's own, U(+-sqrt(1 / fan_in)), for the attention.
+        wide = nn.initializers.variance_scaling(1, "fan_in", "uniform")
+        usual = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
+        def usual_bias(key, shape, dtype=jax.numpy.float32):
+            bound = (2 * self.mid) ** -0.5
+            return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+        x = nn.Conv(self.mid, (1, 1), use_bias=False, kernel_init=wide, name="reduce")(
+            x
+        )
+        x = norm("reduce_norm")(x)
+        if deeper is not None:
+            y = nearest_resize(deeper, x.shape[1:3])
+            weigh = nn.Conv(
+                2, (1, 1), kernel_init=usual, bias_init=usual_bias, name="attention"
+            )
+            z = nn.sigmoid(weigh(jax.numpy.concatenate([x, y], -1)))
+            x = x * z[..., :1] + y * z[..., 1:]
+        x = nearest_resize(x, self.size)
+        expand = nn.Conv(
+            self.features,
+            (3, 3),
+            padding=1,
+            use_bias=False,
+            kernel_init=wide,
+            name="expand",
+        )
+        return norm("expand_norm")(expand(x)), x
+
+
+class Embedding(nn.Module):
+    """CRD's embedding head: a linear map of the pooled features, of norm 1.
+
+    Maps and tokens are averaged over their positions first.
+
+    Attributes:
+        features: size of the embedding.
+    """
+
+    features: int = 128
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "batch ..."], train: bool = False
+    ) -> Float[Array, "batch features"]:
+        x = x.mean(tuple(range(1, x.ndim - 1)))
+        return unit(nn.Dense(self.features, name="linear")(x))
+
+
+class Coder(nn.Module):
+    """Three 3x3 convolutions with leaky ReLUs: FT's translator, and its paraphraser.
+
+    Attributes:
+        channels: of each convolution.
+        batch_norm: normalise before each non-linearity, as the translator does.
+    """
+
+    channels: tuple[int, ...]
+    batch_norm: bool = False
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "batch h w c"], train: bool = False
+    ) -> Float[Array, "batch h w k"]:
+        for features in self.channels:
+            x = nn.Conv(features, (3, 3), padding=1)(x)
+            if self.batch_norm:
+                x = _batch_norm(train)(x)
+            x = nn.leaky_relu(x, 0.1)
+        return x
+
+
+class Generator(nn.Module):
+    """MGD's generation of a hint map from a guided map of which a part is masked.
+
+    The guided map is aligned to the hint's channels (a 1x1 convolution, where they
+    differ), masked, and sent through two 3x3 convolutions with a ReLU between them.
+
+    Attributes:
+        features: channels of the hint map.
+    """
+
+    features: int
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "batch h w c"],
+        train: bool = False,
+        mask: Bool[Array, "batch _ _ _"] | None = None,
+    ) -> Float[Array, "batch h w features"]:
+        if x.shape[-1] != self.features:
+            x = nn.Conv(self.features, (1, 1), name="align")(x)
+        x = x if mask is None else jax.numpy.where(mask, x, 0)
+        x = nn.relu(nn.Conv(self.features, (3, 3), padding=1, name="hidden")(x))
+        return nn.Conv(self.features, (3, 3), padding=1, name="generate")(x)
+
+
+class Bottleneck(nn.Module):
+    """SimKD's projector: 1x1, 3x3 and 1x1 convolutions, each with BatchNorm and ReLU.
+
+    Attributes:
+        hidden: channels of the first two convolutions.
+        features: channels of the hint map.
+    """
+
+    hidden: int
+    features: int
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "batch h w c"], train: bool = False
+    ) -> Float[Array, "batch h w features"]:
+        for features, kernel in (
+            (self.hidden, 1),
+            (self.hidden, 3),
+            (self.features, 1),
+        ):
+            x = nn.Conv(features, 2 * (kernel,), padding=kernel // 2, use_bias=False)(x)
+            x = nn.relu(_batch_norm(train)(x))
+        return x
+
+
+def bottleneck(student: Shape, teacher: Shape, *, factor: int = 2) -> Bottleneck:
+    """SimKD's projector between two maps of one size; see `Bottleneck`.
+
+    Args:
+        student: shape of the guided layer, one example: `(h, w, c)`.
+        teacher: shape of the hint layer, with the same positions.
+        factor: the hint's channels are divided by it in the middle.
+
+    Returns:
+        A module `(batch, h, w, c) -> (batch, h, w, channels)`.
+
+    Raises:
+        ValueError: if either is not a map, or the positions differ.
+
+    >>> bottleneck((8, 8, 16), (8, 8, 64)).hidden
+    32
+
+    References:
+        Chen et al. 2022, Knowledge Distillation with the Reused Teacher Classifier.
+    """
+    _maps("regressors.bottleneck", student, teacher)
+    _same_positions("regressors.bottleneck", student, teacher)
+    return Bottleneck(max(1, teacher[-1] // factor), teacher[-1])
+
+
 def identity(student: Shape, teacher: Shape) -> Regressor:
     """No regressor: for layers of equal shape, when this is what you want.
 
@@ -91,6 +286,7 @@ def linear(
     batch_norm: bool = False,
     activation: Callable[[Array], Array] | None = None,
     pieces: int = 1,
+    bias: bool = True,
 ) -> Regressor:
     """One linear map of the channels, the same at every position.
 
@@ -102,6 +298,7 @@ def linear(
         batch_norm: see `Regressor`.
         activation: see `Regressor`.
         pieces: see `Regressor`.
+        bias: add one; it has no effect in front of a BatchNorm.
 
     Returns:
         A module `(batch, *positions, c) -> (batch, *positions, channels)`.
@@ -114,7 +311,8 @@ def linear(
     32
     """
     _same_positions("regressors.linear", student, teacher)
-    return Regressor((nn.Dense(teacher[-1] * pieces),), batch_norm, activation, pieces)
+    layer = nn.Dense(teacher[-1] * pieces, use_bias=bias)
+    return Regressor((layer,), batch_norm, activation, pieces)
 
 
 def mlp(
@@ -122,15 +320,19 @@ def mlp(
     teacher: Shape,
     *,
     hidden: int | None = None,
+    depth: int = 1,
+    bias: bool = True,
     batch_norm: bool = False,
     activation: Callable[[Array], Array] | None = None,
 ) -> Regressor:
-    """One hidden layer with ReLU, the same at every position.
+    """Hidden layers with ReLU, the same at every position.
 
     Args:
         student: shape of the guided layer, one example: `(*positions, c)`.
         teacher: shape of the hint layer, with the same positions.
-        hidden: width of the hidden layer; by default the hint layer's channels.
+        hidden: width of a hidden layer; by default the hint layer's channels.
+        depth: how many hidden layers; VID's mean has 2, without biases.
+        bias: add one in every layer.
         batch_norm: see `Regressor`.
         activation: see `Regressor`.
 
@@ -141,8 +343,12 @@ def mlp(
         ValueError: if the positions differ.
     """
     _same_positions("regressors.mlp", student, teacher)
-    hidden_layer = nn.Sequential([nn.Dense(hidden or teacher[-1]), nn.relu])
-    return Regressor((hidden_layer, nn.Dense(teacher[-1])), batch_norm, activation)
+    width = hidden or teacher[-1]
+    layers = [
+        nn.Sequential([nn.Dense(width, use_bias=bias), nn.relu]) for _ in range(depth)
+    ]
+    last = nn.Dense(teacher[-1], use_bias=bias)
+    return Regressor((*layers, last), batch_norm, activation)
 
 
 def conv(
@@ -285,6 +491,15 @@ def apply(
         {"params": params, **state}, x, train, mutable=list(state) if train else []
     )
     return y, {**state, **changed}
+
+
+def _batch_norm(train):
+    return nn.BatchNorm(
+        use_running_average=not train,
+        momentum=0.9,
+        epsilon=1e-5,
+        use_fast_variance=False,
+    )
 
 
 def _shrink(sizes):

@@ -137,3 +137,21 @@ def test_nearest_resize_has_torch_indices(n, m, index):
 def test_a_size_is_positive(resize):
     with pytest.raises(ValueError, match=f"{resize.__name__}.*height"):
         resize(jnp.zeros((1, 4, 4, 1)), (0, 4))
+
+
+@pytest.mark.parametrize("size", [(4, 3), (2, 5), (1, 1), (8, 7)])
+def test_max_pooling_gives_the_first_maximum_its_gradient(size):
+    x = np.float32(np.random.default_rng(0).integers(0, 3, (2, 8, 7, 3)))
+    want, gradient = np.zeros((2, *size, 3)), np.zeros_like(x)
+    for i, j in np.ndindex(size):
+        rows = slice(i * 8 // size[0], -(-(i + 1) * 8 // size[0]))
+        columns = slice(j * 7 // size[1], -(-(j + 1) * 7 // size[1]))
+        window = x[:, rows, columns]
+        for b, c in np.ndindex(2, 3):
+            flat = window[b, ..., c].ravel()
+            want[b, i, j, c] = flat.max()
+            k = np.unravel_index(flat.argmax(), window.shape[1:3])
+            gradient[b, rows.start + k[0], columns.start + k[1], c] += 1
+    got, back = jax.vjp(lambda x: _numerics.adaptive_max_pool(x, size), jnp.array(x))
+    np.testing.assert_array_equal(got, want)
+    np.testing.assert_array_equal(back(jnp.ones_like(got))[0], gradient)

@@ -363,3 +363,35 @@ def test_shapes_that_do_not_fit_are_both_named_with_a_way_out(
     assert f"student {student} and teacher {teacher}. Use regressors." in str(
         error.value
     )
+
+
+def test_an_embedding_is_of_norm_one_and_averages_over_positions():
+    head = regressors.Embedding(7)
+    tokens = jnp.asarray(np.random.default_rng(0).normal(size=(3, 4, 5)), jnp.float32)
+    params, state = regressors.init(head, jax.random.key(0), tokens.shape)
+    assert state == {}
+    got = head.apply({"params": params}, tokens)
+    np.testing.assert_allclose(np.linalg.norm(got, axis=1), 1, rtol=1e-6)
+    pooled = head.apply({"params": params}, tokens.mean(1))
+    np.testing.assert_allclose(got, pooled, rtol=1e-5)
+    zero = jax.grad(lambda x: head.apply({"params": params}, x).sum())(0 * tokens)
+    assert np.isfinite(zero).all()
+
+
+def test_hidden_layers_without_biases():
+    module = regressors.mlp((4, 4, 3), (4, 4, 5), depth=2, bias=False)
+    params, _ = regressors.init(module, jax.random.key(0), (1, 4, 4, 3))
+    shapes = [x.shape for x in jax.tree.leaves(params)]
+    assert shapes == [(3, 5), (5, 5), (5, 5)]
+    params, _ = regressors.init(
+        regressors.linear((3,), (5,), bias=False), jax.random.key(0), (1, 3)
+    )
+    assert [x.shape for x in jax.tree.leaves(params)] == [(3, 5)]
+
+
+def test_a_bottleneck_is_between_maps_of_one_size():
+    assert regressors.bottleneck((4, 4, 3), (4, 4, 8), factor=4).hidden == 2
+    with pytest.raises(ValueError, match=r"regressors.bottleneck: .*same positions"):
+        regressors.bottleneck((4, 4, 3), (2, 2, 8))
+    with pytest.raises(ValueError, match=r"regressors.bottleneck: .*two maps"):
+        regressors.bottleneck((3,), (8,))

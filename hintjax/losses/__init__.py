@@ -12,18 +12,77 @@ from hintjax.losses.attention import (
     attention_transfer_loss,
     attention_transfer_loss_paper,
 )
+from hintjax.losses.boundary import activation_boundary_loss
+from hintjax.losses.channel import channel_loss
+from hintjax.losses.class_attention import class_activation_map, class_attention_loss
+from hintjax.losses.correlation import correlation_loss
+from hintjax.losses.crd import (
+    contrastive_log_constant,
+    contrastive_loss,
+    contrastive_scores_loss,
+)
+from hintjax.losses.decoupled import decoupled_kd_loss
+from hintjax.losses.dist import dist_loss
+from hintjax.losses.factor import factor_loss
+from hintjax.losses.fsp import (
+    fsp_loss,
+    fsp_loss_paper,
+    fsp_matrix,
+    fsp_matrix_loss,
+    fsp_matrix_loss_paper,
+    fsp_matrix_paper,
+)
+from hintjax.losses.generation import masked_generation_loss
 from hintjax.losses.hint import hint_loss, hint_loss_paper
 from hintjax.losses.kd import kd_loss, soft_cross_entropy_loss
+from hintjax.losses.overhaul import batch_norm_margin, margin_relu, partial_l2_loss
+from hintjax.losses.probability import probability_loss
+from hintjax.losses.relational import angle_loss, distance_loss
+from hintjax.losses.review import hierarchical_context_loss
+from hintjax.losses.selectivity import selectivity_loss
+from hintjax.losses.similarity import similarity_loss, similarity_matrix
+from hintjax.losses.standardize import standardize_logits
+from hintjax.losses.variational import variational_loss
 
 __all__ = (
+    "activation_boundary_loss",
+    "angle_loss",
     "attention_map",
     "attention_map_loss",
     "attention_map_loss_paper",
     "attention_maps",
     "attention_transfer_loss",
     "attention_transfer_loss_paper",
+    "batch_norm_margin",
+    "channel_loss",
+    "class_activation_map",
+    "class_attention_loss",
+    "contrastive_log_constant",
+    "contrastive_loss",
+    "contrastive_scores_loss",
+    "correlation_loss",
+    "decoupled_kd_loss",
+    "dist_loss",
+    "distance_loss",
+    "factor_loss",
+    "fsp_loss",
+    "fsp_loss_paper",
+    "fsp_matrix",
+    "fsp_matrix_loss",
+    "fsp_matrix_loss_paper",
+    "fsp_matrix_paper",
+    "hierarchical_context_loss",
     "hint_loss",
     "hint_loss_paper",
     "kd_loss",
+    "margin_relu",
+    "masked_generation_loss",
+    "partial_l2_loss",
+    "probability_loss",
+    "selectivity_loss",
+    "similarity_loss",
+    "similarity_matrix",
     "soft_cross_entropy_loss",
+    "standardize_logits",
+    "variational_loss",
 )

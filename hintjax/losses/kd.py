@@ -47,7 +47,7 @@ def kd_loss(
     log_q, log_p, temperature = _softened(
         "kd_loss", student_logits, teacher_logits, temperature, where
     )
-    return temperature**2 * _expectation(log_p, log_p - log_q, where)
+    return keep(temperature**2 * divergence(log_p, log_q), where)
 
 
 def soft_cross_entropy_loss(
@@ -85,11 +85,13 @@ def soft_cross_entropy_loss(
     log_q, log_p, _ = _softened(
         "soft_cross_entropy_loss", student_logits, teacher_logits, temperature, where
     )
-    return _expectation(log_p, -log_q, where)
+    p = jnp.exp(log_p)
+    # On the value, not on the product: 0 * inf must not reach the gradient either.
+    return keep(-jnp.sum(p * jnp.where(p == 0, 0, log_q), -1), where)
 
 
-def _softened(caller, student, teacher, temperature, where):
-    """Checked log-probabilities of student and teacher, and T as an array."""
+def scaled(caller, student, teacher, temperature, where):
+    """Checked logits of student and teacher over T, and T as an array."""
     student, teacher = as_float(caller, student, teacher)
     do = "Both networks must have the same classes."
     _checks.rank(caller, 1, "*batch classes", student_logits=student)
@@ -97,16 +99,30 @@ def _softened(caller, student, teacher, temperature, where):
     _checks.positive(caller, temperature=temperature)
     _checks.mask(caller, where, student.shape[:-1])
     temperature = jnp.asarray(temperature, student.dtype)
-    log_q = jax.nn.log_softmax(keep(student, where) / temperature)
-    log_p = jax.nn.log_softmax(keep(teacher, where) / temperature)
-    return log_q, log_p, temperature
+    return (
+        keep(student, where) / temperature,
+        keep(teacher, where) / temperature,
+        temperature,
+    )
 
 
-def _expectation(log_p, value, where):
-    """sum_c p_c value_c, where a class of probability 0 counts 0 even if infinite.
+def divergence(log_p, log_q):
+    """KL(p || q) = sum_c q_c - p_c - p_c log(q_c / p_c), along the last axis.
 
-    The `where` is on the value, not on the product, to keep 0 * inf out of the
-    gradient too.
+    Both sums are 1, but so no term is negative, and near equality the terms are of
+    second order: those of p log(p / q) are of first order and cancel to them, which in
+    float32 leaves a difference of rounding. A class of probability 0 is left out of the
+    logarithm before, to keep 0 * inf out of the gradient too.
     """
-    p = jnp.exp(log_p)
-    return keep(jnp.sum(p * jnp.where(p == 0, 0, value), -1), where)
+    p, q = jnp.exp(log_p), jnp.exp(log_q)
+    log_ratio = jnp.where(p == 0, 0, log_q - jnp.where(p == 0, 0, log_p))
+    near = (jnp.abs(log_ratio) < 1) & (p != 0)
+    ratio = jnp.where(near, log_ratio, 0)
+    far = q - p - p * log_ratio
+    return jnp.sum(jnp.where(near, p * (jnp.expm1(ratio) - ratio), far), -1)
+
+
+def _softened(*arguments):
+    """Checked log-probabilities of student and teacher, and T as an array."""
+    student, teacher, temperature = scaled(*arguments)
+    return jax.nn.log_softmax(student), jax.nn.log_softmax(teacher), temperature

@@ -1,14 +1,73 @@
 """The published methods, one file each: wants, trained parts, loss."""
 
 from hintjax.methods.attention_transfer import attention_transfer
+from hintjax.methods.boundary import activation_boundary
+from hintjax.methods.channel import channel_wise
+from hintjax.methods.class_attention import class_attention
+from hintjax.methods.correlation import correlation_congruence
+from hintjax.methods.crd import (
+    AnchorNegatives,
+    BatchNegatives,
+    GivenNegatives,
+    SharedNegatives,
+    crd,
+    crd_bytes,
+)
+from hintjax.methods.decoupled_kd import decoupled_kd
+from hintjax.methods.dist import dist
+from hintjax.methods.factor import factor_transfer, paraphrase
 from hintjax.methods.fitnets import explained_variance, fitnets, lambda_decay
-from hintjax.methods.kd import kd, soft_targets
+from hintjax.methods.fsp import flows, fsp
+from hintjax.methods.generation import (
+    masked_channels,
+    masked_generation,
+    masked_positions,
+)
+from hintjax.methods.kd import kd, soft_targets, standardized_kd
+from hintjax.methods.overhaul import overhaul
+from hintjax.methods.probability import probability_transfer
+from hintjax.methods.relational import relational
+from hintjax.methods.review import review, warm_up
+from hintjax.methods.selectivity import selectivity
+from hintjax.methods.similarity import similarity_preserving
+from hintjax.methods.simkd import reused_classifier, simkd
+from hintjax.methods.variational import variational
 
 __all__ = [
+    "AnchorNegatives",
+    "BatchNegatives",
+    "GivenNegatives",
+    "SharedNegatives",
+    "activation_boundary",
     "attention_transfer",
+    "channel_wise",
+    "class_attention",
+    "correlation_congruence",
+    "crd",
+    "crd_bytes",
+    "decoupled_kd",
+    "dist",
     "explained_variance",
+    "factor_transfer",
     "fitnets",
+    "flows",
+    "fsp",
     "kd",
     "lambda_decay",
+    "masked_channels",
+    "masked_generation",
+    "masked_positions",
+    "overhaul",
+    "paraphrase",
+    "probability_transfer",
+    "relational",
+    "reused_classifier",
+    "review",
+    "selectivity",
+    "similarity_preserving",
+    "simkd",
     "soft_targets",
+    "standardized_kd",
+    "variational",
+    "warm_up",
 ]

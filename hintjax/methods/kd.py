@@ -1,9 +1,9 @@
 """KD: knowledge distillation (Hinton et al. 2015)."""
 
-from hintjax._checks import message, positive
-from hintjax.losses import kd_loss, soft_cross_entropy_loss
-from hintjax.method import Method, nothing
-from hintjax.networks import Wants
+from hintjax._checks import positive
+from hintjax.losses import kd_loss, soft_cross_entropy_loss, standardize_logits
+from hintjax.method import Method
+from hintjax.methods._compared import outputs
 
 
 def kd(temperature: float = 4.0) -> Method:
@@ -25,7 +25,7 @@ def kd(temperature: float = 4.0) -> Method:
     References:
         Hinton, Vinyals, Dean 2015, Distilling the Knowledge in a Neural Network.
     """
-    return _outputs("kd", kd_loss, temperature)
+    return _softened("kd", kd_loss, temperature)
 
 
 def soft_targets(temperature: float = 3.0) -> Method:
@@ -43,22 +43,33 @@ def soft_targets(temperature: float = 3.0) -> Method:
     References:
         Romero et al. 2015, FitNets: Hints for Thin Deep Nets, Eq. 2.
     """
-    return _outputs("soft_targets", soft_cross_entropy_loss, temperature)
+    return _softened("soft_targets", soft_cross_entropy_loss, temperature)
 
 
-def _outputs(name, loss, temperature):
+def standardized_kd(temperature: float = 2.0) -> Method:
+    """KD of standardised logits: the student matches relations, not sizes.
+
+    `kd_loss` of `standardize_logits` of both outputs. The authors' setting on CIFAR-100
+    is temperature 2, weight 9. Other losses of logits are standardised likewise, in a
+    method of one's own.
+
+    Args:
+        temperature: of both softmaxes, > 0.
+
+    Returns:
+        The method; see `kd` for what it wants and raises.
+
+    References:
+        Sun et al. 2024, Logit Standardization in Knowledge Distillation.
+    """
+
+    def loss(student, teacher, *, temperature):
+        student, teacher = standardize_logits(student), standardize_logits(teacher)
+        return kd_loss(student, teacher, temperature=temperature)
+
+    return _softened("standardized_kd", loss, temperature)
+
+
+def _softened(name, loss, temperature):
     positive(name, temperature=temperature)
-
-    def init(key, student, teacher, data):
-        if student.output.shape != teacher.output.shape:
-            wanted = "student and teacher to have the same classes"
-            got = f"outputs {student.output.shape} and {teacher.output.shape}"
-            do = "Distil hints instead, or give both networks one head."
-            raise ValueError(message(name, wanted, got, do))
-        return nothing(key, student, teacher, data)
-
-    def apply(params, memory, student, teacher, batch, context):
-        values = loss(student.output, teacher.output, temperature=temperature)
-        return values, memory, {}
-
-    return Method(Wants(output=True), Wants(output=True), init, apply)
+    return outputs(name, lambda s, t, batch: loss(s, t, temperature=temperature))

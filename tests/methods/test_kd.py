@@ -5,14 +5,24 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hintjax import kd, soft_targets
-from hintjax.losses import kd_loss, soft_cross_entropy_loss
+from hintjax import kd, soft_targets, standardized_kd
+from hintjax.losses import kd_loss, soft_cross_entropy_loss, standardize_logits
 from hintjax.method import Context
 from hintjax.networks import Features, Wants
 
 pytestmark = [pytest.mark.quick, pytest.mark.usefixtures("strict")]
 
-METHODS = {kd: (kd_loss, 4.0), soft_targets: (soft_cross_entropy_loss, 3.0)}
+
+def standardized_loss(student, teacher, *, temperature):
+    student, teacher = standardize_logits(student), standardize_logits(teacher)
+    return kd_loss(student, teacher, temperature=temperature)
+
+
+METHODS = {
+    kd: (kd_loss, 4.0),
+    soft_targets: (soft_cross_entropy_loss, 3.0),
+    standardized_kd: (standardized_loss, 2.0),
+}
 
 
 def outputs(*shapes):

@@ -1,0 +1,70 @@
+"""Matching where each channel is active: channel-wise distillation (CWD)."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, ScalarLike
+
+from hintjax import _checks
+from hintjax._numerics import as_float, keep
+from hintjax.losses.kd import divergence
+
+
+def channel_loss(
+    student: Float[Array, "*batch h w c"],
+    teacher: Float[Array, "*batch h w c"],
+    *,
+    temperature: ScalarLike = 1.0,
+    where: Bool[Array, "..."] | None = None,
+) -> Float[Array, "*batch"]:
+    """Channel-wise distillation (CWD): each channel as a distribution over positions.
+
+    L = T^2 mean_c sum_j p_jc (log p_jc - log q_jc),  p_:c = softmax_j(t_jc / T)
+
+    j runs over the h w positions; q is that of the student.
+
+    Args:
+        student: feature map, or map of logits, of the student.
+        teacher: map of the teacher, of the same shape.
+        temperature: T > 0; a larger one shows more than the peaks. It may be traced, and
+            is not checked then.
+        where: what counts: examples or positions (*batch h w).
+
+    Returns:
+        One value >= 0, up to rounding, per example; 0 where nothing counts.
+
+    Convention:
+        `.mean()` is what MMRazor prints, which weighs it by 5 at T = 1 on the maps of
+        logits of segmentation networks.
+
+    >>> student = jnp.zeros((1, 1, 2, 3))
+    >>> channel_loss(student, student.at[:, :, 0].set(9.0))
+    Array([0.69...], dtype=float32)
+
+    References:
+        Shu et al.: Channel-wise Knowledge Distillation for Dense Prediction, 2021.
+        https://arxiv.org/abs/2011.13256
+        https://github.com/open-mmlab/mmrazor (cwd.py)
+    """
+    caller = "channel_loss"
+    student, teacher = as_float(caller, student, teacher)
+    do = "Put a regressor between them (hintjax.regressors)."
+    _checks.same_shape(caller, student=student, teacher=teacher, do=do)
+    _checks.rank(caller, 3, "*batch h w c", student=student)
+    _checks.positive(caller, temperature=temperature)
+    batch = student.shape[:-3]
+    _checks.mask(caller, where, batch, student.shape[:-1])
+    temperature = jnp.asarray(temperature, student.dtype)
+    log_q, log_p = (_spread(x, temperature, where) for x in (student, teacher))
+    return temperature**2 * jnp.mean(divergence(log_p, log_q), -1)
+
+
+def _spread(x, temperature, where):
+    """log of the distribution of each channel, (*batch, c, positions)."""
+    x = keep(x, where) / temperature
+    if where is not None:
+        # Not -inf: among nothing but -inf a softmax is nan, and here it is uniform.
+        hidden = jnp.finfo(x.dtype).min / 2
+        kept = jnp.expand_dims(where, tuple(range(where.ndim, x.ndim)))
+        x = jnp.where(kept, x, hidden)
+    x = x.reshape(*x.shape[:-3], -1, x.shape[-1])
+    return jax.nn.log_softmax(jnp.swapaxes(x, -1, -2))

@@ -1,0 +1,86 @@
+"""Matching which place speaks for which class: class attention (CAT-KD)."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from hintjax import _checks
+from hintjax._numerics import adaptive_average_pool, as_float, keep, unit
+
+
+def class_activation_map(
+    features: Float[Array, "*batch h w c"], kernel: Float[Array, "c classes"]
+) -> Float[Array, "*batch h w classes"]:
+    """Class activation map (CAM): what each position adds to each class's logit.
+
+    CAM_xyk = sum_c F_xyc W_ck
+
+    Args:
+        features: the last map before the global average pooling.
+        kernel: the classifier's, behind the pooling.
+
+    Returns:
+        One map for each class; its mean is the logit, less the bias.
+
+    >>> class_activation_map(jnp.ones((1, 1, 2)), jnp.array([[1.0], [2.0]]))
+    Array([[[3.]]], dtype=float32)
+    """
+    caller = "class_activation_map"
+    features, kernel = as_float(caller, features, kernel)
+    _checks.rank(caller, 3, "*batch h w c", features=features)
+    if kernel.ndim != 2 or kernel.shape[0] != features.shape[-1]:
+        wanted = "a kernel (c, classes) for features (*batch, h, w, c)"
+        got = f"features {features.shape} and kernel {kernel.shape}"
+        raise ValueError(_checks.message(caller, wanted, got))
+    return jnp.matmul(features, kernel, precision=jax.lax.Precision.HIGHEST)
+
+
+def class_attention_loss(
+    student: Float[Array, "*batch h w classes"],
+    teacher: Float[Array, "*batch h2 w2 classes"],
+    *,
+    size: int = 2,
+    where: Bool[Array, "*batch"] | None = None,
+) -> Float[Array, "*batch"]:
+    """Class attention transfer (CAT-KD): mean squared difference of coarse CAMs.
+
+    L = mean_jk (u_jk(s) - u_jk(t))^2,  u_k = pool(CAM_k) / ||pool(CAM_k)||_2
+
+    where pool is the adaptive average pooling to size x size positions j.
+
+    Args:
+        student: class activation maps of the student (`class_activation_map`).
+        teacher: those of the teacher, of the same classes; sizes are free.
+        size: height and width after the pooling, an integer >= 1.
+        where: the examples that count.
+
+    Returns:
+        One value >= 0 per example; 0 where it does not count.
+
+    Convention:
+        `.mean()` is what the authors' code weighs by 400 (with IF_NORMALIZE).
+
+    >>> one = jnp.array([[[[1.0], [0.0]], [[0.0], [0.0]]]])
+    >>> class_attention_loss(one, one[:, ::-1])
+    Array([0.5], dtype=float32)
+
+    References:
+        Guo et al.: Class Attention Transfer Based Knowledge Distillation, 2023.
+        https://arxiv.org/abs/2304.12777
+        https://github.com/GzyAftermath/CAT-KD (CAT_KD.py)
+    """
+    caller = "class_attention_loss"
+    student, teacher = as_float(caller, student, teacher)
+    _checks.rank(caller, 3, "*batch h w classes", student=student, teacher=teacher)
+    fixed = [(*x.shape[:-3], x.shape[-1]) for x in (student, teacher)]
+    if fixed[0] != fixed[1]:
+        wanted = "student and teacher to have the same examples and classes"
+        got = f"student {student.shape} and teacher {teacher.shape}"
+        raise ValueError(_checks.message(caller, wanted, got))
+    _checks.positive_int(caller, size=size)
+    _checks.mask(caller, where, student.shape[:-3])
+    ours, theirs = (
+        unit(adaptive_average_pool(keep(x, where), (size, size)), (-3, -2))
+        for x in (student, teacher)
+    )
+    return jnp.mean(jnp.square(ours - theirs), (-3, -2, -1))

@@ -1,0 +1,198 @@
+"""Telling an example from others by embeddings: contrastive distillation (CRD)."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, ScalarLike
+
+from hintjax import _checks
+from hintjax._numerics import as_float, keep
+
+EPSILON = 1e-7  # the code's, added to K / n
+
+
+def contrastive_loss(
+    student: Float[Array, "*batch d"],
+    teacher: Float[Array, "*batch candidates d2"],
+    *,
+    size: int,
+    log_constant: ScalarLike,
+    temperature: float = 0.07,
+    where: Bool[Array, "*batch"] | None = None,
+) -> Float[Array, "*batch"]:
+    """Contrastive loss (CRD), one direction: find the anchor's own among candidates.
+
+    L = -log(P_0 / (P_0 + c)) - sum_k log((K/n) / (P_k + c))
+
+    with P_k = exp(s . t_k / T) / Z, k = 0 the positive and k = 1..K the negatives, and
+    c = K/n + 1e-7. It is computed as softplus(-u_0) + sum_k softplus(u_k) + K log(c n/K)
+    with u = s . t / T - log Z - log c, which neither overflows nor takes log of 0.
+
+    Args:
+        student: the anchors: embeddings of norm 1.
+        teacher: the other network's embeddings of the candidates, the positive first.
+        size: n, the number of training examples.
+        log_constant: log Z; see `contrastive_log_constant`.
+        temperature: T, > 0.
+        where: the examples that count.
+
+    Returns:
+        One value > 0 per anchor; 0 where nothing counts.
+
+    Convention:
+        `.mean()` is the code's `contrast_loss` of one direction. CRD is the sum of both
+        directions: student anchors among the teacher's embeddings, and the reverse,
+        each with its own Z. The field weighs the sum by 0.8.
+
+    >>> student, teacher = jnp.array([[1.0, 0.0]]), jnp.array([[[1.0, 0], [0, 1]]])
+    >>> contrastive_loss(student, teacher, size=2, log_constant=0.0, temperature=1.0)
+    Array([1.26746], dtype=float32)
+
+    References:
+        Tian et al.: Contrastive Representation Distillation, 2020, Eq. 10-19.
+        https://arxiv.org/abs/1910.10699
+        https://github.com/HobbitLong/RepDistiller (crd/criterion.py, crd/memory.py)
+    """
+    caller = "contrastive_loss"
+    student, teacher = as_float(caller, student, teacher)
+    shapes = student.shape, teacher.shape
+    if shapes[0] != (*shapes[1][:-2], *shapes[1][-1:]):
+        wanted = "student (*batch d) and teacher (*batch candidates d)"
+        got = f"student {shapes[0]} and teacher {shapes[1]}"
+        raise ValueError(_checks.message(caller, wanted, got))
+    _checks.mask(caller, where, student.shape[:-1])
+    student, teacher = keep(student, where), keep(teacher, where)
+    scores = jnp.einsum(
+        "...d,...kd->...k", student, teacher, precision=jax.lax.Precision.HIGHEST
+    )
+    return contrastive_scores_loss(
+        scores[..., 0],
+        scores[..., 1:],
+        size=size,
+        log_constant=log_constant,
+        temperature=temperature,
+        where=where,
+    )
+
+
+def contrastive_scores_loss(
+    positive: Float[Array, "*batch"],
+    negatives: Float[Array, "*batch k"],
+    *,
+    size: int,
+    log_constant: ScalarLike,
+    temperature: float = 0.07,
+    valid: Bool[Array, "*batch k"] | None = None,
+    where: Bool[Array, "*batch"] | None = None,
+) -> Float[Array, "*batch"]:
+    """Contrastive loss (CRD) of scores: `contrastive_loss` behind the inner products.
+
+    For candidates that anchors share, whose embeddings need not be copied per anchor.
+
+    Args:
+        positive: the score of each anchor with its positive.
+        negatives: its scores with the negatives.
+        size: n, the number of training examples.
+        log_constant: log Z.
+        temperature: T, > 0.
+        valid: the negatives that count, such as those of other classes. K is then the
+            anchor's own count of them.
+        where: the examples that count.
+
+    Returns:
+        One value > 0 per anchor; 0 where nothing counts.
+
+    Convention:
+        As `contrastive_loss`.
+
+    >>> positive, negatives = jnp.array([1.0]), jnp.array([[0.0, 9.0]])
+    >>> valid = jnp.array([[True, False]])
+    >>> contrastive_scores_loss(
+    ...     positive, negatives, size=2, log_constant=0.0, temperature=1.0, valid=valid
+    ... )
+    Array([1.26746], dtype=float32)
+    """
+    caller = "contrastive_scores_loss"
+    positive, negatives = as_float(caller, positive, negatives)
+    _check_scores(caller, positive, negatives, valid, where)
+    _checks.positive(caller, temperature=temperature, size=size)
+    dtype = positive.dtype
+    if valid is None:
+        count = jnp.asarray(negatives.shape[-1], dtype)
+    else:
+        count = valid.sum(-1).astype(dtype)
+        negatives = keep(negatives, valid)
+    share = count / size
+    shift = jnp.asarray(log_constant, dtype) + jnp.log(share + EPSILON)
+    attract = jax.nn.softplus(shift - keep(positive, where) / temperature)
+    spread = shift if shift.ndim == 0 else shift[..., None]
+    repel = jax.nn.softplus(keep(negatives, where) / temperature - spread)
+    if valid is not None:
+        repel = jnp.where(valid, repel, 0)
+    # log c n / K of each negative; K is at least 1 where there are any.
+    least = count * jnp.log1p(EPSILON * size / jnp.maximum(count, 1))
+    return keep(attract + repel.sum(-1) + least, where)
+
+
+def contrastive_log_constant(
+    positive: Float[Array, "*batch"],
+    negatives: Float[Array, "*batch k"],
+    *,
+    size: int,
+    temperature: float = 0.07,
+    valid: Bool[Array, "*batch k"] | None = None,
+    where: Bool[Array, "*batch"] | None = None,
+) -> Float[Array, ""]:
+    """The logarithm of CRD's constant Z, estimated from a batch of scores.
+
+    Z = n mean exp(score / T), over the anchors and all their candidates
+
+    Computed as a logsumexp, so that no temperature overflows. Stored state: it has no
+    gradient. Scores that are not finite do not count, since Z is kept for ever.
+
+    Args:
+        positive: the score of each anchor with its positive.
+        negatives: its scores with the negatives.
+        size: n, the number of training examples.
+        temperature: T, > 0.
+        valid: the negatives that count.
+        where: the examples that count.
+
+    Returns:
+        log Z.
+
+    >>> float(contrastive_log_constant(jnp.zeros(2), jnp.zeros((2, 3)), size=1))
+    0.0
+
+    References:
+        Wu et al.: Unsupervised Feature Learning via Non-Parametric Instance
+        Discrimination, 2018, section 3.2; Tian et al. 2020, code.
+    """
+    caller = "contrastive_log_constant"
+    positive, negatives = as_float(caller, positive, negatives)
+    _check_scores(caller, positive, negatives, valid, where)
+    positive, negatives = jax.lax.stop_gradient((positive, negatives))
+    counts = [jnp.isfinite(positive), jnp.isfinite(negatives)]
+    if valid is not None:
+        counts[1] &= valid
+    if where is not None:
+        counts = [counts[0] & where, counts[1] & where[..., None]]
+    sums = [
+        jax.nn.logsumexp(jnp.where(counted, scores / temperature, -jnp.inf))
+        for counted, scores in zip(counts, (positive, negatives), strict=True)
+    ]
+    number = sum(counted.sum().astype(positive.dtype) for counted in counts)
+    return jnp.logaddexp(*sums) - jnp.log(jnp.maximum(number, 1)) + math.log(size)
+
+
+def _check_scores(caller, positive, negatives, valid, where):
+    if positive.shape != negatives.shape[:-1] or negatives.ndim < 1:
+        wanted = "positive (*batch) and negatives (*batch k)"
+        got = f"positive {positive.shape} and negatives {negatives.shape}"
+        raise ValueError(_checks.message(caller, wanted, got))
+    if valid is not None and (valid.dtype != bool or valid.shape != negatives.shape):
+        got = f"{valid.dtype} {valid.shape}"
+        wanted = f"valid to be bool {negatives.shape}"
+        raise ValueError(_checks.message(caller, wanted, got))
+    _checks.mask(caller, where, positive.shape)

@@ -1,0 +1,72 @@
+"""Matching by correlation, within and between examples: DIST."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, ScalarLike
+
+from hintjax import _checks
+from hintjax._numerics import deviations, keep, norm
+from hintjax.losses.kd import scaled
+
+EPS = 1e-8  # as published
+
+
+def dist_loss(
+    student_logits: Float[Array, "batch classes"],
+    teacher_logits: Float[Array, "batch classes"],
+    *,
+    beta: ScalarLike = 1.0,
+    gamma: ScalarLike = 1.0,
+    temperature: ScalarLike = 1.0,
+    where: Bool[Array, " batch"] | None = None,
+) -> Float[Array, " batch"]:
+    """Distillation from a stronger teacher (DIST): outputs correlate, not coincide.
+
+    L_i = T^2 (beta (1 - r(q_i, p_i)) + gamma (1 - mean_c r(q_:c, p_:c)))
+
+    r is Pearson's correlation, of the class probabilities q (student) and p (teacher) of
+    one example i, and of those of one class c over the batch.
+
+    Args:
+        student_logits: what the student says of each class.
+        teacher_logits: what the teacher says of each class.
+        beta: weight of the first term (the code's "inter-class").
+        gamma: weight of the second term (the code's "intra-class").
+        temperature: T > 0. It may be traced, and is not checked then.
+        where: the examples that count; the others are 0 and in no correlation.
+
+    Returns:
+        One value in [0, 2 T^2 (beta + gamma)] per example; the second term is that of the
+        batch.
+
+    Convention:
+        `.mean()` is what the authors' code prints, at weight 1. What does not vary has
+        correlation 0 and no gradient (up to 1e8 in the code): in a batch of one the
+        second term is gamma T^2, as in the code.
+
+    >>> student, teacher = jnp.array([[0.0, 1], [1, 0]]), jnp.array([[0.0, 9], [9, 0]])
+    >>> dist_loss(student, teacher).round(5), dist_loss(-student, teacher).round(5)
+    (Array([0., 0.], dtype=float32), Array([4., 4.], dtype=float32))
+
+    References:
+        Huang et al.: Knowledge Distillation from A Stronger Teacher, 2022.
+        https://arxiv.org/abs/2205.10536
+        https://github.com/hunto/DIST_KD (dist_kd.py)
+    """
+    caller = "dist_loss"
+    student, teacher, temperature = scaled(
+        caller, student_logits, teacher_logits, temperature, where
+    )
+    if student.ndim != 2:
+        got = f"shape {student.shape}"
+        raise ValueError(_checks.message(caller, "logits (batch, classes)", got))
+    q, p = jax.nn.softmax(student), jax.nn.softmax(teacher)
+    within = 1 - _pearson(q, p)
+    between = 1 - jnp.mean(_pearson(q.T, p.T, where))
+    return keep(temperature**2 * (beta * within + gamma * between), where)
+
+
+def _pearson(x, y, where=None):
+    """Correlation along the last axis; 0 of what does not vary."""
+    x, y = deviations(x, where), deviations(y, where)
+    return jnp.sum(x * y, -1) / (norm(x) * norm(y) + EPS)

@@ -1,0 +1,60 @@
+"""Matching paraphrased features: factor transfer (FT)."""
+
+from jaxtyping import Array, Bool, Float
+
+from hintjax import _checks
+from hintjax._numerics import absolute_power, as_float, at_smaller_size, masked_mean
+from hintjax.losses.attention import attention_map
+
+
+def factor_loss(
+    student: Float[Array, "*batch h w c"],
+    teacher: Float[Array, "*batch h2 w2 c2"],
+    *,
+    power: int = 2,
+    exponent: int = 1,
+    where: Bool[Array, "..."] | None = None,
+) -> Float[Array, "*batch"]:
+    """Factor transfer (FT): mean difference of the normalised factors.
+
+    L = mean_j |q_j(s) - q_j(t)|^e,  q = attention_map of the factor
+
+    Args:
+        student: the student's factor, from its translator.
+        teacher: the teacher's factor, from its paraphraser; the larger of the two is
+            averaged down to the smaller.
+        power: p of the attention map, an integer >= 1 (the code's p1).
+        exponent: e, an integer >= 1 (the code's p2).
+        where: what counts: examples, or positions of the smaller map (*batch h w).
+
+    Returns:
+        One value >= 0 per example; 0 where nothing counts.
+
+    Convention:
+        `.mean()` is what RepDistiller weighs by 200. It reduces a factor to one number
+        for each position before it is normalised; the paper (Eq. 4) normalises the
+        whole factor and has a sum.
+
+    >>> student = jnp.array([[[[0.0], [2.0]]]])
+    >>> factor_loss(student, student[:, :, ::-1])
+    Array([1.], dtype=float32)
+
+    References:
+        Kim, Park, Kwak: Paraphrasing Complex Network: Network Compression via Factor
+        Transfer, 2018. https://arxiv.org/abs/1802.04977
+        https://github.com/HobbitLong/RepDistiller (FT.py)
+    """
+    caller = "factor_loss"
+    student, teacher = as_float(caller, student, teacher)
+    _checks.rank(caller, 3, "*batch h w c", student=student, teacher=teacher)
+    _checks.same_leading(caller, 3, student=student, teacher=teacher)
+    _checks.positive_int(caller, power=power, exponent=exponent)
+    student, teacher = at_smaller_size(student, teacher)
+    batch, places = student.shape[:-3], student.shape[:-1]
+    _checks.mask(caller, where, batch, places)
+    ours, theirs = (
+        attention_map(x, power=power, where=where) for x in (student, teacher)
+    )
+    if where is not None and where.ndim > len(batch):
+        where = where.reshape(ours.shape)
+    return masked_mean(absolute_power(ours - theirs, exponent), where, len(batch))

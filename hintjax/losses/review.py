@@ -1,0 +1,63 @@
+"""Matching maps at several scales: the hierarchical context loss (HCL) of ReviewKD."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from hintjax import _checks
+from hintjax._numerics import adaptive_average_pool, as_float, keep
+
+
+def hierarchical_context_loss(
+    student: Float[Array, "*batch h w c"],
+    teacher: Float[Array, "*batch h w c"],
+    *,
+    levels: tuple[int, ...] = (4, 2, 1),
+    where: Bool[Array, "*batch"] | None = None,
+) -> Float[Array, "*batch"]:
+    """Hierarchical context loss (HCL): squared error of a map and of its poolings.
+
+    L = (MSE(s, t) + sum_k 2^-k MSE(pool_k s, pool_k t)) / (1 + sum_k 2^-k)
+
+    where pool_k is the adaptive average pooling to l x l for the k-th level l that is
+    smaller than the map, k = 1, 2, ...
+
+    Args:
+        student: a student's map behind its ABF (`hintjax.regressors.ABF`).
+        teacher: the teacher's map.
+        levels: sizes l of the poolings; those not smaller than both sides of the map
+            are left out, and do not use up a weight.
+        where: the examples that count.
+
+    Returns:
+        One value >= 0 per example; 0 where nothing counts.
+
+    Convention:
+        `.mean()` is one stage of the code, which *sums* over stages (see
+        `hintjax.review`) and weighs the sum by 0.6 to 8. A map of 1 x 1 has no
+        levels: its value is the MSE.
+
+    >>> student = jnp.arange(4.0).reshape(1, 2, 2, 1)
+    >>> hierarchical_context_loss(student, jnp.zeros((1, 2, 2, 1)))  # (3.5 + 1.125)/1.5
+    Array([3.0833333], dtype=float32)
+
+    References:
+        Chen et al.: Distilling Knowledge via Knowledge Review, 2021, section 3.4.
+        https://arxiv.org/abs/2104.09044
+        https://github.com/dvlab-research/ReviewKD (hcl)
+    """
+    caller = "hierarchical_context_loss"
+    student, teacher = as_float(caller, student, teacher)
+    do = "Put an ABF between them (hintjax.regressors.ABF)."
+    _checks.same_shape(caller, student=student, teacher=teacher, do=do)
+    _checks.rank(caller, 3, "*batch h w c", student=student)
+    _checks.mask(caller, where, student.shape[:-3])
+    # Pooling is linear: the error is pooled once, instead of both maps.
+    error = keep(student - teacher, where)
+    weight, total, weights = 1.0, jnp.mean(jnp.square(error), (-3, -2, -1)), 1.0
+    for level in levels:
+        if level < min(error.shape[-3:-1]):
+            weight /= 2
+            weights += weight
+            pooled = adaptive_average_pool(error, (level, level))
+            total = total + weight * jnp.mean(jnp.square(pooled), (-3, -2, -1))
+    return total / weights

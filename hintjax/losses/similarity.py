@@ -1,0 +1,85 @@
+"""Matching which examples are alike: similarity-preserving distillation (SP)."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from hintjax import _checks
+from hintjax._numerics import as_float, keep, unit
+from hintjax.losses._batch import count, counted, flat, vectors
+
+
+def similarity_matrix(
+    features: Float[Array, "batch ..."],
+    *,
+    where: Bool[Array, " batch"] | None = None,
+) -> Float[Array, "batch batch"]:
+    """Similarity matrix (SP): how alike each two examples of a batch are.
+
+    S_i = G_i / ||G_i||_2,  G = F F^T,  F one row per example
+
+    Args:
+        features: activations; all axes but the first are features.
+        where: the examples that count; rows and columns of the others are 0.
+
+    Returns:
+        Rows of norm 1; 0 for an example whose features are all 0.
+
+    Convention:
+        As the paper and RepDistiller.
+
+    >>> similarity_matrix(jnp.array([[3.0, 0.0], [0.0, 2.0]]))
+    Array([[1., 0.],
+           [0., 1.]], dtype=float32)
+
+    References:
+        Tung, Mori: Similarity-Preserving Knowledge Distillation, 2019.
+        https://arxiv.org/abs/1907.09682
+        https://github.com/HobbitLong/RepDistiller (SP.py)
+    """
+    features = as_float("similarity_matrix", features)
+    _checks.rank("similarity_matrix", 2, "batch *features", features=features)
+    _checks.mask("similarity_matrix", where, features.shape[:1])
+    return _similarity(flat(keep(features, where)))
+
+
+def similarity_loss(
+    student: Float[Array, "batch ..."],
+    teacher: Float[Array, "batch ..."],
+    *,
+    where: Bool[Array, " batch"] | None = None,
+) -> Float[Array, " batch"]:
+    """Similarity-preserving loss (SP): squared difference of the similarities.
+
+    L_i = 1/B sum_j (S_ij(s) - S_ij(t))^2,  S = similarity_matrix
+
+    Args:
+        student: activations of the student, of any size.
+        teacher: activations of the teacher, of the same examples, of any size.
+        where: the examples that count; the others are 0 and compared with none.
+
+    Returns:
+        One value in [0, 4 / B] per anchor i; 0 in a batch of one.
+
+    Convention:
+        `.mean()` is ||S(s) - S(t)||_F^2 / B^2, which the paper and RepDistiller weigh
+        by 3000. An example whose features are all 0 is similar to none and its row has
+        no gradient; in the code it has one of 1e12.
+
+    >>> student = jnp.array([[1.0, 0.0], [0.0, 1.0]])
+    >>> similarity_loss(student, jnp.ones((2, 3)))
+    Array([0.292..., 0.292...], dtype=float32)
+
+    References:
+        Tung, Mori: Similarity-Preserving Knowledge Distillation, 2019.
+        https://arxiv.org/abs/1907.09682
+        https://github.com/HobbitLong/RepDistiller (SP.py)
+    """
+    student, teacher = vectors("similarity_loss", student, teacher, where)
+    square = jnp.square(_similarity(student) - _similarity(teacher))
+    valid = counted(student, where)
+    return keep(jnp.sum(square, 1) / count(valid, square), where)
+
+
+def _similarity(rows):
+    return unit(jnp.matmul(rows, rows.T, precision=jax.lax.Precision.HIGHEST))

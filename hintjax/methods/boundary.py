@@ -1,0 +1,69 @@
+"""AB: transfer of activation boundaries (Heo et al. 2019)."""
+
+from functools import partial
+
+from hintjax import regressors
+from hintjax._checks import positive
+from hintjax.losses import activation_boundary_loss
+from hintjax.method import Method, Pairs, hints_of
+from hintjax.methods import _regressed
+
+SCALE = 3 / 1000  # of the last pair's sum, as published
+CONNECTOR = partial(regressors.conv, batch_norm=True)
+
+
+def activation_boundary(
+    pairs: Pairs,
+    *,
+    margin: float = 1.0,
+    regressor: regressors.Sizing = CONNECTOR,
+) -> Method:
+    """AB: behind a regressor, the student's neurons switch on where the teacher's do.
+
+    It initialises the student: a hint stage with this alone (weight 1, 30 epochs in the
+    CRD benchmark), then a distillation stage on the task. The layers are those *before*
+    the ReLU, of the three stages of a residual network.
+
+    values = 3/1000 sum_i 2^(i - n + 1) L_i,  i = 0 .. n - 1, shallow to deep
+
+    Args:
+        pairs: (guided layer, hint layer) for each pair, shallow to deep, as paths.
+        margin: how far from the boundary the student should stay, > 0.
+        regressor: sizes a regressor for one pair; by default a convolution and
+            BatchNorm, without a non-linearity. (The benchmark has none between layers
+            of equal shape: `regressors.identity`.)
+
+    Returns:
+        The method. It trains one regressor per pair, named `guided->hint`, and
+        remembers their BatchNorm statistics.
+
+    Raises:
+        ValueError: without pairs, for a margin that is not positive, or (when a stage
+            is initialised) if a regressor cannot be sized.
+
+    References:
+        Heo et al. 2019, Knowledge Transfer via Distillation of Activation Boundaries
+        Formed by Hidden Neurons.
+    """
+    positive("activation_boundary", margin=margin)
+    student_wants, teacher_wants = hints_of("activation_boundary", pairs)
+
+    def ready(student, teacher):
+        return _regressed.ready(
+            pairs, regressor, student, teacher, _regressed.as_they_are
+        )
+
+    def init(key, student, teacher, data):
+        return _regressed.init(key, ready(student, teacher))
+
+    def apply(params, memory, student, teacher, batch, context):
+        predictions, memory = _regressed.apply(
+            params, memory, ready(student, teacher), context.train
+        )
+        total = 0.0
+        for _, predicted, hint in predictions:  # halved once for each deeper pair
+            loss = activation_boundary_loss(predicted, hint, margin=margin)
+            total = total / 2 + SCALE * loss
+        return total, memory, {}
+
+    return Method(student_wants, teacher_wants, init, apply)

@@ -1,0 +1,79 @@
+"""CAT-KD: class attention transfer (Guo et al. 2023)."""
+
+from hintjax._checks import message, positive_int
+from hintjax.losses import class_activation_map, class_attention_loss
+from hintjax.method import Method
+from hintjax.networks import Wants
+
+
+def class_attention(
+    pair: tuple[str, str],
+    classifiers: tuple[str, str] | None = ("classifier", "classifier"),
+    *,
+    size: int = 2,
+) -> Method:
+    """CAT-KD: the student sees evidence for each class where the teacher sees it.
+
+    The class activation map is the last map of a network through its classifier,
+    position by position; it is averaged down to `size` x `size`, and made a unit vector
+    for each class. The published weight is 400, beside the task at weight 1.
+
+    Args:
+        pair: (last map of the student, last map of the teacher): what is averaged over
+            its positions and given to the classifier.
+        classifiers: paths of the two classifiers, dense layers or 1x1 convolutions, in
+            the same order. None if the pair are class activation maps already, as in
+            networks that classify first and average then (the authors' are).
+        size: height and width of what is compared.
+
+    Returns:
+        The method. It trains nothing beside the student, whose classifier has a
+        gradient through its maps too.
+
+    Raises:
+        ValueError: if the size is not an integer >= 1, or (when a stage is initialised)
+            if a classifier has no kernel, or the classes differ.
+
+    References:
+        Guo et al. 2023, Class Attention Transfer Based Knowledge Distillation.
+    """
+    positive_int("class_attention", size=size)
+    paths = classifiers or (None, None)
+    student_wants, teacher_wants = (
+        Wants(hints=(hint,), params=(path,) if path else ())
+        for hint, path in zip(pair, paths, strict=True)
+    )
+
+    def maps(features, hint, path):
+        x = features.hints[hint]
+        if path is None:
+            return x
+        kernel = features.params[path]["kernel"]
+        return class_activation_map(x, kernel.reshape(kernel.shape[-2:]))
+
+    def init(key, student, teacher, data):
+        classes = []
+        for features, hint, path in zip((student, teacher), pair, paths, strict=True):
+            if path is not None and "kernel" not in features.params[path]:
+                wanted = f"{path!r} to be a classifier with a kernel"
+                got = f"{list(features.params[path])}"
+                raise ValueError(message("class_attention", wanted, got))
+            last = (
+                features.hints[hint]
+                if path is None
+                else features.params[path]["kernel"]
+            )
+            classes.append(last.shape[-1])
+        if classes[0] != classes[1]:
+            wanted = "student and teacher to have the same classes"
+            got = f"{classes[0]} and {classes[1]}"
+            raise ValueError(message("class_attention", wanted, got))
+        return {}, {}
+
+    def apply(params, memory, student, teacher, batch, context):
+        ours, theirs = (
+            maps(*each) for each in zip((student, teacher), pair, paths, strict=True)
+        )
+        return class_attention_loss(ours, theirs, size=size), memory, {}
+
+    return Method(student_wants, teacher_wants, init, apply)

@@ -1,0 +1,72 @@
+"""CC: correlation congruence (Peng et al. 2019)."""
+
+import math
+
+import jax
+
+from hintjax import regressors
+from hintjax._checks import positive_int
+from hintjax.losses import correlation_loss
+from hintjax.method import Method, Pairs, hints_of
+
+
+def correlation_congruence(pairs: Pairs, *, feature_dim: int = 128) -> Method:
+    """CC, the benchmark's form: embeddings agree along the batch (`correlation_loss`).
+
+    Each layer of a pair is embedded linearly, all its features at once. Both heads
+    train, the teacher's too. The loss goes by the order of the batch, which is to be
+    shuffled. The field pairs the pooled features, the input of the classifier, at
+    weight 0.02.
+
+    Args:
+        pairs: (guided layer, hint layer) for each pair, as paths; they are summed.
+        feature_dim: size of the embeddings.
+
+    Returns:
+        The method. It trains two heads per pair, `student` and `teacher`, under
+        `guided->hint`.
+
+    Raises:
+        ValueError: without pairs, or if the size is not an integer >= 1.
+
+    References:
+        Peng et al. 2019, Correlation Congruence for Knowledge Distillation;
+        Tian et al. 2020, CRD, code (CC.py, LinearEmbed).
+    """
+    positive_int("correlation_congruence", feature_dim=feature_dim)
+    student_wants, teacher_wants = hints_of("correlation_congruence", pairs)
+
+    def sides(student, teacher):
+        for guided, hint in pairs:
+            layers = {"student": student.hints[guided], "teacher": teacher.hints[hint]}
+            yield f"{guided}->{hint}", layers
+
+    def head(layer):
+        size = math.prod(layer.shape[1:])
+        return regressors.linear((size,), (feature_dim,)), (layer.shape[0], size)
+
+    def init(key, student, teacher, data):
+        params = {}
+        for number, (name, layers) in enumerate(sides(student, teacher)):
+            one = jax.random.fold_in(key, number)
+            keys = zip(jax.random.split(one), layers.items(), strict=True)
+            params[name] = {}
+            for one, (side, layer) in keys:
+                module, shape = head(layer)
+                params[name][side], _ = regressors.init(module, one, shape)
+        return params, {}
+
+    def apply(params, memory, student, teacher, batch, context):
+        total = 0.0
+        for name, layers in sides(student, teacher):
+            embedded = {}
+            for side, layer in layers.items():
+                module, shape = head(layer)
+                rows = layer.reshape(shape)
+                embedded[side], _ = regressors.apply(
+                    module, params[name][side], {}, rows, context.train
+                )
+            total = total + correlation_loss(**embedded, where=batch.get("where"))
+        return total, memory, {}
+
+    return Method(student_wants, teacher_wants, init, apply)

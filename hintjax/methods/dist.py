@@ -1,0 +1,40 @@
+"""DIST: distillation from a stronger teacher (Huang et al. 2022)."""
+
+from hintjax._checks import message, positive
+from hintjax.losses import dist_loss
+from hintjax.method import Method
+from hintjax.methods._compared import outputs
+
+
+def dist(beta: float = 1.0, gamma: float = 1.0, temperature: float = 1.0) -> Method:
+    """DIST: the student's output correlates with the teacher's (see `dist_loss`).
+
+    Wants both outputs, trains nothing beside the student. The examples of a batch are
+    compared with each other, so its size matters. The authors' default is weight 1,
+    with beta, gamma and the temperature at 1.
+
+    Args:
+        beta: weight of the correlation within examples, >= 0.
+        gamma: weight of the correlation between examples, >= 0.
+        temperature: of both softmaxes, > 0.
+
+    Returns:
+        The method.
+
+    Raises:
+        ValueError: if the temperature is not positive or a weight negative, or (when a
+            stage is initialised) if the networks differ in their number of classes.
+
+    References:
+        Huang et al. 2022, Knowledge Distillation from A Stronger Teacher.
+    """
+    positive("dist", temperature=temperature)
+    if not min(beta, gamma) >= 0:
+        got = f"beta {beta} and gamma {gamma}"
+        raise ValueError(message("dist", "weights >= 0", got))
+    hyper = {"beta": beta, "gamma": gamma, "temperature": temperature}
+
+    def loss(student, teacher, batch):
+        return dist_loss(student, teacher, where=batch.get("where"), **hyper)
+
+    return outputs("dist", loss)

@@ -1,0 +1,123 @@
+"""FSP: the flow of solution procedure (Yim et al. 2017)."""
+
+import itertools
+from collections.abc import Callable, Sequence
+
+import jax
+from jaxtyping import Array, Float
+
+from hintjax import regressors
+from hintjax._checks import message
+from hintjax.losses import fsp_matrix, fsp_matrix_loss
+from hintjax.method import Method, Pairs, hints_of, over_pairs
+
+Flows = Sequence[tuple[tuple[str, str], tuple[str, str]]]
+
+
+def fsp(
+    pairs: Flows,
+    *,
+    matrix: Callable[[Array, Array], Array] = fsp_matrix,
+    loss: Callable[[Array, Array], Float[Array, " batch"]] = fsp_matrix_loss,
+    regressor: regressors.Sizing | None = None,
+) -> Method:
+    """FSP: what happens between two layers is the same in student and teacher.
+
+    Each flow is reduced to its FSP matrix first; matrices of one shape are then
+    compared at once, by vmap over the pairs, and summed. Sizes may differ everywhere;
+    channels must agree, or a regressor brings the student's to the teacher's.
+
+    It is trained in two stages: FSP alone (a hint stage; 30 epochs at weight 1 in the
+    CRD benchmark), then the task from the weights so found. The field takes the flows
+    between consecutive stages of a residual network, from the stem on: see `flows`. As
+    a term beside the task its documented weight is 50. The paper's form is
+    `matrix=fsp_matrix_paper, loss=fsp_matrix_loss_paper`.
+
+    Args:
+        pairs: (flow of the student, flow of the teacher) for each pair, where a flow
+            is (first layer, second layer) of one network, as paths.
+        matrix: the FSP matrix of two maps.
+        loss: compares two batches of matrices, one value per example.
+        regressor: sizes a regressor for each layer of the student, from its shape
+            and the same positions with the teacher's channels; for instance
+            `regressors.linear`. None by default.
+
+    Returns:
+        The method. With a regressor it trains one for each matched pair of layers,
+        named `guided->hint`, and remembers their BatchNorm statistics.
+
+    Raises:
+        ValueError: without pairs, or (when a stage is initialised) if channels differ
+            and there is no regressor.
+
+    References:
+        Yim et al. 2017, A Gift from Knowledge Distillation.
+    """
+    matched = list(
+        dict.fromkeys(layers for pair in pairs for layers in zip(*pair, strict=True))
+    )
+    student_wants, teacher_wants = hints_of("fsp", matched)
+    summed = over_pairs(loss)
+
+    def sized(student, teacher):
+        for guided, hint in matched:
+            shape = student.hints[guided].shape[1:]
+            target = (*shape[:-1], teacher.hints[hint].shape[-1])
+            yield (guided, hint), f"{guided}->{hint}", regressor(shape, target)
+
+    def init(key, student, teacher, data):
+        if regressor is None:
+            for layers in matched:
+                _same_channels(*layers, student, teacher)
+            return {}, {}
+        params, memory = {}, {}
+        for number, (layers, name, module) in enumerate(sized(student, teacher)):
+            one, shape = jax.random.fold_in(key, number), student.hints[layers[0]].shape
+            params[name], memory[name] = regressors.init(module, one, shape)
+        return params, memory
+
+    def apply(params, memory, student, teacher, batch, context):
+        maps = {layers: student.hints[layers[0]] for layers in matched}
+        remembered = {}
+        for layers, name, module in sized(student, teacher) if regressor else ():
+            maps[layers], remembered[name] = regressors.apply(
+                module, params[name], memory[name], maps[layers], context.train
+            )
+        students = [
+            matrix(*(maps[layers] for layers in zip(*pair, strict=True)))
+            for pair in pairs
+        ]
+        teachers = [matrix(*map(teacher.hints.get, flow)) for _, flow in pairs]
+        return summed(students, teachers), remembered, {}
+
+    return Method(student_wants, teacher_wants, init, apply)
+
+
+def flows(pairs: Pairs) -> Flows:
+    """The flows between consecutive layers, as `fsp` takes them.
+
+    Args:
+        pairs: (guided layer, hint layer) for each depth, shallow to deep.
+
+    Returns:
+        One pair of flows fewer than there are pairs.
+
+    Raises:
+        ValueError: for fewer than two pairs.
+
+    >>> flows([("stem", "conv"), ("a", "x"), ("b", "y")])
+    [(('stem', 'a'), ('conv', 'x')), (('a', 'b'), ('x', 'y'))]
+    """
+    if len(pairs) < 2:
+        wanted = "at least two pairs, shallow to deep"
+        raise ValueError(message("flows", wanted, f"{list(pairs)}"))
+    return [tuple(zip(*both, strict=True)) for both in itertools.pairwise(pairs)]
+
+
+def _same_channels(guided, hint, student, teacher):
+    ours, theirs = student.hints[guided].shape, teacher.hints[hint].shape
+    if ours[-1] != theirs[-1]:
+        wanted = f"{guided} and {hint} to have the same channels"
+        got = f"student {ours} and teacher {theirs}"
+        do = "Pass regressor=hintjax.regressors.linear, or choose other layers."
+        raise ValueError(message("fsp", wanted, got, do))

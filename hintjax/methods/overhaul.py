@@ -1,0 +1,86 @@
+"""OFD: the overhaul of feature distillation (Heo et al. 2019)."""
+
+from collections.abc import Sequence
+from functools import partial
+
+from hintjax import regressors
+from hintjax._checks import message
+from hintjax.losses import batch_norm_margin, margin_relu, partial_l2_loss
+from hintjax.method import Method, Pairs, hints_of
+from hintjax.methods import _regressed
+
+CONNECTOR = partial(regressors.linear, batch_norm=True, bias=False)
+
+
+def overhaul(
+    pairs: Pairs,
+    norms: Sequence[str] | None = None,
+    *,
+    regressor: regressors.Sizing = CONNECTOR,
+) -> Method:
+    """OFD: the student's features before the ReLU match the teacher's margin ReLU.
+
+    The margins come from the teacher's BatchNorm in front of the ReLU: the mean of what
+    is negative there. Where sizes differ, the larger map is averaged down first. The
+    field takes the ends of the three stages of a residual network *before* their ReLU,
+    at weight 1e-3.
+
+    values = sum_i 2^(i - n + 1) L_i,  i = 0 .. n - 1, shallow to deep
+
+    Args:
+        pairs: (guided layer, hint layer) for each pair, shallow to deep, as paths.
+        norms: path of the teacher's BatchNorm for each pair; by default the hint layers
+            themselves. For a residual sum it is the last BatchNorm of its branch.
+        regressor: sizes a regressor for one pair; by default a 1x1 convolution and
+            BatchNorm.
+
+    Returns:
+        The method. It trains one regressor per pair, named `guided->hint`, and
+        remembers their BatchNorm statistics.
+
+    Raises:
+        ValueError: without pairs, if there is not one BatchNorm for each, or (when a
+            stage is initialised) if what is at its path has no scale and bias.
+
+    References:
+        Heo et al. 2019, A Comprehensive Overhaul of Feature Distillation.
+    """
+    student_wants, teacher_wants = hints_of("overhaul", pairs)
+    norms = tuple(teacher_wants.hints if norms is None else norms)
+    if len(norms) != len(pairs):
+        wanted = f"one of norms for each of {len(pairs)} pairs"
+        raise ValueError(message("overhaul", wanted, f"{norms}"))
+
+    def init(key, student, teacher, data):
+        for path in norms:
+            found = teacher.params[path]
+            if not {"scale", "bias"} <= set(found):
+                wanted = f"the teacher's {path!r} to be a BatchNorm with scale and bias"
+                do = "Name the BatchNorm before the ReLU with norms=."
+                raise ValueError(message("overhaul", wanted, f"{list(found)}", do))
+        return _regressed.init(
+            key, _regressed.ready(pairs, regressor, student, teacher)
+        )
+
+    def apply(params, memory, student, teacher, batch, context):
+        predictions, memory = _regressed.apply(
+            params,
+            memory,
+            _regressed.ready(pairs, regressor, student, teacher),
+            context.train,
+        )
+        total = 0.0
+        for (_, predicted, hint), path in zip(predictions, norms, strict=True):
+            norm = teacher.params[path]
+            margin = batch_norm_margin(norm["scale"], norm["bias"])
+            target = margin_relu(hint, margin)
+            # Halved once for each deeper pair.
+            total = total / 2 + partial_l2_loss(predicted, target)
+        return total, memory, {}
+
+    return Method(
+        student_wants,
+        teacher_wants._replace(params=tuple(dict.fromkeys(norms))),
+        init,
+        apply,
+    )

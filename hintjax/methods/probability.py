@@ -1,0 +1,28 @@
+"""PKT: probabilistic knowledge transfer (Passalis and Tefas 2018)."""
+
+from hintjax.losses import probability_loss
+from hintjax.method import Method, Pairs
+from hintjax.methods._compared import compared
+
+
+def probability_transfer(pairs: Pairs) -> Method:
+    """PKT: each example has the same neighbours for both (see `probability_loss`).
+
+    Trains nothing beside the student; the layers of a pair may have any shapes. The
+    examples of a batch are compared with each other, so its size matters. The field
+    pairs the pooled features, the input of the classifier, at weight 30000.
+
+    Args:
+        pairs: (guided layer, hint layer) for each pair, as paths; they are summed.
+
+    Returns:
+        The method.
+
+    Raises:
+        ValueError: without pairs.
+
+    References:
+        Passalis and Tefas 2018, Learning Deep Representations with Probabilistic
+        Knowledge Transfer.
+    """
+    return compared("probability_transfer", pairs, probability_loss)

@@ -1,0 +1,53 @@
+"""RKD: relational knowledge distillation (Park et al. 2019)."""
+
+import math
+
+from hintjax._checks import message
+from hintjax._numerics import masked_mean
+from hintjax.losses import angle_loss, distance_loss
+from hintjax.method import Method, Pairs, hints_of, nothing
+
+
+def relational(pairs: Pairs, *, distance: float = 25.0, angle: float = 50.0) -> Method:
+    """RKD: the batch has the same shape for both (`distance_loss`, `angle_loss`).
+
+    `distance RKD-D + angle RKD-A`. Trains nothing beside the student; the layers of a
+    pair may have any shapes. The examples of a batch are compared with each other, so
+    its size matters. The field pairs the pooled features, the input of the
+    classifier, at weight 1 (25 and 50 are inside).
+
+    Args:
+        pairs: (guided layer, hint layer) for each pair, as paths; they are summed.
+        distance: weight of the distances, >= 0; at 0 they are not computed.
+        angle: weight of the angles, >= 0; at 0 they are not computed.
+
+    Returns:
+        The method. It reports `distance` and `angle`, before their weights.
+
+    Raises:
+        ValueError: without pairs, or if a weight is negative or both are 0.
+
+    References:
+        Park et al. 2019, Relational Knowledge Distillation.
+    """
+    weights = {"distance": distance, "angle": angle}
+    if not (0 <= min(weights.values()) and 0 < sum(weights.values()) < math.inf):
+        wanted = "finite weights >= 0, one of them > 0"
+        raise ValueError(message("relational", wanted, f"{weights}"))
+    losses = {"distance": distance_loss, "angle": angle_loss}
+    student_wants, teacher_wants = hints_of("relational", pairs)
+
+    def apply(params, memory, student, teacher, batch, context):
+        total, metrics, where = 0.0, {}, batch.get("where")
+        for name, weight in weights.items():
+            if weight == 0:
+                continue
+            values = sum(
+                losses[name](student.hints[guided], teacher.hints[hint], where=where)
+                for guided, hint in pairs
+            )
+            total = total + weight * values
+            metrics[name] = masked_mean(values, where)
+        return total, memory, metrics
+
+    return Method(student_wants, teacher_wants, nothing, apply)

@@ -1,0 +1,150 @@
+"""ReviewKD: knowledge review (Chen et al. 2021)."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from hintjax import regressors
+from hintjax._checks import message, positive_int
+from hintjax._numerics import masked_mean
+from hintjax.losses import hierarchical_context_loss
+from hintjax.method import Method, Pairs, hints_of
+
+MOST_CHANNELS = 512  # of the fusion, as published
+
+
+def review(
+    pairs: Pairs,
+    *,
+    loss: Callable[[Array, Array], Float[Array, " batch"]] = hierarchical_context_loss,
+) -> Method:
+    """ReviewKD: each stage of the student, joined by the deeper ones, predicts a hint.
+
+    From the deepest stage to the shallowest, an attention based fusion
+    (`hintjax.regressors.ABF`) reduces a guided map, mixes it with the fusion of the
+    deeper stages, and predicts the hint map. The predictions are compared by the
+    hierarchical context loss, summed over stages. All sizes come from the features:
+    the fusion has the channels of the deepest guided layer, at most 512.
+
+    The field pairs the three stages of a residual network and the pooled features
+    (vectors are maps of 1 x 1), the student's behind its ReLU and the teacher's before
+    it, at weight 5 (WRN, ResNet x4), 0.6 (ResNet-56 to 20) or 1 (ResNet-110 to 32),
+    grown over 20 epochs: see `warm_up`.
+
+    Args:
+        pairs: (guided layer, hint layer) for each stage, shallow to deep, as paths.
+        loss: compares a prediction with its hint, one value per example.
+
+    Returns:
+        The method. It trains one ABF per pair, named `guided->hint`; remembers their
+        BatchNorm statistics; reports each pair's `loss` if there are several. The
+        statistics are Flax's: the running variance is the biased one, where torch
+        keeps n / (n - 1) times it, with n = batch x height x width; training does
+        not read it.
+
+    Raises:
+        ValueError: without pairs, for a pair given twice, or (when a stage is
+            initialised) for a layer that is neither a map nor a vector.
+
+    References:
+        Chen et al. 2021, Distilling Knowledge via Knowledge Review.
+    """
+    student_wants, teacher_wants = hints_of("review", pairs)
+    names = [f"{guided}->{hint}" for guided, hint in pairs]
+    if len(set(names)) < len(names):
+        raise ValueError(message("review", "each pair once", f"{names}"))
+
+    def stages(student, teacher):
+        """Name, ABF, guided map and hint map of each stage, deep to shallow."""
+        maps = [
+            (_map(student.hints[guided], guided), _map(teacher.hints[hint], hint))
+            for guided, hint in pairs
+        ]
+        mid = min(MOST_CHANNELS, maps[-1][0].shape[-1])
+        for name, (guided, hint) in reversed(list(zip(names, maps, strict=True))):
+            module = regressors.ABF(mid, hint.shape[-1], hint.shape[1:3])
+            yield name, module, guided, hint
+
+    def init(key, student, teacher, data):
+        def made(student, teacher):
+            params, memory, deeper = {}, {}, None
+            for number, (name, module, guided, _) in enumerate(
+                stages(student, teacher)
+            ):
+                one = jax.random.fold_in(key, number)
+                (_, deeper), variables = module.init_with_output(one, guided, deeper)
+                memory[name] = {"batch_stats": variables["batch_stats"]}
+                params[name] = variables["params"]
+            return params, memory
+
+        # Values do not matter, and what is computed from them is dead code.
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (student, teacher))
+        return made(*zeros)
+
+    def apply(params, memory, student, teacher, batch, context):
+        total, remembered, losses, deeper = 0.0, {}, {}, None
+        for name, module, guided, hint in stages(student, teacher):
+            (predicted, deeper), changed = module.apply(
+                {"params": params[name], **memory[name]},
+                guided,
+                deeper,
+                context.train,
+                mutable=["batch_stats"] if context.train else [],
+            )
+            remembered[name] = {**memory[name], **changed}
+            values = loss(predicted, hint)
+            total = total + values
+            losses[f"{name}/loss"] = masked_mean(values, batch.get("where"))
+        return total, remembered, losses if len(names) > 1 else {}
+
+    return Method(student_wants, teacher_wants, init, apply)
+
+
+def warm_up(
+    weight: float, epochs: int, steps_per_epoch: int
+) -> Callable[[Array], Float[Array, ""]]:
+    """A weight that grows over the first epochs, as a schedule of the step.
+
+    weight(e) = weight min(1, e / epochs), with the epoch e from 0
+
+    Constant within an epoch, as published: the first epoch has weight 0.
+    (`optax.linear_schedule(0.0, weight, epochs * steps_per_epoch)` is the smooth form.)
+
+    Args:
+        weight: the weight after the warm-up.
+        epochs: length of the warm-up; 20 in ReviewKD and DKD.
+        steps_per_epoch: optimiser steps in an epoch.
+
+    Returns:
+        `step -> weight`.
+
+    Raises:
+        ValueError: if either count is not an integer >= 1.
+
+    >>> grown = warm_up(5.0, epochs=2, steps_per_epoch=10)
+    >>> [float(grown(step)) for step in (0, 9, 10, 20, 30)]
+    [0.0, 0.0, 2.5, 5.0, 5.0]
+
+    References:
+        Chen et al. 2021, code (`kd_warm_up`).
+    """
+    positive_int("warm_up", epochs=epochs, steps_per_epoch=steps_per_epoch)
+
+    def schedule(step):
+        epoch = (jnp.asarray(step) // steps_per_epoch).astype(jnp.float32)
+        return weight * jnp.minimum(1.0, epoch / epochs)
+
+    return schedule
+
+
+def _map(x, path):
+    """A vector as a map of one position; works on shapes too."""
+    if len(x.shape) == 4:
+        return x
+    if len(x.shape) != 2:
+        wanted = f"{path} to be a map (h, w, c) or a vector (c)"
+        do = "Put tokens on their grid first."
+        raise ValueError(message("review", wanted, f"{tuple(x.shape[1:])}", do))
+    return x.reshape(x.shape[0], 1, 1, x.shape[1])

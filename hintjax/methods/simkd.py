@@ -1,0 +1,101 @@
+"""SimKD: the reused teacher classifier (Chen et al. 2022)."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PyTree
+
+from hintjax import regressors
+from hintjax._checks import message
+from hintjax._numerics import as_float, masked_mean
+from hintjax.losses import hint_loss
+from hintjax.method import Method, hints_of
+from hintjax.methods import _regressed
+
+
+def simkd(
+    pair: tuple[str, str],
+    classifier: str | None = "classifier",
+    *,
+    regressor: regressors.Sizing = regressors.bottleneck,
+) -> Method:
+    """SimKD: a projector predicts the teacher's last map, its classifier does the rest.
+
+    L = mean_i (projector(s)_i - t_i)^2,  prediction = classifier(mean of projector(s))
+
+    The published setting has this at weight 1 and neither the task nor KD: the
+    student's own classifier is not used. Where sizes differ, the larger map is averaged
+    down first. The student is served with the projector and the teacher's classifier:
+    see `reused_classifier`.
+
+    Args:
+        pair: (last map of the student, last map of the teacher), before the pooling.
+        classifier: path of the teacher's, a dense layer; None to predict nothing.
+        regressor: sizes the projector; see `hintjax.regressors.bottleneck` for its
+            width.
+
+    Returns:
+        The method. It trains the projector, named `guided->hint`, and remembers its
+        BatchNorm statistics. Where the batch has a "label" it reports the `accuracy` of
+        projector and classifier.
+
+    Raises:
+        ValueError: (when a stage is initialised) if the layers are not maps, or the
+            classifier has no kernel.
+
+    References:
+        Chen et al. 2022, Knowledge Distillation with the Reused Teacher Classifier.
+    """
+    pairs = [pair]
+    student_wants, teacher_wants = hints_of("simkd", pairs)
+    if classifier is not None:
+        teacher_wants = teacher_wants._replace(params=(classifier,))
+
+    def init(key, student, teacher, data):
+        if classifier is not None and "kernel" not in teacher.params[classifier]:
+            wanted = f"the teacher's {classifier!r} to be a dense layer with a kernel"
+            got = f"{list(teacher.params[classifier])}"
+            raise ValueError(message("simkd", wanted, got))
+        return _regressed.init(
+            key, _regressed.ready(pairs, regressor, student, teacher)
+        )
+
+    def apply(params, memory, student, teacher, batch, context):
+        ((_, projected, hint),), memory = _regressed.apply(
+            params,
+            memory,
+            _regressed.ready(pairs, regressor, student, teacher),
+            context.train,
+        )
+        metrics = {}
+        if classifier is not None and "label" in batch:
+            logits = reused_classifier(projected, teacher.params[classifier])
+            right = (logits.argmax(-1) == batch["label"]).astype(logits.dtype)
+            metrics["accuracy"] = masked_mean(right, batch.get("where"))
+        return hint_loss(projected, hint), memory, metrics
+
+    return Method(student_wants, teacher_wants, init, apply)
+
+
+def reused_classifier(
+    projected: Float[Array, "batch h w c"], classifier: PyTree
+) -> Float[Array, "batch classes"]:
+    """SimKD's prediction: the teacher's classifier on the averaged projected map.
+
+    Args:
+        projected: the projector's output.
+        classifier: the teacher's `{"kernel": (c, classes), "bias": (classes,)}`; the
+            bias may be missing.
+
+    Returns:
+        The logits.
+
+    >>> kernel = jnp.array([[1.0, 0.0], [1.0, 2.0]])
+    >>> reused_classifier(jnp.ones((1, 2, 2, 2)), {"kernel": kernel})
+    Array([[2., 2.]], dtype=float32)
+    """
+    projected, kernel = as_float("reused_classifier", projected, classifier["kernel"])
+    pooled = projected.mean((1, 2))
+    logits = jnp.matmul(pooled, kernel, precision=jax.lax.Precision.HIGHEST)
+    if "bias" in classifier:
+        logits = logits + classifier["bias"].astype(logits.dtype)[None]
+    return logits

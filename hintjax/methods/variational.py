@@ -1,0 +1,75 @@
+"""VID: variational information distillation (Ahn et al. 2019)."""
+
+import math
+from functools import partial
+
+import jax.numpy as jnp
+
+from hintjax import regressors
+from hintjax._checks import positive
+from hintjax.losses.variational import LEAST_VARIANCE, variance_of, variational_loss
+from hintjax.method import Method, Pairs, hints_of
+from hintjax.methods import _regressed
+
+MEAN = partial(regressors.mlp, depth=2, bias=False)
+
+
+def variational(
+    pairs: Pairs,
+    *,
+    regressor: regressors.Sizing = MEAN,
+    initial_variance: float = 5.0,
+) -> Method:
+    """VID: the student predicts each hint's mean, and how well it can per channel.
+
+    A regressor predicts the mean of the hint layer; a trained number for each channel
+    gives the variance. Where sizes differ, the larger map is averaged down first. The
+    field pairs the three stages of a residual network at weight 1, summed.
+
+    Args:
+        pairs: (guided layer, hint layer) for each pair, as paths.
+        regressor: sizes the regressor of the mean; by default the published three 1x1
+            convolutions with ReLUs between them, without biases.
+        initial_variance: of all channels at first, > 1e-5.
+
+    Returns:
+        The method. For each pair it trains, under `guided->hint`, the regressor `mean`
+        and the numbers `scale`; it reports the mean `variance` over pairs and channels.
+        (mdistiller leaves the numbers out of its optimiser.)
+
+    Raises:
+        ValueError: without pairs, for a variance that is too small, or (when a stage is
+            initialised) if a regressor cannot be sized.
+
+    References:
+        Ahn et al. 2019, Variational Information Distillation for Knowledge Transfer.
+    """
+    positive("variational", initial_variance=initial_variance - LEAST_VARIANCE)
+    student_wants, teacher_wants = hints_of("variational", pairs)
+    initial_scale = math.log(math.expm1(initial_variance - LEAST_VARIANCE))
+
+    def init(key, student, teacher, data):
+        ready = list(_regressed.ready(pairs, regressor, student, teacher))
+        means, memory = _regressed.init(key, ready)
+        scales = {pair.name: pair.hint.shape[-1:] for pair in ready}
+        params = {
+            name: {"mean": mean, "scale": jnp.full(scales[name], initial_scale)}
+            for name, mean in means.items()
+        }
+        return params, memory
+
+    def apply(params, memory, student, teacher, batch, context):
+        predictions, memory = _regressed.apply(
+            {name: own["mean"] for name, own in params.items()},
+            memory,
+            _regressed.ready(pairs, regressor, student, teacher),
+            context.train,
+        )
+        values = [
+            variational_loss(predicted, hint, scale=params[name]["scale"])
+            for name, predicted, hint in predictions
+        ]
+        variances = [jnp.mean(variance_of(own["scale"])) for own in params.values()]
+        return sum(values), memory, {"variance": sum(variances) / len(variances)}
+
+    return Method(student_wants, teacher_wants, init, apply)

@@ -1,0 +1,98 @@
+"""FSP against its formula and the authors' code."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hintjax import losses
+
+pytestmark = [pytest.mark.quick, pytest.mark.usefixtures("strict")]
+
+
+def features(seed, shape):
+    x = np.random.default_rng(seed).normal(size=(3, *shape))
+    return np.maximum(x, 0).astype(np.float32)
+
+
+def formula_pool(x, height, width, reduce):
+    """Adaptive pooling, bin by bin."""
+    h, w, _ = x.shape
+    pooled = np.zeros((height, width, x.shape[-1]))
+    for i in range(height):
+        for j in range(width):
+            rows = slice(i * h // height, -(-(i + 1) * h // height))
+            columns = slice(j * w // width, -(-(j + 1) * w // width))
+            pooled[i, j] = reduce(x[rows, columns], (0, 1))
+    return pooled
+
+
+def formula_matrix(first, second, reduce):
+    """sum over positions of the outer products, one example at a time."""
+    matrices = []
+    for one, two in zip(np.float64(first), np.float64(second), strict=True):
+        h, w = np.minimum(one.shape[:2], two.shape[:2])
+        one, two = (formula_pool(x, h, w, reduce) for x in (one, two))
+        outer = [np.outer(one[i, j], two[i, j]) for i in range(h) for j in range(w)]
+        matrices.append(sum(outer) / (h * w))
+    return np.array(matrices)
+
+
+SIZES = [((4, 4), (4, 4)), ((8, 6), (4, 3)), ((3, 5), (7, 2)), ((1, 1), (5, 5))]
+
+
+@pytest.mark.parametrize(("first", "second"), SIZES)
+def test_the_losses_are_the_formulas(first, second):
+    student = features(0, (*first, 3)), features(1, (*second, 5))
+    teacher = features(2, (*second, 3)), features(3, (9, 9, 5))
+    for loss, matrix, pool, reduce in (
+        (losses.fsp_loss, losses.fsp_matrix, np.mean, np.mean),
+        (losses.fsp_loss_paper, losses.fsp_matrix_paper, np.max, np.sum),
+    ):
+        ours, theirs = (formula_matrix(*flow, pool) for flow in (student, teacher))
+        got = matrix(*map(jnp.array, student))
+        np.testing.assert_allclose(got, ours, rtol=1e-5)
+        got = loss(tuple(map(jnp.array, student)), tuple(map(jnp.array, teacher)))
+        np.testing.assert_allclose(got, reduce((ours - theirs) ** 2, (1, 2)), rtol=1e-5)
+
+
+def test_the_loss_is_the_code(golden):
+    case = golden("fsp/rep_4layers")
+    students, teachers = (
+        [case[f"in.g_{network}.{i}"] for i in range(4)] for network in "st"
+    )
+
+    def total(students):
+        values = [
+            losses.fsp_loss(
+                (students[i], students[i + 1]), (teachers[i], teachers[i + 1])
+            ).mean()
+            for i in range(3)
+        ]
+        return sum(values), jnp.stack(values)
+
+    (value, each), gradients = jax.jit(jax.value_and_grad(total, has_aux=True))(
+        students
+    )
+    assert case.error("out.loss", value) < 1e-5
+    assert case.error("out.per_pair", each) < 1e-5
+    for i, gradient in enumerate(gradients):
+        assert case.error(f"grad.in.g_s.{i}", gradient) < 1e-5
+    for i in range(3):
+        matrix = losses.fsp_matrix(students[i], students[i + 1])
+        name = f"out.fsp_s_{i}_layout_B_top_bot"
+        assert case.error(name, jnp.swapaxes(matrix, 1, 2)) < 1e-5
+
+
+def test_the_paper_is_the_sum_of_the_mean_for_equal_sizes():
+    student = jnp.array(features(0, (4, 4, 3))), jnp.array(features(1, (4, 4, 5)))
+    teacher = jnp.array(features(2, (6, 6, 3))), jnp.array(features(3, (6, 6, 5)))
+    want = 15 * losses.fsp_loss(student, teacher)
+    np.testing.assert_allclose(losses.fsp_loss_paper(student, teacher), want, rtol=1e-5)
+
+
+def test_channels_that_differ_ask_for_a_regressor(unchecked):
+    flow = jnp.ones((2, 4, 4, 3)), jnp.ones((2, 2, 2, 5))
+    other = jnp.ones((2, 4, 4, 3)), jnp.ones((2, 2, 2, 6))
+    with pytest.raises(ValueError, match=r"same examples and channels.*regressor"):
+        losses.fsp_loss(flow, other)

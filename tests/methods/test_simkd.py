@@ -1,0 +1,91 @@
+"""SimKD: projector, loss and prediction against the authors' code."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hintjax import regressors, reused_classifier, simkd
+from hintjax.method import Context
+from hintjax.networks import Features
+
+pytestmark = [pytest.mark.quick, pytest.mark.usefixtures("strict")]
+
+KEY = jax.random.key(0)
+CONTEXT = Context(KEY, jnp.int32(0), False)
+
+
+def names(kind="param"):
+    return {
+        **{
+            f"Conv_{i}": {"kernel": f"{kind}.simkd.transfer.{3 * i}.weight"}
+            for i in range(3)
+        },
+        **{
+            f"BatchNorm_{i}": {
+                "scale": f"{kind}.simkd.transfer.{3 * i + 1}.weight",
+                "bias": f"{kind}.simkd.transfer.{3 * i + 1}.bias",
+            }
+            for i in range(3)
+        },
+    }
+
+
+def test_the_method_is_the_code(golden):
+    case = golden("simkd/factor2_eval")
+    head = {"kernel": case["param.cls_t.weight"], "bias": case["param.cls_t.bias"]}
+    teacher = Features(hints={"x": case["in.f_t"]}, params={"classifier": head})
+    student = Features(hints={"a": case["in.f_s"]})
+    method = simkd(("a", "x"))
+    params = {"a->x": jax.tree.map(lambda name: case[name], names())}
+    statistics = {
+        f"BatchNorm_{i}": {
+            "mean": case[f"state.simkd.transfer.{3 * i + 1}.running_mean"],
+            "var": case[f"state.simkd.transfer.{3 * i + 1}.running_var"],
+        }
+        for i in range(3)
+    }
+    memory = {"a->x": {"batch_stats": statistics}}
+    shapes = jax.eval_shape(lambda: (student, teacher))
+    made = jax.eval_shape(lambda key: method.init(key, *shapes, None), KEY)
+    assert jax.tree.map(jnp.shape, made) == jax.tree.map(jnp.shape, (params, memory))
+    label = case["out.logits"].argmax(-1).at[0].add(1)
+
+    @jax.jit
+    @functools.partial(jax.value_and_grad, argnums=(0, 1), has_aux=True)
+    def run(params, student):
+        batch = {"label": label}
+        values, _, metrics = method.apply(
+            params, memory, student, teacher, batch, CONTEXT
+        )
+        return values.mean(), metrics
+
+    (value, metrics), (by_params, by_student) = run(params, student)
+    assert case.error("out.loss", value) < 1e-5
+    assert case.error("grad.in.f_s", by_student.hints["a"]) < 1e-5
+    errors = jax.tree.map(case.error, names("grad.param"), by_params["a->x"])
+    assert max(jax.tree.leaves(errors)) < 1e-5
+    assert metrics["accuracy"] == 0.75
+    assert case.error("out.logits", reused_classifier(case["out.trans_s"], head)) < 1e-5
+
+
+def test_there_need_be_no_classifier():
+    student = Features(hints={"a": jnp.ones((2, 4, 4, 3))})
+    teacher = Features(hints={"x": jnp.ones((2, 4, 4, 3))})
+    method = simkd(("a", "x"), None, regressor=regressors.identity)
+    assert method.teacher.params == ()
+    params, memory = method.init(KEY, student, teacher, None)
+    batch = {"label": jnp.zeros(2, jnp.int32)}
+    values, _, metrics = method.apply(params, memory, student, teacher, batch, CONTEXT)
+    np.testing.assert_array_equal(values, jnp.zeros(2))
+    assert metrics == {}
+
+
+def test_a_classifier_has_a_kernel():
+    student = Features(hints={"a": jnp.ones((2, 4, 4, 3))})
+    norm = {"scale": jnp.ones(3)}
+    teacher = Features(hints={"x": jnp.ones((2, 4, 4, 3))}, params={"head": norm})
+    with pytest.raises(ValueError, match="simkd: .*'head' .*kernel"):
+        simkd(("a", "x"), "head").init(KEY, student, teacher, None)
