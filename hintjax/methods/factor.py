@@ -27,10 +27,9 @@ def factor_transfer(
     factor::
 
         first = hint_stage(student, teacher, objective(ft=paraphrase(pairs)), ...)
-        second = distillation_stage(
-            student, teacher, objective(task=..., ft=weighted(factor_transfer(pairs), 200)), ...
-        )
-        second.init(..., carry=first_state)
+        ft = weighted(factor_transfer(pairs), 200)
+        second = distillation_stage(student, teacher, objective(task=..., ft=ft), ...)
+        second.init(..., carry=state)  # the last state of the first stage
 
     The field pairs the last stages of two residual networks at weight 200.
 
