@@ -35,6 +35,7 @@ def factor_loss(
         for each position before it is normalised; the paper (Eq. 4) normalises the
         whole factor and has a sum.
 
+    >>> import jax.numpy as jnp
     >>> student = jnp.array([[[[0.0], [2.0]]]])
     >>> factor_loss(student, student[:, :, ::-1])
     Array([1.], dtype=float32)
