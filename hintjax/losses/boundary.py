@@ -44,7 +44,7 @@ def activation_boundary_loss(
 
     References:
         Heo et al.: Knowledge Transfer via Distillation of Activation Boundaries, 2019,
-        Eq. 5. https://arxiv.org/abs/1811.03233
+        https://arxiv.org/abs/1811.03233
         https://github.com/HobbitLong/RepDistiller (AB.py)
     """
     caller = "activation_boundary_loss"

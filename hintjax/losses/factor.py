@@ -32,7 +32,7 @@ def factor_loss(
 
     Convention:
         `.mean()` is what RepDistiller weighs by 200. It reduces a factor to one number
-        for each position before it is normalised; the paper (Eq. 4) normalises the
+        for each position before it is normalised; the paper normalises the
         whole factor and has a sum.
 
     >>> import jax.numpy as jnp

@@ -31,14 +31,13 @@ def masked_generation_loss(
         One value >= 0 per example; 0 where nothing counts.
 
     Convention:
-        `.mean()` is what the authors' code weighs by alpha: 7e-5 for classification,
-        2e-5 for detection and segmentation.
+        `.mean()` is what the authors' code weighs by alpha, 7e-5 for classification.
 
     >>> masked_generation_loss(jnp.ones((1, 2, 2, 3)), jnp.zeros((1, 2, 2, 3)))
     Array([12.], dtype=float32)
 
     References:
-        Yang et al.: Masked Generative Distillation, 2022, Eq. 4.
+        Yang et al.: Masked Generative Distillation, 2022.
         https://arxiv.org/abs/2205.01529
         https://github.com/yzd-v/MGD (mgd.py)
     """

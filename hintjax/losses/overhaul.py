@@ -30,7 +30,7 @@ def batch_norm_margin(
     Array([-0.7978..., -3.        ], dtype=float32)
 
     References:
-        Heo et al.: A Comprehensive Overhaul of Feature Distillation, 2019, Eq. 4.
+        Heo et al.: A Comprehensive Overhaul of Feature Distillation, 2019.
         https://arxiv.org/abs/1904.01866
     """
     caller = "batch_norm_margin"
@@ -64,7 +64,7 @@ def margin_relu(
     Array([[-1. , -0.5,  2. ]], dtype=float32)
 
     References:
-        Heo et al.: A Comprehensive Overhaul of Feature Distillation, 2019, Eq. 3.
+        Heo et al.: A Comprehensive Overhaul of Feature Distillation, 2019.
     """
     features, margin = as_float("margin_relu", features, margin)
     if margin.shape != features.shape[-1:]:
@@ -105,7 +105,7 @@ def partial_l2_loss(
     Array([8.], dtype=float32)
 
     References:
-        Heo et al.: A Comprehensive Overhaul of Feature Distillation, 2019, Eq. 5.
+        Heo et al.: A Comprehensive Overhaul of Feature Distillation, 2019.
         https://arxiv.org/abs/1904.01866
         https://github.com/clovaai/overhaul-distillation
         https://github.com/megvii-research/mdistiller (OFD.py)

@@ -31,9 +31,8 @@ def selectivity_loss(
         One value >= 0 (up to rounding) per example; 0 where nothing counts.
 
     Convention:
-        `.mean()` is what RepDistiller weighs by 50. The paper halves its weight. The
-        code holds all products of two channels at all positions; here they are three
-        Gram matrices.
+        `.mean()` is what RepDistiller weighs by 50. The code holds all products of two
+        channels at all positions; here they are three Gram matrices.
 
     >>> teacher = jnp.eye(2).reshape(1, 1, 2, 2)  # each channel selects one position
     >>> selectivity_loss(teacher[..., :1], teacher)
@@ -41,7 +40,7 @@ def selectivity_loss(
 
     References:
         Huang, Wang: Like What You Like: Knowledge Distill via Neuron Selectivity
-        Transfer, 2017, Eq. 8. https://arxiv.org/abs/1707.01219
+        Transfer, 2017. https://arxiv.org/abs/1707.01219
         https://github.com/HobbitLong/RepDistiller (NST.py)
     """
     caller = "selectivity_loss"

@@ -47,7 +47,7 @@ def variational_loss(
 
     References:
         Ahn et al.: Variational Information Distillation for Knowledge Transfer, 2019,
-        Eq. 5. https://arxiv.org/abs/1904.05835
+        https://arxiv.org/abs/1904.05835
         https://github.com/HobbitLong/RepDistiller (VID.py)
     """
     caller = "variational_loss"

@@ -75,7 +75,7 @@ def paraphrase(pairs: Pairs, *, rate: float = 0.5) -> Method:
         ValueError: see `factor_transfer`.
 
     References:
-        Kim, Park, Kwak 2018, section 3.1.
+        Kim, Park, Kwak 2018.
     """
     return _factor("paraphrase", pairs, rate, None)
 

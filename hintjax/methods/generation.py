@@ -39,7 +39,7 @@ def masked_generation(
     aligned to the teacher's channels, masked at random, and sent through two
     convolutions (`hintjax.regressors.Generator`). The field pairs the last stages, at
     weight 7e-5 for classification; for detection and segmentation positions are masked
-    (`mask=masked_positions`) at a rate of 0.65 or 0.75, at weight 2e-5.
+    (`mask=masked_positions`).
 
     Args:
         pairs: (guided layer, hint layer) for each pair, as paths; maps (h, w, c).
