@@ -162,6 +162,8 @@ def distill(config: Config, run_dir: Path, *, resume: bool = False) -> None:
     arms = _arms(config) if config.method is None else []
     for recipe in [arm.recipe for arm in arms] or [RECIPES[config.method]]:
         check(setting, recipe)
+    if not resume:
+        configs.save(config, run_dir)
     if setting.teacher is not None:
         _show_pairs(setting)
     per_epoch = setting.dataset.train.n // config.batch_size
@@ -188,7 +190,7 @@ def distill(config: Config, run_dir: Path, *, resume: bool = False) -> None:
 
 
 def claim(run_dir: Path | None, config: Config) -> Path:
-    """Makes the run directory of a new run, and leaves the config in it.
+    """Makes the run directory of a new run; it stays empty until all is checked.
 
     Raises:
         ValueError: if it holds anything, or cannot be made.
@@ -206,7 +208,8 @@ def claim(run_dir: Path | None, config: Config) -> Path:
             do = f"{do} Choose another --run-dir.".strip()
             got = f"{run_dir} with {'a run' if ours else 'other files'} in it"
             raise ValueError(message("distill", "an empty run directory", got, do))
-        configs.save(config, run_dir)
+        if not os.access(run_dir, os.W_OK):
+            raise PermissionError(f"no right to write in {run_dir}")
     except OSError as error:
         wanted = "a run directory that can be written"
         raise ValueError(message("distill", wanted, f"{error}")) from None
