@@ -21,6 +21,7 @@ from hintjax._numerics import as_float, masked_mean
 from hintjax.networks import Wants
 
 Weight = float | int | Callable[[Array], Array]
+PREPARED = "prepared"  # the memory that holds what an earlier stage trained
 Pairs = Sequence[tuple[str, str]]  # (guided layer, hint layer), as paths
 
 
@@ -55,12 +56,20 @@ class Method(NamedTuple):
         apply: `(params, memory, student, teacher, batch, context) -> (values,
             memory, metrics)`: one value per example; the memory, which may differ
             only if `context.train`; scalars to report, by name.
+        prepare: the method of a hint stage that comes before, if there must be one
+            (FT's paraphraser). What it trains is `memory["prepared"]` here: `init`
+            gives it its shape, `carry` of a stage its values.
+        deploy: `(params, memory, student, teacher) -> output`: what is shipped, where
+            it is not the student alone (SimKD). Of the teacher's features only
+            `params` have values: it is not run, and its hints are zeros.
     """
 
     student: Wants
     teacher: Wants
     init: Callable[..., tuple[dict, dict]]
     apply: Callable[..., tuple[Float[Array, " batch"], dict, dict]]
+    prepare: "Method | None" = None
+    deploy: Callable[..., Array] | None = None
 
 
 class Weighted(NamedTuple):
@@ -109,7 +118,8 @@ def objective(**terms: Weighted | Method) -> Method:
         that two objectives can share a term (see `carry` of a stage).
 
     Raises:
-        ValueError: if there is no term, or if all weights are 0.
+        ValueError: if there is no term, if all weights are 0, or if two terms say what
+            is deployed.
 
     >>> import optax
     >>> term = task(optax.softmax_cross_entropy_with_integer_labels)
@@ -160,12 +170,35 @@ def objective(**terms: Weighted | Method) -> Method:
         metrics["loss"] = masked_mean(total, batch.get("where"))
         return total, remembered, metrics
 
+    prepared = {
+        name: term.method.prepare
+        for name, term in named.items()
+        if term.method.prepare is not None
+    }
     return Method(
         student=union(*(term.method.student for term in named.values())),
         teacher=union(*(term.method.teacher for term in named.values())),
         init=init,
         apply=apply,
+        prepare=objective(**prepared) if prepared else None,
+        deploy=_deployed(named),
     )
+
+
+def _deployed(terms):
+    """`Method.deploy` of an objective: that of its one term that has it."""
+    found = [name for name, term in terms.items() if term.method.deploy is not None]
+    if len(found) > 1:
+        wanted = "at most one term that says what is deployed"
+        raise ValueError(message("objective", wanted, f"{found}"))
+    if not found:
+        return None
+    (name,) = found
+
+    def deploy(params, memory, student, teacher):
+        return terms[name].method.deploy(params[name], memory[name], student, teacher)
+
+    return deploy
 
 
 def task(

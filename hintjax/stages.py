@@ -27,7 +27,7 @@ from jaxtyping import Array, Float, Int, Key, PyTree
 
 from hintjax._checks import mask, message
 from hintjax._numerics import masked_mean
-from hintjax.method import Context, Method, one_per_example
+from hintjax.method import PREPARED, Context, Method, one_per_example
 from hintjax.networks import Features, Network, Variables, Wants
 from hintjax.sharding import over_batch, replicated
 
@@ -63,7 +63,8 @@ class Stage(NamedTuple):
             `Variables`. Everything is copied, so that donation never deletes the
             caller's arrays. `data` (`Data`) is for methods that need the training
             set's size and labels; `carry`, the `State` of an earlier stage, gives
-            its regressors and memory to the terms of the same name.
+            its regressors and memory to the terms of the same name; a method that has
+            a `prepare` needs that of its stage.
         teach: `(state, teacher, batch) -> Features` of the teacher, with
             `stop_gradient`.
         step: `(state, taught, batch) -> (state, metrics)`; pure and not jitted.
@@ -331,6 +332,11 @@ def _stage(student, teacher, method, optimiser, inputs, teacher_inputs, mesh):
         return regressors, memory, transform.init(params), state.step, own
 
     def init(key, student_variables, teacher_variables, batch, data=None, carry=None):
+        if method.prepare is not None and carry is None:
+            raise ValueError(
+                "stage: expected carry=, the state of the stage before, got None. "
+                "Train method.prepare in a hint_stage first."
+            )
         variables = Variables(*_copied(tuple(student_variables)))
         if carry is not None:
             carry = _copied((carry.params["regressors"], carry.memory))
@@ -394,27 +400,42 @@ def _copied(tree: PyTree) -> PyTree:
 
 def _carried(fresh: tuple[dict, dict], earlier: tuple[dict, dict]) -> list[dict]:
     """The earlier stage's regressors and memory, of the terms that both have."""
-    common = [name for name in fresh[0] if name in earlier[0]]
-    if not common:
+    if PREPARED in fresh[1]:  # a method alone, without names of terms
+        return list(_term("the method", fresh, earlier))
+    names = [name for name in fresh[0] if name in earlier[0]]
+    missing = [n for n, own in fresh[1].items() if PREPARED in own and n not in names]
+    if not names or missing:
         raise ValueError(
             f"carry: expected a term of both stages, got {list(earlier[0])} in the "
-            f"earlier stage and {list(fresh[0])} here. Name the term the same in an "
-            f"objective of each stage."
+            f"earlier stage and {missing or list(fresh[0])} here. Name the term the "
+            f"same in an objective of each stage."
         )
-    for name in common:
-        ours, theirs = (
-            jax.tree.map(
-                lambda leaf: (leaf.shape, leaf.dtype), [part[name] for part in parts]
-            )
-            for parts in (fresh, earlier)
+    carried = [dict(part) for part in fresh]
+    for name in names:
+        ours, theirs = ([part[name] for part in parts] for parts in (fresh, earlier))
+        for part, value in zip(carried, _term(repr(name), ours, theirs), strict=True):
+            part[name] = value
+    return carried
+
+
+def _term(name, fresh, earlier):
+    """The parameters and memory of one term, from the same term of another stage."""
+    params, memory = fresh
+    if PREPARED in memory and PREPARED not in earlier[1]:  # it was the stage before
+        _same(name, memory[PREPARED], earlier[0])
+        return params, {**memory, PREPARED: earlier[0]}
+    _same(name, fresh, earlier)
+    return earlier
+
+
+def _same(name, fresh, earlier):
+    ours, theirs = (
+        jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)
+        for tree in (fresh, earlier)
+    )
+    if ours != theirs:
+        raise ValueError(
+            f"carry: expected the term {name} to be the same in both stages, got "
+            f"{theirs} from the earlier stage and {ours} here. Use the same pairs "
+            f"and regressors, or another name."
         )
-        if ours != theirs:
-            raise ValueError(
-                f"carry: expected the term {name!r} to be the same in both stages, got "
-                f"{theirs} from the earlier stage and {ours} here. Use the same pairs "
-                f"and regressors, or another name."
-            )
-    return [
-        {**new, **{name: old[name] for name in common}}
-        for new, old in zip(fresh, earlier, strict=True)
-    ]

@@ -776,6 +776,47 @@ def test_carry_without_a_common_term_is_refused(relay):
         stage.init(KEY, start, theirs, images(), carry=earlier)
 
 
+def factors():
+    """FT's objective of the network that `relay` uses."""
+    return {"task": task(), "ft": hj.factor_transfer([PAIR])}
+
+
+def test_what_a_stage_before_trained_is_remembered_and_never_decays(relay):
+    student, teacher, theirs, _ = relay
+    method, batch = hj.objective(**factors()), images()
+    first = hj.hint_stage(student, teacher, method.prepare, optax.sgd(0.1))
+    start = student.init(KEY, batch["image"])
+    earlier = first.init(KEY, start, theirs, batch)
+    earlier, _ = first.update(earlier, theirs, batch)
+    equal(earlier.params["student"], start.params)
+    decaying = optax.chain(optax.add_decayed_weights(0.1), optax.sgd(0.1))
+    stage = hj.distillation_stage(student, teacher, method, decaying)
+    state = stage.init(KEY, start, theirs, batch, carry=earlier)
+    trained = earlier.params["regressors"]["ft"]
+    equal(state.memory["ft"]["prepared"], trained)
+    state, _ = stage.update(state, theirs, batch)
+    equal(state.memory["ft"]["prepared"], trained)
+    again = stage.init(KEY, start, theirs, batch, carry=state)  # and is carried on
+    equal(again.memory["ft"]["prepared"], trained)
+
+
+@pytest.mark.quick
+def test_a_method_that_needs_a_stage_before_is_not_trained_without(relay):
+    student, teacher, theirs, earlier = relay
+    start, batch = hj.student_variables(earlier), images()
+    alone = hj.distillation_stage(
+        student, teacher, hj.factor_transfer([PAIR]), optax.sgd(0.1)
+    )
+    with pytest.raises(ValueError, match="expected carry=, the state of the stage"):
+        alone.init(KEY, start, theirs, batch)
+    for stage in (
+        alone,
+        second(student, teacher, hint=hj.fitnets([PAIR]), ft=factors()["ft"]),
+    ):
+        with pytest.raises(ValueError, match="carry: expected"):
+            stage.init(KEY, start, theirs, batch, carry=earlier)
+
+
 # Randomness
 
 

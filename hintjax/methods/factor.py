@@ -1,6 +1,7 @@
 """FT: factor transfer (Kim et al. 2018)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ from hintjax import regressors
 from hintjax._checks import message
 from hintjax._numerics import as_float
 from hintjax.losses import factor_loss
-from hintjax.method import Method, Pairs, hints_of
+from hintjax.method import PREPARED, Method, Pairs, hints_of
 
 
 def factor_transfer(
@@ -22,13 +23,13 @@ def factor_transfer(
     """FT: a translator makes of the guided layer what a paraphraser makes of the hint.
 
     In two stages: first the paraphraser, an autoencoder of the hint layer, is trained
-    on the teacher alone (`paraphrase`, 30 epochs in the CRD benchmark), then its
-    encoder stays as it is while the student and its translator learn to match its
-    factor::
+    on the teacher alone (30 epochs in the CRD benchmark), then its encoder stays as it
+    is while the student and its translator learn to match its factor::
 
-        first = hint_stage(student, teacher, objective(ft=paraphrase(pairs)), ...)
         ft = weighted(factor_transfer(pairs), 200)
-        second = distillation_stage(student, teacher, objective(task=..., ft=ft), ...)
+        both = objective(task=..., ft=ft)
+        first = hint_stage(student, teacher, both.prepare, ...)
+        second = distillation_stage(student, teacher, both, ...)
         second.init(..., carry=state)  # the last state of the first stage
 
     The field pairs the last stages of two residual networks at weight 200.
@@ -39,10 +40,9 @@ def factor_transfer(
         loss: compares two batches of factors, one value per example.
 
     Returns:
-        The method. For each pair it trains, under `guided->hint`, a `translator` (three
-        3x3 convolutions with BatchNorm), whose statistics it remembers, and holds the
-        `paraphraser` (`encoder` and `decoder`), which has no gradient. An optimiser's
-        weight decay still shrinks it: mask it out.
+        The method. It trains one translator per pair (three 3x3 convolutions with
+        BatchNorm), named `guided->hint`, and remembers their statistics
+        (`translators`) and the paraphrasers (`prepared`), which no optimiser reaches.
 
     Raises:
         ValueError: without pairs, for a rate outside its range, or (when a stage is
@@ -52,7 +52,43 @@ def factor_transfer(
         Kim, Park, Kwak 2018, Paraphrasing Complex Network: Network Compression via
         Factor Transfer.
     """
-    return _factor("factor_transfer", pairs, rate, loss)
+    before = paraphrase(pairs, rate=rate)
+    student_wants, teacher_wants = hints_of("factor_transfer", pairs)
+
+    def translators(student, teacher):
+        for own in _ready(pairs, rate, student, teacher):
+            channels = (own.guided.shape[-1], own.factor, own.factor)
+            yield own, regressors.Coder(channels, batch_norm=True)
+
+    def init(key, student, teacher, data):
+        params, statistics = {}, {}
+        first, second = jax.random.split(key)
+        for number, (own, module) in enumerate(translators(student, teacher)):
+            one = jax.random.fold_in(first, number)
+            params[own.name], statistics[own.name] = regressors.init(
+                module, one, own.guided.shape
+            )
+        prepared, _ = before.init(second, student, teacher, data)
+        return params, {PREPARED: prepared, "translators": statistics}
+
+    def apply(params, memory, student, teacher, batch, context):
+        total, statistics = 0.0, {}
+        for own, module in translators(student, teacher):
+            paraphraser = memory[PREPARED][own.name]
+            coded, _ = regressors.apply(
+                own.encoder, paraphraser["encoder"], {}, own.hint, False
+            )
+            translated, statistics[own.name] = regressors.apply(
+                module,
+                params[own.name],
+                memory["translators"][own.name],
+                own.guided,
+                context.train,
+            )
+            total = total + loss(translated, coded)
+        return total, {**memory, "translators": statistics}, {}
+
+    return Method(student_wants, teacher_wants, init, apply, prepare=before)
 
 
 def paraphrase(pairs: Pairs, *, rate: float = 0.5) -> Method:
@@ -60,16 +96,16 @@ def paraphrase(pairs: Pairs, *, rate: float = 0.5) -> Method:
 
     values = sum over pairs of mean_i (decoder(encoder(t))_i - t_i)^2
 
-    Its parameters are those of `factor_transfer` with the same pairs and rate, so that
-    a stage of that, whose term has the same name, carries them on (`carry=`). The
-    student is seen only for its shapes, and does not change in a hint stage of this.
+    It is `factor_transfer(pairs).prepare`. The student is seen only for its shapes, and
+    does not change in a hint stage of this.
 
     Args:
         pairs: as for `factor_transfer`.
         rate: as for `factor_transfer`.
 
     Returns:
-        The method.
+        The method. It trains one paraphraser per pair (`encoder` and `decoder`), named
+        `guided->hint`.
 
     Raises:
         ValueError: see `factor_transfer`.
@@ -77,80 +113,59 @@ def paraphrase(pairs: Pairs, *, rate: float = 0.5) -> Method:
     References:
         Kim, Park, Kwak 2018.
     """
-    return _factor("paraphrase", pairs, rate, None)
-
-
-def _factor(caller, pairs, rate, loss):
-    """Both methods: the first stage where there is no loss of factors."""
     if not 0 < rate <= 1:
-        raise ValueError(message(caller, "a rate in (0, 1]", f"{rate}"))
-    student_wants, teacher_wants = hints_of(caller, pairs)
-
-    def ready(student, teacher):
-        for guided, hint in pairs:
-            ours, theirs = student.hints[guided], teacher.hints[hint]
-            if not len(ours.shape) == len(theirs.shape) == 4:
-                wanted = f"{guided} and {hint} to be maps (h, w, c)"
-                got = f"{tuple(ours.shape[1:])} and {tuple(theirs.shape[1:])}"
-                raise ValueError(message(caller, wanted, got))
-            c, factor = theirs.shape[-1], max(1, int(theirs.shape[-1] * rate))
-            modules = {
-                "translator": regressors.Coder(
-                    (ours.shape[-1], factor, factor), batch_norm=True
-                ),
-                "encoder": regressors.Coder((c, factor, factor)),
-                "decoder": regressors.Coder((factor, c, c)),
-            }
-            yield f"{guided}->{hint}", modules, ours, theirs
+        wanted = "a rate in (0, 1]"
+        raise ValueError(message("factor_transfer", wanted, f"{rate}"))
+    student_wants, teacher_wants = hints_of("factor_transfer", pairs)
 
     def init(key, student, teacher, data):
-        params, memory = {}, {}
-        for number, (name, modules, ours, theirs) in enumerate(ready(student, teacher)):
-            factor = (*theirs.shape[:-1], modules["encoder"].channels[-1])
-            shapes = (ours.shape, theirs.shape, factor)
-            keys = jax.random.split(jax.random.fold_in(key, number), 3)
-            made = {
-                part: regressors.init(module, one, shape)
-                for (part, module), one, shape in zip(
-                    modules.items(), keys, shapes, strict=True
-                )
+        params = {}
+        for number, own in enumerate(_ready(pairs, rate, student, teacher)):
+            one, two = jax.random.split(jax.random.fold_in(key, number))
+            factor = (*own.hint.shape[:-1], own.factor)
+            params[own.name] = {
+                "encoder": regressors.init(own.encoder, one, own.hint.shape)[0],
+                "decoder": regressors.init(own.decoder, two, factor)[0],
             }
-            paraphraser = {part: made[part][0] for part in ("encoder", "decoder")}
-            params[name] = {"translator": made["translator"][0]}
-            params[name]["paraphraser"] = paraphraser
-            memory[name] = made["translator"][1]
-        return params, memory
+        return params, {}
 
     def apply(params, memory, student, teacher, batch, context):
-        total, remembered = 0.0, dict(memory)
-        for name, modules, ours, theirs in ready(student, teacher):
-            own = params[name]
-            paraphraser = own["paraphraser"]
-            if loss is None:
-                coded, _ = regressors.apply(
-                    modules["encoder"], paraphraser["encoder"], {}, theirs, True
-                )
-                again, _ = regressors.apply(
-                    modules["decoder"], paraphraser["decoder"], {}, coded, True
-                )
-                again, theirs = as_float(caller, again, theirs)
-                total = total + jnp.mean(jnp.square(again - theirs), (1, 2, 3))
-                continue
+        total = 0.0
+        for own in _ready(pairs, rate, student, teacher):
+            weights = params[own.name]
             coded, _ = regressors.apply(
-                modules["encoder"],
-                jax.lax.stop_gradient(paraphraser["encoder"]),
-                {},
-                theirs,
-                False,
+                own.encoder, weights["encoder"], {}, own.hint, context.train
             )
-            translated, remembered[name] = regressors.apply(
-                modules["translator"],
-                own["translator"],
-                memory[name],
-                ours,
-                context.train,
+            again, _ = regressors.apply(
+                own.decoder, weights["decoder"], {}, coded, context.train
             )
-            total = total + loss(translated, coded)
-        return total, remembered, {}
+            again, hint = as_float("factor_transfer", again, own.hint)
+            total = total + jnp.mean(jnp.square(again - hint), (1, 2, 3))
+        return total, memory, {}
 
     return Method(student_wants, teacher_wants, init, apply)
+
+
+class _Pair(NamedTuple):
+    """One pair, and its paraphraser's halves."""
+
+    name: str  # guided->hint
+    guided: Any
+    hint: Any
+    factor: int  # channels
+    encoder: regressors.Coder
+    decoder: regressors.Coder
+
+
+def _ready(pairs, rate, student, teacher) -> Iterator[_Pair]:
+    for guided, hint in pairs:
+        ours, theirs = student.hints[guided], teacher.hints[hint]
+        if not len(ours.shape) == len(theirs.shape) == 4:
+            wanted = f"{guided} and {hint} to be maps (h, w, c)"
+            got = f"{tuple(ours.shape[1:])} and {tuple(theirs.shape[1:])}"
+            raise ValueError(message("factor_transfer", wanted, got))
+        c = theirs.shape[-1]
+        factor = max(1, int(c * rate))
+        encoder = regressors.Coder((c, factor, factor))
+        decoder = regressors.Coder((factor, c, c))
+        yield _Pair(f"{guided}->{hint}", ours, theirs, factor, encoder, decoder)

@@ -14,7 +14,7 @@ from hintjax.methods import _regressed
 
 def simkd(
     pair: tuple[str, str],
-    classifier: str | None = "classifier",
+    classifier: str = "classifier",
     *,
     regressor: regressors.Sizing = regressors.bottleneck,
 ) -> Method:
@@ -24,12 +24,12 @@ def simkd(
 
     The published setting has this at weight 1 and neither the task nor KD: the
     student's own classifier is not used. Where sizes differ, the larger map is averaged
-    down first. The student is served with the projector and the teacher's classifier:
-    see `reused_classifier`.
+    down first. The student is deployed with the projector and the teacher's classifier:
+    see `hintjax.export.deployed`.
 
     Args:
         pair: (last map of the student, last map of the teacher), before the pooling.
-        classifier: path of the teacher's, a dense layer; None to predict nothing.
+        classifier: path of the teacher's, a dense layer.
         regressor: sizes the projector; see `hintjax.regressors.bottleneck` for its
             width.
 
@@ -47,11 +47,10 @@ def simkd(
     """
     pairs = [pair]
     student_wants, teacher_wants = hints_of("simkd", pairs)
-    if classifier is not None:
-        teacher_wants = teacher_wants._replace(params=(classifier,))
+    teacher_wants = teacher_wants._replace(params=(classifier,))
 
     def init(key, student, teacher, data):
-        if classifier is not None and "kernel" not in teacher.params[classifier]:
+        if "kernel" not in teacher.params[classifier]:
             wanted = f"the teacher's {classifier!r} to be a dense layer with a kernel"
             got = f"{list(teacher.params[classifier])}"
             raise ValueError(message("simkd", wanted, got))
@@ -59,21 +58,26 @@ def simkd(
             key, _regressed.ready(pairs, regressor, student, teacher)
         )
 
-    def apply(params, memory, student, teacher, batch, context):
-        ((_, projected, hint),), memory = _regressed.apply(
-            params,
-            memory,
-            _regressed.ready(pairs, regressor, student, teacher),
-            context.train,
+    def projected(params, memory, student, teacher, train):
+        ((_, found, hint),), memory = _regressed.apply(
+            params, memory, _regressed.ready(pairs, regressor, student, teacher), train
         )
+        return found, hint, memory
+
+    def apply(params, memory, student, teacher, batch, context):
+        found, hint, memory = projected(params, memory, student, teacher, context.train)
         metrics = {}
-        if classifier is not None and "label" in batch:
-            logits = reused_classifier(projected, teacher.params[classifier])
+        if "label" in batch:
+            logits = reused_classifier(found, teacher.params[classifier])
             right = (logits.argmax(-1) == batch["label"]).astype(logits.dtype)
             metrics["accuracy"] = masked_mean(right, batch.get("where"))
-        return hint_loss(projected, hint), memory, metrics
+        return hint_loss(found, hint), memory, metrics
 
-    return Method(student_wants, teacher_wants, init, apply)
+    def deploy(params, memory, student, teacher):
+        found, _, _ = projected(params, memory, student, teacher, False)
+        return reused_classifier(found, teacher.params[classifier])
+
+    return Method(student_wants, teacher_wants, init, apply, deploy=deploy)
 
 
 def reused_classifier(

@@ -4,10 +4,9 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
-from hintjax import regressors, reused_classifier, simkd
+from hintjax import reused_classifier, simkd
 from hintjax.method import Context
 from hintjax.networks import Features
 
@@ -69,18 +68,9 @@ def test_the_method_is_the_code(golden):
     assert max(jax.tree.leaves(errors)) < 1e-5
     assert metrics["accuracy"] == 0.75
     assert case.error("out.logits", reused_classifier(case["out.trans_s"], head)) < 1e-5
-
-
-def test_there_need_be_no_classifier():
-    student = Features(hints={"a": jnp.ones((2, 4, 4, 3))})
-    teacher = Features(hints={"x": jnp.ones((2, 4, 4, 3))})
-    method = simkd(("a", "x"), None, regressor=regressors.identity)
-    assert method.teacher.params == ()
-    params, memory = method.init(KEY, student, teacher, None)
-    batch = {"label": jnp.zeros(2, jnp.int32)}
-    values, _, metrics = method.apply(params, memory, student, teacher, batch, CONTEXT)
-    np.testing.assert_array_equal(values, jnp.zeros(2))
-    assert metrics == {}
+    teacher = teacher._replace(hints={"x": jnp.zeros_like(case["in.f_t"])})
+    logits = method.deploy(params, memory, student, teacher)
+    assert case.error("out.logits", logits) < 1e-5
 
 
 def test_a_classifier_has_a_kernel():
