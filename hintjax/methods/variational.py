@@ -53,7 +53,10 @@ def variational(
         means, memory = _regressed.init(key, ready)
         scales = {pair.name: pair.hint.shape[-1:] for pair in ready}
         params = {
-            name: {"mean": mean, "scale": jnp.full(scales[name], initial_scale)}
+            name: {
+                "mean": mean,
+                "scale": jnp.full(scales[name], initial_scale, jnp.float32),
+            }
             for name, mean in means.items()
         }
         return params, memory
