@@ -64,6 +64,7 @@ CANDIDATES = dict.fromkeys(
 
 FEATURES = {"student": (4, 3, 5), "positions": 2}
 UNEQUAL = FEATURES | {"teacher": (8, 7, 6)}
+SCORES = (3, 4, 4)  # a mask of tokens covers its last two axes: tested beside the loss
 
 RELATION = {"student": (12,), "teacher": (3, 5), "coupled": True, "waived": SIZES}
 
@@ -85,10 +86,13 @@ LOSSES = {
         losses.activation_boundary_loss, **FEATURES, batch_dims=True, waived=SIGNS
     ),
     "angle_loss": Loss(losses.angle_loss, **RELATION),
+    "attention_distribution_loss": Loss(losses.attention_distribution_loss, SCORES),
     "attention_map_loss": Loss(losses.attention_map_loss, (12,), positions=1),
     "attention_map_loss_paper": Loss(
         losses.attention_map_loss_paper, (12,), positions=1
     ),
+    "attention_score_loss": Loss(losses.attention_score_loss, SCORES),
+    "attention_score_loss_code": Loss(losses.attention_score_loss_code, SCORES),
     "attention_transfer_loss": Loss(
         losses.attention_transfer_loss, **UNEQUAL, waived=CHANNELS
     ),
@@ -106,6 +110,7 @@ LOSSES = {
     ),
     "channel_loss": Loss(losses.channel_loss, **FEATURES),
     "correlation_loss": Loss(losses.correlation_loss, (3, 5), coupled=True),
+    "cosine_loss": Loss(losses.cosine_loss, **FEATURES, batch_dims=True),
     "decoupled_kd_loss": Loss(labelled, (10,)),
     "dist_loss": Loss(losses.dist_loss, (10,), coupled=True, waived=PEARSON),
     "distance_loss": Loss(losses.distance_loss, **RELATION),
@@ -124,7 +129,15 @@ LOSSES = {
         losses.masked_generation_loss, **FEATURES, batch_dims=True
     ),
     "partial_l2_loss": Loss(losses.partial_l2_loss, **FEATURES, batch_dims=True),
+    "patient_loss": Loss(losses.patient_loss, (12,)),
     "probability_loss": Loss(losses.probability_loss, **RELATION),
+    "relation_loss": Loss(
+        functools.partial(losses.relation_loss, heads=2),
+        (4, 6),
+        (4, 10),
+        positions=1,
+        waived=CHANNELS,
+    ),
     "selectivity_loss": Loss(losses.selectivity_loss, **UNEQUAL, waived=CHANNELS),
     "similarity_loss": Loss(losses.similarity_loss, **RELATION),
     "soft_cross_entropy_loss": Loss(
@@ -561,6 +574,11 @@ METHODS = {
         *UNLIKE,
         waived=TOGETHER | ORDER,
     ),
+    "cosine": Taught(
+        methods.cosine(PAIRS),
+        Features(hints={"guided": (4, 6)}),
+        Features(hints={"hint": (4, 6)}),
+    ),
     "crd": Taught(
         methods.crd(
             ("guided", "hint"),
@@ -595,6 +613,11 @@ METHODS = {
         Features(hints={"guided": (4, 4, 3)}),
         Features(hints={"hint": (8, 8, 5)}),
     ),
+    "minilm": Taught(
+        methods.minilm(PAIRS, [("scores", "attention")], heads=2),
+        Features(hints={"guided": (4, 6), "scores": SCORES}),
+        Features(hints={"hint": (4, 2, 5), "attention": SCORES}),
+    ),
     "overhaul": Taught(
         methods.overhaul(PAIRS, ["norm"]),
         Features(hints={"guided": (4, 4, 3)}),
@@ -607,6 +630,11 @@ METHODS = {
         Features(hints={"guided": (4, 4, 3)}),
         Features(hints={"hint": (8, 8, 5)}),
         waived=TEACHER_ALONE,
+    ),
+    "patient": Taught(
+        methods.patient(PAIRS),
+        Features(hints={"guided": (4, 6)}),
+        Features(hints={"hint": (4, 6)}),
     ),
     "probability_transfer": Taught(
         methods.probability_transfer(PAIRS), *UNLIKE, waived=TOGETHER
@@ -635,6 +663,11 @@ METHODS = {
     ),
     "standardized_kd": Taught(methods.standardized_kd(), *OUTPUTS),
     "soft_targets": Taught(methods.soft_targets(), *OUTPUTS),
+    "tinybert": Taught(
+        methods.tinybert(PAIRS, [("scores", "attention")]),
+        Features(hints={"guided": (4, 6), "scores": SCORES}),
+        Features(hints={"hint": (4, 9), "attention": SCORES}),
+    ),
     "variational": Taught(
         methods.variational(PAIRS),
         Features(hints={"guided": (4, 4, 3)}),

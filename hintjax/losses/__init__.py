@@ -12,10 +12,16 @@ from hintjax.losses.attention import (
     attention_transfer_loss,
     attention_transfer_loss_paper,
 )
+from hintjax.losses.attention_scores import (
+    attention_distribution_loss,
+    attention_score_loss,
+    attention_score_loss_code,
+)
 from hintjax.losses.boundary import activation_boundary_loss
 from hintjax.losses.channel import channel_loss
 from hintjax.losses.class_attention import class_activation_map, class_attention_loss
 from hintjax.losses.correlation import correlation_loss
+from hintjax.losses.cosine import cosine_loss
 from hintjax.losses.crd import (
     contrastive_log_constant,
     contrastive_loss,
@@ -36,21 +42,26 @@ from hintjax.losses.generation import masked_generation_loss
 from hintjax.losses.hint import hint_loss, hint_loss_paper
 from hintjax.losses.kd import kd_loss, soft_cross_entropy_loss
 from hintjax.losses.overhaul import batch_norm_margin, margin_relu, partial_l2_loss
+from hintjax.losses.patient import patient_loss
 from hintjax.losses.probability import probability_loss
 from hintjax.losses.relational import angle_loss, distance_loss
 from hintjax.losses.review import hierarchical_context_loss
 from hintjax.losses.selectivity import selectivity_loss
 from hintjax.losses.similarity import similarity_loss, similarity_matrix
 from hintjax.losses.standardize import standardize_logits
+from hintjax.losses.token_relations import relation_loss
 from hintjax.losses.variational import variational_loss
 
 __all__ = (
     "activation_boundary_loss",
     "angle_loss",
+    "attention_distribution_loss",
     "attention_map",
     "attention_map_loss",
     "attention_map_loss_paper",
     "attention_maps",
+    "attention_score_loss",
+    "attention_score_loss_code",
     "attention_transfer_loss",
     "attention_transfer_loss_paper",
     "batch_norm_margin",
@@ -61,6 +72,7 @@ __all__ = (
     "contrastive_loss",
     "contrastive_scores_loss",
     "correlation_loss",
+    "cosine_loss",
     "decoupled_kd_loss",
     "dist_loss",
     "distance_loss",
@@ -78,7 +90,9 @@ __all__ = (
     "margin_relu",
     "masked_generation_loss",
     "partial_l2_loss",
+    "patient_loss",
     "probability_loss",
+    "relation_loss",
     "selectivity_loss",
     "similarity_loss",
     "similarity_matrix",

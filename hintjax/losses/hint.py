@@ -34,6 +34,10 @@ def hint_loss(
         and the FitNets code R / 2 times: it sums over one axis, which is the R rows of
         the map in its maxout layers (for other layers, the channels).
 
+        Over tokens (*batch n c), with `where` their padding mask, this is TinyBERT's loss
+        of hidden states, and TextBrewer's hid_mse (there over all tokens of a batch at
+        once; here each example has the same weight, whatever its length).
+
     >>> student = jnp.array([[1.0, 2.0], [3.0, 4.0]])
     >>> hint_loss(student, jnp.zeros((2, 2)))
     Array([ 2.5, 12.5], dtype=float32)
@@ -43,6 +47,7 @@ def hint_loss(
         https://arxiv.org/abs/1412.6550
         https://github.com/HobbitLong/RepDistiller (FitNet.py)
         https://github.com/adri-romsor/FitNets (HintCost.py)
+        Jiao et al.: TinyBERT, 2020. https://arxiv.org/abs/1909.10351
     """
     error = _error("hint_loss", student, teacher, batch_dims, where)
     return masked_mean(jnp.square(error), where, batch_dims)

@@ -5,6 +5,7 @@ from hintjax.methods.boundary import activation_boundary
 from hintjax.methods.channel import channel_wise
 from hintjax.methods.class_attention import class_attention
 from hintjax.methods.correlation import correlation_congruence
+from hintjax.methods.cosine import cosine
 from hintjax.methods.crd import (
     AnchorNegatives,
     BatchNegatives,
@@ -24,13 +25,16 @@ from hintjax.methods.generation import (
     masked_positions,
 )
 from hintjax.methods.kd import kd, soft_targets, standardized_kd
+from hintjax.methods.minilm import minilm
 from hintjax.methods.overhaul import overhaul
+from hintjax.methods.patient import patient
 from hintjax.methods.probability import probability_transfer
 from hintjax.methods.relational import relational
 from hintjax.methods.review import review, warm_up
 from hintjax.methods.selectivity import selectivity
 from hintjax.methods.similarity import similarity_preserving
 from hintjax.methods.simkd import reused_classifier, simkd
+from hintjax.methods.tinybert import tinybert
 from hintjax.methods.variational import variational
 
 __all__ = [
@@ -43,6 +47,7 @@ __all__ = [
     "channel_wise",
     "class_attention",
     "correlation_congruence",
+    "cosine",
     "crd",
     "crd_bytes",
     "decoupled_kd",
@@ -57,8 +62,10 @@ __all__ = [
     "masked_channels",
     "masked_generation",
     "masked_positions",
+    "minilm",
     "overhaul",
     "paraphrase",
+    "patient",
     "probability_transfer",
     "relational",
     "reused_classifier",
@@ -68,6 +75,7 @@ __all__ = [
     "simkd",
     "soft_targets",
     "standardized_kd",
+    "tinybert",
     "variational",
     "warm_up",
 ]

@@ -6,22 +6,28 @@ from jaxtyping import Array, Float
 
 from hintjax._checks import message
 from hintjax.method import Method, Pairs, hints_of, nothing
+from hintjax.methods._tokens import counted
 from hintjax.networks import Wants
 
 
 def compared(
-    caller: str, pairs: Pairs, loss: Callable[..., Float[Array, " batch"]]
+    caller: str,
+    pairs: Pairs,
+    loss: Callable[..., Float[Array, " batch"]],
+    padding: str | None = None,
 ) -> Method:
     """The loss of each pair of layers, summed.
 
     The loss is told which examples are valid: one that compares the examples of a batch
-    must not see those that only fill it up.
+    must not see those that only fill it up. With `padding`, the name of the batch's mask
+    of tokens, it is told which tokens are.
     """
     student_wants, teacher_wants = hints_of(caller, pairs)
 
     def apply(params, memory, student, teacher, batch, context):
+        where = counted(caller, batch, padding)
         values = [
-            loss(student.hints[guided], teacher.hints[hint], where=batch.get("where"))
+            loss(student.hints[guided], teacher.hints[hint], where=where)
             for guided, hint in pairs
         ]
         return sum(values), memory, {}

@@ -11,13 +11,15 @@ from hintjax._checks import message
 from hintjax._numerics import as_float, keep, masked_mean
 from hintjax.losses import hint_loss
 from hintjax.method import Method, Pairs, hints_of
+from hintjax.methods._tokens import counted
 
 
 def fitnets(
     pairs: Pairs,
     *,
     regressor: regressors.Sizing = regressors.fit,
-    loss: Callable[[Array, Array], Float[Array, " batch"]] = hint_loss,
+    loss: Callable[..., Float[Array, " batch"]] = hint_loss,
+    padding: str | None = None,
 ) -> Method:
     """FitNets: a regressor on the guided layer predicts the hint layer.
 
@@ -32,7 +34,10 @@ def fitnets(
     Args:
         pairs: (guided layer, hint layer) for each pair, as paths.
         regressor: sizes a regressor for one pair from the two shapes.
-        loss: compares a prediction with its hint, one value per example.
+        loss: compares a prediction with its hint, one value per example; with `padding`
+            it is also told which tokens count, as `where`.
+        padding: for hints over tokens (batch, n, c), the name of the batch's mask of
+            tokens, bool (batch, n), True where a token counts; without it all count.
 
     Returns:
         The method. It trains one regressor per pair, named `guided->hint`;
@@ -42,7 +47,7 @@ def fitnets(
 
     Raises:
         ValueError: without pairs, or (when a stage is initialised) if a regressor
-            cannot be sized for a pair.
+            cannot be sized for a pair; if the batch lacks the mask.
 
     References:
         Romero et al. 2015, FitNets: Hints for Thin Deep Nets.
@@ -65,15 +70,16 @@ def fitnets(
 
     def apply(params, memory, student, teacher, batch, context):
         total, remembered, losses, r2 = 0.0, {}, {}, {}
-        where = batch.get("where")
+        where, tokens = batch.get("where"), counted("fitnets", batch, padding)
+        told = {} if padding is None else {"where": tokens}
         for name, module, guided, hint in sized(student, teacher):
             predicted, remembered[name] = regressors.apply(
                 module, params[name], memory[name], guided, context.train
             )
-            values = loss(predicted, hint)
+            values = loss(predicted, hint, **told)
             total = total + values
             losses[name] = masked_mean(values, where)
-            r2[name] = explained_variance(predicted, hint, where)
+            r2[name] = explained_variance(predicted, hint, tokens)
         metrics = {"r2": sum(r2.values()) / len(r2)}
         if len(names) > 1:
             metrics |= {f"{name}/loss": value for name, value in losses.items()}
@@ -137,17 +143,17 @@ def lambda_decay(
 def explained_variance(
     predicted: Float[Array, "batch ..."],
     target: Float[Array, "batch ..."],
-    where: Bool[Array, " batch"] | None = None,
+    where: Bool[Array, "..."] | None = None,
 ) -> Float[Array, ""]:
     """R^2: the share of the target's variance that is predicted.
 
     `1 - sum (t - p)^2 / sum (t - mean t)^2`, the mean per channel over the valid
-    examples and all positions; 0 for a target that does not vary.
+    examples and positions; 0 for a target that does not vary.
 
     Args:
         predicted: the regressor's output.
         target: the hint.
-        where: the examples that count; all by default.
+        where: what counts, over the first axes: examples, or positions; all by default.
 
     Returns:
         At most 1; negative where the mean would predict better.

@@ -1,0 +1,188 @@
+"""Matching self-attention: its scores (TinyBERT), or what they choose (MiniLM)."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, ScalarLike
+
+from hintjax import _checks
+from hintjax._numerics import as_float, masked_mean
+from hintjax.losses.kd import divergence
+
+
+def attention_score_loss(
+    student: Float[Array, "*batch heads n n"],
+    teacher: Float[Array, "*batch heads n n"],
+    *,
+    where: Bool[Array, "..."] | None = None,
+) -> Float[Array, "*batch"]:
+    """TinyBERT attention loss: mean squared difference of the attention scores.
+
+    L = mean_hij (a_hij(s) - a_hij(t))^2,  a = Q K^T / sqrt(d), before the softmax
+
+    h runs over the heads, i over the queries and j over the keys that count.
+
+    Args:
+        student: scores of the student, without its padding mask: it stands at -1e4, or
+            at -inf, in both networks, and their difference says nothing, or is nan.
+        teacher: scores of the teacher; as many heads and tokens.
+        where: what counts: examples or tokens (*batch n), as queries and as keys.
+
+    Returns:
+        One value >= 0 per example; 0 where nothing counts.
+
+    Convention:
+        `.mean()` is the paper's L_attn, of weight 1 for each pair of layers. The authors'
+        code sets low scores to 0 first (`attention_score_loss_code`). TextBrewer prints
+        this number if it is given a mask, over all pairs of tokens of a batch at once;
+        here each example has the same weight, whatever its length.
+
+    >>> student = jnp.array([[[1.0, 2.0], [3.0, 4.0]]])
+    >>> attention_score_loss(student, jnp.zeros((1, 2, 2)))
+    Array(7.5, dtype=float32)
+    >>> where = jnp.array([True, False])
+    >>> attention_score_loss(student, jnp.zeros((1, 2, 2)), where=where)
+    Array(1., dtype=float32)
+
+    References:
+        Jiao et al.: TinyBERT: Distilling BERT for Natural Language Understanding, 2020.
+        https://arxiv.org/abs/1909.10351
+        https://github.com/airaria/TextBrewer (losses.py, att_mse)
+    """
+    arrays = _scores("attention_score_loss", student, teacher, where)
+    return _mean_square(*arrays, where)
+
+
+def attention_score_loss_code(
+    student: Float[Array, "*batch heads n n"],
+    teacher: Float[Array, "*batch heads n n"],
+    *,
+    floor: ScalarLike = -100.0,
+    where: Bool[Array, "..."] | None = None,
+) -> Float[Array, "*batch"]:
+    """TinyBERT attention loss as in the code: low scores count as 0.
+
+    L = mean_hij (b_hij(s) - b_hij(t))^2,  b = a where a > floor, otherwise 0
+
+    A network adds about -1e4, or -inf, to the scores of the keys that it must not see.
+    Here these are equal in both, but they still count in the mean.
+
+    Args:
+        student: scores of the student, with the network's own mask on them.
+        teacher: scores of the teacher; as many heads and tokens.
+        floor: at it and below a score is 0, without gradient.
+        where: what counts: examples or tokens (*batch n), as queries and as keys.
+
+    Returns:
+        One value >= 0 per example; 0 where nothing counts.
+
+    Convention:
+        `.mean()` is what TinyBERT's code prints for each pair of layers, with its floor
+        of -100. TextBrewer's floor is -1e-3 if it is given no mask: that drops nearly
+        all negative scores, which may be half of them. `attention_score_loss` with
+        `where` is sound, and the default of the method.
+
+    >>> student = jnp.array([[[1.0, -2e4], [3.0, -2e4]]])
+    >>> attention_score_loss_code(student, jnp.zeros((1, 2, 2)))
+    Array(2.5, dtype=float32)
+
+    References:
+        Jiao et al.: TinyBERT: Distilling BERT for Natural Language Understanding, 2020.
+        https://github.com/huawei-noah/Pretrained-Language-Model (general_distill.py)
+        https://github.com/airaria/TextBrewer (losses.py, att_mse)
+    """
+    arrays = _scores("attention_score_loss_code", student, teacher, where)
+    raised = (jnp.where(x <= jnp.asarray(floor, x.dtype), 0, x) for x in arrays)
+    return _mean_square(*raised, where)
+
+
+def attention_distribution_loss(
+    student: Float[Array, "*batch heads n n"],
+    teacher: Float[Array, "*batch heads n n"],
+    *,
+    where: Bool[Array, "..."] | None = None,
+) -> Float[Array, "*batch"]:
+    """MiniLM attention transfer: divergence of the attention distributions.
+
+    L = mean_hi sum_j p_hij (log p_hij - log q_hij),  p_hi = softmax_j(a_hij(t))
+
+    h runs over the heads, i over the queries and j over the keys that count; q is that
+    of the student, a the scores before the softmax.
+
+    Args:
+        student: scores of the student.
+        teacher: scores of the teacher; as many heads and tokens. A score of -inf hides
+            a key, as under a causal mask.
+        where: what counts: examples or tokens (*batch n), as queries and as keys.
+
+    Returns:
+        One value >= 0, up to rounding, per example, in nats; 0 where nothing counts.
+
+    Convention:
+        `.mean()` is L_AT of the paper, of weight 1 beside `relation_loss` of the
+        values. Each example has the same weight, whatever its length.
+
+    >>> teacher = jnp.array([[[9.0, 0.0], [0.0, 9.0]]])
+    >>> attention_distribution_loss(jnp.zeros((1, 2, 2)), teacher)
+    Array(0.69..., dtype=float32)
+
+    References:
+        Wang et al.: MiniLM: Deep Self-Attention Distillation for Task-Agnostic
+        Compression of Pre-Trained Transformers, 2020. https://arxiv.org/abs/2002.10957
+    """
+    arrays = _scores("attention_distribution_loss", student, teacher, where)
+    tokens = tokens_of(where, student.shape[:-3], student.shape[-1])
+    log_q, log_p = (over_keys(_keep_pairs(x, tokens), tokens) for x in arrays)
+    return over_queries(divergence(log_p, log_q), tokens)
+
+
+def tokens_of(where, batch, n):
+    """The tokens that count, (*batch, n), from a mask of examples or of tokens."""
+    if where is None or where.ndim > len(batch):
+        return where
+    return jnp.broadcast_to(where[..., None], (*batch, n))
+
+
+def over_keys(scores, tokens):
+    """log of the distribution of each query over the keys that count."""
+    if tokens is not None:
+        # Not -inf: among nothing but -inf a softmax is nan, and here it is uniform.
+        hidden = jnp.finfo(scores.dtype).min / 2
+        scores = jnp.where(tokens[..., None, None, :], scores, hidden)
+    return jax.nn.log_softmax(scores)
+
+
+def over_queries(values, tokens):
+    """The mean of (*batch, heads, n) over the heads, and the queries that count."""
+    return masked_mean(jnp.mean(values, -2), tokens, values.ndim - 2)
+
+
+def _scores(caller, student, teacher, where):
+    """Checked scores of both networks."""
+    student, teacher = as_float(caller, student, teacher)
+    do = "Pair layers of as many heads, or compare relations (hintjax.minilm)."
+    _checks.rank(caller, 3, "*batch heads n n", student=student)
+    _checks.same_shape(caller, student=student, teacher=teacher, do=do)
+    *batch, _, queries, keys = student.shape
+    if queries != keys:
+        got = f"student and teacher {student.shape}"
+        raise ValueError(_checks.message(caller, "as many queries as keys", got))
+    _checks.mask(caller, where, tuple(batch), (*batch, keys))
+    return student, teacher
+
+
+def _pairs(tokens):
+    """The pairs (query, key) of which both count."""
+    return tokens[..., :, None] & tokens[..., None, :]
+
+
+def _keep_pairs(x, tokens):
+    """Scores, or their differences, and 0 at pairs of tokens that do not count."""
+    return x if tokens is None else jnp.where(_pairs(tokens)[..., None, :, :], x, 0)
+
+
+def _mean_square(student, teacher, where):
+    """The mean squared difference over heads and pairs of tokens."""
+    tokens = tokens_of(where, student.shape[:-3], student.shape[-1])
+    square = jnp.mean(jnp.square(_keep_pairs(student - teacher, tokens)), -3)
+    pairs = None if tokens is None else _pairs(tokens)
+    return masked_mean(square, pairs, square.ndim - 2)

@@ -1,0 +1,78 @@
+"""Matching how tokens relate to each other: relations of MiniLM and MiniLMv2."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from hintjax import _checks
+from hintjax._numerics import as_float, keep
+from hintjax.losses.attention_scores import over_keys, over_queries, tokens_of
+from hintjax.losses.kd import divergence
+
+
+def relation_loss(
+    student: Float[Array, "*batch n c"],
+    teacher: Float[Array, "*batch n c2"],
+    *,
+    heads: int,
+    where: Bool[Array, "..."] | None = None,
+) -> Float[Array, "*batch"]:
+    """MiniLM relation loss: divergence of how the tokens attend to each other.
+
+    L = mean_hi sum_j p_hij (log p_hij - log q_hij)
+    p_hi = softmax_j(<t_hi, t_hj> / sqrt(d)),  t_hi the h-th part of token i, of d numbers
+
+    h runs over the relation heads, i and j over the tokens that count; q is that of the
+    student.
+
+    Args:
+        student: queries, keys or values of the student, all its heads one after another.
+        teacher: those of the teacher; as many tokens, of any width.
+        heads: the number of relation heads: the parts into which both widths are cut. It
+            has nothing to do with the heads of the networks, and must divide both widths.
+        where: what counts: examples or tokens (*batch n).
+
+    Returns:
+        One value >= 0, up to rounding, per example, in nats; 0 where nothing counts.
+
+    Convention:
+        `.mean()` is one term of MiniLMv2's sum, each of weight 1; of the values, with
+        `heads` the networks' own number, it is L_VR of MiniLM. Each example has the same
+        weight, whatever its length.
+
+    >>> student = jnp.zeros((2, 4))
+    >>> relation_loss(student, jnp.array([[9.0, 0.0], [0.0, 9.0]]), heads=1)
+    Array(0.69..., dtype=float32)
+
+    References:
+        Wang et al.: MiniLMv2: Multi-Head Self-Attention Relation Distillation for
+        Compressing Pretrained Transformers, 2021. https://arxiv.org/abs/2012.15828
+        Wang et al.: MiniLM, 2020. https://arxiv.org/abs/2002.10957
+    """
+    caller = "relation_loss"
+    student, teacher = as_float(caller, student, teacher)
+    _checks.rank(caller, 2, "*batch n c", student=student, teacher=teacher)
+    _checks.same_leading(caller, 1, student=student, teacher=teacher)
+    _checks.positive_int(caller, heads=heads)
+    *batch, n, _ = student.shape
+    _checks.mask(caller, where, tuple(batch), (*batch, n))
+    for name, x in {"student": student, "teacher": teacher}.items():
+        if x.shape[-1] % heads:
+            wanted = f"heads to divide the width of the {name}"
+            got = f"{heads} heads and {name} {x.shape}"
+            raise ValueError(_checks.message(caller, wanted, got))
+    tokens = tokens_of(where, batch, n)
+    log_q, log_p = (
+        over_keys(_relations(keep(x, tokens), heads), tokens)
+        for x in (student, teacher)
+    )
+    return over_queries(divergence(log_p, log_q), tokens)
+
+
+def _relations(x, heads):
+    """Scaled products of all tokens with each other, (*batch, heads, n, n)."""
+    x = x.reshape(*x.shape[:-1], heads, -1)
+    x = x * jnp.asarray(x.shape[-1] ** -0.25, x.dtype)
+    return jnp.einsum(
+        "...ihd,...jhd->...hij", x, x, precision=jax.lax.Precision.HIGHEST
+    )

@@ -1,0 +1,87 @@
+"""MiniLM and MiniLMv2: relations between tokens (Wang et al. 2020, 2021)."""
+
+from hintjax._checks import positive_int, rank
+from hintjax._numerics import masked_mean
+from hintjax.losses import attention_distribution_loss, relation_loss
+from hintjax.method import Method, Pairs, hints_of, nothing
+from hintjax.methods._tokens import counted
+
+
+def minilm(
+    relations: Pairs,
+    attention: Pairs = (),
+    *,
+    heads: int,
+    padding: str | None = None,
+) -> Method:
+    """MiniLM: the tokens attend to each other as the teacher's do.
+
+    Trains nothing beside the student, whose width is free. MiniLMv2 compares the
+    queries, the keys and the values of one layer, the student's last with the last of a
+    teacher of base size, or one above the middle of a larger one, in 48 relation heads
+    (64 for large teachers)::
+
+        minilm([("last/query", "hint/query"), ("last/key", "hint/key"),
+                ("last/value", "hint/value")], heads=48, padding="mask")
+
+    MiniLM compares the values of the last layers, in the networks' own heads, and their
+    attention distributions, which then must have as many heads::
+
+        minilm([("last/value", "hint/value")], [("last/scores", "hint/scores")],
+               heads=12, padding="mask")
+
+    All pairs have weight 1; there is no other loss while a student is pretrained.
+
+    Args:
+        relations: (guided layer, hint layer) for `relation_loss`, as paths: queries, keys
+            or values, (batch, n, c) or split in heads (batch, n, heads, d), which are put
+            one after another. They are summed.
+        attention: the same of scores (batch, heads, n, n), before the softmax, for
+            `attention_distribution_loss`.
+        heads: the number of relation heads; it divides both widths.
+        padding: the name of the batch's mask of tokens, bool (batch, n), True where a
+            token counts; without it all count.
+
+    Returns:
+        The method. It reports `relation` and `attention`, the sums over pairs.
+
+    Raises:
+        ValueError: without any pairs, or if heads is not a positive integer; if the batch
+            lacks the mask.
+
+    References:
+        Wang et al. 2020, MiniLM: Deep Self-Attention Distillation for Task-Agnostic
+        Compression of Pre-Trained Transformers.
+        Wang et al. 2021, MiniLMv2: Multi-Head Self-Attention Relation Distillation for
+        Compressing Pretrained Transformers.
+    """
+    positive_int("minilm", heads=heads)
+    wants = hints_of("minilm", [*relations, *attention])
+
+    def relation(student, teacher, where):
+        rank("minilm", 3, "batch n *width", student=student, teacher=teacher)
+        student, teacher = (x.reshape(*x.shape[:2], -1) for x in (student, teacher))
+        return relation_loss(student, teacher, heads=heads, where=where)
+
+    terms = {
+        "relation": (relation, relations),
+        "attention": (attention_distribution_loss, attention),
+    }
+
+    def apply(params, memory, student, teacher, batch, context):
+        where = counted("minilm", batch, padding)
+        parts = {
+            name: sum(
+                loss(student.hints[guided], teacher.hints[hint], where=where)
+                for guided, hint in pairs
+            )
+            for name, (loss, pairs) in terms.items()
+            if pairs
+        }
+        metrics = {
+            name: masked_mean(values, batch.get("where"))
+            for name, values in parts.items()
+        }
+        return sum(parts.values()), memory, metrics
+
+    return Method(*wants, nothing, apply)

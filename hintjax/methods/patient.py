@@ -1,0 +1,41 @@
+"""PKD: patient knowledge distillation (Sun et al. 2019)."""
+
+from hintjax._checks import message, rank
+from hintjax.losses import patient_loss
+from hintjax.method import Method, Pairs
+from hintjax.methods._compared import compared
+
+
+def patient(pairs: Pairs, *, token: int = 0) -> Method:
+    """PKD: the class token points where the teacher's does (see `patient_loss`).
+
+    Trains nothing beside the student; the networks are of one width. The authors' code
+    pairs all layers of the student but the last, which kd teaches: layers 1 to 5 of a
+    student of 6 with layers 2, 4, 6, 8 and 10 of 12 (PKD-Skip). Its ready-made run weighs
+    the mean over the pairs by 500, which is a weight of 500 / len(pairs) for the sum.
+
+    Args:
+        pairs: (guided layer, hint layer) of hidden states (batch, n, c), as paths; they
+            are summed.
+        token: the index of the class token; -1 is the last token.
+
+    Returns:
+        The method.
+
+    Raises:
+        ValueError: without pairs, or if a layer has no such token.
+
+    References:
+        Sun et al. 2019, Patient Knowledge Distillation for BERT Model Compression.
+    """
+
+    def loss(student, teacher, where):
+        rank("patient", 3, "batch n c", student=student, teacher=teacher)
+        for x in (student, teacher):
+            # JAX takes the nearest entry, in silence, for one that is not there.
+            if not -x.shape[1] <= token < x.shape[1]:
+                got = f"{x.shape[1]} tokens"
+                raise ValueError(message("patient", f"a token at {token}", got))
+        return patient_loss(student[:, token], teacher[:, token], where=where)
+
+    return compared("patient", pairs, loss)
