@@ -41,6 +41,28 @@ def test_hint_matches_repdistiller(golden):
     assert case.error("grad.in.f_s", gradient) < 1e-5
 
 
+def test_hint_over_tokens_is_tinyberts_loss_of_hidden_states(golden):
+    case = golden("transformer/hid_mse")
+    value_and_grad = jax.jit(jax.value_and_grad(lambda s, t: hint_loss(s, t).mean()))
+    value, gradient = value_and_grad(case["in.f_s"], case["in.f_t"])
+    assert case.error("out.loss", value) < 1e-5
+    assert case.error("grad.in.f_s", gradient) < 1e-5
+    with jax.enable_x64(True):
+        arrays = (case[key].astype(jnp.float64) for key in ("in.f_s", "in.f_t"))
+        value, gradient = value_and_grad(*arrays)
+        assert case.error("out.loss", value) < 1e-12
+        assert case.error("grad.in.f_s", gradient) < 1e-5  # stored in float32
+
+
+def test_a_mask_of_tokens_divides_by_the_tokens():
+    student, teacher = features(0, (3, 5, 6)), features(1, (3, 5, 6))
+    where = np.arange(5) < np.array([[5], [3], [1]])
+    squares = np.square(np.float64(student) - teacher)
+    want = [x[m].mean() for x, m in zip(squares, where, strict=True)]
+    got = hint_loss(jnp.array(student), jnp.array(teacher), where=jnp.array(where))
+    np.testing.assert_allclose(got, want, rtol=1e-6)
+
+
 def test_paper_matches_equation_3(golden):
     case = golden("oracle/fitnets_paper_stage1")
     value_and_grad = jax.value_and_grad(lambda s, t: hint_loss_paper(s, t).mean())
