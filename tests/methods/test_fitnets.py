@@ -188,6 +188,19 @@ def test_explained_variance_is_its_definition(shape, where):
 
 
 @pytest.mark.quick
+def test_explained_variance_of_tokens_leaves_out_padding():
+    generator = np.random.default_rng(0)
+    target = generator.normal(size=(4, 5, 3)) + 10 * np.arange(3)
+    predicted = target + 0.3 * generator.normal(size=target.shape)
+    where = np.arange(5) < np.array([[5], [3], [1], [4]])
+    predicted[~where] = np.nan
+    got = explained_variance(
+        jnp.float32(predicted), jnp.float32(target), jnp.array(where)
+    )
+    np.testing.assert_allclose(got, r2(predicted, target, where), rtol=1e-4)
+
+
+@pytest.mark.quick
 def test_what_explains_nothing_and_what_varies_in_nothing():
     target = jnp.arange(12.0).reshape(4, 3)
     mean = jnp.broadcast_to(target.mean(0), target.shape)
