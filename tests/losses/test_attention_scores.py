@@ -10,6 +10,7 @@ from hintjax.losses import (
     attention_score_loss,
     attention_score_loss_code,
 )
+from hintjax.losses.attention_scores import over_keys
 
 pytestmark = [pytest.mark.quick, pytest.mark.usefixtures("strict")]
 
@@ -79,6 +80,11 @@ def test_an_example_of_padding_is_0(loss):
     nothing = jnp.full((1, 2, 5, 5), jnp.nan)
     value, gradients = gradient(loss)(nothing, nothing, where=jnp.zeros((1, 5), bool))
     assert value == max(np.abs(x).max() for x in gradients) == 0
+
+
+def test_a_query_with_nothing_to_attend_to_attends_to_all():
+    got = over_keys(jnp.array(scores(0)), jnp.zeros((3, 5), bool))
+    np.testing.assert_allclose(got, np.full(SHAPE, -np.log(5)), rtol=1e-6)
 
 
 @pytest.mark.parametrize("floor", [None, -1e-3, -2.0])
