@@ -1,7 +1,6 @@
 """The command `hintjax`: distill, resume, eval, layers, doctor."""
 
 import datetime
-import functools
 import importlib.metadata
 import json
 import os
@@ -12,139 +11,104 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import flax.linen as nn
 import jax
 
 from hintjax import config as configs
-from hintjax import regressors
+from hintjax import recipes
 from hintjax._checks import message, nearest
-from hintjax.compare import (
-    REPORT,
-    Arm,
-    accuracy,
-    compare,
-    picture,
-    show_table,
-    table,
-)
+from hintjax.compare import REPORT, Arm, compare, picture, show_table, table
 from hintjax.config import Config
 from hintjax.experiment import (
-    Recipe,
-    Step,
-    backprop,
+    DEPLOYED,
+    accuracy,
     check,
-    cross_entropy,
     layers,
+    load_deployed,
     load_student,
     network,
     prepare,
     run,
     teacher_variables,
 )
-from hintjax.method import objective, weighted
-from hintjax.methods import (
-    attention_transfer,
-    fitnets,
-    kd,
-    lambda_decay,
-    soft_targets,
-)
 from hintjax.metrics import progress
-
-
-def _or(value: float | None, usual: float) -> float:
-    return usual if value is None else value
-
-
-def _kd(config, pairs, per_epoch):
-    terms = {
-        "task": weighted(cross_entropy(), _or(config.task_weight, 0.1)),
-        "kd": weighted(kd(config.temperature), _or(config.weight, 0.9)),
-    }
-    return [Step("kd", objective(**terms), config.epochs)]
-
-
-def _attention(config, pairs, per_epoch):
-    method = attention_transfer(pairs)
-    terms = {
-        "task": weighted(cross_entropy(), _or(config.task_weight, 1.0)),
-        "at": weighted(method, _or(config.weight, 1000.0)),
-    }
-    return [Step("at", objective(**terms), config.epochs)]
-
-
-def _second_stage(config, pairs, per_epoch, epochs=None):
-    """FitNets' second stage, alone: the KD of FitNets' paper."""
-    epochs = epochs or config.epochs
-    # Lambda decays from 4 to 1, over all of the stage.
-    decay = lambda_decay(4.0, 1.0, 0, epochs, per_epoch)
-    terms = {
-        "task": weighted(cross_entropy(), _or(config.task_weight, 1.0)),
-        "kd": weighted(soft_targets(3.0), decay),
-    }
-    rates = {}
-    if config.hinted_rate != 1:
-        rates = {guided: config.hinted_rate for guided, _ in pairs[-1:]}
-    return [Step("distillation", objective(**terms), epochs, rates=rates)]
-
-
-def _fitnets(config, pairs, per_epoch, after=_second_stage):
-    hint_epochs = config.hint_epochs or max(1, config.epochs // 2)
-    if hint_epochs >= config.epochs:
-        wanted = "epochs >= 2: one for each stage of fitnets"
-        raise ValueError(message("config", wanted, f"{config.epochs}"))
-    hint = Step("hint", objective(hint=fitnets(pairs)), hint_epochs, hints_only=True)
-    rest = config.epochs - hint_epochs
-    return [hint, *after(config, pairs, per_epoch, rest)]
-
-
-def _hints_then_task(config, pairs, per_epoch):
-    return _fitnets(config, pairs, per_epoch, after=backprop)
-
-
-def _joint(config, pairs, per_epoch):
-    sizing = functools.partial(regressors.conv, batch_norm=True, activation=nn.relu)
-    terms = {
-        "task": weighted(cross_entropy(), _or(config.task_weight, 1.0)),
-        "hint": weighted(fitnets(pairs, regressor=sizing), _or(config.weight, 100.0)),
-    }
-    return [Step("joint", objective(**terms), config.epochs)]
-
+from hintjax.recipes import Recipe
 
 RECIPES: dict[str, Recipe] = {
-    "at": _attention,
-    "backprop": backprop,
-    "fitnet": _joint,
-    "fitnets": _fitnets,
-    "kd": _kd,
+    "ab": recipes.boundaries,
+    "at": recipes.attention,
+    "backprop": recipes.backprop,
+    "catkd": recipes.attended_classes,
+    "cc": recipes.correlations,
+    "crd": recipes.contrastive,
+    "crd_in_batch": recipes.contrastive_in_batch,
+    "crd_shared": recipes.contrastive_shared,
+    "cwd": recipes.channels,
+    "dist": recipes.correlated,
+    "dkd": recipes.decoupled,
+    "fitnet": recipes.fitnets_jointly,
+    "fitnets": recipes.fitnets_two_stages,
+    "fsp": recipes.flow,
+    "ft": recipes.factors,
+    "kd": recipes.knowledge,
+    "mgd": recipes.generated,
+    "nst": recipes.selective,
+    "ofd": recipes.overhauled,
+    "pkt": recipes.probabilities,
+    "review": recipes.knowledge_review,
+    "rkd": recipes.relations,
+    "simkd": recipes.reused,
+    "soft": recipes.second_stage,
+    "sp": recipes.similarity,
+    "std_kd": recipes.standardized,
+    "vid": recipes.variations,
 }
 
-# What `distill` compares when it is given no method. The plain student is the kind
+# What `distill` compares when it is told nothing else. The plain student is the kind
 # that FitNets was invented for; the He rows and the untrained teacher say what part of
 # a gain is only that the student trains at all.
 _HE = "hintjax.models:plain_thin_he"
+_WITHOUT_HINTS = {
+    *(recipes.backprop, recipes.knowledge, recipes.second_stage, recipes.attention),
+    *(recipes.decoupled, recipes.correlated, recipes.standardized),
+}
 
 
 def _arms(config: Config) -> list[Arm]:
     def arm(name, recipe, rate, initial=config.student, **more):
         return Arm(name, recipe, config.rates or (rate,), initial, **more)
 
+    if config.compare:
+        return [
+            arm(name, _recipe(name), config.learning_rate) for name in config.compare
+        ]
     arms = [
-        arm("backprop", backprop, 1e-3),
-        arm("KD", _second_stage, 1e-3),
-        arm("AT", _attention, 1e-3),
-        arm("FitNets", _fitnets, 1e-3),
-        arm("FitNets, untrained hints", _fitnets, 1e-3, untrained=True),
-        arm("hints, then the task", _hints_then_task, 1e-3),
+        arm("backprop", recipes.backprop, 1e-3),
+        arm("KD", recipes.second_stage, 1e-3),
+        arm("AT", recipes.attention, 1e-3),
+        arm("FitNets", recipes.fitnets_two_stages, 1e-3),
+        arm(
+            "FitNets, untrained hints",
+            recipes.fitnets_two_stages,
+            1e-3,
+            untrained=True,
+        ),
+        arm("hints, then the task", recipes.hints_then_task, 1e-3),
     ]
     if config.student == Config.student:
         arms += [
-            arm("backprop, He", backprop, 1e-3, _HE),
-            arm("KD, He", _second_stage, 1e-3, _HE),
-            arm("AT, He", _attention, 3e-3, _HE),
-            arm("FitNets, He", _fitnets, 1e-3, _HE),
+            arm("backprop, He", recipes.backprop, 1e-3, _HE),
+            arm("KD, He", recipes.second_stage, 1e-3, _HE),
+            arm("AT, He", recipes.attention, 3e-3, _HE),
+            arm("FitNets, He", recipes.fitnets_two_stages, 1e-3, _HE),
         ]
     return arms
+
+
+def _recipe(name):
+    if name not in RECIPES:
+        do = f"Nearest: {', '.join(nearest(name, RECIPES))}."
+        raise ValueError(message("distill", "a method", repr(name), do))
+    return RECIPES[name]
 
 
 def distill(config: Config, run_dir: Path, *, resume: bool = False) -> None:
@@ -155,17 +119,14 @@ def distill(config: Config, run_dir: Path, *, resume: bool = False) -> None:
         run_dir: checked and made by `claim`.
         resume: go on where it stopped.
     """
-    if config.method is not None and config.method not in RECIPES:
-        do = f"Nearest: {', '.join(nearest(config.method, RECIPES))}."
-        raise ValueError(message("distill", "a method", repr(config.method), do))
-    setting = prepare(config, teach=config.method != "backprop")
     arms = _arms(config) if config.method is None else []
-    for recipe in [arm.recipe for arm in arms] or [RECIPES[config.method]]:
-        check(setting, recipe)
+    used = [arm.recipe for arm in arms] or [_recipe(config.method)]
+    setting = prepare(config, teach=config.method != "backprop")
+    steps = {step.name: step for recipe in used for step in check(setting, recipe)}
     if not resume:
         configs.save(config, run_dir)
-    if setting.teacher is not None:
-        _show_pairs(setting)
+    for step in steps.values():
+        _show(step, setting.places)
     per_epoch = setting.dataset.train.n // config.batch_size
     runs = sum(len(arm.rates) for arm in arms) * config.seeds or 1
     trained = config.teacher_epochs if ":" in config.teacher else 0
@@ -175,15 +136,13 @@ def distill(config: Config, run_dir: Path, *, resume: bool = False) -> None:
         if setting.teacher is not None:
             variables = teacher_variables(config, run_dir, show=begin("teacher"))
         if not arms:
-            recipe = RECIPES[config.method]
+            (recipe,) = used
             how = {"teacher": variables, "resume": resume, "show": begin("student")}
             run(setting, run_dir, recipe, **how)
             return
         found = compare(setting, run_dir, arms, variables, begin=begin)
-    without_hints = [
-        arm.name for arm in arms if arm.recipe not in (_fitnets, _hints_then_task)
-    ]
-    result = table(setting, variables, found, without_hints)
+    without_hints = [arm.name for arm in arms if arm.recipe in _WITHOUT_HINTS]
+    result = table(setting, variables, found, without_hints or [arms[0].name])
     (run_dir / REPORT).write_text(json.dumps(result, indent=1))
     show_table(result)
     print(f"picture: {picture(setting, run_dir, variables, result, found)}")
@@ -230,14 +189,20 @@ def _counting(report):
     return begin
 
 
-def _show_pairs(setting):
-    ours = layers(setting.student, setting.inputs)
-    theirs = layers(setting.teacher, setting.inputs)
-    for guided, hint in setting.pairs:
-        print(
-            f"pair: student {guided} {ours[guided].shape[1:]} "
-            f"<- teacher {hint} {theirs[hint].shape[1:]}"
-        )
+def _show(step, places):
+    """What a phase compares, and what it needs."""
+    for who, known, wants in (
+        ("student", places.student, step.method.student),
+        ("teacher", places.teacher, step.method.teacher),
+    ):
+        shown = [
+            f"{path} {known[path].shape[1:]}" if path in known else path
+            for path in wants.hints
+        ]
+        if shown:
+            print(f"{step.name}: {who} {', '.join(shown)}")
+    if step.note:
+        print(step.note)
 
 
 def resume(run_dir: Path) -> None:
@@ -261,8 +226,10 @@ def evaluate_run(run_dir: Path) -> None:
         show_table(json.loads((path / REPORT).read_text()))
         return
     config = configs.load(path)
-    student, variables = load_student(path)
-    dataset = prepare(config).dataset
+    recipe = _recipe(config.method)
+    setting = prepare(config, teach=(path / DEPLOYED).exists())
+    student, variables = load_deployed(setting, path, recipe)
+    dataset = setting.dataset
     for name in ("validation", "test"):
         split = getattr(dataset, name)
         found = accuracy(student, variables, split, dataset.standardize)

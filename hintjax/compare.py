@@ -18,22 +18,21 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from hintjax.data import Split, Standardize, evaluation_batches, order, take
+from hintjax.data import order, take
 from hintjax.experiment import (
-    EVALUATION_BATCH,
     RESULT,
-    Recipe,
     Setting,
+    accuracy,
     load_student,
     network,
     run,
 )
 from hintjax.losses import attention_map
 from hintjax.metrics import paired, read_metrics, summary
-from hintjax.networks import Network, Variables, Wants
+from hintjax.networks import Variables, Wants
 from hintjax.pairing import linearly_explained
+from hintjax.recipes import Recipe, middle
 
-ACCURACY = "task/accuracy"
 REPORT = "report.json"
 _EXAMPLES = 256  # that R^2 is fitted and judged on
 _SHOWN = 6  # images in the picture
@@ -117,18 +116,19 @@ def compare(
             rate: [done[arm.name, rate, seed] for seed in seeds] for rate in arm.rates
         }
         validation = {
-            rate: float(
-                np.mean([result[f"validation/{ACCURACY}"] for _, result in runs])
-            )
+            rate: float(np.mean([result["validation/accuracy"] for _, result in runs]))
             for rate, runs in tried.items()
         }
         rate = max(validation, key=validation.get)
         found[arm.name] = {
             "rate": rate,
             "validation": {str(rate): value for rate, value in validation.items()},
-            "test": [result[f"test/{ACCURACY}"] for _, result in tried[rate]],
+            "test": [result["test/accuracy"] for _, result in tried[rate]],
             "seconds": [result["seconds"] for _, result in tried[rate]],
-            "r2": [explained(load_student(path)[1]) for path, _ in tried[rate]],
+            "r2": [
+                explained(load_student(path, hints_only=True)[1])
+                for path, _ in tried[rate]
+            ],
             "runs": [str(path.relative_to(run_dir)) for path, _ in tried[rate]],
         }
     return found
@@ -145,25 +145,9 @@ def _side_by_side(one, jobs, most):
         pool.shutdown(cancel_futures=True)  # after an error, or Ctrl-C
 
 
-def accuracy(
-    network: Network, variables: Variables, split: Split, standardize: Standardize
-) -> float:
-    """The share of a split that a network gets right."""
-    apply = jax.jit(
-        lambda variables, images: network.apply(
-            *variables, images, wants=Wants(output=True), train=False
-        )[0].output.argmax(-1)
-    )
-    right = 0
-    for batch in evaluation_batches(split, EVALUATION_BATCH, standardize):
-        found = apply(variables, batch["image"]) == batch["label"]
-        right += int((found & batch["where"]).sum())
-    return right / split.n
-
-
 def _explained(setting, teacher):
     """(student's variables) -> R^2 of the hint, from training to test images."""
-    guided, hint = setting.pairs[-1]
+    guided, hint = middle(setting.places)[-1]
     shown = {
         "student": jax.jit(_hint(setting.student, guided)),
         "teacher": jax.jit(_hint(setting.teacher, hint)),
@@ -259,7 +243,7 @@ def table(
         "parameters": sizes["student"],
         "compression": sizes["teacher"] / sizes["student"],
         "chance": chance,
-        "pairs": [list(pair) for pair in setting.pairs],
+        "pairs": [list(pair) for pair in middle(setting.places)],
         "baseline": best,
         "rows": rows,
         "differences": differences,
@@ -334,7 +318,7 @@ def picture(
     """
     from hintjax import viz
 
-    guided, hint = setting.pairs[-1]
+    guided, hint = middle(setting.places)[-1]
     dataset = setting.dataset
     per_epoch = dataset.train.n // setting.config.batch_size
     shown = np.arange(_SHOWN)
@@ -347,7 +331,7 @@ def picture(
 
     attention = {f"teacher {hint}": maps(setting.teacher, hint, teacher)}
     for name, arm in found.items():
-        student = load_student(run_dir / arm["runs"][0])[1]
+        student = load_student(run_dir / arm["runs"][0], hints_only=True)[1]
         attention[f"{name} {guided}"] = maps(setting.student, guided, student)
     figure = viz.comparison(
         {
@@ -369,14 +353,18 @@ def picture(
 def _history(run_dir, per_epoch):
     from hintjax import viz
 
-    lines = read_metrics(run_dir)
-    name = f"validation/{ACCURACY}"
-    seen = [line for line in lines if name in line]
-    before = [line["step"] for line in lines if line["stage"] == "hint"]
+    accuracies = [
+        (line["step"], value)
+        for line in read_metrics(run_dir)
+        for name, value in line.items()
+        if name.startswith("validation/") and name.endswith("/accuracy")
+    ]
+    at, accuracy = zip(*accuracies, strict=True)
+    *before, _ = json.loads((run_dir / RESULT).read_text())["boundaries"]
     return viz.History(
-        at=[line["step"] / per_epoch for line in seen],
-        accuracy=[line[name] for line in seen],
-        boundary=max(before) / per_epoch if before else None,
+        at=[step / per_epoch for step in at],
+        accuracy=accuracy,
+        boundary=before[-1] / per_epoch if before else None,
     )
 
 

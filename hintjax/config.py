@@ -19,7 +19,9 @@ class Config:
     """What a run is made of; every run directory holds its own as config.yaml."""
 
     method: str | None = None
-    """How to distil; without it, the methods are compared."""
+    """How to distil; without it, methods are compared."""
+    compare: tuple[str, ...] = ()
+    """The methods to compare; by default FitNets with its controls, KD and AT."""
     dataset: str = "digits"
     """digits, a file .npz with image and label, or a TensorFlow Datasets name."""
     data_dir: str | None = None
@@ -37,12 +39,12 @@ class Config:
     teacher: str = "hintjax.models:plain_wide"
     """A factory, to train one first, or the run directory of a finished run."""
     pairs: tuple[str, ...] = ()
-    """guided=hint for each pair; by default the middle of both networks."""
+    """guided=hint for each pair; by default where the method usually attaches."""
     epochs: int = 9
     """Of a student, in all stages together."""
     hint_epochs: int | None = None
-    """Of these, how many the hint stage has, in a method that has one; half of
-    them by default."""
+    """Of these, how many the stage before has, in a method that has one; by default
+    half of them for fitnets, a ninth for others."""
     teacher_epochs: int = 6
     """Of a teacher that is trained here."""
     batch_size: int = 16
@@ -60,12 +62,16 @@ class Config:
     """Decoupled for adam, L2 for sgd."""
     cosine: bool = False
     """Let the learning rate of each stage fall to 0 along a cosine."""
-    temperature: float = 4.0
-    """Of kd."""
+    temperature: float | None = None
+    """Of what compares outputs; the method's usual one by default."""
+    negatives: int = 16384
+    """Of crd: how many for each example, at most as many as there are examples."""
     task_weight: float | None = None
     """Of the task beside the method; the method's usual one by default."""
     weight: float | None = None
     """Of the method; its usual one by default."""
+    kd_weight: float = 0.0
+    """Of kd as one more term, beside the task and the method."""
     patience: int | None = None
     """End the hint stage after so many epochs without a lower validation loss."""
     seed: int = 0
@@ -88,16 +94,20 @@ def check(config: Config) -> Config:
     Raises:
         ValueError: naming the first field that is wrong.
     """
-    positive("config", temperature=config.temperature)
+    if config.temperature is not None:
+        positive("config", temperature=config.temperature)
     for rate in (config.learning_rate, *config.rates):
         positive("config", learning_rate=rate)
     for name in ("epochs", "teacher_epochs", "batch_size", "seeds", "evaluate_every"):
         positive_int("config", **{name: getattr(config, name)})
     positive_int("config", checkpoint_every=config.checkpoint_every)
+    positive_int("config", negatives=config.negatives)
     for name in ("limit", "size", "patience", "dispatch"):
         if getattr(config, name) is not None:
             positive_int("config", **{name: getattr(config, name)})
-    for name in ("task_weight", "weight", "weight_decay", "hinted_rate", "pad"):
+    for name in (
+        *("task_weight", "weight", "kd_weight", "weight_decay", "hinted_rate", "pad"),
+    ):
         value = getattr(config, name)
         if value is not None and not 0 <= value < float("inf"):
             raise ValueError(message("config", f"{name} to be >= 0", f"{value}"))

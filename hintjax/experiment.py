@@ -11,7 +11,7 @@ import functools
 import importlib
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,14 +27,17 @@ from hintjax.config import Config
 from hintjax.data import (
     Augment,
     Dataset,
+    Split,
+    Standardize,
     evaluation_batches,
     fits_on_device,
     load,
     steps_per_epoch,
 )
-from hintjax.method import Data, Method, objective, task
-from hintjax.networks import Network, Variables, join, linen, split
-from hintjax.pairing import suggest_pairs
+from hintjax.export import deployed, deployed_variables
+from hintjax.method import Data
+from hintjax.networks import Network, Variables, Wants, join, linen, split
+from hintjax.recipes import Places, Recipe, Step, backprop
 from hintjax.stages import distillation_stage, hint_stage, student_variables
 from hintjax.train import (
     Fitted,
@@ -48,31 +51,8 @@ from hintjax.train import (
 )
 
 RESULT = "result.json"
+DEPLOYED = "deployed"  # what is shipped of a student that does not stand alone
 EVALUATION_BATCH = 500
-
-
-class Step(NamedTuple):
-    """One phase of a recipe: a method in a stage, for a share of the epochs.
-
-    Attributes:
-        name: of the phase, in the metrics.
-        method: what is trained.
-        epochs: how long.
-        hints_only: whether it is a hint stage.
-        carry: see `Phase`.
-        rates: see `distillation_stage`.
-    """
-
-    name: str
-    method: Method
-    epochs: int
-    hints_only: bool = False
-    carry: bool = False
-    rates: Mapping[str, float] = {}
-
-
-# (config, pairs, steps in an epoch) -> the phases of a run.
-Recipe = Callable[[Config, Sequence[tuple[str, str]], int], Sequence[Step]]
 
 
 class Setting(NamedTuple):
@@ -84,7 +64,7 @@ class Setting(NamedTuple):
         inputs: one image, for shapes.
         student: the network.
         teacher: the network; None if no teacher is needed.
-        pairs: (guided layer, hint layer).
+        places: where methods attach to the networks.
         programs: compiled stages by name, epochs and kind; filled as they are used.
     """
 
@@ -93,19 +73,19 @@ class Setting(NamedTuple):
     inputs: jax.Array
     student: Network
     teacher: Network | None
-    pairs: tuple[tuple[str, str], ...]
+    places: Places
     programs: dict[Any, Program]
 
 
-def network(factory: str, classes: int) -> Network:
-    """The network of `package.module:factory`, called as factory(classes=...).
+def model(factory: str, classes: int) -> nn.Module | Network:
+    """What `package.module:factory` makes, called as factory(classes=...).
 
     Args:
         factory: its name.
         classes: of the data set.
 
     Returns:
-        The factory's `Network`, or its Flax Linen module as one.
+        A Flax Linen module or a `Network`.
 
     Raises:
         ValueError: if there is no such factory, or it makes something else.
@@ -125,12 +105,16 @@ def network(factory: str, classes: int) -> Network:
         do = f"Nearest: {near}."
         raise ValueError(message("model", f"a factory in {module_name}", name, do))
     made = getattr(module, name)(classes=classes)
-    if isinstance(made, Network):
+    if isinstance(made, Network | nn.Module):
         return made
-    if isinstance(made, nn.Module):
-        return linen(made)
     wanted = f"{factory} to make a Flax Linen module or a hintjax.Network"
     raise ValueError(message("model", wanted, type(made).__name__))
+
+
+def network(factory: str, classes: int) -> Network:
+    """The `model` of a factory as a `Network`."""
+    made = model(factory, classes)
+    return made if isinstance(made, Network) else linen(made)
 
 
 def prepare(config: Config, *, teach: bool = False) -> Setting:
@@ -150,10 +134,17 @@ def prepare(config: Config, *, teach: bool = False) -> Setting:
     inputs = jnp.zeros((1, *dataset.train.shape), jnp.float32)
     student = network(config.student, dataset.classes)
     teacher = teacher_network(config, dataset.classes) if teach else None
-    pairs = tuple(map(configs.parse_pair, config.pairs))
-    if teacher is not None and not pairs:
-        pairs = suggest_pairs(layers(student, inputs), layers(teacher, inputs))
-    return Setting(config, dataset, inputs, student, teacher, pairs, {})
+    factories = [config.student, *([_factory(config)] if teach else [])]
+    known = [model(factory, dataset.classes) for factory in factories]
+    places = Places(
+        student=layers(student, inputs),
+        teacher=layers(teacher, inputs) if teach else {},
+        pairs=tuple(map(configs.parse_pair, config.pairs)),
+        preactivations=tuple(getattr(made, "preactivations", {}) for made in known),
+        norms=getattr(known[-1], "norms", {}),
+        examples=dataset.train.n,
+    )
+    return Setting(config, dataset, inputs, student, teacher, places, {})
 
 
 def layers(network: Network, inputs: jax.Array) -> dict[str, jax.ShapeDtypeStruct]:
@@ -164,9 +155,16 @@ def layers(network: Network, inputs: jax.Array) -> dict[str, jax.ShapeDtypeStruc
 
 def teacher_network(config: Config, classes: int) -> Network:
     """The network of the configured teacher, whether it is trained yet or not."""
+    if ":" not in config.teacher:
+        load_student(config.teacher)  # raises if it is not finished, or no teacher
+    return network(_factory(config), classes)
+
+
+def _factory(config):
+    """The factory of the configured teacher."""
     if ":" in config.teacher:
-        return network(config.teacher, classes)
-    return load_student(config.teacher)[0]
+        return config.teacher
+    return configs.load(config.teacher).student
 
 
 def teacher_variables(config: Config, run_dir: Path, **how: Any) -> Variables:
@@ -197,8 +195,15 @@ def teacher_variables(config: Config, run_dir: Path, **how: Any) -> Variables:
     return load_student(path)[1]
 
 
-def load_student(run_dir: str | os.PathLike[str]) -> tuple[Network, Variables]:
+def load_student(
+    run_dir: str | os.PathLike[str], *, hints_only: bool = False
+) -> tuple[Network, Variables]:
     """The student that a finished run left, with its network.
+
+    Args:
+        run_dir: of the run.
+        hints_only: take also a student whose own output was not trained, since it is
+            deployed with other parts; see `load_deployed`.
 
     Raises:
         ValueError: if the run has none.
@@ -208,28 +213,60 @@ def load_student(run_dir: str | os.PathLike[str]) -> tuple[Network, Variables]:
     if not (path / "student").exists():
         do = f"Finish it with `hintjax resume {path}`."
         raise ValueError(message("teacher", f"a student in {path}", "none", do))
+    if (path / DEPLOYED).exists() and not hints_only:
+        wanted = f"a student in {path} that stands alone"
+        got = f"one of {config.method}, which is deployed with other parts"
+        raise ValueError(message("teacher", wanted, got))
     result = json.loads((path / RESULT).read_text())
     return network(config.student, result["classes"]), split(
         load_tree(path / "student")
     )
 
 
-def backprop(config, pairs, per_epoch, epochs=None) -> list[Step]:
-    """The recipe of the task alone; also how a teacher is trained."""
-    return [Step("backprop", objective(task=cross_entropy()), epochs or config.epochs)]
+def load_deployed(
+    setting: Setting, run_dir: str | os.PathLike[str], recipe: Recipe
+) -> tuple[Network, Variables]:
+    """What a finished run ships: its student, or the network that its method says.
+
+    Args:
+        setting: of the run.
+        run_dir: of the run.
+        recipe: of the run.
+    """
+    path = Path(run_dir).expanduser()
+    if not (path / DEPLOYED).exists():
+        return load_student(path)
+    per_epoch = steps_per_epoch(setting.dataset.train.n, setting.config.batch_size)
+    method = recipe(setting.config, setting.places, per_epoch)[-1].method
+    variables = Variables(**load_tree(path / DEPLOYED))
+    return deployed(setting.student, setting.teacher, method), variables
 
 
-def cross_entropy() -> Method:
-    """The task of image classification."""
-    return task(optax.softmax_cross_entropy_with_integer_labels)
+def accuracy(
+    network: Network, variables: Variables, split: Split, standardize: Standardize
+) -> float:
+    """The share of a split that a network gets right."""
+    apply = jax.jit(
+        lambda variables, images: network.apply(
+            *variables, images, wants=Wants(output=True), train=False
+        )[0].output.argmax(-1)
+    )
+    right = 0
+    for batch in evaluation_batches(split, EVALUATION_BATCH, standardize):
+        found = apply(variables, batch["image"]) == batch["label"]
+        right += int((found & batch["where"]).sum())
+    return right / split.n
 
 
-def check(setting: Setting, recipe: Recipe) -> None:
+def check(setting: Setting, recipe: Recipe) -> list[Step]:
     """Traces every phase of a recipe on shapes alone: what cannot work raises here.
 
     Args:
         setting: of the run.
         recipe: its phases.
+
+    Returns:
+        The phases.
     """
     config, train = setting.config, setting.dataset.train
     key, size = jax.random.key(0), config.batch_size
@@ -241,9 +278,14 @@ def check(setting: Setting, recipe: Recipe) -> None:
         for network in (setting.student, setting.teacher)
     )
     per_epoch = steps_per_epoch(train.n, size)
-    for step in recipe(config, setting.pairs, per_epoch):
-        init = _phase(setting, step, config, per_epoch).program.stage.init
-        jax.eval_shape(init, key, student, teacher, batch, Data(of((train.n,))))
+    state, steps = None, list(recipe(config, setting.places, per_epoch))
+    for step in steps:
+        stage = _phase(setting, step, config, per_epoch).program.stage
+        carry = state if step.carry else None
+        data = Data(of((train.n,)))
+        state = jax.eval_shape(stage.init, key, student, teacher, batch, data, carry)
+        jax.eval_shape(stage.update, state, teacher, batch)
+    return steps
 
 
 def run(
@@ -291,7 +333,7 @@ def run(
         feed = on_device(dataset, config.batch_size, feeding)
     else:
         feed = streamed(dataset, config.batch_size, config.seed, augment)
-    steps = recipe(config, setting.pairs, feed.per_epoch)
+    steps = recipe(config, setting.places, feed.per_epoch)
     phases = [
         _phase(setting, step, config, feed.per_epoch)._replace(
             teacher=hints if step.hints_only and hints is not None else teacher
@@ -326,7 +368,14 @@ def run(
     for name in ("validation", "test"):
         found = evaluate(stage, fitted.state, teacher, batches(getattr(dataset, name)))
         result |= {f"{name}/{key}": value for key, value in found.items()}
+        result[f"{name}/accuracy"] = next(
+            value for key, value in found.items() if key.endswith("/accuracy")
+        )
     save_tree(run_dir / "student", join(student_variables(fitted.state)))
+    method = steps[-1].method
+    if method.deploy is not None:
+        parts = (fitted.state, method, setting.teacher, teacher, setting.inputs)
+        save_tree(run_dir / DEPLOYED, deployed_variables(*parts)._asdict())
     (run_dir / RESULT).write_text(json.dumps(result, indent=1))
     return fitted, result
 

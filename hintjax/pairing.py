@@ -1,5 +1,6 @@
 """Pairs: which layer of the student follows which of the teacher, and how well."""
 
+import itertools
 from collections.abc import Mapping
 
 import jax
@@ -50,19 +51,103 @@ def suggest_pairs(
     middle = {path: at for path, at in hints.items() if 1 / 3 < at <= 2 / 3}
     middle = middle or hints  # fewer than three maps may have no middle third
     nearest = sorted(middle, key=lambda path: abs(middle[path] - 0.5))[:count]
-    pairs = []
-    for hint in sorted(nearest, key=hints.get):
-        pairs.append(
-            (min(guided, key=lambda path: abs(guided[path] - hints[hint])), hint)
+    ordered = sorted(nearest, key=hints.get)
+    return tuple(dict.fromkeys((_at(guided, hints[hint]), hint) for hint in ordered))
+
+
+def stage_pairs(
+    student: Mapping[str, jax.ShapeDtypeStruct],
+    teacher: Mapping[str, jax.ShapeDtypeStruct],
+) -> tuple[tuple[str, str], ...]:
+    """Pairs of the ends of stages, from shallow to deep.
+
+    A stage is a run of layers (as in `suggest_pairs`) of one resolution, and its end
+    the last of them that is made of layers itself. If both networks have as many
+    stages, their ends are paired in order; else each end of the teacher's has the
+    student's layer of nearest depth. A teacher of one resolution (a plain network, a
+    transformer) is cut into thirds.
+
+    Args:
+        student: `Network.layers` of the student.
+        teacher: `Network.layers` of the teacher.
+
+    Returns:
+        (guided layer, hint layer) for each stage of the teacher.
+
+    Raises:
+        ValueError: if a network shows no feature maps.
+
+    >>> def layer(side):
+    ...     return jax.ShapeDtypeStruct((1, side, side, 4), "float32")
+    >>> student = {f"conv{i}": layer(8) for i in range(1, 11)}
+    >>> stage_pairs(student, {"one": layer(8), "two": layer(8), "three": layer(4)})
+    (('conv7', 'two'), ('conv10', 'three'))
+    """
+    guided, hints = _depths("student", student), _depths("teacher", teacher)
+    ours, theirs = _ends(student, guided), _ends(teacher, hints)
+    if len(theirs) == 1:
+        theirs = list(dict.fromkeys(_at(hints, third / 3) for third in (1, 2, 3)))
+    if len(ours) == len(theirs):
+        return tuple(zip(ours, theirs, strict=True))
+    return tuple((_at(guided, hints[hint]), hint) for hint in theirs)
+
+
+def first_pair(
+    student: Mapping[str, jax.ShapeDtypeStruct],
+    teacher: Mapping[str, jax.ShapeDtypeStruct],
+) -> tuple[str, str]:
+    """The first layers of both networks, where FSP begins."""
+    return next(iter(_depths("student", student))), next(
+        iter(_depths("teacher", teacher))
+    )
+
+
+def head(layers: Mapping[str, jax.ShapeDtypeStruct]) -> tuple[str, str]:
+    """The pooled vector and the classifier of a network: its last two vectors.
+
+    Args:
+        layers: `Network.layers`.
+
+    Returns:
+        Their paths.
+
+    Raises:
+        ValueError: if there are no two.
+
+    >>> layer = jax.ShapeDtypeStruct((1, 8), "float32")
+    >>> head({"pool": layer, "classifier": layer})
+    ('pool', 'classifier')
+    """
+    vectors = [path for path, layer in layers.items() if len(layer.shape) == 2]
+    if len(vectors) < 2:
+        raise ValueError(
+            f"head: expected a pooled vector and a classifier, got the vectors "
+            f"{vectors} among {list(layers)[-4:]}. Name the pair by hand."
         )
-    return tuple(dict.fromkeys(pairs))
+    return vectors[-2], vectors[-1]
+
+
+def _ends(layers, outermost):
+    """The last layer of each resolution, one with layers inside it if there is any."""
+    runs = itertools.groupby(outermost, key=lambda path: layers[path].shape[1:-1])
+    ends = []
+    for _, run in runs:
+        run = list(run)
+        blocks = [p for p in run if any(q.startswith(f"{p}/") for q in layers)]
+        ends.append((blocks or run)[-1])
+    return ends
+
+
+def _at(depths, depth):
+    """The layer of the nearest depth."""
+    return min(depths, key=lambda path: abs(depths[path] - depth))
 
 
 def _depths(which, layers):
     maps = [path for path, layer in layers.items() if len(layer.shape) >= 3]
     if not maps:
         raise ValueError(
-            f"suggest_pairs: expected feature maps in the {which}, got layers "
+            f"pairing: expected feature maps in the {which}, got layers "
             f"{list(layers)[:5]} with none of them. Name the pairs by hand."
         )
     deepest = max(path.count("/") for path in maps)

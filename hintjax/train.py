@@ -333,11 +333,16 @@ def fit(
         extra = {"now": now._asdict(), "position": feed.position(), "of": identity}
         checkpoints.save(now.at, state, extra)
 
+    def template(number):
+        """A state of the shapes that a phase has."""
+        carry = phases[number].carry
+        return begin(number, student, template(number - 1) if carry else None)
+
     def restore(checkpoints, saved):
         extra = checkpoints.peek(saved)
         _check_identity(run_dir, extra["of"], identity)
         now = _Now(**extra["now"])
-        state, _ = checkpoints.restore(begin(now.phase, student, None), saved)
+        state, _ = checkpoints.restore(template(now.phase), saved)
         feed.seek(extra["position"])
         return state, now
 

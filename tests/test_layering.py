@@ -19,7 +19,7 @@ ORDER = (
     *("networks", "networks_nnx", "regressors", "method", "methods"),
     *("pairing", "balance", "sharding", "stages", "cache", "checkpoint"),
     *("models", "metrics", "config", "data", "viz", "export"),
-    *("train", "experiment", "compare", "cli"),
+    *("train", "recipes", "experiment", "compare", "cli"),
 )
 
 MATHEMATICS = {"jax", "jaxtyping"}

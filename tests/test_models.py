@@ -160,8 +160,11 @@ def test_residual_networks_have_the_attachment_points_f0_to_f4(model, channels):
         assert layers[path] == (side, side, features)
     assert layers["pool"] == (channels[-1],)
     assert layers["classifier"] == logits.shape[1:] == (10,)
-    for path, group in zip(model.preactivations, ("group1", "group2", "group3")):
+    for group, path in model.preactivations.items():
         assert layers[path] == layers[group]
+    for group, path in model.norms.items():
+        assert layers[path] == layers[group]
+    assert list(model.norms) == list(model.preactivations) == list(sides)[1:]
     assert set(variables["params"]) >= {"stem", "group1", "group3", "classifier"}
 
 
@@ -335,7 +338,7 @@ def test_resnet_forward_and_its_preactivations():
     x = images(4, 8, 8, 3)
     logits, layers, variables = outputs(model, x, train=True)
     assert np.isfinite(logits).all()
-    for path, group in zip(model.preactivations, ("group1", "group2", "group3")):
+    for group, path in model.preactivations.items():
         assert layers[path].min() < 0
         np.testing.assert_array_equal(layers[group], np.maximum(layers[path], 0))
     assert layers["stem"].min() == 0
@@ -362,7 +365,7 @@ def test_wrn_forward_and_its_preactivations():
     np.testing.assert_allclose(layers[block], added, atol=1e-5)
     last = np.maximum(layers["norm"], 0).mean(axis=(1, 2))
     np.testing.assert_allclose(layers["pool"], last, rtol=1e-4, atol=1e-5)
-    for path, group in zip(model.preactivations, ("group1", "group2", "group3")):
+    for group, path in model.preactivations.items():
         normalised = layers[group] - layers[group].mean(axis=(0, 1, 2))
         normalised /= np.sqrt(layers[group].var(axis=(0, 1, 2)) + 1e-5)
         np.testing.assert_allclose(layers[path], normalised, atol=1e-4)

@@ -71,6 +71,12 @@ class PlainCNN(nn.Module):
     pools: tuple[int, ...] = ()
     kernel_init: nn.initializers.Initializer = LECUN
 
+    @property
+    def preactivations(self) -> dict[str, str]:
+        """For each convolution, the path of its output before the ReLU."""
+        numbers = range(1, len(self.widths) + 1)
+        return {f"conv{number}": f"conv{number}/conv" for number in numbers}
+
     @nn.compact
     def __call__(
         self, x: Float[Array, "*batch h w channels"], train: bool = False

@@ -8,6 +8,7 @@ from hintjax.models.blocks import GlobalAveragePool, Sum, batch_norm, conv
 
 NARROW = (16, 16, 32, 64)
 WIDE = (32, 64, 128, 256)
+GROUPS = ("group1", "group2", "group3")
 
 
 class Stem(nn.Module):
@@ -70,7 +71,7 @@ class ResNet(nn.Module):
     of the CRD benchmark code; `group1/block1` ... `group3/block{n}` are the blocks, and
     `group1/block{n}/sum` is what `group1` is before its ReLU, where OFD, AB and ReviewKD
     attach (see `preactivations`). The BatchNorm that OFD takes its margins from is
-    `group1/block{n}/norm2`.
+    `group1/block{n}/norm2` (see `norms`).
 
     Convolutions are initialised as the reference code does (He, fan out); the
     classifier is Flax's default, where torch has U(-1, 1) / sqrt(fan in).
@@ -86,8 +87,8 @@ class ResNet(nn.Module):
         >>> variables = jax.eval_shape(model.init, jax.random.key(0), images)
         >>> jax.eval_shape(model.apply, variables, images).shape
         (2, 100)
-        >>> model.preactivations
-        ('group1/block1/sum', 'group2/block1/sum', 'group3/block1/sum')
+        >>> model.preactivations["group3"]
+        'group3/block1/sum'
 
     References:
         He, Zhang, Ren and Sun, Deep Residual Learning for Image Recognition, CVPR 2016;
@@ -110,9 +111,14 @@ class ResNet(nn.Module):
         return blocks
 
     @property
-    def preactivations(self) -> tuple[str, ...]:
-        """Paths of the three groups' outputs before their last ReLU."""
-        return tuple(f"group{group}/block{self.blocks}/sum" for group in (1, 2, 3))
+    def preactivations(self) -> dict[str, str]:
+        """For each group, the path of its output before the last ReLU."""
+        return {group: f"{group}/block{self.blocks}/sum" for group in GROUPS}
+
+    @property
+    def norms(self) -> dict[str, str]:
+        """For each group, the path of the BatchNorm that OFD takes its margins from."""
+        return {group: f"{group}/block{self.blocks}/norm2" for group in GROUPS}
 
     @nn.compact
     def __call__(

@@ -91,9 +91,18 @@ class WideResNet(nn.Module):
         return blocks
 
     @property
-    def preactivations(self) -> tuple[str, ...]:
-        """Paths of the three groups' outputs, normalised, before the ReLU."""
-        return ("group2/block1/norm1", "group3/block1/norm1", "norm")
+    def preactivations(self) -> dict[str, str]:
+        """For each group, the path of its output, normalised, before the ReLU."""
+        return {
+            "group1": "group2/block1/norm1",
+            "group2": "group3/block1/norm1",
+            "group3": "norm",
+        }
+
+    @property
+    def norms(self) -> dict[str, str]:
+        """For each group, the path of the BatchNorm that OFD takes its margins from."""
+        return self.preactivations
 
     @nn.compact
     def __call__(

@@ -1,0 +1,204 @@
+"""Every method by its name in the command: where it attaches, and in which stages."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from hintjax import methods, recipes
+from hintjax.cli import RECIPES, main
+from hintjax.config import Config
+from hintjax.experiment import check, load_deployed, load_student, prepare
+from hintjax.networks import Wants
+
+GROUPS = ("group1", "group2", "group3")
+SUMS = tuple(f"{group}/block1/sum" for group in GROUPS)
+POOL = ("pool",)
+MAPS = ("pool:in",)
+NAMES = {  # of the command, for what the library exports
+    "activation_boundary": "ab",
+    "attention_transfer": "at",
+    "channel_wise": "cwd",  # with a regressor: fitnets(..., loss=channel_loss)
+    "class_attention": "catkd",
+    "correlation_congruence": "cc",
+    "crd": "crd",
+    "decoupled_kd": "dkd",
+    "dist": "dist",
+    "factor_transfer": "ft",
+    "fitnets": "fitnets",
+    "fsp": "fsp",
+    "kd": "kd",
+    "masked_generation": "mgd",
+    "overhaul": "ofd",
+    "probability_transfer": "pkt",
+    "relational": "rkd",
+    "review": "review",
+    "selectivity": "nst",
+    "similarity_preserving": "sp",
+    "simkd": "simkd",
+    "soft_targets": "soft",
+    "standardized_kd": "std_kd",
+    "variational": "vid",
+}
+# The phases of a recipe, and what each wants to see of the student.
+PHASES = {
+    "ab": {"ab": SUMS, "backprop": ()},
+    "at": {"at": GROUPS},
+    "backprop": {"backprop": ()},
+    "catkd": {"catkd": MAPS},
+    "cc": {"cc": POOL},
+    "crd": {"crd": POOL},
+    "crd_in_batch": {"crd_in_batch": POOL},
+    "crd_shared": {"crd_shared": POOL},
+    "cwd": {"cwd": GROUPS[2:]},
+    "dist": {"dist": ()},
+    "dkd": {"dkd": ()},
+    "fitnet": {"hint": GROUPS[1:2]},
+    "fitnets": {"hint": GROUPS[:1], "distillation": ()},
+    "fsp": {"fsp": ("stem", *GROUPS), "backprop": ()},
+    "ft": {"before ft": GROUPS[2:], "ft": GROUPS[2:]},
+    "kd": {"kd": ()},
+    "mgd": {"mgd": GROUPS[2:]},
+    "nst": {"nst": GROUPS},
+    "ofd": {"ofd": SUMS},
+    "pkt": {"pkt": POOL},
+    "review": {"review": (*GROUPS, *POOL)},
+    "rkd": {"rkd": POOL},
+    "simkd": {"simkd": MAPS},
+    "soft": {"distillation": ()},
+    "sp": {"sp": GROUPS[2:]},
+    "std_kd": {"std_kd": ()},
+    "vid": {"vid": GROUPS},
+}
+RESNETS = {"student": "hintjax.models:resnet8", "teacher": "hintjax.models:resnet8"}
+
+
+@pytest.fixture(scope="module")
+def corners(tmp_path_factory):
+    """64 training images of 4 classes that differ in their brightest corner."""
+    random = np.random.default_rng(0)
+    label = np.arange(120) % 4
+    image = random.integers(0, 60, (120, 8, 8), dtype=np.uint8)
+    for i, corner in enumerate(label):
+        row, column = divmod(int(corner), 2)
+        image[i, 4 * row : 4 * row + 4, 4 * column : 4 * column + 4] += 150
+    path = tmp_path_factory.mktemp("data") / "corners.npz"
+    np.savez(path, image=image, label=label)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def setting(corners):
+    return prepare(Config(method="kd", dataset=corners, **RESNETS), teach=True)
+
+
+def test_every_method_has_a_name_in_the_command():
+    makers = {
+        name
+        for name in methods.__all__
+        if name.islower() and name not in HELPERS and name not in FOR_TRANSFORMERS
+    }
+    assert set(NAMES) == makers
+    assert set(NAMES.values()) <= set(RECIPES)
+    assert set(PHASES) == set(RECIPES)
+
+
+# What is exported beside methods: schedules, masks, sizes, parts of methods.
+HELPERS = {
+    *("crd_bytes", "explained_variance", "flows", "lambda_decay", "masked_channels"),
+    *("masked_positions", "paraphrase", "reused_classifier", "warm_up"),
+}
+# They attach to token sequences, which the networks here do not have.
+FOR_TRANSFORMERS = {"cosine", "minilm", "patient", "tinybert"}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_traces_and_attaches_where_its_authors_did(name, setting):
+    steps = check(setting, RECIPES[name])
+    assert {step.name: step.method.student.hints for step in steps} == PHASES[name]
+    assert sum(step.epochs for step in steps) == setting.config.epochs
+    assert [step.hints_only for step in steps] == [False] * len(steps) or (
+        [step.hints_only for step in steps] == [True, False]
+    )
+
+
+def test_pairs_that_are_given_are_used(setting):
+    places = setting.places._replace(pairs=(("group2", "group3"),))
+    (step,) = recipes.attention(setting.config, places, 4)
+    assert step.method.student.hints == ("group2",)
+    assert step.method.teacher.hints == ("group3",)
+
+
+def test_layers_before_the_relu_must_be_known(setting):
+    places = setting.places._replace(preactivations=({}, {}))
+    with pytest.raises(ValueError, match=r"recipe: expected .*group1.* --pairs"):
+        recipes.boundaries(setting.config, places, 4)
+
+
+def test_one_pair_is_one(setting):
+    places = setting.places._replace(pairs=(("pool", "pool"), ("group1", "group1")))
+    with pytest.raises(ValueError, match="recipe: expected one pair"):
+        recipes.contrastive(setting.config, places, 4)
+
+
+def run(corners, run_dir, *options):
+    main(
+        [
+            *("distill", "--dataset", corners, "--run-dir", str(run_dir)),
+            *("--batch-size", "16", "--epochs", "2", "--teacher-epochs", "1"),
+            *("--student", RESNETS["student"], "--teacher", RESNETS["teacher"]),
+            *options,
+        ]
+    )
+    return json.loads((run_dir / "result.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def teacher(corners, tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("runs") / "kd"
+    run(corners, run_dir, "--method", "kd")
+    return ("--teacher", str(run_dir / "teacher"))
+
+
+@pytest.mark.parametrize("name", ["crd", "fsp", "ft", "review"])
+def test_methods_of_many_shapes_train_by_name(name, corners, teacher, tmp_path, capsys):
+    """With a memory bank; two stages; a stage on the teacher alone; many layers."""
+    found = run(corners, tmp_path / "run", "--method", name, *teacher)
+    assert 0 <= found["test/accuracy"] <= 1
+    shown = capsys.readouterr().out
+    assert ("MiB for the memory bank" in shown) == (name == "crd")
+    assert f"{name}: student " in shown
+    main(["eval", str(tmp_path / "run")])
+    assert f"test accuracy: {found['test/accuracy']:.4f}" in capsys.readouterr().out
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_method_trains_by_name(name, corners, teacher, tmp_path):
+    found = run(corners, tmp_path / "run", "--method", name, *teacher)
+    assert 0 <= found["test/accuracy"] <= 1
+
+
+def test_a_student_with_parts_is_shipped_with_them(corners, teacher, tmp_path, capsys):
+    path = tmp_path / "run"
+    found = run(corners, path, "--method", "simkd", *teacher)
+    main(["eval", str(path)])
+    assert f"test accuracy: {found['test/accuracy']:.4f}" in capsys.readouterr().out
+    config = Config(method="simkd", dataset=corners, student=RESNETS["student"])
+    config = Config(**{**vars(config), "teacher": teacher[1]})
+    setting = prepare(config, teach=True)
+    network, variables = load_deployed(setting, path, RECIPES["simkd"])
+    shown, _ = network.apply(
+        *variables, jax.numpy.ones((2, 8, 8, 1)), wants=Wants(output=True), train=False
+    )
+    assert shown.output.shape == (2, 4)
+    with pytest.raises(ValueError, match="that stands alone, got one of simkd"):
+        load_student(path)
+
+
+def test_kd_can_be_one_more_term(setting):
+    config = Config(**{**vars(setting.config), "kd_weight": 1.0})
+    (step,) = recipes.contrastive(config, setting.places, 4)
+    assert step.method.student.output
+    assert step.method.teacher.output
