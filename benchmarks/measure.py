@@ -12,6 +12,7 @@ import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -44,6 +45,12 @@ class Program(NamedTuple):
         return told | {"step_seconds": summary(seconds), "rounds": list(seconds)}
 
 
+def factory(name: str) -> Any:
+    """What `package.module:factory` names."""
+    module, _, attribute = name.partition(":")
+    return getattr(import_module(module), attribute)
+
+
 def compiled(function: Callable[..., Any], *arguments: Any) -> Program:
     """Compiles a jitted function; every array it needs must be an argument.
 
@@ -64,6 +71,19 @@ def compiled(function: Callable[..., Any], *arguments: Any) -> Program:
         bytes_accessed=costs.get("bytes accessed"),
         temp_bytes=None if memory is None else memory.temp_size_in_bytes,
     )
+
+
+def running(
+    call: Callable[..., Any], state: Any, rest: Sequence[Any]
+) -> Callable[[], Any]:
+    """One step at each call; the state goes around, since it is donated."""
+
+    def run():
+        nonlocal state
+        state, shown = call(state, *rest)
+        return state, shown
+
+    return run
 
 
 def interleave(
@@ -126,6 +146,19 @@ def paired(
     """`summary` of one run's time over the sum of others', round by round."""
     below = sum(np.asarray(seconds[part]) for part in parts)
     return summary(np.asarray(seconds[whole]) / below)
+
+
+def verdict(
+    bar: float | None, time: Mapping[str, float], flops: float | None, rounds: int
+) -> str:
+    """What the interval says of the bar; where it cannot tell, what FLOPs say."""
+    if bar is None:
+        return ""
+    if rounds >= FEWEST_ROUNDS and not time["low"] <= bar < time["high"]:
+        return "within" if time["high"] <= bar else "above"
+    if flops is None:
+        return "undecided"
+    return "within by FLOPs" if flops <= bar else "above by FLOPs"
 
 
 def machine() -> dict[str, Any]:

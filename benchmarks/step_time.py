@@ -1,28 +1,31 @@
 """Step time of every method against the sum of its unavoidable parts.
 
     python benchmarks/step_time.py --out benchmarks/results/step_time_cpu.json
+    python benchmarks/step_time.py --methods all --rounds 12 --out FILE
     python benchmarks/step_time.py --plot benchmarks/results/step_time_cpu.json
 
-Device: any; the committed numbers are from two CPU cores. Minutes: 9 there, fewer on an
-accelerator. Expected: every ratio with a bar at most 1.05 (FLOPs 1.000 to 1.001); the
-hint stage at 0.82 of the joint step: the student is spared the last third of its work,
-and the teacher stops at group2 in both.
+Device: any; the committed numbers are from two CPU cores. Minutes: 13 there for the
+core methods, 17 for all at 12 rounds; fewer on an accelerator. Expected: every ratio
+with a bar at most that (1.05; 1.15 for FSP, CRD with shared negatives and ReviewKD);
+the hint stage at 0.82 of the joint step: the student is spared the last third of its
+work, and the teacher stops at group2 in both.
 
-WRN-40-2 teaches WRN-16-2, batch 64, images 32x32x3, 100 classes. The parts of a step
-are programs of their own, timed in the same rounds:
+WRN-40-2 teaches WRN-16-2, batch 64, images 32x32x3, 100 classes; CRD draws 16384
+negatives of 50000 examples. Every method stands beside the task in one step. The parts
+of a step are programs of their own, timed in the same rounds:
 
-    kd, attention_transfer   teacher forward + the task alone
-    fitnets (joint)          teacher forward + the task with the regressor
-    hint_stage               teacher forward + a student cut at the guided layer
-                             with the regressor
-    task                     the same step written out in plain Flax and optax
+    a method     teacher forward + the task with what the method trains
+    hint_stage   teacher forward + a student cut at the guided layer with the regressor
+    task         the same step written out in plain Flax and optax
 
-The teacher's forward pass stops where the method's last want of it is. "With the
-regressor" is a step that runs the regressor forward and backward and trains it, on
-half the mean square of its output: the cheapest loss with a dense gradient, which
-needs no teacher. (A constant gradient would let XLA turn the 1x1 convolution's
-backward pass into a sum.) Further rows compare the hint stage with the joint step,
-and with a hint stage of two networks that end at the hint (WRN only).
+The teacher's forward pass stops where the method's last want of it is. "With what the
+method trains" is a step that runs the method's regressors (ABF, embedding heads, ...)
+forward and backward and trains them, on half the mean square of their output: the
+cheapest loss with a dense gradient, which needs no teacher. (A constant gradient would
+let XLA turn the 1x1 convolution's backward pass into a sum.) FT's frozen encoder and
+the classifiers that CAT-KD and SimKD apply once more are not among the parts; these
+methods have no bar. Further rows compare the hint stage with the joint step, and with a
+hint stage of two networks that end at the hint (WRN only).
 
 Where the interval of a ratio contains the bar, or there are fewer than 6 rounds, the
 clock cannot tell; then the ratio of the compiled programs' floating-point operations
@@ -31,9 +34,8 @@ decides. Backends that do not count them leave "undecided".
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,13 +46,46 @@ import measure
 import optax
 
 import hintjax as hj
+from hintjax import methods, regressors
+from hintjax.methods.boundary import CONNECTOR as BOUNDARY
+from hintjax.methods.overhaul import CONNECTOR as OVERHAUL
+from hintjax.methods.variational import MEAN
 from hintjax.models import WideResNet
 from hintjax.models.blocks import conv
 from hintjax.models.wrn import Group
 
-BAR = 1.05
-METHODS = ("task", "kd", "attention_transfer", "fitnets", "hint_stage")
 CLASSES = 100
+GROUPS = [(name, name) for name in ("group1", "group2", "group3")]
+# Names of WRN's layers; for networks with others, choose the methods accordingly.
+STEM, POOL, MAP = [(name, name) for name in ("stem", "pool", "pool:in")]
+BEFORE_RELU = ("group2/block1/norm1", "group3/block1/norm1", "norm")
+NORMS = [(name, name) for name in BEFORE_RELU]
+
+BAR, LOOSER_BAR = 1.05, 1.15
+CORE = ("task", "kd", "attention_transfer", "fitnets", "hint_stage")
+CORE += ("fsp", "crd", "review")
+# Methods that have no row, and why.
+TOKENS = "for the hidden states of transformers: another pair of networks"
+LEFT_OUT = {
+    "cosine": TOKENS,
+    "minilm": TOKENS,
+    "paraphrase": "a stage before, which trains an autoencoder on the teacher alone",
+    "patient": TOKENS,
+    "tinybert": TOKENS,
+}
+
+Hints = Mapping[str, jax.ShapeDtypeStruct]
+HINT = partial(regressors.conv, batch_norm=True, activation=nn.relu)
+
+
+class Term(NamedTuple):
+    """A method beside the task, and its unavoidable parts beside teacher and task."""
+
+    method: hj.Method
+    weight: float
+    trains: str | None = None  # its regressors, as a key of `trained`
+    bar: float | None = None
+    task: float = 1.0  # the task's weight
 
 
 class Row(NamedTuple):
@@ -61,15 +96,92 @@ class Row(NamedTuple):
     bar: float | None = BAR
 
 
-ROWS = {
-    "task": Row("task", ("plain",)),
-    "kd": Row("kd", ("teach_logits", "task")),
-    "attention_transfer": Row("attention_transfer", ("teach_maps", "task")),
-    "fitnets": Row("fitnets", ("teach_hint", "task_regressor")),
-    "hint_stage": Row("hint_stage", ("teach_hint", "cut_regressor")),
-    "hint_stage / cut networks": Row("hint_stage", ("hint_stage_cut",)),
-    "hint_stage / fitnets": Row("hint_stage", ("fitnets",), bar=None),
-}
+def terms(pairs: hj.method.Pairs = GROUPS, negatives: int = 16384) -> dict[str, Term]:
+    """Every method at the field's place and weight; behind a colon, variants of one."""
+    middle, last = [pairs[len(pairs) // 2]], [pairs[-1]]
+    crd = {
+        "crd": methods.SharedNegatives(negatives),
+        "crd:anchor": methods.AnchorNegatives(negatives),
+        "crd:in_batch": methods.BatchNegatives(),
+    }
+    made = {
+        "kd": Term(methods.kd(), 0.9, bar=BAR, task=0.1),
+        "attention_transfer": Term(methods.attention_transfer(pairs), 1000, bar=BAR),
+        "fitnets": Term(methods.fitnets(middle, regressor=HINT), 100, "hint", BAR),
+        "fsp": Term(methods.fsp(methods.flows([STEM, *pairs])), 50, bar=LOOSER_BAR),
+        "review": Term(methods.review([*pairs, POOL]), 5, "fusion", LOOSER_BAR),
+        **{
+            name: Term(methods.crd(POOL, negatives=kind), 0.8, "heads")
+            for name, kind in crd.items()
+        },
+        "activation_boundary": Term(methods.activation_boundary(NORMS), 1, "boundary"),
+        "channel_wise": Term(methods.channel_wise(last), 5),
+        "class_attention": Term(methods.class_attention(MAP), 400),
+        "correlation_congruence": Term(
+            methods.correlation_congruence([POOL]), 0.02, "heads"
+        ),
+        "decoupled_kd": Term(methods.decoupled_kd(), 1),
+        "dist": Term(methods.dist(), 1),
+        "factor_transfer": Term(methods.factor_transfer(last), 200, "translator"),
+        "masked_generation": Term(methods.masked_generation(last), 7e-5, "generator"),
+        "overhaul": Term(methods.overhaul(NORMS), 1e-3, "connector"),
+        "probability_transfer": Term(methods.probability_transfer([POOL]), 30_000),
+        "relational": Term(methods.relational([POOL]), 1),
+        "selectivity": Term(methods.selectivity(pairs), 50),
+        "similarity_preserving": Term(methods.similarity_preserving(last), 3000),
+        "simkd": Term(methods.simkd(MAP), 1, "projector"),
+        "soft_targets": Term(methods.soft_targets(), 4),
+        "standardized_kd": Term(methods.standardized_kd(), 9),
+        "variational": Term(methods.variational(pairs), 1, "means"),
+    }
+    made["crd"] = made["crd"]._replace(bar=LOOSER_BAR)
+    # A stage before it would change weights, not the cost of a step.
+    return {
+        name: term._replace(method=term.method._replace(prepare=None))
+        for name, term in made.items()
+    }
+
+
+def trained(
+    pairs: hj.method.Pairs = GROUPS,
+) -> dict[str, Callable[[Hints], hj.Method]]:
+    """What methods train, alone: the shapes of the teacher's hints -> a method."""
+
+    def heads(student, teacher):
+        # Of both networks, which have as many pooled features: side by side.
+        return regressors.linear(student, (2 * 128,))
+
+    def generator(student, teacher):
+        return regressors.Generator(teacher[-1])
+
+    middle, last = [pairs[len(pairs) // 2]], [pairs[-1]]
+    fusion = methods.review([*pairs, POOL], loss=lambda ours, theirs: _small(ours))
+    factor = methods.factor_transfer(last, loss=lambda ours, theirs: _small(ours))
+    return {
+        "hint": partial(regressors_alone, middle, HINT),
+        "fusion": partial(without_teacher, fusion),
+        "heads": partial(regressors_alone, [POOL], heads),
+        "boundary": partial(regressors_alone, NORMS, BOUNDARY),
+        "translator": partial(without_teacher, factor),
+        "generator": partial(regressors_alone, last, generator),
+        "connector": partial(regressors_alone, NORMS, OVERHAUL),
+        "projector": partial(regressors_alone, [MAP], regressors.bottleneck),
+        "means": partial(regressors_alone, pairs, MEAN),
+    }
+
+
+def rows(terms: Mapping[str, Term]) -> dict[str, Row]:
+    """All comparisons, by name."""
+    made = {"task": Row("task", ("plain",))}
+    for name, term in terms.items():
+        task = f"task_{term.trains}" if term.trains else "task"
+        made[name] = Row(name, (_teach(term.method), task), term.bar)
+    teach = _teach(terms["fitnets"].method)
+    return made | {
+        "hint_stage": Row("hint_stage", (teach, "cut_hint")),
+        "hint_stage / cut networks": Row("hint_stage", ("hint_stage_cut",)),
+        "hint_stage / fitnets": Row("hint_stage", ("fitnets",), bar=None),
+    }
 
 
 class Cut(nn.Module):
@@ -103,33 +215,37 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         return record
     machine = measure.machine()
     steps = _steps(options)
-    rows = {
+    compared = {
         name: row
-        for name, row in ROWS.items()
+        for name, row in rows(terms(options.pairs)).items()
         if row.whole in options.methods and {row.whole, *row.parts} <= {*steps}
     }
-    needed = {name for row in rows.values() for name in (row.whole, *row.parts)}
+    needed = {name for row in compared.values() for name in (row.whole, *row.parts)}
     programs, runs = {}, {}
     for name in sorted(needed):
         function, state, rest = steps[name]()
         programs[name] = measure.compiled(function, state, *rest)
-        runs[name] = _running(programs[name].call, state, rest)
+        runs[name] = measure.running(programs[name].call, state, rest)
     seconds = measure.interleave(runs, options.rounds, options.steps)
     record = {
         "benchmark": "step_time",
         "machine": machine,
         "teacher": options.teacher,
         "student": options.student,
-        "pairs": options.pairs,
+        "pairs": ["->".join(pair) for pair in options.pairs],
         "batch": options.batch,
         "image": [options.size, options.size, 3],
         "classes": CLASSES,
+        "examples": options.examples,
+        "negatives": options.negatives,
         "rounds": options.rounds,
         "steps": options.steps,
         "programs": {
             name: program.record(seconds[name]) for name, program in programs.items()
         },
-        "ratios": {name: _ratio(row, programs, seconds) for name, row in rows.items()},
+        "ratios": {
+            name: _ratio(row, programs, seconds) for name, row in compared.items()
+        },
     }
     print(table(record))
     if options.out:
@@ -148,93 +264,133 @@ def _steps(options):
     batch = {
         "image": jax.random.normal(keys[0], shape),
         "label": jax.random.randint(keys[1], shape[:1], 0, CLASSES),
+        "index": jnp.arange(options.batch),
     }
+    labels = jnp.arange(options.examples) % CLASSES
+    data = hj.Data(labels.at[: options.batch].set(batch["label"]))
     modules = [
-        _factory(name)(classes=CLASSES) for name in (options.teacher, options.student)
+        measure.factory(name)(classes=CLASSES)
+        for name in (options.teacher, options.student)
     ]
     teacher, student = map(hj.linen, modules)
     taught = teacher.init(keys[2], batch["image"])
     start = student.init(keys[3], batch["image"])
-    pairs = [tuple(pair.split("->")) for pair in options.pairs]
-    guided, hint = pairs[len(pairs) // 2]
     # A rate so small that hundreds of steps on random data stay finite.
     decay = optax.add_decayed_weights(5e-4)
     optimizer = optax.chain(decay, optax.sgd(1e-6, momentum=0.9))
-
     task = hj.task(optax.softmax_cross_entropy_with_integer_labels)
-    maps = hj.attention_transfer(pairs)
-    regressor = partial(hj.regressors.conv, batch_norm=True, activation=nn.relu)
-    hints = hj.fitnets([(guided, hint)], regressor=regressor)
-    target = teacher.layers(*taught, batch["image"])[hint].shape
-    regression = regressor_alone(guided, target, regressor)
 
-    def trained(make, student, teacher, weights=(start, taught), **terms):
-        def step():
+    def step(make, student, teacher, weights=(start, taught), **terms):
+        def made():
             stage = make(student, teacher, hj.objective(**terms), optimizer)
             ours, theirs = weights
             theirs = None if teacher is None else theirs
-            state = stage.init(keys[4], ours, theirs, batch)
+            state = stage.init(keys[4], ours, theirs, batch, data=data)
             return stage.update, state, (theirs, batch)
 
-        return step
+        return made
 
     def teach(method):
-        def step():
-            stage = hj.distillation_stage(student, teacher, method, optimizer)
-
+        def made():
             @jax.jit
             def forward(state, variables, batch):
-                return state, stage.teach(None, variables, batch)
+                image, wants = batch["image"], _last(method)
+                return state, teacher.apply(*variables, image, wants=wants, train=False)
 
             return forward, (), (taught, batch)
 
-        return step
+        return made
 
-    joint = partial(trained, hj.distillation_stage, student)
+    joint = partial(step, hj.distillation_stage, student)
+    all_terms = terms(options.pairs, options.negatives)
+    wants = hj.method.union(*(term.method.teacher for term in all_terms.values()))
+    shapes = jax.eval_shape(
+        lambda: teacher.apply(*taught, batch["image"], wants=wants, train=False)[0]
+    ).hints
+    alone = {name: make(shapes) for name, make in trained(options.pairs).items()}
+    hints = all_terms["fitnets"].method
     steps = {
         "plain": lambda: plain(modules[1], optimizer, start, batch),
-        "teach_logits": teach(hj.kd()),
-        "teach_maps": teach(maps),
-        "teach_hint": teach(hints),
         "task": joint(None, task=task),
-        "task_regressor": joint(None, task=task, hint=hj.weighted(regression, 100.0)),
-        "kd": joint(teacher, task=hj.weighted(task, 0.1), kd=hj.weighted(hj.kd(), 0.9)),
-        "attention_transfer": joint(
-            teacher, task=task, attention=hj.weighted(maps, 1000.0)
-        ),
-        "fitnets": joint(teacher, task=task, hint=hj.weighted(hints, 100.0)),
-        "hint_stage": trained(hj.hint_stage, student, teacher, hint=hints),
+        **{
+            f"task_{name}": joint(None, task=task, trained=method)
+            for name, method in alone.items()
+        },
+        **{_teach(term.method): teach(term.method) for term in all_terms.values()},
+        **{
+            name: joint(
+                teacher,
+                task=hj.weighted(task, term.task),
+                term=hj.weighted(term.method, term.weight),
+            )
+            for name, term in all_terms.items()
+        },
+        "hint_stage": step(hj.hint_stage, student, teacher, hint=hints),
     }
     if all(isinstance(module, WideResNet) for module in modules):
+        ((guided, hint),) = zip(hints.student.hints, hints.teacher.hints, strict=True)
         ends = _cut(modules[0], hint, taught), _cut(modules[1], guided, start)
         (short_teacher, short_taught), (short, short_start) = ends
         weights = short_start, short_taught
-        steps["hint_stage_cut"] = trained(
+        steps["hint_stage_cut"] = step(
             hj.hint_stage, short, short_teacher, weights, hint=hints
         )
-        steps["cut_regressor"] = trained(
-            hj.distillation_stage, short, None, weights, hint=regression
+        steps["cut_hint"] = step(
+            hj.distillation_stage, short, None, weights, hint=alone["hint"]
         )
     return steps
 
 
-def regressor_alone(guided: str, target: tuple[int, ...], sizing) -> hj.Method:
-    """The regressor of one pair, trained towards 0: FitNets without a teacher."""
+def regressors_alone(pairs, sizing: regressors.Sizing, hints: Hints) -> hj.Method:
+    """One regressor for each pair, trained towards 0: FitNets without a teacher."""
 
-    def sized(student):
-        return sizing(student.hints[guided].shape[1:], target[1:])
+    def modules(student):
+        for guided, hint in pairs:
+            shape, target = student.hints[guided].shape, hints[hint].shape
+            yield guided, sizing(shape[1:], target[1:]), student.hints[guided]
 
     def init(key, student, teacher, data):
-        return hj.regressors.init(sized(student), key, student.hints[guided].shape)
+        made = {
+            guided: regressors.init(module, key, x.shape)
+            for guided, module, x in modules(student)
+        }
+        params = {guided: params for guided, (params, _) in made.items()}
+        return params, {guided: memory for guided, (_, memory) in made.items()}
 
     def apply(params, memory, student, teacher, batch, context):
-        predicted, memory = hj.regressors.apply(
-            sized(student), params, memory, student.hints[guided], context.train
-        )
-        axes = tuple(range(1, predicted.ndim))
-        return jnp.mean(jnp.square(predicted), axes) / 2, memory, {}
+        total, remembered = 0.0, {}
+        for guided, module, x in modules(student):
+            predicted, remembered[guided] = regressors.apply(
+                module, params[guided], memory[guided], x, context.train
+            )
+            total = total + _small(predicted)
+        return total, remembered, {}
 
-    return hj.Method(hj.Wants(hints=(guided,)), hj.Wants(), init, apply)
+    wants = hj.Wants(hints=tuple(guided for guided, _ in pairs))
+    return hj.Method(wants, hj.Wants(), init, apply)
+
+
+def without_teacher(method: hj.Method, hints: Hints) -> hj.Method:
+    """A method whose loss does not read the hints, in front of zeros."""
+
+    def zeros():
+        shapes = {path: hints[path] for path in method.teacher.hints}
+        return hj.Features(
+            hints={path: jnp.zeros(x.shape, x.dtype) for path, x in shapes.items()}
+        )
+
+    def init(key, student, teacher, data):
+        return method.init(key, student, jax.eval_shape(zeros), data)
+
+    def apply(params, memory, student, teacher, batch, context):
+        return method.apply(params, memory, student, zeros(), batch, context)
+
+    return hj.Method(method.student, hj.Wants(), init, apply)
+
+
+def _small(predicted):
+    """Half the mean square of each example: asks for nothing, with a dense gradient."""
+    return jnp.mean(jnp.square(predicted), tuple(range(1, predicted.ndim))) / 2
 
 
 def plain(module: nn.Module, optimizer, variables: hj.Variables, batch):
@@ -268,13 +424,16 @@ def table(record: Mapping[str, Any]) -> str:
         f"{record['rounds']} rounds of {record['steps']} on {machine['device']} "
         f"({machine['processor']}), jax {machine['versions']['jax']}"
     )
-    heading = f"{'program':20}{'trace s':>8}{'compile s':>11}{'step ms':>10}{'95 %':>18}{'GFLOP':>9}"
+    heading = (
+        f"{'program':24}{'trace s':>8}{'compile s':>11}{'step ms':>10}"
+        f"{'95 %':>18}{'GFLOP':>9}"
+    )
     lines = [setting, "", heading]
     for name, program in programs.items():
         step, flops = program["step_seconds"], program["flops"]
         low, high = 1e3 * step["low"], 1e3 * step["high"]
         lines.append(
-            f"{name:20}{program['trace_seconds']:8.1f}{program['compile_seconds']:11.1f}"
+            f"{name:24}{program['trace_seconds']:8.1f}{program['compile_seconds']:11.1f}"
             f"{1e3 * step['median']:10.2f}"
             f"{f'{low:.2f} - {high:.2f}':>18}"
             + (f"{'-':>9}" if flops is None else f"{flops / 1e9:9.2f}")
@@ -293,20 +452,23 @@ def table(record: Mapping[str, Any]) -> str:
 
 
 def plot(record: Mapping[str, Any], path: Path) -> None:
-    """The ratios with their intervals, and the bar."""
+    """The ratios with their intervals, and the bars."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 3.2), layout="constrained")
-    axes = figure.subplots()
+    height = 1.4 + 0.29 * len(record["ratios"])
+    figure = Figure(figsize=(7, height), layout="constrained")
+    axes, shown = figure.subplots(), {}
     for place, (name, row) in enumerate(record["ratios"].items()):
         time = row["time"]
         axes.plot([time["low"], time["high"]], [place, place], color="C0", lw=3)
-        (median,) = axes.plot(time["median"], place, "o", color="C0")
+        median = axes.plot(time["median"], place, "o", color="C0")
+        shown["time: median, 95 % interval"] = median[0]
         if row["flops"] is not None:
-            (flops,) = axes.plot(row["flops"], place, "|", color="C1", ms=14, mew=2)
-            flops.set_label("FLOPs" if place == 0 else None)
-    median.set_label("time: median, 95 % interval")
-    axes.axvline(BAR, color="0.6", ls="--", label=f"bar {BAR}")
+            flops = axes.plot(row["flops"], place, "|", color="C1", ms=14, mew=2)
+            shown["FLOPs"] = flops[0]
+        if row["bar"] is not None:
+            ends = [place - 0.4, place + 0.4]
+            shown["bar"] = axes.plot(2 * [row["bar"]], ends, color="0.4", lw=1)[0]
     axes.axvline(1, color="0.85", zorder=0)
     names = [name.replace("_", " ") for name in record["ratios"]]
     axes.set_yticks(range(len(names)), names)
@@ -319,19 +481,9 @@ def plot(record: Mapping[str, Any], path: Path) -> None:
         f"jax {machine['versions']['jax']}",
         fontsize=9,
     )
-    axes.legend(fontsize=8)
+    handles = shown.values(), shown.keys()
+    figure.legend(*handles, loc="outside lower center", ncols=3, fontsize=8)
     figure.savefig(path, dpi=110)
-
-
-def _running(call, state, rest):
-    """One step at each call; the state goes around, since it is donated."""
-
-    def run():
-        nonlocal state
-        state, shown = call(state, *rest)
-        return state, shown
-
-    return run
 
 
 def _ratio(row, programs, seconds):
@@ -344,25 +496,20 @@ def _ratio(row, programs, seconds):
         "time": time,
         "flops": flops,
         "bar": row.bar,
-        "verdict": _verdict(row.bar, time, flops, len(seconds[row.whole])),
+        "verdict": measure.verdict(row.bar, time, flops, len(seconds[row.whole])),
     }
 
 
-def _verdict(bar, time, flops, rounds):
-    """What the interval says of the bar; where it cannot tell, what FLOPs say."""
-    if bar is None:
-        return ""
-    if rounds >= measure.FEWEST_ROUNDS and not time["low"] <= bar < time["high"]:
-        return "within" if time["high"] <= bar else "above"
-    if flops is None:
-        return "undecided"
-    return "within by FLOPs" if flops <= bar else "above by FLOPs"
+def _last(method):
+    """The last thing that a method wants of the teacher; what is before it is free."""
+    wants = method.teacher
+    return hj.Wants(output=True) if wants.output else hj.Wants(hints=wants.hints[-1:])
 
 
-def _factory(name):
-    """What `package.module:factory` names."""
-    module, _, attribute = name.partition(":")
-    return getattr(import_module(module), attribute)
+def _teach(method):
+    """The name of the teacher's forward pass for a method."""
+    last = _last(method)
+    return f"teach_{'output' if last.output else last.hints[0]}"
 
 
 def _cut(module, path, variables):
@@ -376,6 +523,12 @@ def _cut(module, path, variables):
     return hj.linen(Cut(module, last)), hj.Variables(params, {"batch_stats": stats})
 
 
+def _pair(text):
+    """`guided->hint`."""
+    guided, _, hint = text.partition("->")
+    return guided, hint or guided
+
+
 def _options(arguments):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -383,9 +536,17 @@ def _options(arguments):
     add = parser.add_argument
     add("--teacher", default="hintjax.models:wrn_40_2", help="package.module:factory")
     add("--student", default="hintjax.models:wrn_16_2", help="package.module:factory")
-    groups = [f"group{number}->group{number}" for number in (1, 2, 3)]
-    add("--pairs", nargs="+", default=groups, help="guided->hint; the middle one too")
-    add("--methods", nargs="+", choices=METHODS, default=METHODS)
+    pair = {"type": _pair, "nargs": "+", "metavar": "GUIDED->HINT"}
+    add(
+        "--pairs",
+        **pair,
+        default=GROUPS,
+        help="shallow to deep; FitNets' is the middle",
+    )
+    choices = tuple(dict.fromkeys([*CORE, *terms()]))
+    add("--methods", nargs="+", choices=[*choices, "all"], default=CORE)
+    add("--negatives", type=int, default=16384, help="that CRD draws")
+    add("--examples", type=int, default=50_000, help="in CRD's memory bank")
     add("--batch", type=int, default=64)
     add("--size", type=int, default=32, help="height and width of the images")
     on_cpu = jax.default_backend() == "cpu"
@@ -395,7 +556,10 @@ def _options(arguments):
     add("--out", type=Path, help="write the results here, as JSON")
     add("--plot", type=Path, help="draw the results in this file; measure nothing")
     options = parser.parse_args(arguments)
+    if "all" in options.methods:
+        options.methods = choices
     if options.small:
+        options.negatives, options.examples = 16, 128
         options.teacher = options.student = f"{__name__}:wrn_10_1"
         options.batch, options.size = 4, 8
     return options

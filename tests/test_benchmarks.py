@@ -12,15 +12,25 @@ import numpy as np
 import pytest
 
 import hintjax as hj
+from hintjax import methods
 
+PROGRAMS = ("alone", "step")
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 
 
-@pytest.fixture
-def script(monkeypatch):
+@pytest.fixture(scope="module")
+def script():
     """`script(name)` imports a benchmark as if it were run from its folder."""
-    monkeypatch.syspath_prepend(str(FOLDER))
-    return import_module
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(FOLDER))
+        yield import_module
+
+
+@pytest.fixture(scope="module")
+def small_steps(script):
+    """Every program of the small case of `step_time`, by name."""
+    step_time = script("step_time")
+    return step_time._steps(step_time._options(["--small"]))
 
 
 def positive(summary):
@@ -60,23 +70,61 @@ def test_step_time_measures_methods_against_their_parts(script, tmp_path):
 @pytest.mark.parametrize(
     "name",
     [
-        "task_regressor",
-        "teach_logits",
-        "teach_maps",
+        "task_fusion",
+        "task_heads",
+        "task_translator",
+        "teach_output",
+        "variational",
+        "teach_pool:in",
         "kd",
         "attention_transfer",
+        "crd",
+        "factor_transfer",
+        "review",
     ],
 )
-def test_the_other_programs_of_step_time_trace(script, name):
-    step_time = script("step_time")
-    step, state, rest = step_time._steps(step_time._options(["--small"]))[name]()
-    after, _ = jax.eval_shape(step, state, *rest)
-    assert jax.tree.map(jax.typeof, after) == jax.tree.map(jax.typeof, state)
+def test_the_other_programs_of_step_time_trace(small_steps, name):
+    def stepped():
+        step, state, rest = small_steps[name]()
+        return state, step(state, *rest)[0]
+
+    # Equal shapes and types, or the second step would be compiled once more.
+    before, after = jax.eval_shape(stepped)
+    assert after == before
 
 
-def test_plain_flax_takes_the_same_step_as_the_task_stage(script):
+def test_every_method_has_a_row_or_a_reason(script):
     step_time = script("step_time")
-    steps = step_time._steps(step_time._options(["--small"]))
+    exported = {name: getattr(methods, name) for name in methods.__all__}
+    published = {
+        name
+        for name, one in exported.items()
+        if getattr(one, "__annotations__", {}).get("return") is hj.Method
+    }
+    assert {"crd", "fsp", "kd", "review"} <= published
+    have = {name.partition(":")[0] for name in step_time.terms()}
+    assert published <= have | set(step_time.LEFT_OUT)
+    assert not have & set(step_time.LEFT_OUT)
+    assert {*step_time.CORE} <= {*step_time._options(["--methods", "all"]).methods}
+
+
+def test_every_part_of_a_row_is_a_program(script, small_steps):
+    step_time = script("step_time")
+    rows = step_time.rows(step_time.terms())
+    assert {*step_time.terms()} <= {*rows}
+    assert {name for row in rows.values() for name in (row.whole, *row.parts)} == {
+        *small_steps
+    }
+    bars = {name: rows[name].bar for name in step_time.CORE}
+    assert bars == dict.fromkeys(step_time.CORE, 1.05) | dict.fromkeys(
+        ("fsp", "crd", "review"), 1.15
+    )
+    assert rows["review"].parts == ("teach_pool", "task_fusion")
+    assert rows["fsp"].parts == ("teach_group3", "task")
+
+
+def test_plain_flax_takes_the_same_step_as_the_task_stage(small_steps):
+    steps = small_steps
     (plain, *ours), (task, *theirs) = steps["plain"](), steps["task"]()
     (_, stats, opt_state), _ = plain(ours[0], *ours[1])
     state, _ = task(theirs[0], *theirs[1])
@@ -119,6 +167,64 @@ def test_pairs_measures_every_form_against_the_loop(script, tmp_path):
     assert file.with_suffix(".png").stat().st_size < 100_000
 
 
+def test_crd_negatives_are_measured_against_none(script, tmp_path):
+    crd_negatives = script("crd_negatives")
+    file = tmp_path / "results.json"
+    arguments = ["--small", "--rounds", "6", "--kinds", "shared"]
+    crd_negatives.main([*arguments, "--out", str(file)])
+    record = json.loads(file.read_text())
+    names = {f"{kind}, {one}" for kind in ("none", "shared") for one in PROGRAMS}
+    assert set(record["programs"]) == names
+    for program in record["programs"].values():
+        assert positive(program["step_seconds"])
+        assert program["temp_bytes"] >= 0
+    assert list(record["over_none"]) == ["shared"]
+    shared = record["over_none"]["shared"]
+    assert positive(shared["time"])
+    assert 1 <= shared["flops"] < shared["bar"] == 1.15
+
+
+def test_gathering_as_published_gives_what_crd_gives(script):
+    """The loss, the gradients, and the banks after a step."""
+    crd_negatives = script("crd_negatives")
+    size, k, n = 64, 6, 3
+    keys = jax.random.split(jax.random.key(0), 3)
+    shown = [
+        hj.Features(hints={"pool": jax.random.normal(key, (n, 5))}) for key in keys[:2]
+    ]
+    index, draws = np.array([3, 40, 7]), np.random.default_rng(0)
+    labels = np.arange(size, dtype=np.int32) % 4
+    candidates = crd_negatives._candidates(draws, labels, index, k)
+    assert (labels[candidates[:, 1:]] != labels[index][:, None]).all()
+    batch = {"index": index, "label": labels[index], "candidates": candidates}
+    batch = jax.tree.map(jnp.asarray, batch)
+    pair, data = crd_negatives.POOL, hj.Data(labels)
+    gather = crd_negatives.gather(pair, feature_dim=8)
+    ours = hj.crd(pair, negatives=methods.GivenNegatives(), feature_dim=8)
+    params, theirs = gather.init(keys[2], *shown, data)
+    _, memory = ours.init(keys[2], *shown, data)
+    banks = {side: theirs[side]["bank"] for side in ("student", "teacher")}
+    memory["bank"] = memory["bank"]._replace(**banks)
+    context = hj.Context(keys[2], jnp.int32(0), True)
+
+    def learn(method, memory):
+        def loss(params):
+            values, after, _ = method.apply(params, memory, *shown, batch, context)
+            return values.mean(), (values, after)
+
+        return jax.jit(jax.grad(loss, has_aux=True))(params)
+
+    got, (values, after) = learn(gather, theirs)
+    want, (expected, moved) = learn(ours, memory)
+    np.testing.assert_allclose(values, expected, rtol=1e-5)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), got, want)
+    for side in banks:
+        bank = getattr(moved["bank"], side)
+        np.testing.assert_allclose(after[side]["bank"], bank, rtol=1e-5)
+        z = np.exp(getattr(moved["bank"], f"{side}_constant"))
+        np.testing.assert_allclose(after[side]["z"], z, rtol=1e-5)
+
+
 def test_interval_is_that_of_order_statistics(script):
     # Tables of the sign test: the 10th and the 21st of 30, the extremes of 6.
     measure = script("measure")
@@ -137,7 +243,7 @@ def test_ratios_are_paired_within_a_round(script):
 
 
 def test_flops_decide_where_the_interval_contains_the_bar(script):
-    verdict = script("step_time")._verdict
+    verdict = script("measure").verdict
     narrow, wide, slow = (
         {"low": low, "high": high} for low, high in [(1.0, 1.04), (1.0, 1.2), (1.1, 2)]
     )
