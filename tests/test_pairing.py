@@ -4,6 +4,7 @@ import jax
 import pytest
 
 from hintjax import suggest_pairs
+from hintjax.pairing import first_pair, head, stage_pairs
 
 pytestmark = pytest.mark.quick
 
@@ -84,3 +85,42 @@ def test_a_teacher_with_one_map_has_a_pair():
 def test_a_count_below_one_is_refused(count):
     with pytest.raises(ValueError, match="count"):
         suggest_pairs(convs(3), convs(3), count=count)
+
+
+def residual(*groups, **others):
+    """A stem and groups, each with a block, and a BatchNorm at the end."""
+    found = layers("stem", shape=(1, 32, 32, 16))
+    for group, side in zip(groups, (32, 16, 8), strict=True):
+        found |= layers(f"{group}/block1", group, shape=(1, side, side, 16))
+    return found | layers("norm", shape=(1, 8, 8, 16), **others)
+
+
+def test_stages_end_where_the_resolution_changes_in_a_layer_of_layers():
+    network = residual("group1", "group2", "group3")
+    groups = ("group1", "group2", "group3")
+    assert stage_pairs(network, network) == tuple(zip(groups, groups, strict=True))
+    assert first_pair(network, network) == ("stem", "stem")
+
+
+def test_unlike_networks_are_paired_by_depth():
+    teacher = residual("a", "b", "c")
+    assert stage_pairs(convs(10), teacher) == (
+        ("conv4", "a"),
+        ("conv6", "b"),
+        ("conv8", "c"),
+    )
+
+
+def test_a_network_of_one_resolution_is_cut_into_thirds():
+    assert stage_pairs(convs(6), convs(9)) == (
+        ("conv2", "conv3"),
+        ("conv4", "conv6"),
+        ("conv6", "conv9"),
+    )
+
+
+def test_the_head_is_the_last_two_vectors():
+    vectors = layers("pool", "classifier", shape=(1, 8))
+    assert head(convs(3) | vectors) == ("pool", "classifier")
+    with pytest.raises(ValueError, match="head: expected a pooled vector"):
+        head(convs(3) | layers("classifier", shape=(1, 8)))
