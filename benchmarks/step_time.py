@@ -438,13 +438,18 @@ def table(record: Mapping[str, Any]) -> str:
             f"{f'{low:.2f} - {high:.2f}':>18}"
             + (f"{'-':>9}" if flops is None else f"{flops / 1e9:9.2f}")
         )
-    lines += ["", f"{'over its parts':40}{'ratio':>7}{'95 %':>16}{'FLOPs':>8}  verdict"]
+    titles = {
+        name: name if "/" in name else f"{name} / {' + '.join(row['parts'])}"
+        for name, row in record["ratios"].items()
+    }
+    width = max(map(len, titles.values()), default=0)
+    heading = f"{'over its parts':{width}}{'ratio':>8}{'95 %':>16}{'FLOPs':>8}  verdict"
+    lines += ["", heading]
     for name, row in record["ratios"].items():
         time, flops = row["time"], row["flops"]
-        title = name if "/" in name else f"{name} / {' + '.join(row['parts'])}"
         interval = f"{time['low']:.3f} - {time['high']:.3f}"
         lines.append(
-            f"{title:40}{time['median']:7.3f}{interval:>16}"
+            f"{titles[name]:{width}}{time['median']:8.3f}{interval:>16}"
             + (f"{'-':>8}" if flops is None else f"{flops:8.4f}")
             + f"  {row['verdict']}"
         )
