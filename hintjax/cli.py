@@ -34,74 +34,73 @@ from hintjax.metrics import progress
 from hintjax.recipes import Recipe
 
 RECIPES: dict[str, Recipe] = {
-    "ab": recipes.boundaries,
-    "at": recipes.attention,
+    "ab": recipes.AB,
+    "at": recipes.AT,
     "backprop": recipes.backprop,
-    "catkd": recipes.attended_classes,
-    "cc": recipes.correlations,
-    "crd": recipes.contrastive,
-    "crd_in_batch": recipes.contrastive_in_batch,
-    "crd_shared": recipes.contrastive_shared,
-    "cwd": recipes.channels,
-    "dist": recipes.correlated,
-    "dkd": recipes.decoupled,
-    "fitnet": recipes.fitnets_jointly,
-    "fitnets": recipes.fitnets_two_stages,
-    "fsp": recipes.flow,
-    "ft": recipes.factors,
-    "kd": recipes.knowledge,
-    "mgd": recipes.generated,
-    "nst": recipes.selective,
-    "ofd": recipes.overhauled,
-    "pkt": recipes.probabilities,
-    "review": recipes.knowledge_review,
-    "rkd": recipes.relations,
-    "simkd": recipes.reused,
-    "soft": recipes.second_stage,
-    "sp": recipes.similarity,
-    "std_kd": recipes.standardized,
-    "vid": recipes.variations,
+    "catkd": recipes.CAT_KD,
+    "cc": recipes.CC,
+    "crd": recipes.CRD,
+    "crd_in_batch": recipes.CRD_IN_BATCH,
+    "crd_shared": recipes.CRD_SHARED,
+    "cwd": recipes.CWD,
+    "dist": recipes.DIST,
+    "dkd": recipes.DKD,
+    "fitnet": recipes.FITNETS_JOINTLY,
+    "fitnets": recipes.FITNETS,
+    "fsp": recipes.FSP,
+    "ft": recipes.FT,
+    "kd": recipes.KD,
+    "mgd": recipes.MGD,
+    "nst": recipes.NST,
+    "ofd": recipes.OFD,
+    "pkt": recipes.PKT,
+    "review": recipes.REVIEW,
+    "rkd": recipes.RKD,
+    "simkd": recipes.SIMKD,
+    "soft": recipes.SOFT,
+    "sp": recipes.SP,
+    "std_kd": recipes.STANDARDIZED_KD,
+    "vid": recipes.VID,
 }
 
 # What `distill` compares when it is told nothing else. The plain student is the kind
 # that FitNets was invented for; the He rows and the untrained teacher say what part of
 # a gain is only that the student trains at all.
 _HE = "hintjax.models:plain_thin_he"
-_WITHOUT_HINTS = {
-    *(recipes.backprop, recipes.knowledge, recipes.second_stage, recipes.attention),
-    *(recipes.decoupled, recipes.correlated, recipes.standardized),
-}
 
 
 def _arms(config: Config) -> list[Arm]:
-    def arm(name, recipe, rate, initial=config.student, **more):
+    def arm(name, recipe, rate=1e-3, initial=config.student, **more):
         return Arm(name, recipe, config.rates or (rate,), initial, **more)
 
     if config.compare:
+        rate = config.learning_rate
         return [
-            arm(name, _recipe(name), config.learning_rate) for name in config.compare
+            arm(name, _recipe(name), rate, baseline=not _attaches(_recipe(name)))
+            for name in config.compare
         ]
+    hints = {"recipe": recipes.FITNETS, "baseline": False}
     arms = [
-        arm("backprop", recipes.backprop, 1e-3),
-        arm("KD", recipes.second_stage, 1e-3),
-        arm("AT", recipes.attention, 1e-3),
-        arm("FitNets", recipes.fitnets_two_stages, 1e-3),
-        arm(
-            "FitNets, untrained hints",
-            recipes.fitnets_two_stages,
-            1e-3,
-            untrained=True,
-        ),
-        arm("hints, then the task", recipes.hints_then_task, 1e-3),
+        arm("backprop", recipes.backprop),
+        arm("KD", recipes.SOFT),
+        arm("AT", recipes.AT),
+        arm("FitNets", **hints),
+        arm("FitNets, untrained hints", **hints, untrained=True),
+        arm("hints, then the task", recipes.HINTS_THEN_TASK, baseline=False),
     ]
     if config.student == Config.student:
         arms += [
-            arm("backprop, He", recipes.backprop, 1e-3, _HE),
-            arm("KD, He", recipes.second_stage, 1e-3, _HE),
-            arm("AT, He", recipes.attention, 3e-3, _HE),
-            arm("FitNets, He", recipes.fitnets_two_stages, 1e-3, _HE),
+            arm("backprop, He", recipes.backprop, initial=_HE),
+            arm("KD, He", recipes.SOFT, initial=_HE),
+            arm("AT, He", recipes.AT, 3e-3, _HE),
+            arm("FitNets, He", **hints, initial=_HE),
         ]
     return arms
+
+
+def _attaches(recipe):
+    """Whether a recipe compares more than outputs."""
+    return recipe is not recipes.backprop and recipe.where is not recipes.outputs
 
 
 def _recipe(name):
@@ -141,8 +140,8 @@ def distill(config: Config, run_dir: Path, *, resume: bool = False) -> None:
             run(setting, run_dir, recipe, **how)
             return
         found = compare(setting, run_dir, arms, variables, begin=begin)
-    without_hints = [arm.name for arm in arms if arm.recipe in _WITHOUT_HINTS]
-    result = table(setting, variables, found, without_hints or [arms[0].name])
+    baselines = [arm.name for arm in arms if arm.baseline] or [arms[0].name]
+    result = table(setting, variables, found, baselines)
     (run_dir / REPORT).write_text(json.dumps(result, indent=1))
     show_table(result)
     print(f"picture: {picture(setting, run_dir, variables, result, found)}")

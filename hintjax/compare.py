@@ -47,6 +47,7 @@ class Arm(NamedTuple):
         rates: the learning rates to choose from.
         initial: the factory of the module that initialises the student.
         untrained: whether its hints come from a teacher that was never trained.
+        baseline: whether others are measured against it.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Arm(NamedTuple):
     rates: Sequence[float]
     initial: str
     untrained: bool = False
+    baseline: bool = True
 
 
 def compare(
@@ -194,8 +196,8 @@ def table(
         setting: see `compare`.
         teacher: its variables.
         found: what `compare` returned.
-        baselines: the arms that do without hints; every other arm is compared, seed
-            by seed, with the best of them (chosen on validation).
+        baselines: every other arm is compared, seed by seed, with the best of these
+            arms (chosen on validation).
 
     Returns:
         Rows and differences; JSON.

@@ -23,6 +23,7 @@ from hintjax.methods import (
     SharedNegatives,
     activation_boundary,
     attention_transfer,
+    channel_wise,
     class_attention,
     correlation_congruence,
     crd,
@@ -95,37 +96,43 @@ class Step(NamedTuple):
     note: str = ""
 
 
-# (config, places, steps in an epoch) -> the phases of a run.
-Recipe = Callable[[Config, Places, int], Sequence[Step]]
+# (config, places, steps in an epoch, epochs) -> the phases of a run.
+Recipe = Callable[..., Sequence[Step]]
+Where = Callable[[Places], Pairs]
 Make = Callable[[Config, Places], Method]
 
 
 # Where methods attach
 
 
+def outputs(places: Places) -> Pairs:
+    """The outputs."""
+    return ()
+
+
 def middle(places: Places) -> Pairs:
-    """The pair in the middle of both networks (FitNets)."""
+    """The middle of both networks."""
     return places.pairs or pairing.suggest_pairs(places.student, places.teacher)
 
 
 def stages(places: Places) -> Pairs:
-    """The ends of the stages: f1 to f3 of the CRD benchmark."""
+    """The ends of the stages."""
     return places.pairs or pairing.stage_pairs(places.student, places.teacher)
 
 
 def last_stage(places: Places) -> Pairs:
-    """The end of the last stage: f3 of the CRD benchmark."""
+    """The end of the last stage."""
     return stages(places)[-1:]
 
 
 def middle_stage(places: Places) -> Pairs:
-    """The end of the middle stage: f2 of the CRD benchmark."""
+    """The end of the middle stage."""
     ends = stages(places)
     return ends[(len(ends) - 1) // 2 :][:1]
 
 
 def first_and_stages(places: Places) -> Pairs:
-    """The first layers, and the ends of the stages: f0 to f3 of the CRD benchmark."""
+    """The first layers and the ends of the stages."""
     if places.pairs:
         return places.pairs
     first = pairing.first_pair(places.student, places.teacher)
@@ -133,7 +140,7 @@ def first_and_stages(places: Places) -> Pairs:
 
 
 def before_relu(places: Places) -> Pairs:
-    """The ends of the stages before their ReLU, which the models have to know."""
+    """The ends of the stages before their ReLU, which the models must know."""
     if places.pairs:
         return places.pairs
     found = []
@@ -149,14 +156,14 @@ def before_relu(places: Places) -> Pairs:
 
 
 def pooled(places: Places) -> Pairs:
-    """The pooled vectors, which the classifiers are given: f4 of the CRD benchmark."""
+    """The pooled vectors, which the classifiers are given."""
     if places.pairs:
         return places.pairs
     return ((_pool(places.student), _pool(places.teacher)),)
 
 
 def stages_and_pooled(places: Places) -> Pairs:
-    """ReviewKD's: the stages, the teacher's before their ReLU, and the pooled vectors."""
+    """The ends of the stages, the teacher's before their ReLU; the pooled vectors."""
     if places.pairs:
         return places.pairs
     before = places.preactivations[1]
@@ -165,7 +172,7 @@ def stages_and_pooled(places: Places) -> Pairs:
 
 
 def last_maps(places: Places) -> Pairs:
-    """What is pooled: the last maps, which the classifiers see the mean of."""
+    """The last maps, which are pooled for the classifiers."""
     return places.pairs or (
         (f"{_pool(places.student)}:in", f"{_pool(places.teacher)}:in"),
     )
@@ -200,109 +207,154 @@ def backprop(
     return [Step("backprop", objective(task=cross_entropy()), epochs or config.epochs)]
 
 
-def beside(
-    name: str,
-    make: Make,
-    weight: float | Callable[[Config, int], Weight],
-    task_weight: float = 1.0,
-    note: Callable[[Config, Places], str] = lambda config, places: "",
-) -> Recipe:
+class Grown(NamedTuple):
+    """A weight that grows over a twelfth of the epochs; 20 of 240 as published."""
+
+    weight: float
+
+    def __call__(self, epochs: int, per_epoch: int) -> Weight:
+        """The schedule."""
+        return warm_up(self.weight, max(1, epochs // 12), per_epoch)
+
+    def __str__(self):
+        return f"{self.weight:g}, grown"
+
+
+class Falling(NamedTuple):
+    """FitNets' lambda, which falls over all epochs of its stage."""
+
+    first: float
+    last: float
+
+    def __call__(self, epochs: int, per_epoch: int) -> Weight:
+        """The schedule."""
+        return lambda_decay(self.first, self.last, 0, epochs, per_epoch)
+
+    def __str__(self):
+        return f"{self.first:g}, falling to {self.last:g}"
+
+
+class Beside(NamedTuple):
     """The recipe of a method beside the task, after its `prepare` if it has one.
 
-    Args:
-        name: of the term and of the phase.
-        make: the method.
-        weight: its published weight, or `(config, steps in an epoch) -> schedule`.
+    `config.weight`, `config.task_weight` and `config.kd_weight` (KD as a third term)
+    override the published weights.
+
+    Attributes:
+        method: of `hintjax.methods`; its name is the term's and the phase's.
+        where: it attaches.
+        weight: its published weight.
+        make: the method as a run trains it; by default of the pairs alone.
         task_weight: of the task.
         note: see `Step`.
-
-    Returns:
-        The recipe; `config.weight`, `config.task_weight` and `config.kd_weight` (KD as
-        a third term) override the published weights.
+        name: instead of the method's.
     """
 
-    def recipe(config, places, per_epoch):
-        usual = weight(config, per_epoch) if callable(weight) else weight
+    method: Callable[..., Method]
+    where: Where
+    weight: float | Grown | Falling
+    make: Make | None = None
+    task_weight: float = 1.0
+    note: Callable[[Config, Places], str] = lambda config, places: ""
+    name: str = ""
+
+    def __call__(self, config, places, per_epoch, epochs=None) -> list[Step]:
+        """The phases."""
+        epochs = epochs or config.epochs
+        method = _made(self, config, places)
+        before = 0 if method.prepare is None else _share(config, 9)
+        rest = epochs - before
+        usual = self.weight
+        if not isinstance(usual, float):
+            usual = usual(rest, per_epoch)
+        name = self.name or self.method.__name__
         terms = {
-            "task": weighted(cross_entropy(), _or(config.task_weight, task_weight)),
-            name: weighted(make(config, places), _or(config.weight, usual)),
+            "task": weighted(
+                cross_entropy(), _or(config.task_weight, self.task_weight)
+            ),
+            name: weighted(method, _or(config.weight, usual)),
         }
         if config.kd_weight:
             term = kd(_or(config.temperature, 4.0))
             terms["logits"] = weighted(term, config.kd_weight)
-        method = objective(**terms)
-        told = note(config, places)
-        if method.prepare is None:
-            return [Step(name, method, config.epochs, note=told)]
-        first = _share(config, 9)
-        rest = config.epochs - first
+        whole, note = objective(**terms), self.note(config, places)
+        if not before:
+            return [Step(name, whole, epochs, note=note)]
         return [
-            Step(f"before {name}", method.prepare, first, hints_only=True),
-            Step(name, method, rest, carry=True, note=told),
+            Step(f"before {name}", whole.prepare, before, hints_only=True),
+            Step(name, whole, rest, carry=True, note=note),
         ]
 
-    return recipe
 
-
-def before_task(
-    name: str,
-    make: Make,
-    after: Callable[..., Sequence[Step]] = backprop,
-    part: int = 9,
-) -> Recipe:
+class BeforeTask(NamedTuple):
     """The recipe of a hint stage with the method alone, then another recipe.
 
-    Args:
-        name: of the term and of the phase.
-        make: the method.
-        after: the recipe that follows, `(config, places, per_epoch, epochs)`.
+    Attributes:
+        method: see `Beside`.
+        where: see `Beside`.
+        make: see `Beside`.
+        after: the recipe that follows, from the student so initialised.
         part: the hint stage has this part of all epochs, unless the config says
             otherwise; 30 of 270 in the CRD benchmark.
-
-    Returns:
-        The recipe.
     """
 
-    def recipe(config, places, per_epoch):
-        first = _share(config, part)
-        method = objective(**{name: make(config, places)})
-        hint = Step(name, method, first, hints_only=True)
-        return [hint, *after(config, places, per_epoch, config.epochs - first)]
+    method: Callable[..., Method]
+    where: Where
+    make: Make | None = None
+    after: Recipe = backprop
+    part: int = 9
+    weight: float = 1.0
 
-    return recipe
+    def __call__(self, config, places, per_epoch, epochs=None) -> list[Step]:
+        """The phases."""
+        before = _share(config, self.part)
+        name = self.method.__name__
+        method = objective(**{name: _made(self, config, places)})
+        rates = {}
+        if config.hinted_rate != 1:
+            rates = {path: config.hinted_rate for path in method.student.hints}
+        rest = (epochs or config.epochs) - before
+        return [
+            Step(name, method, before, hints_only=True),
+            *(
+                step._replace(rates=rates)
+                for step in self.after(config, places, per_epoch, rest)
+            ),
+        ]
 
 
-def alone(name: str, make: Make) -> Recipe:
-    """The recipe of a method without the task."""
+class Alone(NamedTuple):
+    """The recipe of a method without the task.
 
-    def recipe(config, places, per_epoch):
-        return [Step(name, objective(**{name: make(config, places)}), config.epochs)]
+    Attributes:
+        method: see `Beside`.
+        where: see `Beside`.
+        make: see `Beside`.
+    """
 
-    return recipe
+    method: Callable[..., Method]
+    where: Where
+    make: Make | None = None
+    weight: float = 1.0
+
+    def __call__(self, config, places, per_epoch, epochs=None) -> list[Step]:
+        """The phases."""
+        name = self.method.__name__
+        method = objective(**{name: _made(self, config, places)})
+        return [Step(name, method, epochs or config.epochs)]
 
 
-def second_stage(
-    config: Config, places: Places, per_epoch: int, epochs: int | None = None
-) -> list[Step]:
-    """FitNets' second stage; alone, the KD of FitNets' paper."""
-    epochs = epochs or config.epochs
-    # Lambda decays from 4 to 1, over all of the stage.
-    decay = lambda_decay(4.0, 1.0, 0, epochs, per_epoch)
-    terms = {
-        "task": weighted(cross_entropy(), _or(config.task_weight, 1.0)),
-        "kd": weighted(soft_targets(_or(config.temperature, 3.0)), decay),
-    }
-    rates = {}
-    if config.hinted_rate != 1:
-        rates = {guided: config.hinted_rate for guided, _ in middle(places)[-1:]}
-    return [Step("distillation", objective(**terms), epochs, rates=rates)]
+def _made(recipe, config, places):
+    if recipe.make is None:
+        return recipe.method(recipe.where(places))
+    return recipe.make(config, places)
 
 
 def _share(config, part):
     """Epochs of the stage before."""
     first = config.hint_epochs or max(1, config.epochs // part)
     if first >= config.epochs:
-        wanted = f"{config.method}: epochs >= 2, one for each stage"
+        wanted = f"epochs >= 2 of {config.method}, one for each stage"
         raise ValueError(message("config", wanted, f"{config.epochs}"))
     return first
 
@@ -311,11 +363,16 @@ def _or(value: float | None, usual: Weight) -> Weight:
     return usual if value is None else value
 
 
-# The recipes of the methods, in the order of the README
+# The recipes of the published methods
 
 
-def _hints(config, places):
-    return fitnets(middle(places))
+def _softened(method, temperature):
+    """Of outputs, at the config's temperature or the published one."""
+
+    def make(config, places):
+        return method(temperature=_or(config.temperature, temperature))
+
+    return make
 
 
 def _hints_jointly(config, places):
@@ -325,38 +382,29 @@ def _hints_jointly(config, places):
 
 def _flows(config, places):
     pairs = first_and_stages(places)
-    equal = all(
-        places.student[guided].shape[-1] == places.teacher[hint].shape[-1]
+    known = [
+        (places.student[guided].shape[-1], places.teacher[hint].shape[-1])
         for guided, hint in pairs
         if guided in places.student and hint in places.teacher
-    )
-    return fsp(flows(pairs), regressor=None if equal else regressors.linear)
+    ]
+    unequal = any(ours != theirs for ours, theirs in known)
+    return fsp(flows(pairs), regressor=regressors.linear if unequal else None)
 
 
 def _contrastive(name, negatives):
-    def number(config, places):
-        return min(config.negatives, places.examples)
+    def kind(config, places):
+        return negatives(min(config.negatives, places.examples))
 
     def make(config, places):
-        kind = negatives(number(config, places))
-        return crd(_one(pooled(places)), negatives=kind)
+        return crd(_one(pooled(places)), negatives=kind(config, places))
 
     def note(config, places):
-        size, kind = places.examples, negatives(number(config, places))
-        needs = crd_bytes(kind, size=size, batch=config.batch_size)
+        size, drawn = places.examples, kind(config, places)
+        needs = crd_bytes(drawn, size=size, batch=config.batch_size)
         bank, step = (needs[part] / 2**20 for part in ("bank", "step"))
-        return f"CRD: {bank:.1f} MiB for the memory bank, {step:.1f} MiB in a step"
+        return f"{name}: {bank:.1f} MiB for the memory bank, {step:.1f} MiB in a step"
 
-    return beside(name, make, 0.8, note=note)
-
-
-def _grown(weight):
-    """As published over 20 of 240 epochs: over a twelfth of all."""
-
-    def schedule(config, per_epoch):
-        return warm_up(weight, max(1, config.epochs // 12), per_epoch)
-
-    return schedule
+    return Beside(crd, pooled, 0.8, make, note=note, name=name)
 
 
 def _overhaul(config, places):
@@ -369,66 +417,50 @@ def _class_attention(config, places):
     return class_attention(_one(last_maps(places)), heads)
 
 
-fitnets_two_stages = before_task("hint", _hints, second_stage, part=2)
-hints_then_task = before_task("hint", _hints, part=2)
-fitnets_jointly = beside("hint", _hints_jointly, 100.0)
-knowledge = beside(
-    "kd", lambda config, places: kd(_or(config.temperature, 4.0)), 0.9, 0.1
+def _reused(config, places):
+    return simkd(_one(last_maps(places)), _classifier(places.teacher))
+
+
+def _channels(config, places):
+    return fitnets(last_stage(places), loss=channel_loss)
+
+
+SOFT = Beside(soft_targets, outputs, Falling(4.0, 1.0), _softened(soft_targets, 3.0))
+FITNETS = BeforeTask(fitnets, middle, after=SOFT, part=2)
+HINTS_THEN_TASK = BeforeTask(fitnets, middle, part=2)
+FITNETS_JOINTLY = Beside(
+    fitnets, middle_stage, 100.0, _hints_jointly, name="fitnets_jointly"
 )
-attention = beside(
-    "at", lambda config, places: attention_transfer(stages(places)), 1000.0
-)
-flow = before_task("fsp", _flows)
-contrastive = _contrastive("crd", AnchorNegatives)
-contrastive_shared = _contrastive("crd_shared", SharedNegatives)
-contrastive_in_batch = _contrastive("crd_in_batch", lambda number: BatchNegatives())
-knowledge_review = beside(
-    "review", lambda config, places: review(stages_and_pooled(places)), _grown(5.0)
-)
-similarity = beside(
-    "sp", lambda config, places: similarity_preserving(last_stage(places)), 3000.0
-)
-relations = beside("rkd", lambda config, places: relational(pooled(places)), 1.0)
-probabilities = beside(
-    "pkt", lambda config, places: probability_transfer(pooled(places)), 30000.0
-)
-variations = beside("vid", lambda config, places: variational(stages(places)), 1.0)
-selective = beside("nst", lambda config, places: selectivity(stages(places)), 50.0)
-boundaries = before_task(
-    "ab", lambda config, places: activation_boundary(before_relu(places))
-)
-factors = beside(
-    "ft", lambda config, places: factor_transfer(last_stage(places)), 200.0
-)
-correlations = beside(
-    "cc", lambda config, places: correlation_congruence(pooled(places)), 0.02
-)
-overhauled = beside("ofd", _overhaul, 1e-3)
-decoupled = beside(
-    "dkd",
+KD = Beside(kd, outputs, 0.9, _softened(kd, 4.0), task_weight=0.1)
+STANDARDIZED_KD = Beside(standardized_kd, outputs, 9.0, _softened(standardized_kd, 2.0))
+DKD = Beside(
+    decoupled_kd,
+    outputs,
+    Grown(1.0),
     lambda config, places: decoupled_kd(temperature=_or(config.temperature, 4.0)),
-    _grown(1.0),
 )
-correlated = beside(
-    "dist",
-    lambda config, places: dist(temperature=_or(config.temperature, 1.0)),
+DIST = Beside(
+    dist,
+    outputs,
     1.0,
+    lambda config, places: dist(temperature=_or(config.temperature, 1.0)),
 )
-standardized = beside(
-    "std_kd",
-    lambda config, places: standardized_kd(_or(config.temperature, 2.0)),
-    9.0,
-)
-reused = alone(
-    "simkd",
-    lambda config, places: simkd(_one(last_maps(places)), _classifier(places.teacher)),
-)
-attended_classes = beside("catkd", _class_attention, 400.0)
-generated = beside(
-    "mgd", lambda config, places: masked_generation(last_stage(places)), 7e-5
-)
-channels = beside(
-    "cwd",
-    lambda config, places: fitnets(last_stage(places), loss=channel_loss),
-    5.0,
-)
+AT = Beside(attention_transfer, stages, 1000.0)
+FSP = BeforeTask(fsp, first_and_stages, _flows)
+CRD = _contrastive("crd", AnchorNegatives)
+CRD_SHARED = _contrastive("crd_shared", SharedNegatives)
+CRD_IN_BATCH = _contrastive("crd_in_batch", lambda number: BatchNegatives())
+REVIEW = Beside(review, stages_and_pooled, Grown(5.0))
+SP = Beside(similarity_preserving, last_stage, 3000.0)
+RKD = Beside(relational, pooled, 1.0)
+PKT = Beside(probability_transfer, pooled, 30000.0)
+VID = Beside(variational, stages, 1.0)
+NST = Beside(selectivity, stages, 50.0)
+AB = BeforeTask(activation_boundary, before_relu)
+FT = Beside(factor_transfer, last_stage, 200.0)
+CC = Beside(correlation_congruence, pooled, 0.02)
+OFD = Beside(overhaul, before_relu, 1e-3, _overhaul)
+SIMKD = Alone(simkd, last_maps, _reused)
+CAT_KD = Beside(class_attention, last_maps, 400.0, _class_attention)
+MGD = Beside(masked_generation, last_stage, 7e-5)
+CWD = Beside(channel_wise, last_stage, 5.0, _channels)

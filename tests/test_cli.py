@@ -52,7 +52,7 @@ def test_a_run_directory_holds_all_of_the_run(finished):
         *("teacher", "result.json"),
     }
     stages = [line["stage"] for line in read_metrics(finished)]
-    assert stages == ["hint", "hint", "distillation", "distillation"]
+    assert stages == ["fitnets", "fitnets", "soft_targets", "soft_targets"]
 
 
 def test_the_student_on_disk_is_what_plain_apply_takes(finished):

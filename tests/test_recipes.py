@@ -11,65 +11,41 @@ from hintjax.cli import RECIPES, main
 from hintjax.config import Config
 from hintjax.experiment import check, load_deployed, load_student, prepare
 from hintjax.networks import Wants
+from hintjax.recipes import backprop
 
 GROUPS = ("group1", "group2", "group3")
 SUMS = tuple(f"{group}/block1/sum" for group in GROUPS)
 POOL = ("pool",)
 MAPS = ("pool:in",)
-NAMES = {  # of the command, for what the library exports
-    "activation_boundary": "ab",
-    "attention_transfer": "at",
-    "channel_wise": "cwd",  # with a regressor: fitnets(..., loss=channel_loss)
-    "class_attention": "catkd",
-    "correlation_congruence": "cc",
-    "crd": "crd",
-    "decoupled_kd": "dkd",
-    "dist": "dist",
-    "factor_transfer": "ft",
-    "fitnets": "fitnets",
-    "fsp": "fsp",
-    "kd": "kd",
-    "masked_generation": "mgd",
-    "overhaul": "ofd",
-    "probability_transfer": "pkt",
-    "relational": "rkd",
-    "review": "review",
-    "selectivity": "nst",
-    "similarity_preserving": "sp",
-    "simkd": "simkd",
-    "soft_targets": "soft",
-    "standardized_kd": "std_kd",
-    "variational": "vid",
-}
 # The phases of a recipe, and what each wants to see of the student.
 PHASES = {
-    "ab": {"ab": SUMS, "backprop": ()},
-    "at": {"at": GROUPS},
+    "ab": {"activation_boundary": SUMS, "backprop": ()},
+    "at": {"attention_transfer": GROUPS},
     "backprop": {"backprop": ()},
-    "catkd": {"catkd": MAPS},
-    "cc": {"cc": POOL},
+    "catkd": {"class_attention": MAPS},
+    "cc": {"correlation_congruence": POOL},
     "crd": {"crd": POOL},
     "crd_in_batch": {"crd_in_batch": POOL},
     "crd_shared": {"crd_shared": POOL},
-    "cwd": {"cwd": GROUPS[2:]},
+    "cwd": {"channel_wise": GROUPS[2:]},
     "dist": {"dist": ()},
-    "dkd": {"dkd": ()},
-    "fitnet": {"hint": GROUPS[1:2]},
-    "fitnets": {"hint": GROUPS[:1], "distillation": ()},
+    "dkd": {"decoupled_kd": ()},
+    "fitnet": {"fitnets_jointly": GROUPS[1:2]},
+    "fitnets": {"fitnets": GROUPS[:1], "soft_targets": ()},
     "fsp": {"fsp": ("stem", *GROUPS), "backprop": ()},
-    "ft": {"before ft": GROUPS[2:], "ft": GROUPS[2:]},
+    "ft": {"before factor_transfer": GROUPS[2:], "factor_transfer": GROUPS[2:]},
     "kd": {"kd": ()},
-    "mgd": {"mgd": GROUPS[2:]},
-    "nst": {"nst": GROUPS},
-    "ofd": {"ofd": SUMS},
-    "pkt": {"pkt": POOL},
+    "mgd": {"masked_generation": GROUPS[2:]},
+    "nst": {"selectivity": GROUPS},
+    "ofd": {"overhaul": SUMS},
+    "pkt": {"probability_transfer": POOL},
     "review": {"review": (*GROUPS, *POOL)},
-    "rkd": {"rkd": POOL},
+    "rkd": {"relational": POOL},
     "simkd": {"simkd": MAPS},
-    "soft": {"distillation": ()},
-    "sp": {"sp": GROUPS[2:]},
-    "std_kd": {"std_kd": ()},
-    "vid": {"vid": GROUPS},
+    "soft": {"soft_targets": ()},
+    "sp": {"similarity_preserving": GROUPS[2:]},
+    "std_kd": {"standardized_kd": ()},
+    "vid": {"variational": GROUPS},
 }
 RESNETS = {"student": "hintjax.models:resnet8", "teacher": "hintjax.models:resnet8"}
 
@@ -99,8 +75,10 @@ def test_every_method_has_a_name_in_the_command():
         for name in methods.__all__
         if name.islower() and name not in HELPERS and name not in FOR_TRANSFORMERS
     }
-    assert set(NAMES) == makers
-    assert set(NAMES.values()) <= set(RECIPES)
+    named = {
+        recipe.method.__name__ for recipe in RECIPES.values() if recipe is not backprop
+    }
+    assert named == makers
     assert set(PHASES) == set(RECIPES)
 
 
@@ -125,7 +103,7 @@ def test_every_recipe_traces_and_attaches_where_its_authors_did(name, setting):
 
 def test_pairs_that_are_given_are_used(setting):
     places = setting.places._replace(pairs=(("group2", "group3"),))
-    (step,) = recipes.attention(setting.config, places, 4)
+    (step,) = recipes.AT(setting.config, places, 4)
     assert step.method.student.hints == ("group2",)
     assert step.method.teacher.hints == ("group3",)
 
@@ -133,13 +111,13 @@ def test_pairs_that_are_given_are_used(setting):
 def test_layers_before_the_relu_must_be_known(setting):
     places = setting.places._replace(preactivations=({}, {}))
     with pytest.raises(ValueError, match=r"recipe: expected .*group1.* --pairs"):
-        recipes.boundaries(setting.config, places, 4)
+        recipes.AB(setting.config, places, 4)
 
 
 def test_one_pair_is_one(setting):
     places = setting.places._replace(pairs=(("pool", "pool"), ("group1", "group1")))
     with pytest.raises(ValueError, match="recipe: expected one pair"):
-        recipes.contrastive(setting.config, places, 4)
+        recipes.CRD(setting.config, places, 4)
 
 
 def run(corners, run_dir, *options):
@@ -168,7 +146,7 @@ def test_methods_of_many_shapes_train_by_name(name, corners, teacher, tmp_path, 
     assert 0 <= found["test/accuracy"] <= 1
     shown = capsys.readouterr().out
     assert ("MiB for the memory bank" in shown) == (name == "crd")
-    assert f"{name}: student " in shown
+    assert f"{RECIPES[name].method.__name__}: student " in shown
     main(["eval", str(tmp_path / "run")])
     assert f"test accuracy: {found['test/accuracy']:.4f}" in capsys.readouterr().out
 
@@ -199,6 +177,6 @@ def test_a_student_with_parts_is_shipped_with_them(corners, teacher, tmp_path, c
 
 def test_kd_can_be_one_more_term(setting):
     config = Config(**{**vars(setting.config), "kd_weight": 1.0})
-    (step,) = recipes.contrastive(config, setting.places, 4)
+    (step,) = recipes.CRD(config, setting.places, 4)
     assert step.method.student.output
     assert step.method.teacher.output
