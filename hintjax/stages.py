@@ -323,7 +323,7 @@ def _stage(student, teacher, method, optimiser, inputs, teacher_inputs, mesh):
         )
         shapes = jax.eval_shape(lambda *features: features, shown, taught)
         own, theirs = jax.random.split(key)
-        regressors, memory = method.init(theirs, *shapes, data)
+        regressors, memory = _copied(method.init(theirs, *shapes, data))
         if carry is not None:
             regressors, memory = _carried((regressors, memory), carry)
         params = {"student": params, "regressors": regressors}

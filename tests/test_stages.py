@@ -958,6 +958,25 @@ def test_a_parameter_of_weak_type_is_still_one_trace():
     assert traced.count == once
 
 
+@pytest.mark.quick
+def test_what_a_method_trains_is_never_of_weak_type():
+    """What comes out of an update is not, and would be compiled for once more."""
+    network, variables = made(Net(4))
+    weak = hj.Method(
+        hj.Wants(output=True),
+        hj.Wants(),
+        lambda key, student, teacher, data: ({"scale": jnp.asarray(1.0)}, {}),
+        lambda params, memory, student, *rest: (
+            params["scale"] * student.output.sum(-1),
+            memory,
+            {},
+        ),
+    )
+    stage = hj.distillation_stage(network, None, weak, optax.sgd(0.1))
+    state = stage.init(KEY, variables, None, images())
+    assert not state.params["regressors"]["scale"].weak_type
+
+
 @pytest.mark.parametrize("make", [hj.hint_stage, hj.distillation_stage])
 def test_a_model_that_sows_a_loss_can_be_trained(make):
     class Sowing(nn.Module):
