@@ -76,6 +76,7 @@ from hintjax.stages import (
     hint_stage,
     student_variables,
 )
+from hintjax.views import at_head, viewed
 
 __all__ = [
     "AnchorNegatives",
@@ -93,6 +94,7 @@ __all__ = [
     "Wants",
     "Weighted",
     "activation_boundary",
+    "at_head",
     "attention_transfer",
     "channel_wise",
     "class_attention",
@@ -140,6 +142,7 @@ __all__ = [
     "task",
     "tinybert",
     "variational",
+    "viewed",
     "warm_up",
     "weighted",
 ]

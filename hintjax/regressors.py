@@ -12,15 +12,21 @@ Options are bound with `functools.partial`::
 
 Every regressor treats each example alone, and takes any batch size after
 initialisation. BatchNorm, where asked for, is the one exception while training.
+
+Maps (h, w, c) and tokens (n, c) do not meet in a regressor: one of the two is first
+seen as the other, by `to_grid` or `to_tokens`, and `hintjax.viewed` makes a method see
+its hints so. That holds for the hint as well, whose class token no map can predict.
 """
 
+import math
 from collections.abc import Callable
 
 import flax.linen as nn
 import jax
 from jaxtyping import Array, Bool, Float, Key, PyTree
 
-from hintjax._numerics import nearest_resize, unit
+from hintjax._checks import message
+from hintjax._numerics import adaptive_average_pool, nearest_resize, unit
 
 Shape = tuple[int, ...]
 Sizing = Callable[[Shape, Shape], nn.Module]
@@ -59,6 +65,31 @@ class Regressor(nn.Module):
         if self.pieces > 1:
             x = x.reshape(*x.shape[:-1], -1, self.pieces).max(-1)
         return x if self.activation is None else self.activation(x)
+
+
+class Resampled(nn.Module):
+    """Maps, or tokens on a square grid, averaged to another grid, then a regressor.
+
+    Attributes:
+        size: height and width of the grid of the hint.
+        keep: how many tokens stand before the grid; they are not averaged.
+        regressor: what follows.
+    """
+
+    size: tuple[int, int]
+    keep: int
+    regressor: nn.Module
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "batch ..."], train: bool = False
+    ) -> Float[Array, "batch ..."]:
+        if x.ndim == 4:
+            x = adaptive_average_pool(x, self.size)
+        else:
+            grid = adaptive_average_pool(to_grid(x, drop=self.keep), self.size)
+            x = jax.numpy.concatenate([x[:, : self.keep], to_tokens(grid)], 1)
+        return self.regressor(x, train)
 
 
 class ABF(nn.Module):
@@ -456,6 +487,108 @@ def valid_conv(
     return Regressor((layer,), batch_norm, activation, pieces)
 
 
+def resampled(
+    student: Shape,
+    teacher: Shape,
+    *,
+    keep: int = 0,
+    sizing: Sizing = linear,
+) -> Resampled:
+    """The guided layer averaged to the hint's grid, then a regressor of equal positions.
+
+    Between two maps, or two sequences of tokens, of which the first `keep` (class
+    tokens) stay as they are and the others form a square grid. A grid that grows repeats
+    its entries, or averages neighbours.
+
+    Args:
+        student: shape of the guided layer, one example: `(h, w, c)` or `(n, c)`.
+        teacher: shape of the hint layer, of the same kind.
+        keep: how many tokens both sequences begin with that are not on the grid.
+        sizing: sizes the regressor that follows.
+
+    Returns:
+        A module `(batch, *student) -> (batch, *teacher)`.
+
+    Raises:
+        ValueError: if one is a map and the other is not, or if tokens form no grid.
+
+    Convention:
+        The averages are those of torch's `adaptive_avg_pool2d`.
+
+    >>> module = resampled((1 + 8 * 8, 32), (1 + 4 * 4, 64), keep=1)
+    >>> module.size, module.regressor.layers[0].features
+    ((4, 4), 64)
+    """
+    where = "regressors.resampled"
+    kinds = len(student), len(teacher)
+    if kinds not in ((2, 2), (3, 3)) or (keep and kinds == (3, 3)):
+        wanted = "two maps (h, w, c) and keep=0, or two sequences of tokens (n, c)"
+        got = f"student {student} and teacher {teacher} with keep={keep}"
+        do = "View tokens as maps with hintjax.viewed and regressors.to_grid."
+        raise ValueError(message(where, wanted, got, do))
+    if kinds == (3, 3):
+        return Resampled(teacher[:2], 0, sizing((*teacher[:2], student[-1]), teacher))
+    _grid(where, student[0], keep, "keep")
+    size = _grid(where, teacher[0], keep, "keep")
+    return Resampled(size, keep, sizing((teacher[0], student[-1]), teacher))
+
+
+def to_grid(
+    tokens: Float[Array, "batch n c"],
+    *,
+    drop: int = 0,
+    size: tuple[int, int] | None = None,
+) -> Float[Array, "batch h w c"]:
+    """Tokens as a map, in reading order, without the first `drop` of them.
+
+    Args:
+        tokens: of patches, behind the class tokens.
+        drop: how many class tokens there are: 1 for a ViT, 2 with DeiT's distillation
+            token.
+        size: height and width of the grid; by default it is square.
+
+    Returns:
+        The map.
+
+    Raises:
+        ValueError: if what is left does not form the grid.
+
+    >>> to_grid(jax.numpy.zeros((2, 1 + 7 * 7, 8)), drop=1).shape
+    (2, 7, 7, 8)
+    """
+    where = "regressors.to_grid"
+    if tokens.ndim != 3:
+        got = f"shape {tokens.shape}"
+        do = "Name a layer whose output is a sequence of tokens."
+        raise ValueError(message(where, "tokens (batch, n, c)", got, do))
+    size = _grid(where, tokens.shape[1], drop, "drop", size)
+    return tokens[:, drop:].reshape(tokens.shape[0], *size, tokens.shape[2])
+
+
+def to_tokens(maps: Float[Array, "batch h w c"]) -> Float[Array, "batch n c"]:
+    """A map as tokens, in reading order: the inverse of `to_grid`.
+
+    Args:
+        maps: the map.
+
+    Returns:
+        Its n = h w positions as tokens.
+
+    Raises:
+        ValueError: if it is no map.
+
+    >>> to_tokens(jax.numpy.zeros((2, 7, 7, 8))).shape
+    (2, 49, 8)
+    """
+    if maps.ndim != 4:
+        do = "Name a layer whose output is a map."
+        got = f"shape {maps.shape}"
+        raise ValueError(
+            message("regressors.to_tokens", "maps (batch, h, w, c)", got, do)
+        )
+    return maps.reshape(maps.shape[0], -1, maps.shape[3])
+
+
 def fit(student: Shape, teacher: Shape) -> Regressor:
     """The default: `conv` between two maps, `linear` between anything else."""
     maps = len(student) == len(teacher) == 3
@@ -522,11 +655,36 @@ def _grow(sizes):
     return m - n + 1, 1, (m - n, m - n)
 
 
+def _grid(where, tokens, aside, name, size=None):
+    """Height and width of the grid of all tokens but the first `aside`."""
+    if not 0 <= aside < tokens:
+        wanted = f"{name} from 0 to less than the {tokens} tokens"
+        raise ValueError(message(where, wanted, f"{aside}"))
+    left = tokens - aside
+    height, width = size or 2 * (math.isqrt(left),)
+    if height * width != left:
+        wanted = f"a grid of {height}x{width}" if size else "tokens on a square grid"
+        got = f"{tokens} tokens with {name}={aside}"
+        more = tokens - height * width
+        do = f"{name}={more} leaves {height}x{width}"
+        if size is None:
+            do += "; for a grid that is not square, regressors.to_grid takes its size"
+        elif more < 0:
+            do = "Give the size of its grid"
+        raise ValueError(message(where, wanted, got, f"{do}."))
+    return height, width
+
+
 def _same_positions(where, student, teacher):
     if student[:-1] != teacher[:-1]:
+        ways = {
+            (3, 3): "regressors.conv between maps of unequal size",
+            (2, 2): "regressors.resampled between unequal numbers of tokens",
+        }
+        view = "regressors.to_grid, with hintjax.viewed, to see tokens as a map"
         raise ValueError(
             f"{where}: expected the same positions, got student {student} and teacher "
-            f"{teacher}. Use regressors.conv between maps of unequal size."
+            f"{teacher}. Use {ways.get((len(student), len(teacher)), view)}."
         )
 
 

@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).parent.parent / "hintjax"
 # import each other (Python itself refuses a circle); a folder counts as one entry.
 ORDER = (
     *("_checks", "_numerics", "losses", "memory"),
-    *("networks", "networks_nnx", "regressors", "method", "methods"),
+    *("paths", "networks", "networks_nnx", "regressors", "method", "views", "methods"),
     *("pairing", "balance", "sharding", "stages", "cache", "checkpoint"),
     *("models", "metrics", "config", "data", "viz", "export"),
     *("train", "recipes", "experiment", "compare", "cli"),
@@ -31,10 +31,12 @@ OUTSIDE = {
     "_numerics": MATHEMATICS | {"numpy"},
     "losses": MATHEMATICS,
     "memory": MATHEMATICS,
+    "paths": MATHEMATICS,
     "networks": MODELS,
     "networks_nnx": MODELS,
     "regressors": MODELS,
     "method": MODELS,
+    "views": MODELS,
     "methods": MODELS,
     "pairing": MODELS,
     "balance": MODELS,

@@ -29,6 +29,8 @@ KINDS = {
     "conv mixed": (regressors.conv, (6, 3, 4), (3, 6, 2)),
     "maxout": (partial(regressors.valid_conv, pieces=2), (6, 5, 3), (4, 4, 2)),
     "fit": (regressors.fit, (6, 5, 3), (2, 10, 4)),
+    "resampled maps": (regressors.resampled, (6, 3, 2), (3, 5, 4)),
+    "resampled tokens": (partial(regressors.resampled, keep=1), (17, 2), (10, 4)),
 }
 
 
@@ -376,6 +378,90 @@ def test_an_embedding_is_of_norm_one_and_averages_over_positions():
     np.testing.assert_allclose(got, pooled, rtol=1e-5)
     zero = jax.grad(lambda x: head.apply({"params": params}, x).sum())(0 * tokens)
     assert np.isfinite(zero).all()
+
+
+# Tokens and grids
+
+
+@pytest.mark.quick
+def test_a_grid_has_its_tokens_in_reading_order_and_no_class_tokens():
+    x = features((2, 2 + 3 * 4, 5))
+    maps = regressors.to_grid(jnp.asarray(x), drop=2, size=(3, 4))
+    assert maps.shape == (2, 3, 4, 5)
+    np.testing.assert_array_equal(maps[:, 1, 2], x[:, 2 + 4 + 2])
+    np.testing.assert_array_equal(regressors.to_tokens(maps), x[:, 2:])
+    assert regressors.to_grid(jnp.zeros((2, 1 + 9, 5)), drop=1).shape == (2, 3, 3, 5)
+
+
+@pytest.mark.quick
+def test_resampled_tokens_are_averaged_on_their_grid_beside_the_kept_one():
+    sizing = partial(regressors.resampled, keep=1, sizing=regressors.identity)
+    x = jnp.asarray(features((2, 1 + 4 * 4, 3)))
+    down = sizing((17, 3), (5, 3)).apply({}, x)
+    blocks = x[:, 1:].reshape(2, 2, 2, 2, 2, 3).mean((2, 4)).reshape(2, 4, 3)
+    np.testing.assert_array_equal(down[:, 0], x[:, 0])
+    np.testing.assert_allclose(down[:, 1:], blocks, rtol=1e-5, atol=1e-6)
+    up = sizing((5, 3), (17, 3)).apply({}, down)
+    np.testing.assert_array_equal(up[:, 0], x[:, 0])
+    again = np.repeat(np.repeat(blocks.reshape(2, 2, 2, 3), 2, 1), 2, 2)
+    np.testing.assert_allclose(up[:, 1:], again.reshape(2, 16, 3), rtol=1e-5, atol=1e-6)
+
+
+GRID = regressors.to_grid
+SQUARE = "expected tokens on a square grid, got"
+
+
+@pytest.mark.quick
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda: GRID(jnp.zeros((2, 65, 3))),
+            f"to_grid: {SQUARE} 65 .*drop=1 leaves 8",
+        ),
+        (lambda: GRID(jnp.zeros((2, 66, 3)), drop=1), "66 .*drop=1. drop=2 leaves 8x8"),
+        (lambda: GRID(jnp.zeros((2, 9, 3)), drop=9), "to_grid: .*drop from 0 to less"),
+        (lambda: GRID(jnp.zeros((2, 9, 3)), drop=-1), "to_grid: .*9 tokens, got -1"),
+        (
+            lambda: GRID(jnp.zeros((2, 13, 3)), size=(3, 4)),
+            "expected a grid of 3x4, got 13 tokens with drop=0. drop=1 leaves 3x4.",
+        ),
+        (lambda: GRID(jnp.zeros((2, 9, 3)), size=(3, 4)), "Give the size of its grid"),
+        (lambda: GRID(jnp.zeros((2, 3, 3, 4))), r"to_grid: expected tokens .*2, 3, 3"),
+        (
+            lambda: regressors.to_tokens(jnp.zeros((2, 9, 4))),
+            "to_tokens: expected maps",
+        ),
+        (
+            lambda: regressors.resampled((17, 3), (16, 3), keep=1),
+            f"resampled: {SQUARE} 16 tokens with keep=1. keep=7 leaves 3x3",
+        ),
+        (
+            lambda: regressors.resampled((18, 3), (16, 3)),
+            f"resampled: {SQUARE} 18 tokens with keep=0. keep=2 leaves 4x4",
+        ),
+        (
+            lambda: regressors.resampled((4, 4, 3), (16, 3)),
+            "resampled: expected two maps .* View tokens as maps with hintjax.viewed",
+        ),
+        (
+            lambda: regressors.resampled((4, 4, 3), (2, 2, 3), keep=1),
+            "resampled: expected two maps .*keep=0.* with keep=1",
+        ),
+        (
+            lambda: regressors.linear((17, 3), (16, 3)),
+            "Use regressors.resampled between unequal numbers of tokens",
+        ),
+        (
+            lambda: regressors.fit((17, 3), (4, 4, 3)),
+            "Use regressors.to_grid, with hintjax.viewed, to see tokens as a map",
+        ),
+    ],
+)
+def test_tokens_that_form_no_grid_say_what_to_do(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
 
 
 def test_hidden_layers_without_biases():

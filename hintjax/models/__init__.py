@@ -1,9 +1,16 @@
 """Reference teachers and students in Flax Linen, written plainly.
 
 Every factory is called as `factory(classes=10)`; every module as `module(images,
-train=False)`; every docstring lists the paths that can be hints.
+train=False)`, or, for an encoder of texts, with a dict of token ids and their mask in
+place of the images; every docstring lists the paths that can be hints.
 """
 
+from hintjax.models.encoder import (
+    Encoder,
+    encoder_mini,
+    encoder_small,
+    encoder_tiny,
+)
 from hintjax.models.fitnets import (
     MaxoutCNN,
     fitnet1,
@@ -28,6 +35,13 @@ from hintjax.models.resnet import (
     resnet56,
     resnet110,
 )
+from hintjax.models.vit import (
+    VisionTransformer,
+    vit_micro,
+    vit_mini,
+    vit_small,
+    vit_tiny,
+)
 from hintjax.models.wrn import (
     WideResNet,
     wrn_16_1,
@@ -37,11 +51,16 @@ from hintjax.models.wrn import (
 )
 
 __all__ = [
+    "Encoder",
     "Maxout",
     "MaxoutCNN",
     "PlainCNN",
     "ResNet",
+    "VisionTransformer",
     "WideResNet",
+    "encoder_mini",
+    "encoder_small",
+    "encoder_tiny",
     "fitnet1",
     "fitnet2",
     "fitnet3",
@@ -61,6 +80,10 @@ __all__ = [
     "resnet44",
     "resnet56",
     "resnet110",
+    "vit_micro",
+    "vit_mini",
+    "vit_small",
+    "vit_tiny",
     "wrn_16_1",
     "wrn_16_2",
     "wrn_40_1",

@@ -1,0 +1,117 @@
+"""What transformers share: attention whose every part can be a hint, and the MLP."""
+
+from functools import partial
+
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import Array
+from jaxtyping import Bool, Float
+
+from hintjax._checks import message
+
+
+class Scores(nn.Module):
+    """Scaled products of queries and keys, <q_i, k_j> / sqrt(d): before the softmax.
+
+    No mask is on them: hidden keys are left to what reads them.
+    """
+
+    @nn.compact
+    def __call__(
+        self,
+        query: Float[Array, "*batch n heads d"],
+        key: Float[Array, "*batch n heads d"],
+    ) -> Float[Array, "*batch heads n n"]:
+        return jnp.einsum("...ihd,...jhd->...hij", query / query.shape[-1] ** 0.5, key)
+
+
+class Distribution(nn.Module):
+    """What each token attends to: the softmax over the keys that count."""
+
+    @nn.compact
+    def __call__(
+        self,
+        scores: Float[Array, "*batch heads n n"],
+        where: Bool[Array, "*batch n"] | None = None,
+    ) -> Float[Array, "*batch heads n n"]:
+        if where is not None:
+            # Not -inf: among nothing but -inf a softmax is nan, and here it is uniform.
+            hidden = jnp.finfo(scores.dtype).min / 2
+            scores = jnp.where(where[..., None, None, :], scores, hidden)
+        return nn.softmax(scores)
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention.
+
+    Hint paths inside it: `query`, `key`, `value` (*batch n heads d), `scores` and
+    `distribution` (*batch heads n n), `out`, which is what it returns.
+
+    Args:
+        heads: number of heads; divides the width.
+        kernel_init: initialiser of the four linear maps.
+    """
+
+    heads: int
+    kernel_init: nn.initializers.Initializer
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "*batch n width"],
+        where: Bool[Array, "*batch n"] | None = None,
+    ) -> Float[Array, "*batch n width"]:
+        width = x.shape[-1]
+        if width % self.heads:
+            wanted = f"heads to divide the width {width}"
+            do = "Choose another number of heads."
+            raise ValueError(message("SelfAttention", wanted, f"{self.heads}", do))
+        linear = partial(nn.DenseGeneral, kernel_init=self.kernel_init)
+        query, key, value = (
+            linear((self.heads, width // self.heads), name=name)(x)
+            for name in ("query", "key", "value")
+        )
+        scores = Scores(name="scores")(query, key)
+        distribution = Distribution(name="distribution")(scores, where)
+        together = jnp.einsum("...hij,...jhd->...ihd", distribution, value)
+        return linear(width, axis=(-2, -1), name="out")(together)
+
+
+class Perceptron(nn.Module):
+    """Two linear maps around a GELU; `hidden` inside it comes before the GELU.
+
+    The exact GELU, not Flax's default, which is its approximation by a tanh.
+
+    Args:
+        ratio: the hidden layer is so many times as wide.
+        kernel_init: initialiser of both kernels.
+    """
+
+    ratio: int
+    kernel_init: nn.initializers.Initializer
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "*batch n width"]
+    ) -> Float[Array, "*batch n width"]:
+        width, init = x.shape[-1], self.kernel_init
+        x = nn.Dense(self.ratio * width, kernel_init=init, name="hidden")(x)
+        x = nn.gelu(x, approximate=False)
+        return nn.Dense(width, kernel_init=init, name="out")(x)
+
+
+class Token(nn.Module):
+    """One token; a module, so that the vector that is classified can be a hint."""
+
+    index: int = 0
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "*batch n width"]
+    ) -> Float[Array, "*batch width"]:
+        return x[..., self.index, :]
+
+
+def layer_norm(epsilon: float, *, name: str) -> nn.LayerNorm:
+    """LayerNorm of each token; E[x^2] - E[x]^2 cancels when the mean is large."""
+    return nn.LayerNorm(epsilon=epsilon, use_fast_variance=False, name=name)

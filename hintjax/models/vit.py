@@ -1,0 +1,184 @@
+"""Vision transformers (ViT) for small images, with DeiT's distillation token."""
+
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import Array
+from jaxtyping import Float
+
+from hintjax._checks import message
+from hintjax.models.blocks import Sum
+from hintjax.models.transformer import Perceptron, SelfAttention, Token, layer_norm
+
+EPSILON = 1e-6  # of the LayerNorms of ViT and DeiT
+XAVIER = nn.initializers.xavier_uniform()
+SMALL = nn.initializers.normal(0.02)  # of tokens and positions
+
+
+class Embedding(nn.Module):
+    """Patches as tokens behind the class tokens, plus learned positions.
+
+    `patches` inside it is the map of the patches, before positions are added.
+
+    Args:
+        patch: side of a patch, in pixels.
+        width: channels of a token.
+        classes: how many class tokens come first.
+    """
+
+    patch: int
+    width: int
+    classes: int
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "*batch h w channels"]
+    ) -> Float[Array, "*batch n width"]:
+        if any(side % self.patch or not side for side in x.shape[-3:-1]):
+            wanted = f"images whose sides are multiples of the patch, {self.patch}"
+            got = f"{x.shape[-3]}x{x.shape[-2]}"
+            do = "Choose another patch, or pad the images."
+            raise ValueError(message("VisionTransformer", wanted, got, do))
+        x = nn.Conv(
+            self.width,
+            kernel_size=(self.patch, self.patch),
+            strides=(self.patch, self.patch),
+            padding="VALID",
+            name="patches",
+        )(x)
+        x = x.reshape(*x.shape[:-3], -1, self.width)
+        tokens = self.param("tokens", SMALL, (self.classes, self.width))
+        tokens = jnp.broadcast_to(tokens, (*x.shape[:-2], *tokens.shape))
+        x = jnp.concatenate([tokens.astype(x.dtype), x], axis=-2)
+        return x + self.param("positions", SMALL, x.shape[-2:])
+
+
+class Block(nn.Module):
+    """Pre-norm block; `sum` inside it is the stream between attention and MLP."""
+
+    heads: int
+    ratio: int
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "*batch n width"]
+    ) -> Float[Array, "*batch n width"]:
+        y = layer_norm(EPSILON, name="norm1")(x)
+        y = SelfAttention(self.heads, XAVIER, name="attention")(y)
+        x = Sum(name="sum")(x, y)
+        y = layer_norm(EPSILON, name="norm2")(x)
+        return x + Perceptron(self.ratio, XAVIER, name="mlp")(y)
+
+
+class VisionTransformer(nn.Module):
+    """ViT: patches as tokens, a class token, pre-norm blocks, a linear classifier.
+
+    Hint paths, of n tokens of which the first is the class token:
+
+    * `embed` (n, width), tokens with positions; `embed/patches` (h, w, width), a map;
+    * `block1`, `block2`, ... (n, width), and inside each of them `norm1`, `attention`,
+      `sum` (the stream between attention and MLP), `norm2`, `mlp`, `mlp/hidden` (before
+      the GELU);
+    * `block1/attention/query`, `/key`, `/value` (n, heads, d), `/scores` (heads, n, n),
+      before the softmax, and `/distribution` (heads, n, n), after it;
+    * `norm` (n, width), `token` (the class token, width) and `classifier` (the logits).
+
+    With `distillation`, DeiT's distillation token follows the class token, so that there
+    are two tokens before the patches, and `distillation_token` and
+    `distillation_classifier` are hint paths too. The output is always the mean of the
+    logits of both heads, which is what DeiT predicts with. In training each head has a
+    teacher of its own: `hintjax.at_head(method, student="classifier")` gives a method
+    one head as the output.
+
+    To compare tokens with the maps of a convolutional network, view them on their grid:
+    `hintjax.viewed` with `hintjax.regressors.to_grid`.
+
+    Positions are parameters, so that a model takes images of one size. There is neither
+    dropout nor stochastic depth; `train` changes nothing. Kernels are initialised as by
+    ViT's authors, but for the classifiers', which have Flax's default where theirs are 0.
+
+    Args:
+        patch: side of a patch, in pixels; divides both sides of the images.
+        width: channels of a token.
+        depth: number of blocks.
+        heads: number of attention heads; divides the width.
+        classes: number of logits.
+        ratio: width of the MLPs' hidden layer, in widths.
+        distillation: have a distillation token and its classifier.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> model, images = vit_micro(classes=10), jnp.zeros((2, 8, 8, 1))
+        >>> variables = jax.eval_shape(model.init, jax.random.key(0), images)
+        >>> jax.eval_shape(model.apply, variables, images).shape
+        (2, 10)
+
+    References:
+        Dosovitskiy et al., An Image is Worth 16x16 Words, ICLR 2021 (code:
+        google-research/vision_transformer). Touvron et al., Training Data-Efficient
+        Image Transformers and Distillation through Attention, ICML 2021 (code:
+        facebookresearch/deit).
+    """
+
+    patch: int
+    width: int
+    depth: int
+    heads: int
+    classes: int
+    ratio: int = 4
+    distillation: bool = False
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "*batch h w channels"], train: bool = False
+    ) -> Float[Array, "*batch classes"]:
+        tokens = 2 if self.distillation else 1
+        x = Embedding(self.patch, self.width, tokens, name="embed")(x)
+        for number in range(1, self.depth + 1):
+            x = Block(self.heads, self.ratio, name=f"block{number}")(x)
+        x = layer_norm(EPSILON, name="norm")(x)
+        # Class token and classifier last: there a model's pooled vector is looked for.
+        if self.distillation:
+            token = Token(1, name="distillation_token")(x)
+            distilled = nn.Dense(self.classes, name="distillation_classifier")(token)
+        logits = nn.Dense(self.classes, name="classifier")(Token(name="token")(x))
+        return (logits + distilled) / 2 if self.distillation else logits
+
+
+def vit_micro(
+    classes: int, patch: int = 2, distillation: bool = False
+) -> VisionTransformer:
+    """4 blocks, 2 heads, width 32, patches of 2x2: for 8x8 images and the CPU.
+
+    51,946 parameters for 10 classes and 8x8 grey images.
+    """
+    return VisionTransformer(patch, 32, 4, 2, classes, distillation=distillation)
+
+
+def vit_mini(
+    classes: int, patch: int = 4, distillation: bool = False
+) -> VisionTransformer:
+    """4 blocks, 4 heads, width 64, patches of 4x4: for 28x28 and 32x32 images.
+
+    205,066 parameters for 10 classes and 28x28 grey images.
+    """
+    return VisionTransformer(patch, 64, 4, 4, classes, distillation=distillation)
+
+
+def vit_tiny(
+    classes: int, patch: int = 4, distillation: bool = False
+) -> VisionTransformer:
+    """ViT-Ti: 12 blocks, 3 heads, width 192, with patches of 4x4 for 32x32 images.
+
+    5.363M parameters for 10 classes and 32x32 colour images.
+    """
+    return VisionTransformer(patch, 192, 12, 3, classes, distillation=distillation)
+
+
+def vit_small(
+    classes: int, patch: int = 4, distillation: bool = False
+) -> VisionTransformer:
+    """ViT-S: 12 blocks, 6 heads, width 384, with patches of 4x4 for 32x32 images.
+
+    21.342M parameters for 10 classes and 32x32 colour images.
+    """
+    return VisionTransformer(patch, 384, 12, 6, classes, distillation=distillation)

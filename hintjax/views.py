@@ -1,0 +1,154 @@
+"""How a method sees the networks: hints through a function, another head as output."""
+
+from collections.abc import Callable
+
+import jax
+from jaxtyping import Array
+
+from hintjax._checks import message
+from hintjax.method import Method
+from hintjax.networks import Wants
+
+View = Callable[[Array], Array]
+
+
+def viewed(
+    method: Method, *, student: View | None = None, teacher: View | None = None
+) -> Method:
+    """The same method on hints that are seen through a function.
+
+    A convolutional teacher and a transformer as the student: the student's tokens, but
+    for its class token, are seen as a map, and whatever compares maps can be used::
+
+        grid = functools.partial(regressors.to_grid, drop=1)
+        viewed(fitnets([("block2", "group2")]), student=grid)
+
+    The other way round, `teacher=grid`; between transformers with other patches, both.
+    A class token that only the teacher has is dropped likewise: `lambda x: x[:, 1:]`.
+
+    Args:
+        method: any method, or objective. What other terms of an objective see stays as it
+            is.
+        student: `(batch, ...) -> (batch, ...)`, applied to every hint of the student that
+            the method wants; None leaves them as they are.
+        teacher: the same for the teacher's hints.
+
+    Returns:
+        The method.
+
+    >>> from functools import partial
+    >>> from hintjax import regressors
+    >>> from hintjax.methods import attention_transfer
+    >>> from hintjax.networks import Features
+    >>> grid = partial(regressors.to_grid, drop=1)
+    >>> method = viewed(attention_transfer([("block2", "group2")]), student=grid)
+    >>> hints = {"block2": jax.numpy.ones((3, 17, 8))}
+    >>> maps = {"group2": jax.numpy.ones((3, 4, 4, 32))}
+    >>> values, *_ = method.apply(
+    ...     {}, {}, Features(hints=hints), Features(hints=maps), {}, None
+    ... )
+    >>> values.shape
+    (3,)
+    """
+
+    def seen(features, wants, view):
+        if view is None:
+            return features
+        hints = {path: _applied(view, features.hints[path]) for path in wants.hints}
+        return features._replace(hints=hints)
+
+    return _seeing(
+        method,
+        lambda features: seen(features, method.student, student),
+        lambda features: seen(features, method.teacher, teacher),
+        prepare=lambda earlier: viewed(earlier, student=student, teacher=teacher),
+    )
+
+
+def at_head(
+    method: Method, *, student: str | None = None, teacher: str | None = None
+) -> Method:
+    """The same method with a layer in the place of a network's output.
+
+    For networks with several heads. DeiT's class token learns from the labels, its
+    distillation token from the teacher::
+
+        objective(
+            task=weighted(at_head(task(cross_entropy), student="classifier"), 0.5),
+            kd=weighted(at_head(kd(1.0), student="distillation_classifier"), 0.5),
+        )
+
+    Args:
+        method: a method that reads the outputs, such as `task` or `kd`.
+        student: the path of the layer whose output it reads instead of the student's;
+            None leaves it as it is.
+        teacher: the same for the teacher.
+
+    Returns:
+        The method.
+
+    Raises:
+        ValueError: if the method does not read the output of that network.
+
+    >>> from hintjax.methods import kd
+    >>> at_head(kd(), student="distillation_classifier").student
+    Wants(output=False, hints=('distillation_classifier',), params=())
+
+    References:
+        Touvron et al. 2021, Training Data-Efficient Image Transformers and Distillation
+        through Attention.
+    """
+    heads = {"student": student, "teacher": teacher}
+    for name, path in heads.items():
+        if path is not None and not getattr(method, name).output:
+            wanted = f"a method that reads the {name}'s output"
+            do = "Name layers as hints in the method itself."
+            raise ValueError(message("at_head", wanted, "one that does not", do))
+
+    def wants(of, path):
+        if path is None:
+            return of
+        return Wants(False, tuple(dict.fromkeys((*of.hints, path))), of.params)
+
+    def seen(features, path):
+        if path is None:
+            return features
+        return features._replace(output=features.hints[path])
+
+    made = _seeing(
+        method,
+        lambda features: seen(features, student),
+        lambda features: seen(features, teacher),
+        prepare=lambda earlier: earlier,
+    )
+    return made._replace(
+        student=wants(method.student, student), teacher=wants(method.teacher, teacher)
+    )
+
+
+def _seeing(method, student, teacher, prepare):
+    """The method, given what the two functions make of the features."""
+
+    def init(key, ours, theirs, data):
+        return method.init(key, student(ours), teacher(theirs), data)
+
+    def apply(params, memory, ours, theirs, batch, context):
+        seen = student(ours), teacher(theirs)
+        return method.apply(params, memory, *seen, batch, context)
+
+    def deploy(params, memory, ours, theirs):
+        return method.deploy(params, memory, student(ours), teacher(theirs))
+
+    return method._replace(
+        init=init,
+        apply=apply,
+        prepare=None if method.prepare is None else prepare(method.prepare),
+        deploy=None if method.deploy is None else deploy,
+    )
+
+
+def _applied(view, hint):
+    """What a view makes of a hint, or of its shape."""
+    if isinstance(hint, jax.ShapeDtypeStruct):
+        return jax.eval_shape(view, hint)
+    return view(hint)
