@@ -5,6 +5,8 @@ promise by the name of its test and says why. A new loss or method without a row
 """
 
 import functools
+import math
+import operator
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -16,11 +18,12 @@ import jax
 import jax.numpy as jnp
 import jaxtyping
 import numpy as np
+import optax
 import pytest
 
-from hintjax import losses, methods, regressors
-from hintjax.method import Context, Data, Method
-from hintjax.networks import Features
+from hintjax import losses, methods, regressors, stages
+from hintjax.method import Context, Data, Method, objective, task
+from hintjax.networks import Features, Network, Variables
 
 pytestmark = pytest.mark.usefixtures("strict")
 
@@ -34,6 +37,8 @@ class Loss(NamedTuple):
     positions: int = 0  # first axes of an example that a mask may cover too
     batch_dims: bool = False  # must be told how many axes are the batch?
     coupled: bool = False  # does it compare the examples of a batch, its first axis?
+    tied: bool = False  # must equal sizes stay equal on whatever axes they stand?
+    least: int = 1  # smallest size of an axis
     waived: Mapping[str, str] = MappingProxyType({})  # test without "test_": reason
     name: str = ""  # filled in from the table
 
@@ -48,6 +53,9 @@ class Loss(NamedTuple):
         return self.student[: self.positions] if self.positions else ()
 
 
+HEADS = dict.fromkeys(
+    ("any_sizes", "a_method_takes_any_sizes"), "channels are a multiple of the heads"
+)
 CHANNELS = {"names_both_shapes": "channels may differ; a batch of 1 is refused below"}
 SIZES = {"names_both_shapes": "features may differ; a batch of 1 is refused below"}
 KINK = {"flat_at_equality": "a distance has a kink at 0; its slope is bounded"}
@@ -77,8 +85,16 @@ ORDER = {"a_method_does_not_mind_the_order_of_examples": "it goes by their order
 
 def labelled(student, teacher, *, where=None):
     """Decoupled KD where all have one label."""
-    label = jnp.full(student.shape[:-1], 2, jnp.int32)
+    label = jnp.full(student.shape[:-1], 1, jnp.int32)
     return losses.decoupled_kd_loss(student, teacher, label, where=where)
+
+
+def varied(student, teacher, *, batch_dims=1, where=None):
+    """VID where all channels have one variance."""
+    scale = jnp.ones(student.shape[-1:], student.dtype)
+    return losses.variational_loss(
+        student, teacher, scale=scale, batch_dims=batch_dims, where=where
+    )
 
 
 LOSSES = {
@@ -86,13 +102,17 @@ LOSSES = {
         losses.activation_boundary_loss, **FEATURES, batch_dims=True, waived=SIGNS
     ),
     "angle_loss": Loss(losses.angle_loss, **RELATION),
-    "attention_distribution_loss": Loss(losses.attention_distribution_loss, SCORES),
+    "attention_distribution_loss": Loss(
+        losses.attention_distribution_loss, SCORES, tied=True
+    ),
     "attention_map_loss": Loss(losses.attention_map_loss, (12,), positions=1),
     "attention_map_loss_paper": Loss(
         losses.attention_map_loss_paper, (12,), positions=1
     ),
-    "attention_score_loss": Loss(losses.attention_score_loss, SCORES),
-    "attention_score_loss_code": Loss(losses.attention_score_loss_code, SCORES),
+    "attention_score_loss": Loss(losses.attention_score_loss, SCORES, tied=True),
+    "attention_score_loss_code": Loss(
+        losses.attention_score_loss_code, SCORES, tied=True
+    ),
     "attention_transfer_loss": Loss(
         losses.attention_transfer_loss, **UNEQUAL, waived=CHANNELS
     ),
@@ -111,7 +131,7 @@ LOSSES = {
     "channel_loss": Loss(losses.channel_loss, **FEATURES),
     "correlation_loss": Loss(losses.correlation_loss, (3, 5), coupled=True),
     "cosine_loss": Loss(losses.cosine_loss, **FEATURES, batch_dims=True),
-    "decoupled_kd_loss": Loss(labelled, (10,)),
+    "decoupled_kd_loss": Loss(labelled, (10,), least=2),
     "dist_loss": Loss(losses.dist_loss, (10,), coupled=True, waived=PEARSON),
     "distance_loss": Loss(losses.distance_loss, **RELATION),
     "factor_loss": Loss(losses.factor_loss, **UNEQUAL, waived=CHANNELS | KINK),
@@ -136,19 +156,14 @@ LOSSES = {
         (4, 6),
         (4, 10),
         positions=1,
-        waived=CHANNELS,
+        waived=CHANNELS | HEADS,
     ),
     "selectivity_loss": Loss(losses.selectivity_loss, **UNEQUAL, waived=CHANNELS),
     "similarity_loss": Loss(losses.similarity_loss, **RELATION),
     "soft_cross_entropy_loss": Loss(
         losses.soft_cross_entropy_loss, (10,), waived=ENTROPY
     ),
-    "variational_loss": Loss(
-        functools.partial(losses.variational_loss, scale=jnp.ones(5)),
-        **FEATURES,
-        batch_dims=True,
-        waived=GAUSSIAN,
-    ),
+    "variational_loss": Loss(varied, **FEATURES, batch_dims=True, waived=GAUSSIAN),
 }
 NOT_LOSSES = {
     "attention_map",
@@ -193,6 +208,27 @@ def pair(row, seed=0, **kwargs):
     teacher = row.student if row.teacher is None else row.teacher
     student = random(row.student, seed=seed, **kwargs)
     return student, random(teacher, seed=seed + 1, **kwargs)
+
+
+def axes(row, shape):
+    """Each axis as its kind and size: rows and columns of maps, and all others."""
+    maps = len(shape) == 3 and not row.tied
+    kinds = ("row", "column", "") if maps else ("",) * len(shape)
+    return list(zip(kinds, shape, strict=True))
+
+
+def resized(row, draw):
+    """The row with sizes drawn anew; equal sizes of a kind of axis stay equal."""
+    shapes = row.student, row.teacher
+    leaves = jax.tree.leaves(shapes, is_leaf=is_shape)
+    known = dict.fromkeys(axis for shape in leaves for axis in axes(row, shape))
+    sizes = draw(st.fixed_dictionaries(dict.fromkeys(known, st.integers(row.least, 9))))
+    student, teacher = jax.tree.map(
+        lambda shape: tuple(sizes[axis] for axis in axes(row, shape)),
+        shapes,
+        is_leaf=is_shape,
+    )
+    return row._replace(student=student, teacher=teacher)
 
 
 def peers(row, **kwargs):
@@ -501,6 +537,40 @@ def test_finite_at_any_magnitude(row, dtype, seed, sizes):
     assert np.isfinite(largest(gradients))
 
 
+# Each example compiles anew, and sizes are small already: a failure is not shrunk.
+ANEW = (hypothesis.Phase.generate,)
+
+
+@hypothesis.settings(max_examples=3, phases=ANEW)
+@hypothesis.given(
+    data=st.data(), dtype=st.sampled_from(["float64", "bfloat16", "float16"])
+)
+def test_any_sizes(row, data, dtype):
+    """Maps larger or smaller than the teacher's, not square, odd, of one position."""
+    row = resized(row, data.draw)
+
+    def masked(student, teacher):
+        values = row.loss(student, teacher, where=jnp.arange(8) % 2 == 0)
+        return values.sum(), values
+
+    @jax.jit
+    def both(arrays):
+        broken = [
+            jax.tree.map(lambda x: x.at[1::2].set(jnp.nan), tree) for tree in arrays
+        ]
+        gradients, values = jax.grad(masked, (0, 1), has_aux=True)(*broken)
+        return gradients, values, row.loss(*jax.tree.map(lambda x: x[::2], arrays))
+
+    with jax.enable_x64(dtype == "float64"):
+        arrays = pair(row, batch=(8,), dtype=jnp.dtype(dtype))
+        gradients, values, sliced = jax.device_get(both(jax.device_put(arrays)))
+    assert values.shape == (8,)
+    assert values.dtype == ("float64" if dtype == "float64" else "float32")
+    assert np.isfinite(largest(gradients))
+    np.testing.assert_allclose(values[::2], sliced, rtol=1e-5, atol=1e-6)
+    assert np.all(values[1::2] == 0)
+
+
 def test_sharded_is_one_device():
     """All losses at once, with the batch over 8 devices; float64, since devices sum in
     another order."""
@@ -528,6 +598,8 @@ class Taught(NamedTuple):
     method: Method
     student: Features
     teacher: Features
+    tied: bool = False  # must equal sizes stay equal on whatever axes they stand?
+    least: int = 1  # smallest size of an axis
     waived: Mapping[str, str] = MappingProxyType({})
     name: str = ""
 
@@ -538,6 +610,7 @@ TEACHER_ALONE = dict.fromkeys(
     (
         "a_method_teaches_the_student_and_never_the_teacher",
         "a_method_keeps_nan_to_its_example",
+        "a_method_stands_in_both_stages",
     ),
     "a stage before, on the teacher alone",
 )
@@ -558,9 +631,9 @@ METHODS = {
         Features(hints={"hint": (8, 8, 5)}),
     ),
     "channel_wise": Taught(
-        methods.channel_wise(PAIRS),
+        methods.channel_wise(PAIRS, regressor=regressors.linear),
         Features(hints={"guided": (4, 4, 3)}),
-        Features(hints={"hint": (4, 4, 3)}),
+        Features(hints={"hint": (4, 4, 5)}),
     ),
     "class_attention": Taught(
         methods.class_attention(("guided", "hint")),
@@ -588,7 +661,7 @@ METHODS = {
         Features(hints={"guided": (6,)}),
         Features(hints={"hint": (2, 2, 5)}),
     ),
-    "decoupled_kd": Taught(methods.decoupled_kd(), *OUTPUTS),
+    "decoupled_kd": Taught(methods.decoupled_kd(), *OUTPUTS, least=2),
     "dist": Taught(methods.dist(), *OUTPUTS, waived=TOGETHER),
     "factor_transfer": Taught(
         methods.factor_transfer(PAIRS),
@@ -617,6 +690,7 @@ METHODS = {
         methods.minilm(PAIRS, [("scores", "attention")], heads=2),
         Features(hints={"guided": (4, 6), "scores": SCORES}),
         Features(hints={"hint": (4, 2, 5), "attention": SCORES}),
+        waived=HEADS,
     ),
     "overhaul": Taught(
         methods.overhaul(PAIRS, ["norm"]),
@@ -667,6 +741,7 @@ METHODS = {
         methods.tinybert(PAIRS, [("scores", "attention")]),
         Features(hints={"guided": (4, 6), "scores": SCORES}),
         Features(hints={"hint": (4, 9), "attention": SCORES}),
+        tied=True,
     ),
     "variational": Taught(
         methods.variational(PAIRS),
@@ -811,3 +886,107 @@ def test_a_method_keeps_nan_to_its_example(taught):
         leaf[1].flat[0] = np.nan
     _, (values, _, _) = applied_to(taught, student, teacher, batch, train=False)
     np.testing.assert_array_equal(np.isnan(values), np.arange(4) == 1)
+
+
+@hypothesis.settings(max_examples=8, phases=ANEW)
+@hypothesis.given(
+    data=st.data(),
+    dtype=st.sampled_from(["bfloat16", "float32", "float16"]),
+    computed=st.sampled_from([True, False, False, False, False]),
+)
+def test_a_method_takes_any_sizes(taught, data, dtype, computed):
+    """What it trains takes its sizes from the features; most are traced alone."""
+    row = resized(taught, data.draw)
+    student, teacher, batch = seen(row)
+    student, teacher = (
+        jax.tree.map(lambda x: x.astype(dtype), shown._replace(params={}))._replace(
+            params=shown.params
+        )
+        for shown in (student, teacher)
+    )
+    shapes = jax.eval_shape(lambda: (student, teacher))
+    batch |= {"label": np.zeros(4, np.int32)}  # the first of any number of classes
+
+    @jax.jit
+    def run(key, data, student, teacher, batch):
+        params, memory = row.method.init(key, *shapes, data)
+
+        def total(params, student):
+            values, _, _ = row.method.apply(
+                params, memory, student, teacher, batch, Context(key, 0, True)
+            )
+            return values.sum(), values
+
+        return jax.grad(total, (0, 1), has_aux=True)(params, student)
+
+    labels = Data(labels=np.arange(32, dtype=np.int32) % 10)
+    with jax.numpy_dtype_promotion("standard"):  # Flax raises the hints itself
+        inputs = KEY, labels, student, teacher, batch
+        gradients, values = run(*inputs) if computed else jax.eval_shape(run, *inputs)
+    chex.assert_shape(values, (4,))
+    assert values.dtype == jnp.float32
+    if computed:
+        chex.assert_tree_all_finite((gradients, values))
+
+
+def linear(shapes, seed):
+    """A network whose hints are linear in its inputs, of the shapes that a row gives."""
+    shown = {"output": (10,), **shapes.hints}
+    kernels = {name: (3, math.prod(shape)) for name, shape in shown.items()}
+    params = random({"kernels": kernels, "shown": shapes.params}, (), seed)
+
+    def apply(params, state, inputs, *, wants, train, key=None):
+        def show(name):
+            y = inputs @ params["kernels"][name]
+            return y.reshape(inputs.shape[0], *shown[name])
+
+        hints = {name: show(name) for name in wants.hints}
+        own = {name: params["shown"][name] for name in wants.params}
+        return Features(show("output") if wants.output else None, hints, own), state
+
+    return Network(None, apply, None), Variables(params, {})
+
+
+@pytest.mark.parametrize("kind", ["hint", "distillation"])
+def test_a_method_stands_in_both_stages(taught, kind):
+    """In the second beside the task and KD; compiled once."""
+    if kind == "hint" and taught.method.student.output:
+        pytest.skip("a hint stage has no outputs")
+    (student, ours), (teacher, theirs) = (
+        linear(shapes, seed)
+        for seed, shapes in enumerate((taught.student, taught.teacher))
+    )
+    make, method = stages.hint_stage, taught.method
+    if kind == "distillation":
+        entropy = optax.softmax_cross_entropy_with_integer_labels
+        make = stages.distillation_stage
+        method = objective(own=method, kd=methods.kd(), task=task(entropy))
+    batch = seen(taught)[2] | {"x": random((3,))}
+    data, x = Data(labels=np.arange(32, dtype=np.int32) % 10), operator.itemgetter("x")
+
+    def begun(make, method):
+        stage = make(
+            student, teacher, method, optax.sgd(1e-3), inputs=x, teacher_inputs=x
+        )
+        carry = method.prepare and begun(stages.hint_stage, method.prepare)[1]
+        return stage, stage.init(KEY, ours, theirs, batch, data, carry)
+
+    def own(params):
+        kernels = params["student"]["kernels"]
+        yield params["regressors"]
+        yield {path: kernels[path] for path in taught.method.student.hints}
+
+    stage, state = begun(make, method)
+    before = jax.device_get(state.params)
+
+    def update(state, theirs, batch):
+        return stage.step(state, stage.teach(state, theirs, batch), batch)
+
+    chex.clear_trace_counter()
+    once = jax.jit(chex.assert_max_traces(update, n=1))
+    for _ in range(2):
+        state, metrics = once(state, theirs, batch)
+    chex.assert_tree_all_finite((state.params, metrics))
+    for trees in zip(own(state.params), own(before), strict=True):
+        moved = jax.tree.leaves(jax.tree.map(lambda a, b: np.any(a != b), *trees))
+        assert any(moved) or not moved
