@@ -1,7 +1,8 @@
-"""The command `hintjax`: distill, resume, eval, layers, doctor."""
+"""The command `hintjax`: distill, resume, eval, layers, methods, doctor."""
 
 import datetime
 import importlib.metadata
+import inspect
 import json
 import os
 import platform
@@ -253,6 +254,56 @@ def show_layers(
         print(f"{path:40} {layer.shape[1:]}  {layer.dtype}")
 
 
+def show_methods() -> None:
+    """Lists every method of `distill --method` as a Markdown table."""
+    print(methods_table())
+
+
+def methods_table() -> str:
+    """The table of `hintjax methods`, read off recipes and docstrings."""
+    columns = ("name", "method", "transfers", "attaches to", "trains", "weight")
+    rows = [(*columns, "reference", "file"), ("---",) * 8]
+    for name, recipe in RECIPES.items():
+        if recipe is recipes.backprop:
+            continue
+        method = recipe.method
+        text = inspect.getdoc(method)
+        summary = re.sub(r" \(see .*|\.$", "", text.splitlines()[0])
+        where = inspect.getdoc(recipe.where)
+        returned = " ".join(_section(text, "Returns").split())
+        trains = re.search(r"trains (.*?)(?:[.;,]| beside)(?: |$)", returned)
+        rows.append(
+            (
+                f"`{name}`",
+                f"`{method.__name__}`",
+                summary,
+                where[0].lower() + where[1:].rstrip("."),
+                trains[1] if trains else "nothing",
+                _weight(recipe),
+                " ".join(_section(text, "References").split()).rstrip("."),
+                f"`{method.__module__.replace('.', '/')}.py`",
+            )
+        )
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _section(text, name):
+    """What a docstring says under a heading."""
+    found = re.search(rf"^{name}:\n((?:(?: .*)?\n?)+)", text, re.MULTILINE)
+    return found[1] if found else ""
+
+
+def _weight(recipe):
+    if isinstance(recipe, recipes.BeforeTask):
+        return "alone, in a hint stage before the task"
+    if isinstance(recipe, recipes.Alone):
+        return "alone, without the task"
+    number = recipe.weight
+    shown = f"{number:g}" if isinstance(number, float) else str(number)
+    task = recipe.task_weight
+    return f"{shown}, the task {task:g}" if task != 1 else shown
+
+
 def doctor() -> None:
     """Says what a report of a problem should hold: versions, devices, disk."""
     print(f"python       {platform.python_version()} on {platform.platform()}")
@@ -304,6 +355,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 "resume": resume,
                 "eval": evaluate_run,
                 "layers": show_layers,
+                "methods": show_methods,
                 "doctor": doctor,
             },
             prog="hintjax",

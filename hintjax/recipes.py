@@ -15,7 +15,6 @@ import optax
 from hintjax import pairing, regressors
 from hintjax._checks import message
 from hintjax.config import Config
-from hintjax.losses import channel_loss
 from hintjax.method import Method, Pairs, Weight, objective, task, weighted
 from hintjax.methods import (
     AnchorNegatives,
@@ -422,7 +421,7 @@ def _reused(config, places):
 
 
 def _channels(config, places):
-    return fitnets(last_stage(places), loss=channel_loss)
+    return channel_wise(last_stage(places), regressor=regressors.fit)
 
 
 SOFT = Beside(soft_targets, outputs, Falling(4.0, 1.0), _softened(soft_targets, 3.0))

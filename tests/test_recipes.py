@@ -1,13 +1,14 @@
 """Every method by its name in the command: where it attaches, and in which stages."""
 
 import json
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
 from hintjax import methods, recipes
-from hintjax.cli import RECIPES, main
+from hintjax.cli import RECIPES, main, methods_table
 from hintjax.config import Config
 from hintjax.experiment import check, load_deployed, load_student, prepare
 from hintjax.networks import Wants
@@ -89,6 +90,16 @@ HELPERS = {
 }
 # They attach to token sequences, which the networks here do not have.
 FOR_TRANSFORMERS = {"cosine", "minilm", "patient", "tinybert"}
+
+
+def test_the_table_of_methods_is_current(capsys):
+    """Write it anew with `hintjax methods` when this fails."""
+    main(["methods"])
+    assert capsys.readouterr().out.strip() == methods_table()
+    file = Path(methods.__file__).parent / "README.md"
+    assert methods_table() in file.read_text()
+    cells = [line.strip("| ").split(" | ") for line in methods_table().splitlines()]
+    assert all(len(row) == len(cells[0]) and all(row) for row in cells)
 
 
 @pytest.mark.parametrize("name", RECIPES)

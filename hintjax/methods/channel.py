@@ -2,33 +2,58 @@
 
 from functools import partial
 
+from hintjax import regressors
 from hintjax._checks import positive
 from hintjax.losses import channel_loss
-from hintjax.method import Method, Pairs
-from hintjax.methods._compared import compared
+from hintjax.method import Method, Pairs, hints_of
+from hintjax.methods import _regressed
 
 
-def channel_wise(pairs: Pairs, *, temperature: float = 1.0) -> Method:
+def channel_wise(
+    pairs: Pairs,
+    *,
+    temperature: float = 1.0,
+    regressor: regressors.Sizing = regressors.identity,
+) -> Method:
     """CWD: each channel is active at the same positions (see `channel_loss`).
 
-    Trains nothing beside the student; the maps of a pair have one shape. For maps of
-    unequal channels, put a regressor before the loss:
-    `fitnets(pairs, regressor=regressors.linear, loss=channel_loss)`. MMRazor pairs the
-    maps of logits of segmentation networks, at weight 5.
+    The published setting compares the maps of logits of two segmentation networks as
+    they are, at weight 5 (MMRazor). Feature maps of unequal channels or sizes need a
+    regressor, for instance `regressors.fit`.
 
     Args:
         pairs: (guided layer, hint layer) for each pair, as paths; they are summed.
         temperature: of the softmax over positions, > 0.
+        regressor: sizes a regressor for one pair; by default there is none.
 
     Returns:
-        The method.
+        The method. It trains one regressor per pair if one is given, named
+        `guided->hint`, and remembers their BatchNorm statistics.
 
     Raises:
-        ValueError: without pairs, or if the temperature is not positive.
+        ValueError: without pairs, if the temperature is not positive, or (when a stage
+            is initialised) for maps of unequal shapes without a regressor.
 
     References:
         Shu et al. 2021, Channel-wise Knowledge Distillation for Dense Prediction.
     """
     positive("channel_wise", temperature=temperature)
-    loss = partial(channel_loss, temperature=temperature)
-    return compared("channel_wise", pairs, loss)
+    student_wants, teacher_wants = hints_of("channel_wise", pairs)
+
+    def ready(student, teacher):
+        return _regressed.ready(
+            pairs, regressor, student, teacher, _regressed.as_they_are
+        )
+
+    def init(key, student, teacher, data):
+        return _regressed.init(key, ready(student, teacher))
+
+    def apply(params, memory, student, teacher, batch, context):
+        predictions, memory = _regressed.apply(
+            params, memory, ready(student, teacher), context.train
+        )
+        loss = partial(channel_loss, temperature=temperature, where=batch.get("where"))
+        values = [loss(predicted, hint) for _, predicted, hint in predictions]
+        return sum(values), memory, {}
+
+    return Method(student_wants, teacher_wants, init, apply)

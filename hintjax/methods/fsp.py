@@ -43,8 +43,8 @@ def fsp(
             `regressors.linear`. None by default.
 
     Returns:
-        The method. With a regressor it trains one for each matched pair of layers,
-        named `guided->hint`, and remembers their BatchNorm statistics.
+        The method. It trains a regressor for each matched pair of layers if one is
+        given, named `guided->hint`, and remembers their BatchNorm statistics.
 
     Raises:
         ValueError: without pairs, or (when a stage is initialised) if channels differ

@@ -33,8 +33,8 @@ def variational(
         initial_variance: of all channels at first, > 1e-5.
 
     Returns:
-        The method. For each pair it trains, under `guided->hint`, the regressor `mean`
-        and the numbers `scale`; it reports the mean `variance` over pairs and channels.
+        The method. It trains a regressor `mean` and the numbers `scale` per pair, under
+        `guided->hint`; it reports the mean `variance` over pairs and channels.
         (mdistiller leaves the numbers out of its optimiser.)
 
     Raises:

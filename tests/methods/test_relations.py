@@ -59,21 +59,23 @@ def padded(features, size=2):
 def test_the_values_are_the_loss_summed_over_pairs(name):
     student, teacher = hints()
     method = getattr(hintjax, name)(PAIRS)
-    values, memory, _ = method.apply({}, {}, student, teacher, {}, CONTEXT)
+    params, before = method.init(jax.random.key(0), student, teacher, None)
+    values, memory, _ = method.apply(params, before, student, teacher, {}, CONTEXT)
     want = sum(HINTS[name](student.hints[s], teacher.hints[t]) for s, t in PAIRS)
     np.testing.assert_allclose(values, want, rtol=1e-5)
-    assert memory == {}
+    assert memory == before
+    assert not jax.tree.leaves((params, memory))
 
 
 @pytest.mark.parametrize("name", [*HINTS, "correlation_congruence"])
 def test_padding_is_compared_with_none(name):
     student, teacher = hints()
     method = getattr(hintjax, name)(PAIRS)
-    params, _ = method.init(jax.random.key(0), student, teacher, None)
+    params, memory = method.init(jax.random.key(0), student, teacher, None)
     where = jnp.arange(8) < 6
-    want, _, metrics = method.apply(params, {}, student, teacher, {}, CONTEXT)
+    want, _, metrics = method.apply(params, memory, student, teacher, {}, CONTEXT)
     got, _, others = method.apply(
-        params, {}, *map(padded, (student, teacher)), {"where": where}, CONTEXT
+        params, memory, *map(padded, (student, teacher)), {"where": where}, CONTEXT
     )
     np.testing.assert_allclose(got[:6], want, rtol=1e-4)
     np.testing.assert_array_equal(got[6:], 0)
