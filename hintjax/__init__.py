@@ -63,6 +63,7 @@ from hintjax.networks import (
     Network,
     Variables,
     Wants,
+    function,
     join,
     linen,
     split,
@@ -111,6 +112,7 @@ __all__ = [
     "fitnets",
     "flows",
     "fsp",
+    "function",
     "hint_stage",
     "join",
     "kd",
@@ -121,6 +123,8 @@ __all__ = [
     "masked_generation",
     "masked_positions",
     "minilm",
+    "nnx",
+    "nnx_update",
     "objective",
     "over_pairs",
     "overhaul",
@@ -146,3 +150,12 @@ __all__ = [
     "warm_up",
     "weighted",
 ]
+
+
+def __getattr__(name: str) -> object:
+    """`nnx` and `nnx_update` are imported when used: `flax.nnx` is heavy."""
+    if name not in ("nnx", "nnx_update"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from hintjax import networks_nnx
+
+    return getattr(networks_nnx, name)

@@ -1,37 +1,37 @@
 """A model seen as pure functions that also return the activations asked for.
 
 Every other room sees a model only as a `Network`: `linen` makes one of a Flax
-Linen module as it is, without touching the module or its parameters.
+Linen module as it is, without touching the module or its parameters; `nnx` (in
+`networks_nnx`) of a Flax NNX model; `function` of any function that returns its own
+activations.
 
-A path names one activation::
-
-    group2/block1              the output of the submodule at that scope
-    encoder.embed              the output of another method than `__call__`
-    shared#1                   the second call of a module called several times
-    group2/block1:in           what the submodule was given
-    attention[1]               one entry of a tuple
-    group2/margin              a value that the module `sow`s as "margin"
+How a path names an activation is in `paths`.
 """
 
+import functools
 import inspect
-import itertools
-import math
-import re
-from collections.abc import Callable, Iterable, Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 from flax.core import unfreeze
 from jaxtyping import Array, Key, PyTree
 
-from hintjax._checks import message, nearest
+from hintjax._checks import message
+from hintjax.paths import (
+    activations,
+    at,
+    find_call,
+    in_order,
+    parse_path,
+    split_items,
+    take,
+    traced,
+    unknown_path,
+)
 
 _COLLECTION = "intermediates"
-_GRAMMAR = re.compile(
-    r"(?P<scope>[^.#:\[\]]+)"
-    r"(?:\.(?P<method>\w+))?(?:#(?P<call>\d+))?(?P<input>:in)?(?:\[(?P<item>\d+)\])?"
-)
 
 
 class Variables(NamedTuple):
@@ -64,54 +64,14 @@ class Network(NamedTuple):
         init: `(key, inputs) -> Variables`.
         apply: `(params, state, inputs, *, wants, train, key=None) -> (Features,
             state)`. With `train=False` the state comes back untouched.
-        layers: `(params, state, inputs) -> {path: ShapeDtypeStruct}`, every
-            activation that can be wanted, in the order of execution; found by
+        layers: `(params, state, inputs) -> {path: ShapeDtypeStruct}`, the output
+            of every layer and every sown value, in the order of execution; found by
             tracing, without a single floating-point operation.
     """
 
     init: Callable[..., Variables]
     apply: Callable[..., tuple[Features, PyTree]]
     layers: Callable[..., dict[str, jax.ShapeDtypeStruct]]
-
-
-class Path(NamedTuple):
-    """One activation: whose, of which method and call, which side, which entry."""
-
-    scope: tuple[str, ...]
-    method: str
-    call: int | None
-    side: str
-    item: int | None
-
-
-def parse_path(path: str) -> Path:
-    """Reads the one grammar of paths.
-
-    Args:
-        path: `scope/name`, then optionally `.method`, `#call`, `:in`, `[i]`.
-
-    Returns:
-        The parts.
-
-    Raises:
-        ValueError: if the text does not follow the grammar.
-
-    >>> parse_path("group2/block1.embed#0:in[1]")
-    Path(scope=('group2', 'block1'), method='embed', call=0, side=':in', item=1)
-    """
-    match = _GRAMMAR.fullmatch(path)
-    if match is None or not all(match["scope"].split("/")):
-        raise ValueError(
-            f"path: expected scope/name, then .method, #call, :in or [i], got "
-            f"{path!r}. List the paths of a model with `hintjax layers`."
-        )
-    return Path(
-        scope=tuple(match["scope"].split("/")),
-        method=match["method"] or "__call__",
-        call=None if match["call"] is None else int(match["call"]),
-        side=match["input"] or "",
-        item=None if match["item"] is None else int(match["item"]),
-    )
 
 
 def split(variables: Mapping[str, PyTree]) -> Variables:
@@ -171,17 +131,16 @@ def linen(
     >>> features.output.shape, features.hints["layers_0"].shape
     ((1, 2), (1, 4))
     """
-    name = type(module).__name__
-    call = call or _default_call(module)
+    call = call or default_call("linen", module)
 
     # Not jitted: equal layers share their compiled operations, and compiling the
     # initialisation of a deep network at once takes five times as long.
     def init(key: Key[Array, ""], inputs: PyTree) -> Variables:
         return split(module.init(key, inputs, False, method=call))
 
-    def run(params, state, inputs, train, key, capture, sow_inputs=frozenset()):
-        collections = [*(state if train else ()), *([_COLLECTION] if capture else ())]
-        with nn.intercept_methods(_sowing(sow_inputs)):
+    def run(params, state, inputs, train, key, watch, given):
+        collections = [*(state if train else ()), *([_COLLECTION] if watch else ())]
+        with nn.intercept_methods(_sowing(given)):
             output, changed = module.apply(
                 {"params": params, **state},
                 inputs,
@@ -189,66 +148,188 @@ def linen(
                 method=call,
                 rngs=key,
                 mutable=collections,
-                capture_intermediates=capture,
+                # A filter even where only sown values are wanted: it opens the
+                # collection.
+                capture_intermediates=watch and (lambda m, name: watch(m.path, name)),
             )
-        return output, dict(changed)
+        changed = dict(changed)
+        captured = changed.pop(_COLLECTION, {})
+        return output, captured, {**state, **changed}
+
+    do = "Give nn.scan or nn.vmap variable_axes={'intermediates': 0}."
+    return watched(type(module).__name__, init, run, hidden=do)
+
+
+def function(
+    apply: Callable[..., tuple[PyTree, Mapping[str, PyTree], PyTree]],
+    *,
+    init: Callable[..., tuple[PyTree, PyTree]] | None = None,
+) -> Network:
+    """Any function as a `Network`: Equinox, Haiku, a model written by hand.
+
+    Args:
+        apply: `(params, state, inputs, train=, key=) -> (output, hints, state)`, with
+            arrays (or nested dicts and tuples of them) in the dict `hints`; `params`
+            and `state` are any pytrees of arrays. The key is None in evaluation.
+            Under jit, hints that are not wanted are not computed.
+        init: `(key, inputs) -> (params, state)`; without it, the network is used
+            with variables from elsewhere.
+
+    Returns:
+        The network. A path is a key of `hints` as it is, `outer/inner` in nested
+        dicts; `[i]` is an entry of a tuple, or one layer of what a scan stacked.
+
+    Raises:
+        TypeError: when it is applied, if `apply` returns anything else.
+
+    >>> def apply(params, state, x, train, key):
+    ...     hidden = jax.nn.relu(x @ params["in"])
+    ...     return hidden @ params["out"], {"hidden": hidden}, state
+    >>> net = function(apply)
+    >>> params = {"in": jax.numpy.ones((3, 4)), "out": jax.numpy.ones((4, 2))}
+    >>> x = jax.numpy.ones((1, 3))
+    >>> net.layers(params, {}, x)["hidden"].shape
+    (1, 4)
+    >>> wants = Wants(hints=("hidden",))
+    >>> features, _ = net.apply(params, {}, x, wants=wants, train=False)
+    >>> features.hints["hidden"].shape
+    (1, 4)
+    """
+    name = getattr(apply, "__name__", "function")
+
+    def initial(key, inputs):
+        if init is None:
+            do = "Pass init=, or use variables from elsewhere."
+            raise ValueError(message("function", "init", "None", do))
+        return Variables(*init(key, inputs))
+
+    def run(params, state, inputs, train=False, key=None):
+        result = apply(params, state, inputs, train=train, key=key)
+        parts = result if isinstance(result, tuple) else (result,)
+        if len(parts) != 3 or not isinstance(parts[1], Mapping):
+            wanted = f"{name} to return (output, dict of hints, state)"
+            got = ", ".join(type(part).__name__ for part in parts)
+            raise TypeError(message("function", wanted, f"({got})"))
+        output, hints, changed = parts
+        return output, dict(_flat(hints)), changed
+
+    def shown(params, state, inputs):
+        return run(params, state, inputs)[1]
+
+    def apply_(params, state, inputs, *, wants, train, key=None):
+        output, captured, changed = run(params, state, inputs, train, key)
+
+        def pick(path):
+            def missing():
+                return unknown_path(name, path, layers(params, state, inputs))
+
+            def origins():
+                return traced(shown, params, state, inputs)[1]
+
+            known = path in captured
+            scope, items = (path, ()) if known else split_items(path)
+            if scope not in captured:
+                raise missing()
+            return take(captured, path, (scope,), items, origins, missing)
+
+        hints = {path: pick(path) for path in wants.hints}
+        features = _features(name, output, hints, params, wants)
+        return features, changed if train else state
+
+    def layers(params, state, inputs):
+        shapes, origins = traced(shown, params, state, inputs)
+        return in_order((path, shapes[path], origins[path]) for path in shapes)
+
+    return Network(initial, apply_, layers)
+
+
+def watched(
+    name: str, init: Callable[..., Variables], run: Callable[..., Any], hidden: str
+) -> Network:
+    """A network of modules, whose activations have paths.
+
+    Args:
+        name: of the model, for errors.
+        init: `Network.init`.
+        run: `(params, state, inputs, train, key, watch, given) -> (output, captured,
+            state)`. `watch(scope, method)` says whose outputs are captured, the set
+            `given` whose inputs; captured is a nested dict by scope, of tuples with
+            an entry for each call, by "method" or "method:in". With `watch=False`
+            nothing is.
+        hidden: what to do about a module that is there while nothing is captured.
+
+    Returns:
+        The network.
+    """
 
     def apply(params, state, inputs, *, wants, train, key=None):
         paths = {path: parse_path(path) for path in wants.hints}
         kept = {(p.scope, p.method) for p in paths.values() if not p.side}
         given = {(p.scope, p.method) for p in paths.values() if p.side}
-        # A filter even where only sown values are wanted: it opens the collection.
-        capture = bool(paths) and (lambda m, method: (m.path, method) in kept)
-        output, changed = run(params, state, inputs, train, key, capture, given)
-        captured = changed.pop(_COLLECTION, {})
+        watch = bool(paths) and (lambda scope, method: (scope, method) in kept)
 
-        def missing(path):
-            return _unknown(name, path, layers(params, state, inputs))
+        def ran(params, state, inputs):
+            return run(params, state, inputs, train, key, watch, given)
 
-        hints = {path: _pick(captured, path, p, missing) for path, p in paths.items()}
-        features = Features(
-            output=output if wants.output else None,
-            hints=hints,
-            params={path: _subtree(params, path, name) for path in wants.params},
+        output, captured, changed = ran(params, state, inputs)
+
+        @functools.cache
+        def origins():
+            return traced(lambda *parts: ran(*parts)[1], params, state, inputs)[1]
+
+        def pick(path, parsed):
+            def missing():
+                return unknown(path, parsed, params, state, inputs)
+
+            keys = find_call(captured, path, parsed, missing)
+            return take(captured, path, keys, parsed.items, origins, missing)
+
+        hints = {path: pick(path, parsed) for path, parsed in paths.items()}
+        features = _features(name, output, hints, params, wants)
+        return features, changed if train else state
+
+    def listed(params, state, inputs, methods):
+        """All activations, and of which modules' methods there could be any."""
+        seen = set()
+
+        def watch(scope, method):
+            if methods(method):
+                seen.add((scope, method))
+            return methods(method)
+
+        def captured(params, state, inputs):
+            key = jax.random.key(0)
+            return run(params, state, inputs, False, key, watch, set())[1]
+
+        shapes, origins = traced(captured, params, state, inputs)
+        found = (
+            (path, at(shapes, keys), at(origins, keys))
+            for path, keys in activations(shapes, seen)
         )
-        return features, {**state, **changed}
+        return in_order(found), seen
+
+    def unknown(path, parsed, params, state, inputs):
+        known, seen = listed(params, state, inputs, _public)
+        one = (parsed.scope, parsed.method)
+        if one in seen and one not in {parse_path(k)[:2] for k in known}:
+            wanted = f"{path!r} to show an activation"
+            return ValueError(message(name, wanted, "a module that shows none", hidden))
+        return unknown_path(name, path, known)
 
     def layers(params, state, inputs):
-        ended = {}  # when each call of each submodule ended
-        clock = itertools.count()
-
-        def note(call_next, args, kwargs, context):
-            result = call_next(*args, **kwargs)
-            if context.method_name == "__call__":
-                ended.setdefault(context.module.path, []).append(next(clock))
-            return result
-
-        def trace(params, state, inputs):
-            with nn.intercept_methods(note):
-                return run(params, state, inputs, False, jax.random.key(0), True)[1]
-
-        captured = jax.eval_shape(trace, params, state, inputs)
-        found = dict(_named_activations(captured.get(_COLLECTION, {})))
-
-        def when(path):
-            scope, call = parse_path(path).scope, parse_path(path).call or 0
-            # A sown value comes with the module that sowed it.
-            calls = ended.get(scope) or ended.get(scope[:-1]) or [math.inf]
-            return calls[min(call, len(calls) - 1)]
-
-        return {path: found[path] for path in sorted(found, key=when)}
+        return listed(params, state, inputs, lambda method: method == "__call__")[0]
 
     return Network(init, apply, layers)
 
 
-def _sown(tree):
-    """Whether a collection holds what `sow` leaves: tuples, one entry a call."""
-    if isinstance(tree, Mapping):
-        return any(map(_sown, tree.values()))
-    return isinstance(tree, tuple)
-
-
-def _default_call(module):
+def default_call(where: str, module: Any) -> Callable[[Any, PyTree, bool], PyTree]:
+    """How a module is called that takes the inputs, and maybe `train`."""
+    name = type(module).__name__
+    if not callable(module):
+        do = (
+            "Say how it is called, e.g. call=lambda module, x, train: module.encode(x)."
+        )
+        raise TypeError(message(where, f"{name} to have __call__", "none", do))
     parameters = list(inspect.signature(type(module).__call__).parameters.values())[1:]
     names = [p.name for p in parameters]
     if "train" in names:
@@ -257,10 +338,17 @@ def _default_call(module):
     if len(names) == 1 or kinds[:1] == [inspect.Parameter.VAR_POSITIONAL]:
         return lambda bound, inputs, train: bound(inputs)
     raise TypeError(
-        f"linen: expected {type(module).__name__}.__call__ to take the inputs alone or "
-        f"the inputs and train=, got ({', '.join(names)}). Say how it is called, e.g. "
+        f"{where}: expected {name}.__call__ to take the inputs alone or the inputs and "
+        f"train=, got ({', '.join(names)}). Say how it is called, e.g. "
         f"call=lambda module, x, train: module(x, deterministic=not train)."
     )
+
+
+def _sown(tree):
+    """Whether a collection holds what `sow` leaves: tuples, one entry a call."""
+    if isinstance(tree, Mapping):
+        return any(map(_sown, tree.values()))
+    return isinstance(tree, tuple)
 
 
 def _sowing(wanted):
@@ -276,100 +364,59 @@ def _sowing(wanted):
     return sow
 
 
-def _pick(captured, path, parsed, missing):
-    calls = _calls(captured, parsed)
-    if calls is None:
-        raise missing(path)
-    if parsed.call is None and len(calls) > 1:
-        first, last = (_written(parsed, call) for call in (0, len(calls) - 1))
-        raise ValueError(
-            f"hints: expected {path!r} to be one activation, got {len(calls)} calls. "
-            f"Choose one of {first} to {last}."
-        )
-    if (parsed.call or 0) >= len(calls):
-        raise missing(path)
-    value = calls[parsed.call or 0]
-    if parsed.item is not None:
-        if not isinstance(value, (tuple, list)) or parsed.item >= len(value):
-            raise missing(path)
-        value = value[parsed.item]
-    if not isinstance(value, jax.Array):
-        raise TypeError(
-            f"hints: expected {path!r} to be an array, got {type(value).__name__}. "
-            f"Choose an entry of a tuple with {path}[0], or sow the array in the model."
-        )
-    return value
+def _public(method: str) -> bool:
+    return method == "__call__" or not (method.startswith("_") or method == "setup")
 
 
-def _written(parsed, call):
-    """The path of one call."""
-    method = "" if parsed.method == "__call__" else f".{parsed.method}"
-    item = "" if parsed.item is None else f"[{parsed.item}]"
-    return f"{'/'.join(parsed.scope)}{method}#{call}{parsed.side}{item}"
-
-
-def _calls(captured, parsed):
-    """All values recorded for a path: a submodule's calls, or a sown value."""
-    scopes = [(*parsed.scope, parsed.method + parsed.side)]
-    if parsed.method == "__call__" and not parsed.side:
-        scopes.append(parsed.scope)
-    for scope in scopes:
-        node = captured
-        for part in scope:
-            node = node.get(part) if isinstance(node, Mapping) else None
-        if isinstance(node, tuple):
-            return node
-    return None
-
-
-def _named_activations(tree, scope=()):
-    for name, node in tree.items():
+def _flat(hints, scope=""):
+    for name, node in hints.items():
         if isinstance(node, Mapping):
-            yield from _named_activations(node, (*scope, name))
-            continue
-        path = "/".join(scope if name == "__call__" else (*scope, name))
-        if not path:  # the whole model: that is the output, not a hint
-            continue
-        for number, value in enumerate(node):
-            one = path if len(node) == 1 else f"{path}#{number}"
-            items = {one: value}
-            if isinstance(value, (tuple, list)):
-                items = {f"{one}[{i}]": item for i, item in enumerate(value)}
-            yield from (
-                (p, item) for p, item in items.items() if hasattr(item, "shape")
-            )
+            yield from _flat(node, f"{scope}{name}/")
+        else:
+            yield f"{scope}{name}", node
+
+
+def _features(name, output, hints, params, wants):
+    return Features(
+        output=output if wants.output else None,
+        hints=hints,
+        params={path: _subtree(params, path, name) for path in wants.params},
+    )
 
 
 def _subtree(params, path, name):
     node = params
     for part in path.split("/"):
-        if not isinstance(node, Mapping) or part not in node:
-            raise _unknown(name, path, _prefixes(params))
-        node = node[part]
+        children = _children(node)
+        if part not in children:
+            raise unknown_path(name, path, _prefixes(params))
+        node = children[part]
     return node
 
 
+def _children(node):
+    """What is directly below a node of any pytree, by name."""
+    below = jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda n: n is not node)
+    return {
+        jax.tree_util.keystr(keys, simple=True): child
+        for keys, child in below[0]
+        if keys
+    }
+
+
 def _prefixes(tree, scope=""):
-    for name, node in tree.items():
+    for name, node in _children(tree).items():
         yield scope + name
-        if isinstance(node, Mapping):
-            yield from _prefixes(node, f"{scope}{name}/")
-
-
-def _unknown(name: str, path: str, known: Iterable[str]) -> ValueError:
-    near = ", ".join(nearest(path, known)) or "none"
-    do = f"Nearest: {near}; list them all with `hintjax layers`."
-    return ValueError(message(name, "the path of a layer", repr(path), do))
+        yield from _prefixes(node, f"{scope}{name}/")
 
 
 __all__ = [
     "Features",
     "Network",
-    "Path",
     "Variables",
     "Wants",
+    "function",
     "join",
     "linen",
-    "parse_path",
     "split",
 ]

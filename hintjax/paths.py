@@ -1,0 +1,251 @@
+"""How activations are named: one grammar, and where a program makes each of them.
+
+A path names one activation::
+
+    group2/block1              the output of the submodule at that scope
+    encoder.embed              the output of another method than `__call__`
+    shared#1                   the second call of a module called several times
+    group2/block1:in           what the submodule was given
+    attention[1]               one entry of a tuple
+    layers/dense[2]            one layer of those that a scan runs
+    group2/margin              a value that the module `sow`s as "margin"
+
+What a scan stacks can also be wanted whole, as `layers/dense`. A scan runs all its
+layers, whichever is wanted, and holds their parameters as one array: those above the
+hint have no gradient but are not frozen.
+"""
+
+import functools
+import re
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+import jax
+
+from hintjax._checks import message, nearest
+
+_GRAMMAR = re.compile(
+    r"(?P<scope>[^.#:\[\]]+)"
+    r"(?:\.(?P<method>\w+))?(?:#(?P<call>\d+))?(?P<input>:in)?(?P<items>(?:\[\d+\])*)"
+)
+
+
+class Path(NamedTuple):
+    """One activation: whose, of which method and call, which side, which entries."""
+
+    scope: tuple[str, ...]
+    method: str
+    call: int | None
+    side: str
+    items: tuple[int, ...]
+
+
+def parse_path(path: str) -> Path:
+    """Reads the one grammar of paths.
+
+    Args:
+        path: `scope/name`, then optionally `.method`, `#call`, `:in`, `[i]`,
+            the last as often as needed.
+
+    Returns:
+        The parts.
+
+    Raises:
+        ValueError: if the text does not follow the grammar.
+
+    >>> parse_path("group2/block1.embed#0:in[1]")
+    Path(scope=('group2', 'block1'), method='embed', call=0, side=':in', items=(1,))
+    """
+    match = _GRAMMAR.fullmatch(path)
+    if match is None or not all(match["scope"].split("/")):
+        raise ValueError(
+            f"path: expected scope/name, then .method, #call, :in or [i], got "
+            f"{path!r}. List the paths of a model with `hintjax layers`."
+        )
+    return Path(
+        scope=tuple(match["scope"].split("/")),
+        method=match["method"] or "__call__",
+        call=None if match["call"] is None else int(match["call"]),
+        side=match["input"] or "",
+        items=tuple(map(int, re.findall(r"\d+", match["items"]))),
+    )
+
+
+def find_call(captured, path, parsed, missing):
+    """Where the value of one call is kept: a submodule's, or a sown one."""
+    places = [(*parsed.scope, parsed.method + parsed.side)]
+    if parsed.method == "__call__" and not parsed.side:
+        places.append(parsed.scope)
+    keys = next((keys for keys in places if _is_value(captured, keys)), None)
+    if keys is None:
+        raise missing()
+    calls = at(captured, keys)
+    if not isinstance(calls, tuple):  # sown with a reduction of its own
+        if parsed.call:
+            raise missing()
+        return keys
+    if parsed.call is None and len(calls) > 1:
+        first, last = (_written(parsed, call) for call in (0, len(calls) - 1))
+        raise ValueError(
+            f"hints: expected {path!r} to be one activation, got {len(calls)} calls. "
+            f"Choose one of {first} to {last}."
+        )
+    if (parsed.call or 0) >= len(calls):
+        raise missing()
+    return *keys, parsed.call or 0
+
+
+def _is_value(captured, keys):
+    node = captured
+    for key in keys:
+        if not isinstance(node, Mapping) or key not in node:
+            return False
+        node = node[key]
+    return not isinstance(node, Mapping)
+
+
+def take(captured, path, keys, items, origins, missing):
+    """The array at some keys: an entry of tuples, or of what scans stacked."""
+    value, items = at(captured, keys), list(items)
+    while items and isinstance(value, (tuple, list)):
+        keys = (*keys, items.pop(0))
+        if keys[-1] >= len(value):
+            raise missing()
+        value = value[keys[-1]]
+    if items:
+        # Only the program says whether the first axis is a scan's or the batch.
+        stacked = at(origins(), keys).lengths if isinstance(value, jax.Array) else ()
+        inside = (i < length for i, length in zip(items, stacked, strict=False))
+        if len(items) > len(stacked) or not all(inside):
+            raise missing()
+        value = value[tuple(items)]
+    if not isinstance(value, jax.Array):
+        raise TypeError(
+            f"hints: expected {path!r} to be an array, got {type(value).__name__}. "
+            f"Choose an entry of a tuple with {path}[0], or sow the array in the model."
+        )
+    return value
+
+
+def split_items(path):
+    """`path[1][2]` as the path and the numbers."""
+    scope, items = re.fullmatch(r"(.*?)((?:\[\d+\])*)", path, re.DOTALL).groups()
+    return scope, tuple(map(int, re.findall(r"\d+", items)))
+
+
+def _written(parsed, call):
+    """The path of one call."""
+    method = "" if parsed.method == "__call__" else f".{parsed.method}"
+    items = "".join(f"[{item}]" for item in parsed.items)
+    return f"{'/'.join(parsed.scope)}{method}#{call}{parsed.side}{items}"
+
+
+def at(tree, keys):
+    return functools.reduce(lambda node, key: node[key], keys, tree)
+
+
+def activations(tree, methods, scope=()):
+    """(path, keys) of every call that was captured."""
+    for name, node in tree.items():
+        if isinstance(node, Mapping):
+            yield from activations(node, methods, (*scope, name))
+            continue
+        path = "/".join(scope)
+        if name != "__call__":
+            path += ("." if (scope, name) in methods else "/") + name
+        path = path.removeprefix("/")
+        if not path or path.startswith("."):  # the model's own output is no hint
+            continue
+        if not isinstance(node, tuple):
+            yield path, (*scope, name)
+            continue
+        for call in range(len(node)):
+            one = path if len(node) == 1 else f"{path}#{call}"
+            yield one, (*scope, name, call)
+
+
+class _Origin(NamedTuple):
+    """Where a program makes a value, and the lengths of the scans that stack it.
+
+    The place is the number of the equation, then that inside of it and so on; where
+    a scan stacks the value, the number of the step comes between and is still None.
+    """
+
+    place: tuple[int | None, ...]
+    lengths: tuple[int, ...]
+
+
+def traced(function, *arguments):
+    """The shapes of all arrays in a function's result, and their origins."""
+
+    def arrays(*arguments):
+        return jax.tree.map(
+            lambda leaf: leaf if isinstance(leaf, jax.Array) else None,
+            function(*arguments),
+        )
+
+    program, shapes = jax.make_jaxpr(arrays, return_shape=True)(*arguments)
+    origins = _origins(program.jaxpr, program.jaxpr.outvars)
+    return shapes, jax.tree.unflatten(jax.tree.structure(shapes), origins)
+
+
+def _origins(program, values):
+    makers = {
+        id(value): (number, equation, position)
+        for number, equation in enumerate(program.eqns)
+        for position, value in enumerate(equation.outvars)
+    }
+    return [_origin(makers.get(id(value))) for value in values]
+
+
+def _origin(maker):
+    if maker is None:  # an argument or a constant
+        return _Origin((), ())
+    number, equation, position = maker
+    for inner in equation.params.values():
+        inner = getattr(inner, "jaxpr", inner)
+        if len(getattr(inner, "outvars", ())) == len(equation.outvars):
+            break
+    else:
+        return _Origin((number,), ())
+    ((place, lengths),) = _origins(inner, inner.outvars[position : position + 1])
+    if equation.primitive.name != "scan":
+        return _Origin((number, *place), lengths)
+    steps = equation.params["length"]
+    if position < equation.params["num_carry"]:
+        return _Origin((number, steps, *place), lengths)
+    return _Origin((number, None, *place), (steps, *lengths))
+
+
+def in_order(found):
+    """{path: shape} by place in the program, from (path, shape, origin)."""
+    entries = [entry for one in found for entry in _entries(*one)]
+    # Of layers that show the same array, the innermost first.
+    entries.sort(key=lambda entry: (entry[2].place, -entry[0].count("/")))
+    return {path: shape for path, shape, _ in entries}
+
+
+def _entries(path, shape, origin):
+    """Each array of a tuple, and each layer of what a scan stacked."""
+    if isinstance(shape, (tuple, list)):
+        for number, (one, its) in enumerate(zip(shape, origin, strict=True)):
+            yield from _entries(f"{path}[{number}]", one, its)
+    elif hasattr(shape, "shape"):
+        if not origin.lengths:
+            yield path, shape, origin
+            return
+        at = origin.place.index(None)
+        one = jax.ShapeDtypeStruct(shape.shape[1:], shape.dtype)
+        for step in range(origin.lengths[0]):
+            place = (*origin.place[:at], step, *origin.place[at + 1 :])
+            its = _Origin(place, origin.lengths[1:])
+            yield from _entries(f"{path}[{step}]", one, its)
+
+
+def unknown_path(name: str, path: str, known: Iterable[str]) -> ValueError:
+    near = ", ".join(nearest(path, known)) or "none"
+    do = f"Nearest: {near}; list them all with `hintjax layers`."
+    return ValueError(message(name, "the path of a layer", repr(path), do))
+
+
+__all__ = ["Path", "parse_path"]
