@@ -61,6 +61,30 @@ def test_shapes_are_seen_too_and_so_are_stages_that_come_before():
 
 
 @pytest.mark.quick
+def test_what_is_deployed_sees_its_hints_through_the_views():
+    """A transformer with SimKD's projector and a convolutional teacher's classifier."""
+    teacher = TEACHER._replace(params={"classifier": {"kernel": values(12, 5)}})
+    simkd = hj.simkd(("block2", "group2"))
+    method = hj.viewed(simkd, student=GRID)
+    params, memory = method.init(KEY, STUDENT, teacher, None)
+    got = method.deploy(params, memory, STUDENT, teacher)
+    maps = Features(hints={"block2": GRID(TOKENS)})
+    want = simkd.deploy(params, memory, maps, teacher)
+    assert got.shape == (3, 5)
+    np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.quick
+def test_tokens_that_form_no_grid_are_refused_when_a_stage_is_initialised():
+    method = hj.viewed(hj.fitnets([("block2", "group2")]), student=regressors.to_grid)
+    student, teacher = jax.eval_shape(lambda: (STUDENT, TEACHER))
+    with pytest.raises(
+        ValueError, match="got 17 tokens with drop=0. drop=1 leaves 4x4"
+    ):
+        method.init(KEY, student, teacher, None)
+
+
+@pytest.mark.quick
 def test_a_head_stands_for_the_output():
     """DeiT's objective: labels for the class token, the teacher for the other one."""
     heads = {
