@@ -40,6 +40,7 @@ RECIPES: dict[str, Recipe] = {
     "backprop": recipes.backprop,
     "catkd": recipes.CAT_KD,
     "cc": recipes.CC,
+    "cosine": recipes.COSINE,
     "crd": recipes.CRD,
     "crd_in_batch": recipes.CRD_IN_BATCH,
     "crd_shared": recipes.CRD_SHARED,
@@ -52,8 +53,10 @@ RECIPES: dict[str, Recipe] = {
     "ft": recipes.FT,
     "kd": recipes.KD,
     "mgd": recipes.MGD,
+    "minilm": recipes.MINILM,
     "nst": recipes.NST,
     "ofd": recipes.OFD,
+    "pkd": recipes.PKD,
     "pkt": recipes.PKT,
     "review": recipes.REVIEW,
     "rkd": recipes.RKD,
@@ -61,6 +64,7 @@ RECIPES: dict[str, Recipe] = {
     "soft": recipes.SOFT,
     "sp": recipes.SP,
     "std_kd": recipes.STANDARDIZED_KD,
+    "tinybert": recipes.TINYBERT,
     "vid": recipes.VID,
 }
 

@@ -61,11 +61,11 @@ def stage_pairs(
 ) -> tuple[tuple[str, str], ...]:
     """Pairs of the ends of stages, from shallow to deep.
 
-    A stage is a run of layers (as in `suggest_pairs`) of one resolution, and its end
-    the last of them that is made of layers itself. If both networks have as many
-    stages, their ends are paired in order; else each end of the teacher's has the
-    student's layer of nearest depth. A teacher of one resolution (a plain network, a
-    transformer) is cut into thirds.
+    A stage is a run of layers of one resolution (of the outermost feature maps or
+    tokens, those that are made of layers, if there are any), and its end the last of
+    them. If both networks have as many stages, their ends are paired in order; else
+    each end of the teacher's has the student's layer of nearest depth. A teacher of one
+    resolution (a plain network, a transformer) is cut into thirds.
 
     Args:
         student: `Network.layers` of the student.
@@ -83,7 +83,7 @@ def stage_pairs(
     >>> stage_pairs(student, {"one": layer(8), "two": layer(8), "three": layer(4)})
     (('conv7', 'two'), ('conv10', 'three'))
     """
-    guided, hints = _depths("student", student), _depths("teacher", teacher)
+    guided, hints = _blocks("student", student), _blocks("teacher", teacher)
     ours, theirs = _ends(student, guided), _ends(teacher, hints)
     if len(theirs) == 1:
         theirs = list(dict.fromkeys(_at(hints, third / 3) for third in (1, 2, 3)))
@@ -127,15 +127,17 @@ def head(layers: Mapping[str, jax.ShapeDtypeStruct]) -> tuple[str, str]:
     return vectors[-2], vectors[-1]
 
 
-def _ends(layers, outermost):
-    """The last layer of each resolution, one with layers inside it if there is any."""
-    runs = itertools.groupby(outermost, key=lambda path: layers[path].shape[1:-1])
-    ends = []
-    for _, run in runs:
-        run = list(run)
-        blocks = [p for p in run if any(q.startswith(f"{p}/") for q in layers)]
-        ends.append((blocks or run)[-1])
-    return ends
+def _blocks(which, layers):
+    """Depths of the outermost maps that are made of layers, or else of all."""
+    outermost = list(_depths(which, layers))
+    inside = [p for p in outermost if any(q.startswith(f"{p}/") for q in layers)]
+    return _evenly(inside or outermost)
+
+
+def _ends(layers, blocks):
+    """The last layer of each resolution."""
+    runs = itertools.groupby(blocks, key=lambda path: layers[path].shape[1:-1])
+    return [list(run)[-1] for _, run in runs]
 
 
 def _at(depths, depth):
@@ -155,7 +157,11 @@ def _depths(which, layers):
         outermost = [path for path in maps if path.count("/") <= level]
         if len(outermost) >= 3 or level == deepest:
             break
-    return {path: (i + 1) / len(outermost) for i, path in enumerate(outermost)}
+    return _evenly(outermost)
+
+
+def _evenly(paths):
+    return {path: (i + 1) / len(paths) for i, path in enumerate(paths)}
 
 
 def linearly_explained(

@@ -5,6 +5,7 @@ stages. It sees the shapes of layers, never data.
 """
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -25,6 +26,7 @@ from hintjax.methods import (
     channel_wise,
     class_attention,
     correlation_congruence,
+    cosine,
     crd,
     crd_bytes,
     decoupled_kd,
@@ -36,7 +38,9 @@ from hintjax.methods import (
     kd,
     lambda_decay,
     masked_generation,
+    minilm,
     overhaul,
+    patient,
     probability_transfer,
     relational,
     review,
@@ -45,6 +49,7 @@ from hintjax.methods import (
     simkd,
     soft_targets,
     standardized_kd,
+    tinybert,
     variational,
     warm_up,
 )
@@ -152,6 +157,44 @@ def before_relu(places: Places) -> Pairs:
                 raise ValueError(message("recipe", wanted, got, do))
         found.append(tuple(map(dict.get, places.preactivations, pair)))
     return tuple(found)
+
+
+def but_last(places: Places) -> Pairs:
+    """The ends of the stages but the last."""
+    return places.pairs or stages(places)[:-1]
+
+
+def hidden_and_scores(places: Places) -> Pairs:
+    """The ends of the stages (of blocks, a third each), and their attention scores."""
+    return (*stages(places), *_inside(places, stages(places), "scores"))
+
+
+def last_relations(places: Places) -> Pairs:
+    """Queries, keys and values of the last blocks."""
+    if places.pairs:
+        return places.pairs
+    last = last_stage(places)
+    names = ("query", "key", "value")
+    found = [pair for name in names for pair in _inside(places, last, name)]
+    if not found:
+        wanted = "queries, keys and values as layers of the last blocks"
+        got = f"{last} without them"
+        raise ValueError(message("recipe", wanted, got, "Name them with --pairs."))
+    return tuple(found)
+
+
+def _inside(places, pairs, name):
+    """For each pair of blocks, the pair of layers of this name inside them."""
+
+    def find(layers, block):
+        inside = (path for path in layers if path.startswith(f"{block}/"))
+        return next((path for path in inside if path.endswith(f"/{name}")), None)
+
+    found = [
+        (find(places.student, guided), find(places.teacher, hint))
+        for guided, hint in pairs
+    ]
+    return [pair for pair in found if None not in pair]
 
 
 def pooled(places: Places) -> Pairs:
@@ -416,6 +459,21 @@ def _class_attention(config, places):
     return class_attention(_one(last_maps(places)), heads)
 
 
+def _tinybert(config, places):
+    hidden = stages(places)
+    return tinybert(hidden, _inside(places, hidden, "scores"))
+
+
+def _minilm(config, places):
+    relations = last_relations(places)
+    widths = [
+        math.prod(layers[path].shape[2:])
+        for layers, path in zip((places.student, places.teacher), relations[0])
+    ]
+    # 48 heads between widths of 384 and 768, as published.
+    return minilm(relations, heads=max(1, math.gcd(*widths) // 8))
+
+
 def _reused(config, places):
     return simkd(_one(last_maps(places)), _classifier(places.teacher))
 
@@ -462,4 +520,8 @@ OFD = Beside(overhaul, before_relu, 1e-3, _overhaul)
 SIMKD = Alone(simkd, last_maps, _reused)
 CAT_KD = Beside(class_attention, last_maps, 400.0, _class_attention)
 MGD = Beside(masked_generation, last_stage, 7e-5)
+TINYBERT = BeforeTask(tinybert, hidden_and_scores, _tinybert, SOFT, part=2)
+MINILM = BeforeTask(minilm, last_relations, _minilm, part=2)
+PKD = Beside(patient, but_last, 250.0)  # 500 in all: a plain network has two such ends
+COSINE = Beside(cosine, last_stage, 1.0)
 CWD = Beside(channel_wise, last_stage, 5.0, _channels)

@@ -105,9 +105,9 @@ def test_stages_end_where_the_resolution_changes_in_a_layer_of_layers():
 def test_unlike_networks_are_paired_by_depth():
     teacher = residual("a", "b", "c")
     assert stage_pairs(convs(10), teacher) == (
-        ("conv4", "a"),
-        ("conv6", "b"),
-        ("conv8", "c"),
+        ("conv3", "a"),
+        ("conv7", "b"),
+        ("conv10", "c"),
     )
 
 

@@ -48,6 +48,15 @@ PHASES = {
     "std_kd": {"standardized_kd": ()},
     "vid": {"variational": GROUPS},
 }
+BLOCKS = ("block1", "block2", "block4")
+SCORES = tuple(f"{block}/attention/scores" for block in BLOCKS)
+RELATIONS = tuple(f"block4/attention/{name}" for name in ("query", "key", "value"))
+TRANSFORMERS = {
+    "cosine": {"cosine": BLOCKS[2:]},
+    "minilm": {"minilm": RELATIONS, "backprop": ()},
+    "pkd": {"patient": BLOCKS[:2]},
+    "tinybert": {"tinybert": (*BLOCKS, *SCORES), "soft_targets": ()},
+}
 RESNETS = {"student": "hintjax.models:resnet8", "teacher": "hintjax.models:resnet8"}
 
 
@@ -72,15 +81,13 @@ def setting(corners):
 
 def test_every_method_has_a_name_in_the_command():
     makers = {
-        name
-        for name in methods.__all__
-        if name.islower() and name not in HELPERS and name not in FOR_TRANSFORMERS
+        name for name in methods.__all__ if name.islower() and name not in HELPERS
     }
     named = {
         recipe.method.__name__ for recipe in RECIPES.values() if recipe is not backprop
     }
     assert named == makers
-    assert set(PHASES) == set(RECIPES)
+    assert set(PHASES) | set(TRANSFORMERS) == set(RECIPES)
 
 
 # What is exported beside methods: schedules, masks, sizes, parts of methods.
@@ -88,8 +95,6 @@ HELPERS = {
     *("crd_bytes", "explained_variance", "flows", "lambda_decay", "masked_channels"),
     *("masked_positions", "paraphrase", "reused_classifier", "warm_up"),
 }
-# They attach to token sequences, which the networks here do not have.
-FOR_TRANSFORMERS = {"cosine", "minilm", "patient", "tinybert"}
 
 
 def test_the_table_of_methods_is_current(capsys):
@@ -102,10 +107,20 @@ def test_the_table_of_methods_is_current(capsys):
     assert all(len(row) == len(cells[0]) and all(row) for row in cells)
 
 
+@pytest.fixture(scope="module")
+def transformers(corners):
+    models = dict.fromkeys(("student", "teacher"), "hintjax.models:vit_micro")
+    return prepare(Config(method="kd", dataset=corners, **models), teach=True)
+
+
 @pytest.mark.parametrize("name", RECIPES)
-def test_every_recipe_traces_and_attaches_where_its_authors_did(name, setting):
+def test_every_recipe_traces_and_attaches_where_its_authors_did(
+    name, setting, transformers
+):
+    setting = transformers if name in TRANSFORMERS else setting
     steps = check(setting, RECIPES[name])
-    assert {step.name: step.method.student.hints for step in steps} == PHASES[name]
+    found = {step.name: step.method.student.hints for step in steps}
+    assert found == {**PHASES, **TRANSFORMERS}[name]
     assert sum(step.epochs for step in steps) == setting.config.epochs
     assert [step.hints_only for step in steps] == [False] * len(steps) or (
         [step.hints_only for step in steps] == [True, False]
@@ -165,6 +180,9 @@ def test_methods_of_many_shapes_train_by_name(name, corners, teacher, tmp_path, 
 @pytest.mark.long
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_method_trains_by_name(name, corners, teacher, tmp_path):
+    if name in TRANSFORMERS:
+        vit = "hintjax.models:vit_micro"
+        teacher = ("--student", vit, "--teacher", vit)
     found = run(corners, tmp_path / "run", "--method", name, *teacher)
     assert 0 <= found["test/accuracy"] <= 1
 
