@@ -32,6 +32,7 @@ from hintjax.metrics import paired, read_metrics, summary
 from hintjax.networks import Variables, Wants
 from hintjax.pairing import linearly_explained
 from hintjax.recipes import Recipe, middle
+from hintjax.regressors import to_grid
 
 REPORT = "report.json"
 _EXAMPLES = 256  # that R^2 is fitted and judged on
@@ -150,9 +151,10 @@ def _side_by_side(one, jobs, most):
 def _explained(setting, teacher):
     """(student's variables) -> R^2 of the hint, from training to test images."""
     guided, hint = middle(setting.places)[-1]
+    ours, theirs = setting.places.class_tokens
     shown = {
-        "student": jax.jit(_hint(setting.student, guided)),
-        "teacher": jax.jit(_hint(setting.teacher, hint)),
+        "student": jax.jit(_map(setting.student, guided, ours)),
+        "teacher": jax.jit(_map(setting.teacher, hint, theirs)),
     }
     dataset = setting.dataset
     fit_on, judge_on = (
@@ -174,14 +176,16 @@ def _images(split, index, dataset):
     return take(chosen, np.arange(chosen.n), dataset.standardize)["image"]
 
 
-def _hint(network, path):
-    def hint(variables, images):
-        wants = Wants(hints=(path,))
-        return network.apply(*variables, images, wants=wants, train=False)[0].hints[
-            path
-        ]
+def _map(network, path, class_tokens):
+    """A layer's map; that of tokens is their grid."""
 
-    return hint
+    def shown(variables, images):
+        wants = Wants(hints=(path,))
+        features, _ = network.apply(*variables, images, wants=wants, train=False)
+        hint = features.hints[path]
+        return hint if hint.ndim == 4 else to_grid(hint, drop=class_tokens)
+
+    return shown
 
 
 def table(
@@ -326,15 +330,17 @@ def picture(
     shown = np.arange(_SHOWN)
     images = _images(dataset.test, shown, dataset)
 
-    def maps(network, path, variables):
-        hints = _hint(network, path)(variables, images)
+    ours, theirs = setting.places.class_tokens
+
+    def maps(network, path, class_tokens, variables):
+        hints = _map(network, path, class_tokens)(variables, images)
         height, width = hints.shape[1:3]
         return np.asarray(attention_map(hints)).reshape(_SHOWN, height, width)
 
-    attention = {f"teacher {hint}": maps(setting.teacher, hint, teacher)}
+    attention = {f"teacher {hint}": maps(setting.teacher, hint, theirs, teacher)}
     for name, arm in found.items():
         student = load_student(run_dir / arm["runs"][0], hints_only=True)[1]
-        attention[f"{name} {guided}"] = maps(setting.student, guided, student)
+        attention[f"{name} {guided}"] = maps(setting.student, guided, ours, student)
     figure = viz.comparison(
         {
             name: [_history(run_dir / path, per_epoch) for path in arm["runs"]]

@@ -142,6 +142,7 @@ def prepare(config: Config, *, teach: bool = False) -> Setting:
         pairs=tuple(map(configs.parse_pair, config.pairs)),
         preactivations=tuple(getattr(made, "preactivations", {}) for made in known),
         norms=getattr(known[-1], "norms", {}),
+        class_tokens=tuple(getattr(made, "class_tokens", 0) for made in known),
         examples=dataset.train.n,
     )
     return Setting(config, dataset, inputs, student, teacher, places, {})

@@ -53,6 +53,7 @@ from hintjax.methods import (
     variational,
     warm_up,
 )
+from hintjax.views import viewed
 
 Layers = Mapping[str, jax.ShapeDtypeStruct]
 
@@ -67,6 +68,7 @@ class Places(NamedTuple):
         preactivations: of student and teacher: for layers, what they are before the
             ReLU, as far as the models say so.
         norms: for layers of the teacher, the BatchNorm before the ReLU.
+        class_tokens: of student and teacher: how many tokens come before the patches.
         examples: in the training set.
     """
 
@@ -75,6 +77,7 @@ class Places(NamedTuple):
     pairs: tuple[tuple[str, str], ...] = ()
     preactivations: tuple[Mapping[str, str], Mapping[str, str]] = ({}, {})
     norms: Mapping[str, str] = {}
+    class_tokens: tuple[int, int] = (0, 0)
     examples: int = 0
 
 
@@ -388,8 +391,30 @@ class Alone(NamedTuple):
 
 def _made(recipe, config, places):
     if recipe.make is None:
-        return recipe.method(recipe.where(places))
-    return recipe.make(config, places)
+        method = recipe.method(recipe.where(places))
+    else:
+        method = recipe.make(config, places)
+    return _on_grids(method, places)
+
+
+def _on_grids(method, places):
+    """The tokens of one network as maps, where the other network shows maps."""
+    networks = (places.student, places.teacher)
+    ranks = [
+        {len(layers[path].shape) for path in wants.hints if path in layers}
+        for wants, layers in zip((method.student, method.teacher), networks)
+    ]
+
+    def view(ours, theirs, drop):
+        if not (3 in ours and 4 in theirs):
+            return None
+        return lambda x: regressors.to_grid(x, drop=drop) if x.ndim == 3 else x
+
+    return viewed(
+        method,
+        student=view(*ranks, places.class_tokens[0]),
+        teacher=view(*reversed(ranks), places.class_tokens[1]),
+    )
 
 
 def _share(config, part):

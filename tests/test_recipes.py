@@ -127,6 +127,17 @@ def test_every_recipe_traces_and_attaches_where_its_authors_did(
     )
 
 
+@pytest.mark.parametrize("name", ["at", "fitnets"])
+@pytest.mark.parametrize("turned", [False, True])
+def test_tokens_are_compared_with_maps_on_their_grid(name, turned, corners):
+    models = [f"hintjax.models:{model}" for model in ("vit_micro", "resnet8")]
+    student, teacher = reversed(models) if turned else models
+    given = {"dataset": corners, "student": student, "teacher": teacher}
+    mixed = prepare(Config(method=name, **given), teach=True)
+    assert mixed.places.class_tokens == ((0, 1) if turned else (1, 0))
+    check(mixed, RECIPES[name])
+
+
 def test_pairs_that_are_given_are_used(setting):
     places = setting.places._replace(pairs=(("group2", "group3"),))
     (step,) = recipes.AT(setting.config, places, 4)

@@ -127,12 +127,16 @@ class VisionTransformer(nn.Module):
     ratio: int = 4
     distillation: bool = False
 
+    @property
+    def class_tokens(self) -> int:
+        """How many tokens come before those of the patches."""
+        return 2 if self.distillation else 1
+
     @nn.compact
     def __call__(
         self, x: Float[Array, "*batch h w channels"], train: bool = False
     ) -> Float[Array, "*batch classes"]:
-        tokens = 2 if self.distillation else 1
-        x = Embedding(self.patch, self.width, tokens, name="embed")(x)
+        x = Embedding(self.patch, self.width, self.class_tokens, name="embed")(x)
         for number in range(1, self.depth + 1):
             x = Block(self.heads, self.ratio, name=f"block{number}")(x)
         x = layer_norm(EPSILON, name="norm")(x)
