@@ -208,11 +208,12 @@ def _origin(maker):
             break
     else:
         return _Origin((number,), ())
-    ((place, lengths),) = _origins(inner, inner.outvars[position : position + 1])
+    value = inner.outvars[position]
+    ((place, lengths),) = _origins(inner, [value])
     if equation.primitive.name != "scan":
         return _Origin((number, *place), lengths)
     steps = equation.params["length"]
-    if position < equation.params["num_carry"]:
+    if equation.outvars[position].aval.ndim == value.aval.ndim:  # carried to the end
         return _Origin((number, steps, *place), lengths)
     return _Origin((number, None, *place), (steps, *lengths))
 

@@ -1,6 +1,6 @@
-"""A Linen module as a `Network`: paths, every kind of hint, state, errors.
+"""A Linen module, or a function, as a `Network`: paths, hints, state, errors.
 
-Hints are compared with what plain `module.apply` captures.
+Hints of Linen are compared with what plain `module.apply` captures.
 """
 
 import functools
@@ -11,13 +11,16 @@ import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax.core import freeze
 
+import hintjax as hj
 from hintjax.networks import (
     Features,
     Variables,
     Wants,
+    function,
     join,
     linen,
     split,
@@ -126,6 +129,39 @@ class Scanned(nn.Module):
         return nn.Dense(2, name="head")(x)
 
 
+class Grouped(nn.Module):
+    """Two scans of a scan of three layers each."""
+
+    @nn.compact
+    def __call__(self, x):
+        lift = {
+            "variable_axes": {"params": 0, "intermediates": 0},
+            "split_rngs": {"params": True},
+        }
+        group = nn.scan(nn.scan(Layer, length=3, **lift), length=2, **lift)
+        return group(name="groups")(x, None)[0]
+
+
+class Kept(nn.Module):
+    """A scan that keeps what its layers show to itself."""
+
+    @nn.compact
+    def __call__(self, x):
+        layers = nn.scan(Layer, {"params": 0}, split_rngs={"params": True}, length=2)
+        return layers(name="layers")(x, None)[0]
+
+
+class Summed(nn.Module):
+    """Sows with a reduction of its own."""
+
+    @nn.compact
+    def __call__(self, x):
+        for i in range(3):
+            x = nn.Dense(4, name=f"dense{i}")(x)
+            self.sow("intermediates", "sum", x, jnp.add, lambda: 0)
+        return x
+
+
 class Deterministic(nn.Module):
     @nn.compact
     def __call__(self, x, deterministic: bool):
@@ -227,12 +263,18 @@ KINDS = {
     "remat block": (Nested(wrap=True), "block2", ("block2", "__call__", 0)),
     "remat sown": (Nested(wrap=True), "block2/margin", ("block2", "margin", 0)),
     "remat input": (Nested(wrap=True), "block2/norm:in", ("block2", "conv")),
+    "remat block's input": (Nested(wrap=True), "block3:in[0]", ("block2",)),
     "first call": (Shared(), "shared#0", ("shared", "__call__", 0)),
     "second call": (Shared(), "shared#1", ("shared", "__call__", 1)),
     "input of second call": (Shared(), "head:in", ("shared", "__call__", 1)),
     "tuple": (TupleOutput(), "attention[1]", ("attention", "__call__", 0, 1)),
     "setup list": (SetupList(), "blocks_1", ("blocks_1", "__call__", 0)),
     "scan": (Scanned(), "layers/dense", ("layers", "dense", "__call__", 0)),
+    "scan's tuple": (Scanned(), "layers[0]", ("layers", "__call__", 0, 0)),
+    "layer of a scan": (Scanned(), "layers/dense[2]", ("layers", "dense"), 2),
+    "of the scan's tuple": (Scanned(), "layers[0][4]", ("layers",), 4),
+    "its input": (Scanned(), "layers/dense:in[3]", ("layers",), 2),
+    "scan of scans": (Grouped(), "groups/dense[1][2]", ("groups", "dense"), (1, 2)),
     "method": (TwoMethods(), "encoder.embed", ("encoder", "embed", 0)),
     "beside a method": (TwoMethods(), "encoder", ("encoder", "__call__", 0)),
 }
@@ -240,7 +282,7 @@ KINDS = {
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_hints_are_what_plain_apply_captures(kind):
-    module, path, keys = KINDS[kind]
+    module, path, keys, *layer = KINDS[kind]
     network, variables = made(module)
     x = example(module)
     # The block takes (x, train): what it was given is a tuple.
@@ -249,7 +291,7 @@ def test_hints_are_what_plain_apply_captures(kind):
     want = at(plain(module, variables, x, ("__call__", "embed")), *keys)
     while not isinstance(want, jax.Array):
         want = want["__call__"] if isinstance(want, dict) else want[0]
-    np.testing.assert_array_equal(got, want)
+    np.testing.assert_array_equal(got, want[layer[0]] if layer else want)
 
 
 @pytest.mark.quick
@@ -262,6 +304,30 @@ def test_a_scan_over_layers_gives_their_activations_stacked():
         x = x @ params["kernel"][i] + params["bias"][i]
         np.testing.assert_allclose(stacked[i], x, atol=1e-5)
         x = nn.relu(x)
+
+
+def test_the_layers_of_a_scan_above_the_hint_have_no_gradient():
+    network, variables = made(Scanned())
+
+    def loss(params):
+        return hint(
+            network, variables._replace(params=params), TOKENS, "layers/dense[2]"
+        ).sum()
+
+    kernel = jax.grad(loss)(variables.params)["layers"]["dense"]["kernel"]
+    assert [bool(layer.any()) for layer in kernel] == [True] * 3 + [False] * 2
+
+
+def test_a_value_sown_with_a_reduction_is_one_value():
+    network, variables = made(Summed())
+    *dense, total = (
+        hint(network, variables, TOKENS, path)
+        for path in ("dense0", "dense1", "dense2", "sum")
+    )
+    np.testing.assert_allclose(total, sum(dense), rtol=1e-6)
+    assert list(network.layers(*variables, TOKENS))[-1] == "sum"
+    with pytest.raises(ValueError, match="got 'sum#1'"):
+        hint(network, variables, TOKENS, "sum#1")
 
 
 @pytest.mark.quick
@@ -344,12 +410,30 @@ def test_an_unknown_layer_names_exactly_three_nearest():
         (Nested(), "block4:in"),
         (Nested(), "block1:in[2]"),
         (Shared(), "shared#2"),
+        (Scanned(), "layers/dense[5]"),
+        (Scanned(), "layers/dense[0][0]"),
+        (Scanned(), "layers/dense:in[5]"),
+        (Scanned(), "head[0]"),
+        (Grouped(), "groups/dense[1][3]"),
     ],
 )
 def test_a_path_that_matches_nothing_is_an_error(module, path):
     network, variables = made(module)
     with pytest.raises(ValueError, match="expected the path of a layer, got"):
         hint(network, variables, example(module), path)
+
+
+@pytest.mark.parametrize("path", ["layers/dense", "layers/dense:in", "layers"])
+def test_a_scan_that_keeps_its_activations_says_what_to_do(path):
+    network, variables = made(Kept())
+    with pytest.raises(ValueError, match=r"shows none\. Give nn\.scan or nn\.vmap var"):
+        hint(network, variables, TOKENS, path)
+
+
+def test_a_method_is_among_the_nearest():
+    network, variables = made(TwoMethods())
+    with pytest.raises(ValueError, match=r"Nearest: encoder\.embed, "):
+        hint(network, variables, TOKENS, "encoder.embd")
 
 
 def test_an_unknown_parameter_names_the_nearest():
@@ -473,6 +557,14 @@ def test_a_module_called_in_its_own_way_needs_call():
         linen(Deterministic())
 
 
+def test_a_module_without_call_needs_call():
+    class Silent(nn.Module):
+        pass
+
+    with pytest.raises(TypeError, match="linen: expected Silent to have __call__"):
+        linen(Silent())
+
+
 def test_inputs_may_be_any_tree():
     class Language(nn.Module):
         @nn.compact
@@ -541,8 +633,8 @@ def test_layers_cost_no_operation():
 
 @pytest.mark.parametrize(
     "module",
-    [Nested(), Nested(wrap=True), Shared(), SetupList(), TwoMethods()],
-    ids=["nested", "remat", "shared", "setup", "methods"],
+    [Nested(), Nested(wrap=True), Shared(), SetupList(), TwoMethods(), Grouped()],
+    ids=["nested", "remat", "shared", "setup", "methods", "scans"],
 )
 def test_every_layer_that_is_listed_can_be_wanted(module):
     network, variables = made(module)
@@ -553,15 +645,28 @@ def test_every_layer_that_is_listed_can_be_wanted(module):
     assert shapes == {path: (s.shape, s.dtype) for path, s in layers.items()}
 
 
-def test_every_layer_of_a_scan_has_a_shape():
+def test_every_layer_of_a_scan_is_listed():
     network, variables = made(Scanned())
-    assert all(hasattr(s, "shape") for s in network.layers(*variables, TOKENS).values())
+    layers = network.layers(*variables, TOKENS)
+    inside = [
+        path for i in range(5) for path in (f"layers/dense[{i}]", f"layers[0][{i}]")
+    ]
+    assert list(layers) == [*inside, "head"]
+    assert {layer.shape for layer in layers.values()} == {(2, 5, 4), (2, 5, 2)}
 
 
 def test_a_module_with_setup_comes_after_its_parts():
     network, variables = made(TwoMethods())
     order = list(network.layers(*variables, TOKENS))
     assert order.index("encoder/dense#0") < order.index("encoder")
+
+
+def test_the_inside_of_a_remat_is_in_the_order_of_execution():
+    plain, wrapped = (
+        made(Nested(wrap=wrap))[0].layers(*made(Nested(wrap=wrap))[1], X)
+        for wrap in (False, True)
+    )
+    assert list(plain) == list(wrapped)
 
 
 def test_calls_of_a_shared_module_are_in_the_order_of_execution():
@@ -603,3 +708,174 @@ def test_split_leaves_the_argument_alone_and_drops_what_was_sown():
     assert split(flax) == Variables({"w": 1}, {})
     assert set(flax) == {"params", "intermediates"}
     assert split({"batch_stats": {}}).params == {}
+
+
+# Any function
+
+
+def scaled(x, scale):
+    return scale * x, x.sum(0)
+
+
+def perceptron(params, state, inputs, train, key):
+    """Two layers by hand, a scan, a running mean, and hints of every shape."""
+    inner = inputs @ params["layers"][0]["w"]
+    mean = inner.mean(0) if train else state["mean"]
+    outer = (inner - mean) @ params["layers"][1]["w"]
+    last, steps = jax.lax.scan(scaled, outer, jnp.arange(3.0))
+    stacked = jax.lax.scan(lambda x, _: (2 * x, x), outer, None, length=3)[1]
+    hints = {
+        "outer": outer,
+        "layers.0/act[0]": inner,  # the key of another framework, taken as it is
+        "nested": {"pair": (inner, outer), "text": "none"},
+        "stacked": stacked,
+    }
+    return last + steps.sum(), hints, {"mean": mean}
+
+
+def perceptron_init(key, inputs):
+    keys = jax.random.split(key)
+    layers = [{"w": jax.random.normal(k, (4, 4))} for k in keys]
+    return {"layers": layers}, {"mean": jnp.zeros((5, 4))}
+
+
+@functools.cache
+def by_hand():
+    network = function(perceptron, init=perceptron_init)
+    return network, network.init(jax.random.key(0), TOKENS)
+
+
+def test_a_function_shows_what_it_returns():
+    network, variables = by_hand()
+    assert isinstance(variables, Variables)
+    _, hints, _ = perceptron(*variables, TOKENS, train=False, key=None)
+    wants = {
+        "outer": hints["outer"],
+        "layers.0/act[0]": hints["layers.0/act[0]"],
+        "nested/pair[1]": hints["outer"],
+        "stacked": hints["stacked"],
+        "stacked[2]": 4 * hints["outer"],
+    }
+    for path, want in wants.items():
+        np.testing.assert_array_equal(hint(network, variables, TOKENS, path), want)
+
+
+def test_the_layers_of_a_function_are_in_the_order_of_execution():
+    network, variables = by_hand()
+    layers = network.layers(*variables, TOKENS)
+    first, second = {"layers.0/act[0]", "nested/pair[0]"}, {"outer", "nested/pair[1]"}
+    assert set(list(layers)[:2]) == first and set(list(layers)[2:4]) == second
+    assert list(layers)[4:] == ["stacked[0]", "stacked[1]", "stacked[2]"]
+    wants = Wants(hints=tuple(layers))
+    features, _ = network.apply(*variables, TOKENS, wants=wants, train=False)
+    assert {p: h.shape for p, h in features.hints.items()} == {
+        path: layer.shape for path, layer in layers.items()
+    }
+
+
+def test_the_state_of_a_function_moves_in_training_only():
+    network, variables = by_hand()
+    wants = Wants(output=True, params=("layers/1", "layers/0/w"))
+    features, state = network.apply(*variables, TOKENS, wants=wants, train=False)
+    assert state is variables.state
+    assert features.params["layers/0/w"] is variables.params["layers"][0]["w"]
+    assert features.params["layers/1"] is variables.params["layers"][1]
+    _, state = network.apply(*variables, TOKENS, wants=wants, train=True)
+    assert state["mean"].any()
+    with pytest.raises(ValueError, match=r"got 'layers/2'\. Nearest: layers/"):
+        wants = Wants(params=("layers/2",))
+        network.apply(*variables, TOKENS, wants=wants, train=False)
+
+
+@pytest.mark.parametrize(
+    ("path", "error", "message"),
+    [
+        ("outr", ValueError, r"perceptron: expected the path.*Nearest: outer, "),
+        ("outer[0]", ValueError, r"got 'outer\[0\]'\. Nearest: outer, "),
+        ("stacked[3]", ValueError, r"got 'stacked\[3\]'\. Nearest: stacked\["),
+        ("nested/pair[2]", ValueError, r"Nearest: nested/pair\["),
+        ("nested/pair", TypeError, r"got tuple\. Choose an entry"),
+        ("nested/text", TypeError, "to be an array, got str"),
+    ],
+)
+def test_a_hint_that_a_function_does_not_return(path, error, message):
+    network, variables = by_hand()
+    with pytest.raises(error, match=message):
+        hint(network, variables, TOKENS, path)
+
+
+def test_a_function_that_returns_something_else():
+    network = function(lambda params, state, x, train, key: (x, state))
+    message = r"to return \(output, dict of hints, state\), got \(.*, dict\)"
+    with pytest.raises(TypeError, match=message):
+        network.layers({}, {}, TOKENS)
+    with pytest.raises(ValueError, match="function: expected init, got None"):
+        network.init(jax.random.key(0), TOKENS)
+
+
+def test_equinox_in_both_stages():
+    eqx = pytest.importorskip("equinox")
+
+    class MLP(eqx.Module):
+        layers: list
+
+        def __init__(self, width, key):
+            sizes = [(4, width), (width, width), (width, 3)]
+            keys = jax.random.split(key, 3)
+            self.layers = [
+                eqx.nn.Linear(*size, key=k) for size, k in zip(sizes, keys, strict=True)
+            ]
+
+        def __call__(self, x):
+            hints = {}
+            for i, layer in enumerate(self.layers[:-1]):
+                x = hints[f"layers/{i}"] = jax.nn.relu(layer(x))
+            return self.layers[-1](x), hints
+
+    def network(width):
+        # What is no array (none here, activations often) stays out of the parameters.
+        shape = eqx.filter_eval_shape(MLP, width, jax.random.key(0))
+        static = eqx.partition(shape, lambda leaf: hasattr(leaf, "shape"))[1]
+
+        def apply(params, state, x, train, key):
+            output, hints = jax.vmap(eqx.combine(params, static))(x)
+            return output, hints, state
+
+        def init(key, inputs):
+            return eqx.filter(MLP(width, key), eqx.is_array), {}
+
+        return function(apply, init=init)
+
+    student, teacher = network(3), network(5)
+    batch = {"x": TOKENS[:, 0], "label": jnp.array([0, 2])}
+    inputs = {"inputs": lambda batch: batch["x"], "teacher_inputs": lambda b: b["x"]}
+    variables, theirs = (
+        net.init(jax.random.key(k), batch["x"])
+        for k, net in enumerate((student, teacher))
+    )
+    assert list(student.layers(*variables, batch["x"])) == ["layers/0", "layers/1"]
+    hint_method = hj.fitnets([("layers/0", "layers/1")])
+    first = hj.hint_stage(
+        student, teacher, hj.objective(hint=hint_method), optax.adamw(0.05), **inputs
+    )
+    task = hj.task(optax.softmax_cross_entropy_with_integer_labels)
+    second = hj.distillation_stage(
+        student,
+        teacher,
+        hj.objective(task=task, kd=hj.kd(), hint=hint_method),
+        optax.adamw(0.05),
+        **inputs,
+    )
+    state = first.init(jax.random.key(2), variables, theirs, batch)
+    for _ in range(3):
+        state, _ = first.update(state, theirs, batch)
+    trained = hj.student_variables(state)
+    moved = jax.tree.map(lambda a, b: bool((a != b).any()), trained, variables)
+    # The first layer alone feeds the hint: weight decay reaches no other.
+    assert [one.weight for one in moved.params.layers] == [True, False, False]
+    state = second.init(jax.random.key(3), trained, theirs, batch, carry=state)
+    before = second.evaluate(state, theirs, batch)["loss"]
+    for _ in range(3):
+        state, _ = second.update(state, theirs, batch)
+    assert second.evaluate(state, theirs, batch)["loss"] < before
+    assert isinstance(state.params["student"], MLP)
