@@ -204,13 +204,11 @@ def _draw_curves(
     axes.yaxis.set_major_formatter(FuncFormatter(_percent))
     axes.grid(axis="y", color=_PALE, linewidth=0.7)
     boundaries = [
-        run.boundary
+        [float(run.boundary) for run in runs if run.boundary is not None]
         for runs in histories.values()
-        for run in runs
-        if run.boundary is not None
     ]
-    if boundaries:
-        _mark_boundary(axes, boundaries)
+    if any(boundaries):
+        _mark_boundaries(axes, [own for own in boundaries if own])
     if chance is not None:
         offset = {"xytext": (4, 2), "textcoords": "offset points"}
         spot = axes.get_yaxis_transform()
@@ -218,19 +216,20 @@ def _draw_curves(
     _label_ends(figure, axes, ends, names)
 
 
-def _mark_boundary(axes: Axes, boundaries: Numbers) -> None:
-    """A line between the two stages; a pale span when the runs do not agree on it."""
-    axes.axvspan(min(boundaries), max(boundaries), color=_PALE, alpha=0.6, linewidth=0)
-    middle = float(np.median(boundaries))
-    axes.axvline(middle, color=_INK, linewidth=1, linestyle=(0, (4, 3)), zorder=2)
-    spot = axes.get_xaxis_transform()
+def _mark_boundaries(axes: Axes, boundaries: Sequence[Numbers]) -> None:
+    """A line between the stages of each arm; a pale span where its runs disagree."""
+    lines = sorted({float(np.median(own)) for own in boundaries})
+    for own in boundaries:
+        axes.axvspan(min(own), max(own), color=_PALE, alpha=0.6, linewidth=0)
+    for at in lines:
+        axes.axvline(at, color=_INK, linewidth=1, linestyle=(0, (4, 3)), zorder=2)
     low, high = axes.get_xlim()
-    part = (middle - low) / (high - low)
+    part = (lines[0] - low) / (high - low)
     side = "left" if part < 0.3 else "right" if part > 0.7 else "center"
     text = "● the hint stage ends, the distillation stage begins"
     place = {"xytext": (0, 4), "textcoords": "offset points"}
     spot = axes.get_xaxis_transform()
-    _note(axes, text, (middle, 1.0), spot, ha=side, va="bottom", **place)
+    _note(axes, text, (lines[0], 1.0), spot, ha=side, va="bottom", **place)
 
 
 def _label_ends(figure: Figure, axes: Axes, ends: Mapping, names: Mapping) -> None:

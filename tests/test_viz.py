@@ -132,6 +132,13 @@ def test_curves_draw_every_seed_their_mean_and_the_boundary():
     assert {"FitNets", "FitNets, He init", "step", "chance"} <= set(texts)
 
 
+def test_arms_that_change_stage_at_other_times_have_their_own_lines():
+    early, late = (viz.History(range(9), np.linspace(0.1, 0.9, 9), at) for at in (2, 5))
+    (axes,) = viz.curves({"FSP": [early], "FitNets": [late]}).axes
+    vertical = [set(line.get_xdata()) for line in lines_of(axes, 1.0)]
+    assert {2.0} in vertical and {5.0} in vertical and {3.5} not in vertical
+
+
 def test_curves_without_a_hint_stage_mark_no_boundary():
     figure = viz.curves(histories(ARMS[:2]))
     assert not any("hint stage" in text for text, _ in boxes(figure))
