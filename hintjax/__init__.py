@@ -77,6 +77,13 @@ from hintjax.stages import (
     hint_stage,
     student_variables,
 )
+from hintjax.teachers import (
+    from_teacher,
+    moving_average,
+    seeing,
+    self_taught,
+    together,
+)
 from hintjax.views import at_head, viewed
 
 __all__ = [
@@ -111,6 +118,7 @@ __all__ = [
     "factor_transfer",
     "fitnets",
     "flows",
+    "from_teacher",
     "fsp",
     "function",
     "hint_stage",
@@ -123,6 +131,7 @@ __all__ = [
     "masked_generation",
     "masked_positions",
     "minilm",
+    "moving_average",
     "nnx",
     "nnx_update",
     "objective",
@@ -135,7 +144,9 @@ __all__ = [
     "relational",
     "reused_classifier",
     "review",
+    "seeing",
     "selectivity",
+    "self_taught",
     "similarity_preserving",
     "simkd",
     "soft_targets",
@@ -145,6 +156,7 @@ __all__ = [
     "suggest_pairs",
     "task",
     "tinybert",
+    "together",
     "variational",
     "viewed",
     "warm_up",

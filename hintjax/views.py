@@ -7,7 +7,7 @@ from jaxtyping import Array
 
 from hintjax._checks import message
 from hintjax.method import Method
-from hintjax.networks import Wants
+from hintjax.networks import Features, Wants
 
 View = Callable[[Array], Array]
 
@@ -57,11 +57,13 @@ def viewed(
         hints = {path: _applied(view, features.hints[path]) for path in wants.hints}
         return features._replace(hints=hints)
 
-    return _seeing(
+    return through(
         method,
-        lambda features: seen(features, method.student, student),
-        lambda features: seen(features, method.teacher, teacher),
-        prepare=lambda earlier: viewed(earlier, student=student, teacher=teacher),
+        lambda ours, theirs: (
+            seen(ours, method.student, student),
+            seen(theirs, method.teacher, teacher),
+        ),
+        again=lambda earlier: viewed(earlier, student=student, teacher=teacher),
     )
 
 
@@ -115,34 +117,42 @@ def at_head(
             return features
         return features._replace(output=features.hints[path])
 
-    made = _seeing(
+    made = through(
         method,
-        lambda features: seen(features, student),
-        lambda features: seen(features, teacher),
-        prepare=lambda earlier: earlier,
+        lambda ours, theirs: (seen(ours, student), seen(theirs, teacher)),
+        again=lambda earlier: earlier,
     )
     return made._replace(
         student=wants(method.student, student), teacher=wants(method.teacher, teacher)
     )
 
 
-def _seeing(method, student, teacher, prepare):
-    """The method, given what the two functions make of the features."""
+def through(
+    method: Method,
+    seen: Callable[[Features, Features], tuple[Features, Features]],
+    again: Callable[[Method], Method],
+) -> Method:
+    """The method, given what a function makes of both networks' features.
 
-    def init(key, ours, theirs, data):
-        return method.init(key, student(ours), teacher(theirs), data)
+    Args:
+        method: any method; what it wants is left for the caller to replace.
+        seen: `(student, teacher) -> (student, teacher)`; it works on shapes too.
+        again: does the same to the method that prepares this one.
+    """
 
-    def apply(params, memory, ours, theirs, batch, context):
-        seen = student(ours), teacher(theirs)
-        return method.apply(params, memory, *seen, batch, context)
+    def init(key, student, teacher, data):
+        return method.init(key, *seen(student, teacher), data)
 
-    def deploy(params, memory, ours, theirs):
-        return method.deploy(params, memory, student(ours), teacher(theirs))
+    def apply(params, memory, student, teacher, batch, context):
+        return method.apply(params, memory, *seen(student, teacher), batch, context)
+
+    def deploy(params, memory, student, teacher):
+        return method.deploy(params, memory, *seen(student, teacher))
 
     return method._replace(
         init=init,
         apply=apply,
-        prepare=None if method.prepare is None else prepare(method.prepare),
+        prepare=None if method.prepare is None else again(method.prepare),
         deploy=None if method.deploy is None else deploy,
     )
 

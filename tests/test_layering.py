@@ -16,7 +16,8 @@ PACKAGE = Path(__file__).parent.parent / "hintjax"
 # import each other (Python itself refuses a circle); a folder counts as one entry.
 ORDER = (
     *("_checks", "_numerics", "losses", "memory"),
-    *("paths", "networks", "networks_nnx", "regressors", "method", "views", "methods"),
+    *("paths", "networks", "networks_nnx", "regressors", "method", "views"),
+    *("teachers", "methods"),
     *("pairing", "balance", "sharding", "stages", "cache", "checkpoint"),
     *("models", "metrics", "config", "data", "viz", "export"),
     *("train", "recipes", "experiment", "compare", "cli"),
@@ -37,6 +38,7 @@ OUTSIDE = {
     "regressors": MODELS,
     "method": MODELS,
     "views": MODELS,
+    "teachers": MODELS,
     "methods": MODELS,
     "pairing": MODELS,
     "balance": MODELS,

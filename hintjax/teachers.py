@@ -1,0 +1,226 @@
+"""Other teachers than one: several at once, the student itself, its moving average."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import PyTree
+
+from hintjax._checks import message, nearest
+from hintjax.method import Method, union
+from hintjax.networks import Features, Network, Variables, Wants
+from hintjax.views import through
+
+
+def together(**networks: Network) -> Network:
+    """Several networks as one: several teachers by name.
+
+    Layers are `name/path`, and the output is a dict by name. A method learns from one of
+    them by `from_teacher`::
+
+        teacher = together(big=linen(wrn), vit=linen(vit))
+        objective(
+            kd=weighted(from_teacher(kd(4.0), "big"), 0.5),
+            hint=weighted(from_teacher(fitnets([("block2", "block6")]), "vit"), 1.0),
+        )
+
+    What no method wants of a network is not computed.
+
+    Args:
+        **networks: the networks, which see the same inputs; see `seeing`.
+
+    Returns:
+        The network. Its variables are those of all, by name:
+        `Variables({name: params}, {name: state})`.
+
+    Raises:
+        ValueError: without networks; when it is applied, for a path that begins with
+            none of the names.
+    """
+    if not networks:
+        raise ValueError(message("together", "networks by name", "none"))
+
+    def init(key, inputs):
+        keys = jax.random.split(key, len(networks))
+        made = {
+            name: network.init(one, inputs)
+            for one, (name, network) in zip(keys, networks.items(), strict=True)
+        }
+        params = {name: variables.params for name, variables in made.items()}
+        return Variables(params, {name: made[name].state for name in made})
+
+    def own(name, paths):
+        for path in paths:
+            first = path.partition("/")[0]
+            if first not in networks:
+                near = ", ".join(nearest(first, networks))
+                do = f"Nearest: {near}; say from_teacher(method, name)."
+                wanted = "a path that begins with the name of a network"
+                raise ValueError(message("together", wanted, repr(path), do))
+        return tuple(p.removeprefix(f"{name}/") for p in paths if _is_of(name, p))
+
+    def apply(params, state, inputs, *, wants, train, key=None):
+        outputs, hints, kept, moved = {}, {}, {}, {}
+        for number, (name, network) in enumerate(networks.items()):
+            ours = Wants(wants.output, own(name, wants.hints), own(name, wants.params))
+            shown, moved[name] = network.apply(
+                params[name],
+                state[name],
+                inputs,
+                wants=ours,
+                train=train,
+                key=None if key is None else jax.random.fold_in(key, number),
+            )
+            outputs[name] = shown.output
+            hints |= {f"{name}/{path}": hint for path, hint in shown.hints.items()}
+            kept |= {f"{name}/{path}": part for path, part in shown.params.items()}
+        return Features(outputs if wants.output else None, hints, kept), moved
+
+    def layers(params, state, inputs):
+        return {
+            f"{name}/{path}": layer
+            for name, network in networks.items()
+            for path, layer in network.layers(params[name], state[name], inputs).items()
+        }
+
+    return Network(init, apply, layers)
+
+
+def seeing(network: Network, view: Callable[[PyTree], PyTree]) -> Network:
+    """The same network on inputs that are seen through a function.
+
+    For a teacher of another resolution or normalisation among several.
+
+    Args:
+        network: the network.
+        view: `inputs -> inputs`.
+
+    Returns:
+        The network.
+    """
+
+    def apply(params, state, inputs, **how):
+        return network.apply(params, state, view(inputs), **how)
+
+    return Network(
+        init=lambda key, inputs: network.init(key, view(inputs)),
+        apply=apply,
+        layers=lambda params, state, inputs: network.layers(
+            params, state, view(inputs)
+        ),
+    )
+
+
+def from_teacher(method: Method, name: str) -> Method:
+    """The same method, of one of several teachers.
+
+    Args:
+        method: any method, whose paths are those of that teacher alone.
+        name: of the teacher in `together`.
+
+    Returns:
+        The method.
+
+    >>> from hintjax.methods import fitnets
+    >>> from_teacher(fitnets([("conv10", "group2")]), "big").teacher.hints
+    ('big/group2',)
+    """
+    wants = method.teacher
+
+    def seen(features):
+        return Features(
+            output=features.output[name] if wants.output else None,
+            hints={path: features.hints[f"{name}/{path}"] for path in wants.hints},
+            params={path: features.params[f"{name}/{path}"] for path in wants.params},
+        )
+
+    made = through(
+        method,
+        lambda student, teacher: (student, seen(teacher)),
+        again=lambda earlier: from_teacher(earlier, name),
+    )
+    hints, params = (
+        tuple(f"{name}/{path}" for path in paths)
+        for paths in (wants.hints, wants.params)
+    )
+    return made._replace(teacher=Wants(wants.output, hints, params))
+
+
+def self_taught(method: Method) -> Method:
+    """The same method with the student as its own teacher, from deep to shallow.
+
+    The teacher's features are the student's own, of the same forward pass, without
+    gradient. So a shallow layer learns from a deep one, or an early head (`at_head`) from
+    the output; there is no other network, and a stage is given None as the teacher.
+
+    Args:
+        method: any method, whose hint layers are the student's own.
+
+    Returns:
+        The method.
+
+    References:
+        Zhang et al. 2019, Be Your Own Teacher: Improve the Performance of Convolutional
+        Neural Networks via Self Distillation.
+    """
+    wants = method.teacher
+
+    def seen(student):
+        own = Features(
+            output=student.output if wants.output else None,
+            hints={path: student.hints[path] for path in wants.hints},
+            params={path: student.params[path] for path in wants.params},
+        )
+        if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(own)):
+            return own
+        return jax.lax.stop_gradient(own)
+
+    made = through(
+        method, lambda student, teacher: (student, seen(student)), again=self_taught
+    )
+    return made._replace(student=union(method.student, wants), teacher=Wants())
+
+
+def moving_average(
+    teacher: Variables, student: Variables, decay: float = 0.999
+) -> Variables:
+    """A teacher that is the moving average of the student (EMA, mean teacher).
+
+    teacher <- decay teacher + (1 - decay) student
+
+    After every update, from a copy of the student at first::
+
+        average = jax.jit(moving_average)
+        teacher = jax.tree.map(jnp.copy, student_variables(state))
+        state, metrics = stage.update(state, teacher, batch)
+        teacher = average(teacher, student_variables(state))
+
+    The copy matters: an update deletes the state that it is given, and cannot have it as
+    the teacher at the same time.
+
+    Args:
+        teacher: its variables; BatchNorm statistics are averaged too.
+        student: the student's variables.
+        decay: in [0, 1); how much of the teacher is kept.
+
+    Returns:
+        The teacher's new variables. What is not floating point is the student's.
+
+    >>> teacher, student = (Variables({"w": jnp.array(x)}, {}) for x in (1.0, 2.0))
+    >>> moving_average(teacher, student, 0.75).params["w"].item()
+    1.25
+
+    References:
+        Tarvainen and Valpola 2017, Mean Teachers are Better Role Models.
+    """
+
+    def one(theirs, ours):
+        if not jnp.issubdtype(ours.dtype, jnp.floating):
+            return ours
+        return theirs + jnp.asarray(1 - decay, theirs.dtype) * (ours - theirs)
+
+    return jax.tree.map(one, teacher, student)
+
+
+def _is_of(name, path):
+    return path.partition("/")[0] == name
