@@ -19,7 +19,7 @@ ORDER = (
     *("paths", "networks", "networks_nnx", "regressors", "method", "views"),
     *("teachers", "methods"),
     *("pairing", "balance", "sharding", "stages", "cache", "checkpoint"),
-    *("models", "metrics", "config", "data", "viz", "export"),
+    *("models", "weights", "metrics", "config", "data", "viz", "export"),
     *("train", "recipes", "experiment", "compare", "cli"),
 )
 
@@ -47,6 +47,7 @@ OUTSIDE = {
     "cache": TRAINING,
     "checkpoint": TRAINING | {"orbax"},
     "models": MODELS,
+    "weights": MODELS,
     "metrics": MODELS | {"rich", "tensorboardX"},
     "config": {"yaml"},
 }

@@ -214,7 +214,7 @@ def test_the_pairs_of_the_paper_exist(student, guided, teacher, shape, maps):
 @pytest.mark.quick
 def test_every_factory_takes_classes_and_the_module_takes_train():
     factories = [name for name in models.__all__ if name == name.lower()]
-    assert len(factories) == 30
+    assert len(factories) == 33
     for name in factories:
         model = getattr(models, name)(classes=7)
         assert model.classes == 7

@@ -21,6 +21,12 @@ from hintjax.models.fitnets import (
     maxout_cifar,
     maxout_mnist,
 )
+from hintjax.models.imagenet import (
+    ImageNetResNet,
+    imagenet_resnet18,
+    imagenet_resnet34,
+    imagenet_resnet50,
+)
 from hintjax.models.maxout import Maxout
 from hintjax.models.plain import PlainCNN, plain_thin, plain_thin_he, plain_wide
 from hintjax.models.resnet import (
@@ -52,6 +58,7 @@ from hintjax.models.wrn import (
 
 __all__ = [
     "Encoder",
+    "ImageNetResNet",
     "Maxout",
     "MaxoutCNN",
     "PlainCNN",
@@ -66,6 +73,9 @@ __all__ = [
     "fitnet3",
     "fitnet4",
     "fitnet_mnist",
+    "imagenet_resnet18",
+    "imagenet_resnet34",
+    "imagenet_resnet50",
     "maxout_cifar",
     "maxout_mnist",
     "plain_thin",

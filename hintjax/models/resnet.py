@@ -15,12 +15,14 @@ class Stem(nn.Module):
     """Convolution, BatchNorm and ReLU on the image."""
 
     features: int
+    kernel: int = 3
+    stride: int = 1
 
     @nn.compact
     def __call__(
         self, x: Float[Array, "*batch h w channels"], train: bool = False
-    ) -> Float[Array, "*batch h w features"]:
-        x = conv(self.features, name="conv")(x)
+    ) -> Float[Array, "*batch h2 w2 features"]:
+        x = conv(self.features, kernel=self.kernel, stride=self.stride, name="conv")(x)
         return nn.relu(batch_norm(train, name="norm")(x))
 
 
@@ -52,6 +54,7 @@ class Group(nn.Module):
     features: int
     blocks: int
     stride: int
+    block: type[nn.Module] = BasicBlock
 
     @nn.compact
     def __call__(
@@ -59,7 +62,7 @@ class Group(nn.Module):
     ) -> Float[Array, "*batch h2 w2 features"]:
         for number in range(1, self.blocks + 1):
             stride = self.stride if number == 1 else 1
-            x = BasicBlock(self.features, stride, name=f"block{number}")(x, train)
+            x = self.block(self.features, stride, name=f"block{number}")(x, train)
         return x
 
 

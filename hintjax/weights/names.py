@@ -1,0 +1,153 @@
+"""What torchvision and timm call the parts of their models, and how torch has them."""
+
+import numpy as np
+
+from hintjax.weights.convert import How, Names, Rule
+
+# What the layers of torch are called and how they lie.
+
+VECTOR = How("features", lambda n: [(n,)], lambda shape, x: x)
+CONV = How(
+    "height width in out",
+    lambda h, w, i, o: [(o, i, h, w)],
+    lambda shape, x: x.transpose(2, 3, 1, 0),
+)
+LINEAR = How("in out", lambda i, o: [(o, i)], lambda shape, x: x.T)
+OUT = How(  # of attention: the heads are joined
+    "heads d width",
+    lambda heads, d, width: [(width, heads * d)],
+    lambda shape, x: x.T.reshape(shape),
+)
+TOKENS = How(
+    "tokens width",
+    lambda tokens, width: tokens * [(1, 1, width)],
+    lambda shape, *tokens: np.concatenate(tokens)[:, 0],
+)
+POSITIONS = How(
+    "tokens width",
+    lambda tokens, width: [(1, tokens, width)],
+    lambda shape, x: x[0],
+)
+
+
+def _third(number):
+    """Queries, keys or values of torch's one map for all three: (3 heads d, width)."""
+    kernel = How(
+        "width heads d",
+        lambda width, heads, d: [(3 * heads * d, width)],
+        lambda shape, x: x.T.reshape(shape[0], 3, *shape[1:])[:, number],
+    )
+    bias = How(
+        "heads d",
+        lambda heads, d: [(3 * heads * d,)],
+        lambda shape, x: x.reshape(3, *shape)[number],
+    )
+    return kernel, bias
+
+
+def conv(flax: str, torch: str, bias: bool = False) -> tuple[Rule, ...]:
+    """A convolution: torch has (out, in, height, width)."""
+    kernel = Rule(f"params/{flax}/kernel", (f"{torch}.weight",), CONV)
+    return (kernel, *_bias(flax, f"{torch}.bias")) if bias else (kernel,)
+
+
+def linear(flax: str, torch: str) -> tuple[Rule, ...]:
+    """A linear map with a bias: torch has (out, in)."""
+    kernel = Rule(f"params/{flax}/kernel", (f"{torch}.weight",), LINEAR)
+    return kernel, *_bias(flax, f"{torch}.bias")
+
+
+def layer_norm(flax: str, torch: str) -> tuple[Rule, ...]:
+    """LayerNorm: torch's weight is Flax's scale."""
+    scale = Rule(f"params/{flax}/scale", (f"{torch}.weight",), VECTOR)
+    return scale, *_bias(flax, f"{torch}.bias")
+
+
+def batch_norm(flax: str, torch: str) -> tuple[Rule, ...]:
+    """BatchNorm, with its running statistics."""
+    return (
+        *layer_norm(flax, torch),
+        Rule(f"batch_stats/{flax}/mean", (f"{torch}.running_mean",), VECTOR),
+        Rule(f"batch_stats/{flax}/var", (f"{torch}.running_var",), VECTOR),
+    )
+
+
+def attention(flax: str, qkv: str, out: str) -> tuple[Rule, ...]:
+    """Self-attention, of which torch has queries, keys and values in one map.
+
+    `qkv` is what comes before "weight" and "bias".
+    """
+    rules = []
+    for number, name in enumerate(("query", "key", "value")):
+        kernel, bias = _third(number)
+        rules += [
+            Rule(f"params/{flax}/{name}/kernel", (f"{qkv}weight",), kernel),
+            Rule(f"params/{flax}/{name}/bias", (f"{qkv}bias",), bias),
+        ]
+    kernel = Rule(f"params/{flax}/out/kernel", (f"{out}.weight",), OUT)
+    return (*rules, kernel, *_bias(f"{flax}/out", f"{out}.bias"))
+
+
+def _bias(flax, torch):
+    return (Rule(f"params/{flax}/bias", (torch,), VECTOR),)
+
+
+_BLOCK, _LAYER = "group<g>/block<b>", "layer<g>.<b-1>"
+
+RESNET = Names(
+    (
+        *conv("stem/conv", "conv1"),
+        *batch_norm("stem/norm", "bn1"),
+        *conv(f"{_BLOCK}/conv<c>", f"{_LAYER}.conv<c>"),
+        *batch_norm(f"{_BLOCK}/norm<c>", f"{_LAYER}.bn<c>"),
+        *conv(f"{_BLOCK}/shortcut_conv", f"{_LAYER}.downsample.0"),
+        *batch_norm(f"{_BLOCK}/shortcut_norm", f"{_LAYER}.downsample.1"),
+        *linear("classifier", "fc"),
+    ),
+    # How many batches BatchNorm has seen: only torch counts them.
+    unused=("*.num_batches_tracked",),
+)
+
+TIMM_VIT = Names(
+    (
+        *conv("embed/patches", "patch_embed.proj", bias=True),
+        Rule("params/embed/tokens", ("cls_token",), TOKENS),
+        Rule("params/embed/positions", ("pos_embed",), POSITIONS),
+        *layer_norm("block<b>/norm<n>", "blocks.<b-1>.norm<n>"),
+        *attention(
+            "block<b>/attention", "blocks.<b-1>.attn.qkv.", "blocks.<b-1>.attn.proj"
+        ),
+        *linear("block<b>/mlp/hidden", "blocks.<b-1>.mlp.fc1"),
+        *linear("block<b>/mlp/out", "blocks.<b-1>.mlp.fc2"),
+        *layer_norm("norm", "norm"),
+        *linear("classifier", "head"),
+    )
+)
+
+TIMM_DEIT = Names(
+    (
+        Rule("params/embed/tokens", ("cls_token", "dist_token"), TOKENS),
+        *linear("distillation_classifier", "head_dist"),
+        *TIMM_VIT.rules,
+    )
+)
+
+_ENCODER = "encoder.layers.encoder_layer_<b-1>"
+
+TORCHVISION_VIT = Names(
+    (
+        *conv("embed/patches", "conv_proj", bias=True),
+        Rule("params/embed/tokens", ("class_token",), TOKENS),
+        Rule("params/embed/positions", ("encoder.pos_embedding",), POSITIONS),
+        *layer_norm("block<b>/norm<n>", f"{_ENCODER}.ln_<n>"),
+        *attention(
+            "block<b>/attention",
+            f"{_ENCODER}.self_attention.in_proj_",
+            f"{_ENCODER}.self_attention.out_proj",
+        ),
+        *linear("block<b>/mlp/hidden", f"{_ENCODER}.mlp.0"),
+        *linear("block<b>/mlp/out", f"{_ENCODER}.mlp.3"),
+        *layer_norm("norm", "encoder.ln"),
+        *linear("classifier", "heads.head"),
+    )
+)

@@ -1,0 +1,138 @@
+"""A reader of safetensors files: no pickle, nothing executed, everything checked."""
+
+import json
+import math
+import re
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+
+from hintjax._checks import message
+
+# Names of the file format; its bytes are little-endian.
+DTYPES = {
+    "BOOL": "?",
+    "U8": "<u1",
+    "U16": "<u2",
+    "U32": "<u4",
+    "U64": "<u8",
+    "I8": "<i1",
+    "I16": "<i2",
+    "I32": "<i4",
+    "I64": "<i8",
+    "BF16": jnp.bfloat16,
+    "F16": "<f2",
+    "F32": "<f4",
+    "F64": "<f8",
+}
+LONGEST_HEADER = 100_000_000  # bytes; the format's own limit
+AGAIN = "Fetch or convert the file again."
+CONVERT = (
+    "Where torch is installed, convert it: safetensors.torch.save_file("
+    "torch.load(path, weights_only=True), 'weights.safetensors')."
+)
+PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
+
+
+def read_safetensors(path: str | Path) -> dict[str, np.ndarray]:
+    """All tensors of a safetensors file, by name; nothing in it is ever executed.
+
+    The format: 8 bytes with the header's length, the header in JSON (name -> dtype,
+    shape and offsets), the data. All of it is checked against the file.
+
+    Args:
+        path: of the file.
+
+    Returns:
+        Arrays as the file has them, read-only: dtypes and layout are torch's.
+
+    Raises:
+        ValueError: for a pickle file, which is refused, and for a damaged file.
+
+    References:
+        huggingface/safetensors, README.md: Format.
+    """
+    path = Path(path)
+    content = path.read_bytes()
+    if _pickled(path, content):
+        wanted, got = "a safetensors file", "a pickle, which can run any code when read"
+        raise _error(path, wanted, got, CONVERT)
+    length = int.from_bytes(content[:8], "little")
+    if not 0 < length <= min(len(content) - 8, LONGEST_HEADER):
+        got = f"one of {length} bytes in a file of {len(content)}"
+        raise _error(path, "a header within the file", got)
+    start = 8 + length
+    entries = _header(path, content[8:start])
+    _check_offsets(path, entries, len(content) - start)
+    tensors = {}
+    for name, (dtype, shape, begin, _) in entries.items():
+        flat = np.frombuffer(content, dtype, math.prod(shape), start + begin)
+        tensors[name] = flat.reshape(shape)
+    return tensors
+
+
+def _pickled(path, content):
+    # A safetensors file can begin with the same bytes (the length of its header), but
+    # then zeros follow, which neither format has there.
+    zipped = content[:4] == b"PK\x03\x04" and any(content[4:8])
+    pickled = re.match(rb"\x80[\x02-\x05]", content) and any(content[2:8])
+    return path.suffix.lower() in PICKLES or zipped or pickled
+
+
+def _header(path, text):
+    """{name: (dtype, shape, begin, end)}, each entry consistent in itself."""
+    wanted = "a header in JSON, without repeated names"
+    try:
+        header = json.loads(text.decode(), object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        raise _error(path, wanted, f"{error}") from error
+    if not isinstance(header, dict):
+        raise _error(path, "a JSON object as its header", type(header).__name__)
+    header.pop("__metadata__", None)
+    return {name: _entry(path, name, value) for name, value in header.items()}
+
+
+def _unique(pairs):
+    entries = {}
+    for name, value in pairs:
+        if name in entries:
+            raise ValueError(f"{name!r} twice")
+        entries[name] = value
+    return entries
+
+
+def _entry(path, name, entry):
+    match entry:
+        case {"dtype": str(kind), "shape": list(shape), "data_offsets": [begin, end]}:
+            numbers = [*shape, begin, end]
+        case _:
+            numbers = [None]
+    if not all(type(number) is int and number >= 0 for number in numbers):
+        wanted = f"dtype, shape and data_offsets of {name!r} (numbers >= 0)"
+        raise _error(path, wanted, f"{entry}")
+    if kind not in DTYPES:
+        wanted = f"{name!r} to be one of {', '.join(DTYPES)}"
+        raise _error(path, wanted, kind, "Convert it where it was made.")
+    size = math.prod(shape) * np.dtype(DTYPES[kind]).itemsize
+    if end - begin != size:
+        wanted = f"{name!r} to have {size} bytes ({kind} {shape})"
+        raise _error(path, wanted, f"{end - begin}")
+    return DTYPES[kind], shape, begin, end
+
+
+def _check_offsets(path, entries, size):
+    """Every byte of the data belongs to one tensor: no overlap, no hole, no rest."""
+    position, before = 0, "the header"
+    for name, entry in sorted(entries.items(), key=lambda item: item[1][2:]):
+        _, _, begin, end = entry
+        if begin != position:
+            wanted = f"{name!r} to begin where {before} ends, at {position}"
+            raise _error(path, wanted, f"{begin}")
+        position, before = end, f"{name!r}"
+    if position != size:
+        raise _error(path, f"{position} bytes of data", f"{size}")
+
+
+def _error(path, wanted, got, do=AGAIN):
+    return ValueError(message(f"read_safetensors: {path.name}", wanted, got, do))
