@@ -2,8 +2,10 @@
 
 A checkpoint is one directory, ``<directory>/<step>``: an Orbax tree of plain nested
 dicts of numpy arrays and, in it, ``hintjax.json`` with the caller's `extra` and the
-path, dtype, shape and checksum of every array. Both are written under a temporary name
-and renamed together, so that a step is there whole or not at all.
+path, dtype, shape and checksum of every array and the size of every file. Both are
+written under a temporary name and renamed together, so that a step is there whole or
+not at all. What is damaged later is seen when it is read, and an older step is read
+instead.
 
 Orbax is asked for two things only, to write and to read one directory, and writes on
 one thread of ours. Its managers stay out: one skips a save while another is in flight,
@@ -22,8 +24,9 @@ import os
 import shutil
 import sys
 import threading
+import warnings
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, SupportsIndex
@@ -35,14 +38,22 @@ import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 
 from hintjax._checks import message, positive_int
+from hintjax.rundir import unwritten
 
 _RECORD = "hintjax.json"
-_FORMAT = 1
+_ORBAX = "_METADATA"  # in all that Orbax writes
+_FORMAT = 2
 _STAGING = ".hintjax-tmp"
+_DAMAGED = ".damaged"
 _SHOWN = 10  # differences that an error lists
+_LARGEST_RECORD = 2**28  # bytes that are read of what may be anything
 
 # Saves whose outcome nobody has been told yet.
 _UNTOLD: set[Future] = set()
+
+
+class DamageError(ValueError):
+    """What is on disk is not what was written there."""
 
 
 class _Leaf(NamedTuple):
@@ -63,8 +74,10 @@ class Checkpoints(contextlib.AbstractContextManager):
     def __init__(self, directory: Path, keep: int):
         self.directory = directory
         self.keep = keep
-        self._thread = ThreadPoolExecutor(1, "hintjax-checkpoint")
+        # One writes while the other computes checksums.
+        self._threads = ThreadPoolExecutor(2, "hintjax-checkpoint")
         self._saving: Future | None = None
+        self._damaged: set[int] = set()  # steps that a restore passed over
 
     def save(
         self,
@@ -95,7 +108,7 @@ class Checkpoints(contextlib.AbstractContextManager):
         host = [array.copy() for array in _fetch(arrays)]
         target, staging = self.directory / str(step), self.directory / _STAGING
         _stage("save", staging, target, host)
-        self._saving = self._thread.submit(
+        self._saving = self._threads.submit(
             self._write, staging, target, leaves, host, record
         )
         _UNTOLD.add(self._saving)
@@ -109,15 +122,29 @@ class Checkpoints(contextlib.AbstractContextManager):
         record: dict[str, Any],
     ) -> None:
         try:
-            record["leaves"] = _entries(leaves, host)
-            _commit("save", staging, target, _nest(leaves, host), record)
+            entries = self._threads.submit(_entries, leaves, host)
+            self._set_aside()
+            _commit("save", staging, target, _nest(leaves, host), record, entries)
             with contextlib.suppress(OSError):  # it is saved; the next save tries again
                 self._retire(staging)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
 
+    def _set_aside(self) -> None:
+        """Renames what a restore found damaged: the run goes over these steps again."""
+        for step in self._damaged:
+            path = self.directory / str(step)
+            aside = path.with_name(f"{step}{_DAMAGED}")
+            shutil.rmtree(aside, ignore_errors=True)  # of a still earlier fall
+            with contextlib.suppress(OSError):
+                path.rename(aside)
+        self._damaged.clear()
+
     def _retire(self, trash: Path) -> None:
-        """Moves away what is not kept: half deleted, it must not look like a step."""
+        """Moves away what is not kept: half deleted, it must not look like a step.
+
+        The newest step has just been written whole; those that are damaged are aside.
+        """
         steps = self._steps()
         for step in set(steps) - {*steps[-self.keep :], self._best(steps)}:
             (self.directory / str(step)).rename(trash / f"{step}.retired")
@@ -125,12 +152,15 @@ class Checkpoints(contextlib.AbstractContextManager):
     def _steps(self) -> list[int]:
         if not self.directory.is_dir():
             return []
-        names = [record.parent.name for record in self.directory.glob(f"*/{_RECORD}")]
-        return sorted(int(name) for name in names if name.isdecimal())
+        # Either file may be what is missing of a step.
+        found = [self.directory.glob(f"*/{name}") for name in (_RECORD, _ORBAX)]
+        names = {file.parent.name for files in found for file in files}
+        steps = {int(name) for name in names if name.isdecimal()}
+        return sorted(steps - self._damaged)
 
     def _best(self, steps: list[int]) -> int | None:
         for step in reversed(steps):
-            with contextlib.suppress(ValueError):  # damaged
+            with contextlib.suppress(DamageError):
                 if _record(self.directory / str(step))["best"]:
                     return step
         return None
@@ -148,52 +178,73 @@ class Checkpoints(contextlib.AbstractContextManager):
         """The newest step that was saved with ``best=True``, or None."""
         return self._best(self.steps())
 
-    def _find(self, caller: str, step: SupportsIndex | None) -> Path:
+    def _find(self, caller: str, step: SupportsIndex | None) -> list[Path]:
+        """The directory of a step, or those of all, the newest first."""
         steps = self.steps()
         if not steps:
             raise ValueError(
                 message(caller, f"a checkpoint in {self.directory}", "none")
             )
-        step = steps[-1] if step is None else operator.index(step)
-        if step not in steps:
+        if step is not None and operator.index(step) not in steps:
             wanted = f"one of the steps {steps} in {self.directory}"
             raise ValueError(message(caller, wanted, str(step)))
-        return self.directory / str(step)
+        chosen = reversed(steps) if step is None else [operator.index(step)]
+        return [self.directory / str(step) for step in chosen]
 
     def peek(self, step: SupportsIndex | None = None) -> dict[str, Any]:
         """The `extra` of a step, the newest if None, without reading its tree.
 
-        It says which stage wrote the step, which one has to know to build `like`.
+        It says which stage wrote the step.
         """
-        return _record(self._find("peek", step))["extra"]
+        return _record(self._find("peek", step)[0])["extra"]
 
     def restore(
-        self, like: PyTree, step: SupportsIndex | None = None
+        self,
+        like: PyTree | Callable[[dict[str, Any]], PyTree],
+        step: SupportsIndex | None = None,
     ) -> tuple[PyTree, dict[str, Any]]:
         """Reads a step, the newest if None, into the structure of `like`.
 
+        If the newest is damaged, the newest that is not is read instead, with a
+        warning; the next save sets the damaged ones aside as ``<step>.damaged``.
+
         Args:
-          like: a tree of arrays or `jax.ShapeDtypeStruct`. Values are not read, so that
-            donated arrays will do; every array goes where its counterpart lies.
+          like: a tree of arrays or `jax.ShapeDtypeStruct`, or a function that makes one
+            for a step's `extra`. Values are not read, so that donated arrays will do;
+            every array goes where its counterpart lies.
           step: which step.
 
         Returns:
           The tree, equal bit for bit to the one that was saved, and its `extra`.
 
         Raises:
+          DamageError: the step is damaged, or every step is.
           ValueError: paths, shapes or dtypes differ (nothing is cast, and nothing is
-            restored in part), an array is damaged, or there is no such step.
+            restored in part), or there is no such step.
         """
-        path = self._find("restore", step)
-        leaves, targets = _flatten("restore", like)
-        record = _record(path)
-        _refuse_other(path, record["leaves"], leaves)
-        stored = _read(path, record)[0]
-        values = [
-            _place(leaf.path, *stored[leaf.path], target)
-            for leaf, target in zip(leaves, targets, strict=True)
-        ]
-        return jax.tree.unflatten(jax.tree.structure(like), values), record["extra"]
+        paths, damaged = self._find("restore", step), {}
+        for path in paths:
+            try:
+                tree, extra = _restore(path, like)
+            except DamageError as error:
+                if step is not None:
+                    raise
+                damaged[path] = error
+                continue
+            if damaged:
+                self._damaged |= {int(path.name) for path in damaged}
+                errors = "\n".join(map(str, damaged.values()))
+                went = f"went back to step {path.name}, the newest that is whole"
+                warnings.warn(f"{errors}\nrestore: {went}.", stacklevel=2)
+            return tree, extra
+        errors = "\n".join(map(str, damaged.values()))
+        wanted = f"a checkpoint in {self.directory} that is whole"
+        raise DamageError(message("restore", wanted, f"none:\n{errors}"))
+
+    def poll(self) -> None:
+        """Raises OSError if a save has failed; waits for nothing."""
+        if self._saving is not None and self._saving.done():
+            self.wait()
 
     def wait(self) -> None:
         """Returns when nothing is in flight; raises OSError if the save failed."""
@@ -286,9 +337,10 @@ def save_tree(path: str | os.PathLike, tree: Mapping[str, Any]) -> None:
     staging = target.with_name(f".{target.name}{_STAGING}")
     _stage("save_tree", staging, target, host)
     try:
-        record = {"export": True, "leaves": _entries(leaves, host)}
+        entries: Future = Future()
+        entries.set_result(_entries(leaves, host))
         tree = jax.tree.unflatten(jax.tree.structure(tree), host)
-        _commit("save_tree", staging, target, tree, record)
+        _commit("save_tree", staging, target, tree, {"export": True}, entries)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
@@ -440,50 +492,65 @@ def _stage(caller: str, staging: Path, target: Path, host: list[np.ndarray]) -> 
         raise ValueError(message(caller, "a tree with arrays in it", "none"))
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
-    if shutil.disk_usage(staging).free < sum(array.nbytes for array in host):
+    if shutil.disk_usage(staging).free < _size(host):
         staging.rmdir()
-        raise _failure(caller, target, host, "the disk is full", errno.ENOSPC)
+        full = OSError(errno.ENOSPC, "the disk is full")
+        raise unwritten(caller, target, _size(host), full)
 
 
 def _commit(
-    caller: str, staging: Path, target: Path, tree: dict, record: dict[str, Any]
+    caller: str,
+    staging: Path,
+    target: Path,
+    tree: dict,
+    record: dict[str, Any],
+    entries: Future,
 ) -> None:
     """Writes tree and record under `staging`, and renames them into place together."""
     staged = staging / target.name
     try:
         with _orbax() as orbax:
             orbax.save(staged, args=ocp.args.StandardSave(tree))
-        (staged / _RECORD).write_text(json.dumps({"format": _FORMAT, **record}))
+        files = {
+            str(path.relative_to(staged)): path.stat().st_size
+            for path in sorted(staged.rglob("*"))
+            if path.is_file()
+        }
+        record = {
+            "format": _FORMAT,
+            **record,
+            "files": files,
+            "leaves": entries.result(),
+        }
+        sealed = record | {"crc32": zlib.crc32(json.dumps(record).encode())}
+        (staged / _RECORD).write_text(json.dumps(sealed), encoding="utf-8")
         if _is_export(target):
             target.rename(staging / f"{target.name}.replaced")
         staged.rename(target)
     except Exception as error:
         shutil.rmtree(staging, ignore_errors=True)
-        reason = str(error).partition("\n")[0][:300]
-        code = getattr(error, "errno", None) or errno.EIO
-        if "No space left" in str(error):  # as tensorstore words it
-            reason, code = "the disk is full", errno.ENOSPC
-        raise _failure(caller, target, jax.tree.leaves(tree), reason, code) from error
+        raise unwritten(caller, target, _size(jax.tree.leaves(tree)), error) from error
 
 
-def _failure(
-    caller: str, target: Path, host: list[np.ndarray], reason: str, code: int
-) -> OSError:
-    needed = sum(array.nbytes for array in host)
-    free = shutil.disk_usage(target.parent).free
-    text = (
-        f"{caller}: nothing was written, {reason}; {needed} bytes are needed and "
-        f"{free} are free. What was there before is as it was"
-    )
-    return OSError(code, text, str(target))
+def _size(host: list[np.ndarray]) -> int:
+    return sum(array.nbytes for array in host)
 
 
 def _record(path: Path) -> dict[str, Any]:
+    file = path / _RECORD
     try:
-        record = json.loads((path / _RECORD).read_text())
+        if not file.is_file() or file.is_symlink():
+            raise ValueError("no such file")
+        if file.stat().st_size > _LARGEST_RECORD:
+            raise ValueError(f"it is larger than {_LARGEST_RECORD} bytes")
+        record = json.loads(file.read_text(encoding="utf-8"))
         version = record["format"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise _damaged(path / _RECORD, error) from error
+        if version == _FORMAT:
+            found = record.pop("crc32")
+            if found != zlib.crc32(json.dumps(record).encode()):
+                raise ValueError("its checksum is another")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise _damaged(file, error) from error
     if version != _FORMAT:
         got = f"format {version} in {path}"
         do = "Read it with the version of hintjax that wrote it, or a newer one."
@@ -495,8 +562,31 @@ def _is_export(path: Path) -> bool:
     return (path / _RECORD).is_file() and "export" in _record(path)
 
 
+def _restore(path: Path, like: Any) -> tuple[PyTree, dict[str, Any]]:
+    """One step in the structure of `like`, with its `extra`."""
+    record = _record(path)
+    like = like(record["extra"]) if callable(like) else like
+    leaves, targets = _flatten("restore", like)
+    _refuse_other(path, record["leaves"], leaves)
+    stored = _read(path, record)[0]
+    values = [
+        _place(leaf.path, *stored[leaf.path], target)
+        for leaf, target in zip(leaves, targets, strict=True)
+    ]
+    return jax.tree.unflatten(jax.tree.structure(like), values), record["extra"]
+
+
 def _read(path: Path, record: dict[str, Any]) -> tuple[dict, dict]:
-    """{path: (array, key implementation)} and the tree of them, all as recorded."""
+    """{path: (array, key implementation)} and the tree of them, all as recorded.
+
+    Before Orbax opens a file it has to be a file, in its place and of its size.
+    """
+    for name, size in record["files"].items():
+        file = path / name
+        if file.resolve() != path.resolve() / name or not file.is_file():
+            raise _damaged(file, "it is not there as a plain file")
+        if file.stat().st_size != size:
+            raise _damaged(file, f"{file.stat().st_size} bytes of {size}")
     try:
         with _orbax() as orbax:
             tree = orbax.restore(path)
@@ -518,10 +608,10 @@ def _read(path: Path, record: dict[str, Any]) -> tuple[dict, dict]:
     return stored, tree
 
 
-def _damaged(path: Path, what: object) -> ValueError:
+def _damaged(path: Path, what: object) -> DamageError:
     got = f"damage: {what}".partition("\n")[0][:200]
     do = "Restore another step."
-    return ValueError(message("checkpoint", f"{path} as it was written", got, do))
+    return DamageError(message("checkpoint", f"{path} as it was written", got, do))
 
 
 def _refuse_other(path: Path, stored: list[dict], wanted: list[_Leaf]) -> None:

@@ -11,6 +11,8 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,7 +30,13 @@ from jax.sharding import NamedSharding, PartitionSpec
 from orbax.checkpoint import v1
 
 from hintjax import checkpoint
-from hintjax.checkpoint import fingerprint, load_tree, open_checkpoints, save_tree
+from hintjax.checkpoint import (
+    DamageError,
+    fingerprint,
+    load_tree,
+    open_checkpoints,
+    save_tree,
+)
 from hintjax.sharding import data_mesh
 
 ROOT = Path(checkpoint.__file__).parents[1]
@@ -208,6 +216,7 @@ def test_a_save_in_flight_is_waited_for_and_none_is_skipped(tmp_path, monkeypatc
     checkpoints = open_checkpoints(tmp_path, keep=9)
     checkpoints.save(0, SMALL)
     assert names(tmp_path) == [".hintjax-tmp"]  # it returned while nothing is written
+    checkpoints.poll()  # nor does this wait
     threading.Timer(0.2, event.set).start()
     for step in range(1, 5):
         checkpoints.save(step, SMALL)
@@ -313,6 +322,12 @@ def no_room():
     limit_file_size(soft)
 
 
+def until_done(poll):
+    for _ in range(1000):
+        poll()
+        time.sleep(0.01)
+
+
 BIG = {"w": np.random.default_rng(0).standard_normal(500_000)}
 
 
@@ -327,6 +342,7 @@ def test_a_failed_save_is_told_once_and_leaves_no_trace(tmp_path, no_room, capfd
         checkpoints.close,
         checkpoints.latest,
         lambda: checkpoints.save(3, SMALL),
+        lambda: until_done(checkpoints.poll),
     ):
         no_room(1_000_000)
         checkpoints.save(2, BIG)
@@ -337,6 +353,7 @@ def test_a_failed_save_is_told_once_and_leaves_no_trace(tmp_path, no_room, capfd
         assert e.value.filename == str(tmp_path / "2")
         no_room(soft)
         checkpoints.wait()  # told once
+        checkpoints.poll()
         assert names(tmp_path) == ["1"]
     assert fingerprint(checkpoints.restore(BIG)[0]) == before
     checkpoints.save(2, BIG)
@@ -450,17 +467,137 @@ def test_damage_is_seen(tmp_path):
                 read()
             next(broken, None)
         read()
-    # A flip that is invisible to Orbax: the record says otherwise.
     record = tmp_path / "1" / "hintjax.json"
-    wrong = json.loads(record.read_text())
-    wrong["leaves"][0]["crc32"] ^= 1
-    record.write_text(json.dumps(wrong))
-    with pytest.raises(ValueError, match="as it was written, got damage: w"):
+    whole = record.read_text()
+    record.write_text(whole.replace('"best": true', '"best": false'))
+    with pytest.raises(DamageError, match="its checksum is another"):
         checkpoints.restore(tree)
-    wrong["format"] = 2
+    # A flip that is invisible to Orbax: the record says otherwise.
+    wrong = json.loads(whole)
+    wrong["leaves"][0]["crc32"] ^= 1
+    del wrong["crc32"]
+    wrong["crc32"] = zlib.crc32(json.dumps(wrong).encode())
     record.write_text(json.dumps(wrong))
-    with pytest.raises(ValueError, match="expected format 1, got format 2"):
+    with pytest.raises(DamageError, match="as it was written, got damage: w"):
+        checkpoints.restore(tree)
+    wrong["format"] = 3
+    record.write_text(json.dumps(wrong))
+    with pytest.raises(ValueError, match="expected format 2, got format 3"):
         checkpoints.peek()
+
+
+@pytest.fixture(scope="module")
+def three_steps(tmp_path_factory):
+    path = tmp_path_factory.mktemp("three") / "steps"
+    with open_checkpoints(path, keep=3) as checkpoints:
+        for step in (1, 2, 3):
+            checkpoints.save(step, saved_small(step), {"at": step})
+    return path
+
+
+def saved_small(step):
+    return {"w": np.random.default_rng(step).standard_normal(64), "n": np.int32(step)}
+
+
+def spoil(path, how):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 16
+    {
+        "flip": lambda: path.write_bytes(data),
+        "truncate": lambda: path.write_bytes(data[:-1]),
+        "zero": lambda: path.write_bytes(bytes(len(data))),
+        "delete": path.unlink,
+    }[how]()
+
+
+@pytest.mark.parametrize("how", ["flip", "truncate", "zero", "delete"])
+def test_any_damaged_file_is_named_or_harmless_and_an_older_step_is_read(
+    how, three_steps, tmp_path
+):
+    files = [p for p in (three_steps / "3").rglob("*") if p.is_file()]
+    assert len(files) > 5
+    seen = 0
+    for number, file in enumerate(files):
+        run = tmp_path / str(number)
+        shutil.copytree(three_steps, run)
+        spoil(run / file.relative_to(three_steps), how)
+        checkpoints = open_checkpoints(run)
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            tree, extra = checkpoints.restore(SMALL64)
+        if extra["at"] == 3:
+            assert not told
+        else:
+            seen += 1
+            (warning,) = told  # one, whatever was found
+            assert f"{run / '3'}" in str(warning.message)
+            assert "went back to step 2" in str(warning.message)
+            assert checkpoints.latest() == 2
+        assert_same(tree, saved_small(extra["at"]))
+    # Orbax reads only some of its files; but all are there, and whole.
+    assert seen == len(files) if how in ("truncate", "delete") else seen >= 4
+
+
+SMALL64 = {"w": np.zeros(64), "n": np.int32(0)}
+
+
+@pytest.mark.quick
+def test_the_run_goes_over_damaged_steps_again_and_keeps_them_aside(
+    three_steps, tmp_path
+):
+    run = tmp_path / "run"
+    shutil.copytree(three_steps, run)
+    for step in (2, 3):
+        spoil(run / str(step) / "hintjax.json", "truncate")
+    with open_checkpoints(run, keep=1) as checkpoints:
+        with pytest.warns(UserWarning, match="went back to step 1") as told:
+            tree, extra = checkpoints.restore(lambda extra: saved_small(extra["at"]))
+        assert len(told) == 1 and f"{run / '2'}" in str(told[0].message)
+        assert extra == {"at": 1} and checkpoints.steps() == [1]
+        assert names(run) == ["1", "2", "3"]  # reading changes nothing
+        assert_same(tree, saved_small(1))
+        # The only one that is whole goes when another is there, and not before.
+        checkpoints.save(2, tree)
+    assert names(run) == ["2", "2.damaged", "3.damaged"]
+    checkpoints.restore(SMALL64)
+
+
+def test_when_nothing_is_whole_the_error_says_so_once(three_steps, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(three_steps, run)
+    for step in (1, 2, 3):
+        spoil(run / str(step) / "_METADATA", "delete")
+    with pytest.raises(DamageError, match="that is whole, got none") as error:
+        open_checkpoints(run).restore(SMALL64)
+    for step in (1, 2, 3):
+        assert f"{run / str(step) / '_METADATA'}" in str(error.value)
+    with pytest.raises(DamageError, match="Restore another step"):
+        open_checkpoints(run).restore(SMALL64, 3)
+    assert names(run) == ["1", "2", "3"]
+
+
+def test_another_tree_is_no_damage_and_nothing_older_is_tried(three_steps):
+    with pytest.raises(ValueError, match="restore: expected the tree in .*3") as error:
+        open_checkpoints(three_steps).restore({"w": np.zeros(3)})
+    assert not isinstance(error.value, DamageError)
+
+
+def test_links_and_giants_are_refused_before_they_are_opened(three_steps, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(three_steps, run)
+    for step, name in ((1, "_METADATA"), (2, "hintjax.json")):
+        path = run / str(step) / name
+        path.rename(tmp_path / f"{step}")
+        path.symlink_to(tmp_path / f"{step}")
+    for name in ("_METADATA", "hintjax.json"):
+        whole = (run / "3" / name).read_bytes()
+        os.truncate(run / "3" / name, 2**40)  # sparse
+        with pytest.raises(DamageError, match=name):
+            open_checkpoints(run).restore(SMALL64)
+        (run / "3" / name).write_bytes(whole)
+    for step in (1, 2):
+        with pytest.raises(DamageError, match="no such file|a plain file"):
+            open_checkpoints(run).restore(SMALL64, step)
 
 
 # Fingerprints

@@ -15,10 +15,11 @@ PACKAGE = Path(__file__).parent.parent / "hintjax"
 # Every file or folder of the package, from the ground up. Files of one folder may
 # import each other (Python itself refuses a circle); a folder counts as one entry.
 ORDER = (
-    *("_checks", "_numerics", "losses", "memory"),
+    *("_checks", "_numerics", "losses", "sharding", "memory"),
     *("paths", "networks", "networks_nnx", "regressors", "method", "views"),
     *("teachers", "methods"),
-    *("pairing", "balance", "sharding", "stages", "cache", "checkpoint"),
+    *("pairing", "balance", "stages", "rundir", "signals"),
+    *("cache", "checkpoint"),
     *("models", "weights", "metrics", "config", "data", "viz", "export"),
     *("train", "recipes", "experiment", "compare", "cli"),
 )
@@ -44,6 +45,8 @@ OUTSIDE = {
     "balance": MODELS,
     "sharding": TRAINING,
     "stages": TRAINING,
+    "rundir": MATHEMATICS,
+    "signals": MATHEMATICS,
     "cache": TRAINING,
     "checkpoint": TRAINING | {"orbax"},
     "models": MODELS,

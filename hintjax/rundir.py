@@ -1,0 +1,148 @@
+"""A run directory: one process owns it, and its small files are replaced whole."""
+
+import contextlib
+import datetime
+import errno
+import fcntl
+import json
+import os
+import shutil
+import socket
+import threading
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+
+from hintjax._checks import message
+
+LOCK = "run.lock"
+
+# What this process owns, by the thread that took it: a run takes its directory again
+# for each of its parts, and two threads are two runs.
+_OWNED: set[tuple[Path, int]] = set()
+
+
+@contextlib.contextmanager
+def owned(run_dir: str | os.PathLike[str]) -> Iterator[None]:
+    """Makes a run directory and owns it until the block ends.
+
+    The kernel frees the lock when the process ends, however it ends, so that none is
+    ever stale. On several hosts the first process owns the directory for all.
+
+    Args:
+        run_dir: of the run.
+
+    Raises:
+        ValueError: at once, if another run owns it, naming its process, host and start;
+            or if it cannot be written.
+    """
+    path = Path(run_dir).expanduser().absolute()
+    mine = (path, threading.get_ident())
+    if mine in _OWNED or jax.process_index() != 0:
+        yield
+        return
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        file = _lock(path)
+    except OSError as error:
+        wanted = "a run directory that can be written"
+        raise ValueError(message("run", wanted, f"{error}")) from None
+    _OWNED.add(mine)
+    try:
+        yield
+    finally:
+        _OWNED.discard(mine)
+        with contextlib.suppress(OSError):
+            (path / LOCK).unlink()
+        os.close(file)
+
+
+def _lock(run_dir: Path) -> int:
+    path = run_dir / LOCK
+    while True:
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(file)
+            do = "Wait for it, stop it, or choose another run directory."
+            got = f"{run_dir} in use by {_owner(path)}"
+            raise ValueError(
+                message("run", "a run directory of its own", got, do)
+            ) from None
+        except OSError as error:  # some network file systems have no locks
+            text = f"{run_dir} is not protected from a second run: {error}"
+            warnings.warn(text, stacklevel=4)
+        # An owner that ended in between has removed the file that was opened.
+        with contextlib.suppress(FileNotFoundError):
+            if os.fstat(file).st_ino == path.stat().st_ino:
+                break
+        os.close(file)
+    since = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+    owner = {"pid": os.getpid(), "host": socket.gethostname(), "since": since}
+    os.truncate(file, 0)
+    os.write(file, json.dumps(owner).encode())
+    return file
+
+
+def _owner(lock: Path) -> str:
+    try:
+        owner = json.loads(lock.read_text(encoding="utf-8"))
+        return f"process {owner['pid']} on {owner['host']} since {owner['since']}"
+    except (OSError, ValueError, KeyError, TypeError):  # it has only just begun
+        return "another process"
+
+
+def inside(root: Path, name: str) -> Path:
+    """`root / name`, which has to lie in `root`, links followed.
+
+    >>> inside(Path("runs"), "digits/seed0")
+    PosixPath('runs/digits/seed0')
+    >>> inside(Path("runs"), "../elsewhere")
+    Traceback (most recent call last):
+    ...
+    ValueError: run: expected a name within runs, got '../elsewhere'.
+    """
+    path, top = root / name, root.resolve()
+    if top not in path.resolve().parents:
+        raise ValueError(message("run", f"a name within {root}", repr(name)))
+    return path
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replaces a file by one of that text, whole or not at all."""
+    staging = path.with_name(f".{path.name}.tmp")
+    data = text.encode()
+    try:
+        with staging.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        staging.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            staging.unlink(missing_ok=True)
+        raise unwritten("write", path, len(data), error) from error
+
+
+def unwritten(caller: str, target: Path, needed: int, error: Exception) -> OSError:
+    """What is raised instead when something could not be written.
+
+    Args:
+        caller: who wanted to.
+        target: its path.
+        needed: bytes.
+        error: what went wrong.
+    """
+    reason = str(error).partition("\n")[0][:300]
+    code = getattr(error, "errno", None) or errno.EIO
+    if code == errno.ENOSPC or "No space left" in str(error):  # as tensorstore words it
+        reason, code = "the disk is full", errno.ENOSPC
+    free = shutil.disk_usage(target.parent).free
+    text = (
+        f"{caller}: nothing was written, {reason}; {needed} bytes are needed and "
+        f"{free} are free. What was there before is as it was"
+    )
+    return OSError(code, text, str(target))
