@@ -9,6 +9,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import flax.errors
 import flax.nnx
 import jax
 import jax.numpy as jnp
@@ -16,11 +17,6 @@ from jaxtyping import PyTree
 
 from hintjax._checks import message
 from hintjax.networks import Network, Variables, default_call, watched
-
-_HIDDEN = (
-    "It is not called, or in a transform of jax that its activations cannot leave: "
-    "use nnx.scan, nnx.remat or nnx.jit."
-)
 
 
 def nnx(
@@ -49,37 +45,24 @@ def nnx(
     Raises:
         TypeError: if the model takes other arguments and there is no `call`.
 
-    >>> from flax import nnx as flax_nnx
-    >>> class Student(flax_nnx.Module):
-    ...     def __init__(self, rngs):
-    ...         self.hidden = flax_nnx.Linear(3, 4, rngs=rngs)
-    ...         self.head = flax_nnx.Linear(4, 2, rngs=rngs)
-    ...     def __call__(self, x):
-    ...         return self.head(self.hidden(x))
-    >>> net = nnx(Student)
+    >>> def student(rngs):
+    ...     layers = [flax.nnx.Linear(3, n, rngs=rngs) for n in (3, 2)]
+    ...     return flax.nnx.Sequential(*layers)
+    >>> net = nnx(student)
     >>> x = jnp.ones((1, 3))
     >>> params, state = net.init(jax.random.key(0), x)
     >>> {path: layer.shape for path, layer in net.layers(params, state, x).items()}
-    {'hidden': (1, 4), 'head': (1, 2)}
+    {'layers/0': (1, 3), 'layers/1': (1, 2)}
     """
-    if isinstance(model, flax.nnx.Module):
-        graph, *parts = _split(model)
-        templates = jax.eval_shape(lambda: parts)
-    else:
-        # The graph is the same for every key, and this draws nothing.
-        graph, *templates = _split(
-            flax.nnx.eval_shape(lambda: model(rngs=flax.nnx.Rngs(0)))
-        )
-    streams, params_like, state_like = templates
-    blank = flax.nnx.merge(graph, *templates)
-    name = type(blank).__name__
-    call = call or default_call("nnx", blank)
+    factory = (lambda rngs: model) if isinstance(model, flax.nnx.Module) else model
+    # The graph is the same for every key, and this draws nothing.
+    shape = flax.nnx.eval_shape(lambda: factory(rngs=flax.nnx.Rngs(0)))
+    graph, streams, params_like, state_like = _split(shape)
+    name = type(shape).__name__
+    call = call or default_call("nnx", shape)
 
     def init(key, inputs):
-        made = model
-        if not isinstance(model, flax.nnx.Module):
-            made = model(rngs=flax.nnx.Rngs(key))
-        _, _, params, state = _split(made)
+        _, _, params, state = _split(factory(rngs=flax.nnx.Rngs(key)))
         return Variables(_plain(params), _plain(state))
 
     def run(params, state, inputs, train, key, watch, given):
@@ -93,19 +76,22 @@ def nnx(
             _filled("params", params_like, params),
             _filled("state", state_like, state),
         )
-        if train:
-            made.train()
-        else:
-            made.eval()
-        if watch:
-            for path, module in list(flax.nnx.iter_modules(made)):
-                _watch(module, tuple(map(str, path)), watch, given)
-        output, captured = flax.nnx.capture(call, flax.nnx.Intermediate)(
-            made, inputs, train
-        )
+        made.train() if train else made.eval()
+        for path, module in list(flax.nnx.iter_modules(made)) if watch else ():
+            _watch(module, tuple(map(str, path)), watch, given)
+
+        def called(made):
+            for _, module in list(flax.nnx.iter_modules(made)):
+                # Some versions mark lists too, which no transform then takes.
+                if isinstance(module, flax.nnx.List):
+                    vars(module).pop("__captures__", None)
+            return call(made, inputs, train)
+
+        output, captured = flax.nnx.capture(called, flax.nnx.Intermediate)(made)
         return output, _plain(captured), _plain(_split(made)[-1])
 
-    return watched(name, init, run, _HIDDEN)
+    do = "It is not called, or in a transform of jax: use nnx.scan, nnx.remat, nnx.jit."
+    return watched(name, init, run, hidden=do)
 
 
 def nnx_update(model: flax.nnx.Module, variables: Variables) -> None:
@@ -146,37 +132,28 @@ def _plain(state):
 def _filled(where, like, tree):
     """The inverse of `_plain`: a state of new variables."""
 
-    def value(path):
+    def filled(path, leaf):
         try:
-            return functools.reduce(lambda node, part: node[str(part)], path, tree)
+            value = functools.reduce(lambda node, part: node[str(part)], path, tree)
         except (KeyError, TypeError) as error:
-            got = f"none at {'/'.join(map(str, path))!r}"
-            do = "Pass what the network's init gave."
+            got, do = f"none at {path}", "Pass what the network's init gave."
             raise ValueError(message(where, "this model's", got, do)) from error
+        return leaf.replace(value) if isinstance(leaf, flax.nnx.Variable) else value
 
-    return _new(like, value)
-
-
-def _new(like, value):
-    """A state of new variables, with values by path."""
-    return flax.nnx.from_flat_state(
-        (path, leaf.replace(value(path)))
-        if isinstance(leaf, flax.nnx.Variable)
-        else (path, value(path))
-        for path, leaf in flax.nnx.to_flat_state(like)
-    )
+    flat = flax.nnx.to_flat_state(like)
+    return flax.nnx.from_flat_state((path, filled(path, leaf)) for path, leaf in flat)
 
 
 def _streams(like, key):
     """Random streams at their start, each with its own key."""
-    values = {}
-    for number, (path, leaf) in enumerate(flax.nnx.to_flat_state(like)):
-        if isinstance(leaf, flax.nnx.RngKey):
-            one = jax.random.fold_in(key, number)
-            values[path] = jax.random.split(one, leaf.shape) if leaf.shape else one
-        else:
-            values[path] = jnp.zeros(leaf.shape, leaf.dtype)
-    return _new(like, values.__getitem__)
+
+    def start(number, leaf):
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            return jax.random.split(jax.random.fold_in(key, number), leaf.shape)
+        return jnp.zeros(leaf.shape, leaf.dtype)
+
+    leaves, tree = jax.tree.flatten(like)
+    return jax.tree.unflatten(tree, [start(*leaf) for leaf in enumerate(leaves)])
 
 
 def _watch(module, scope, watch, given):
@@ -185,17 +162,16 @@ def _watch(module, scope, watch, given):
     `nnx.capture(method_outputs=...)` changes the class for all its instances, those of
     other networks included, and passes over inherited methods.
     """
-    ours = set(flax.nnx.Module.__mro__)
     methods = {
         name
-        for base in type(module).__mro__
-        if base not in ours
+        for base in set(type(module).__mro__) - set(flax.nnx.Module.__mro__)
         for name, value in vars(base).items()
         if callable(value) and not isinstance(value, (type, staticmethod, classmethod))
     }
     outputs = frozenset(name for name in methods if watch(scope, name))
     inputs = frozenset(name for name in methods if (scope, name) in given)
     if outputs or inputs:
+        module._hintjax = True
         # Not through the module's own __setattr__, which would keep it as a field.
         watching = _watching(type(module), outputs, inputs)
         object.__setattr__(module, "__class__", watching)
@@ -205,24 +181,28 @@ def _watch(module, scope, watch, given):
 def _watching(cls, outputs, inputs):
     """A subclass, made once, that sows what some methods are given and return."""
 
+    def sow(module, name, value):
+        try:
+            module._hintjax = True  # refused inside a transform of jax
+        except flax.errors.TraceContextError:
+            return  # the value could not leave it
+        module.sow(flax.nnx.Intermediate, name, value)
+
     def sowing(name):
         @functools.wraps(getattr(cls, name))
         def method(self, *args, **kwargs):
             if name in inputs:
                 given = (*args, *kwargs.values())
-                given = given[0] if len(given) == 1 else given
-                self.sow(flax.nnx.Intermediate, f"{name}:in", given)
+                sow(self, f"{name}:in", given[0] if len(given) == 1 else given)
             result = getattr(super(watching, self), name)(*args, **kwargs)
             if name in outputs:
-                self.sow(flax.nnx.Intermediate, name, result)
+                sow(self, name, result)
             return result
 
         return method
 
     methods = {name: sowing(name) for name in outputs | inputs}
-    # A name for `super` above: the class is made once its methods are.
-    watching = type(cls)(cls.__name__, (cls,), methods)
-    return watching
+    return (watching := type(cls)(cls.__name__, (cls,), methods))
 
 
 __all__ = ["nnx", "nnx_update"]

@@ -713,24 +713,20 @@ def test_split_leaves_the_argument_alone_and_drops_what_was_sown():
 # Any function
 
 
-def scaled(x, scale):
-    return scale * x, x.sum(0)
-
-
 def perceptron(params, state, inputs, train, key):
     """Two layers by hand, a scan, a running mean, and hints of every shape."""
     inner = inputs @ params["layers"][0]["w"]
     mean = inner.mean(0) if train else state["mean"]
     outer = (inner - mean) @ params["layers"][1]["w"]
-    last, steps = jax.lax.scan(scaled, outer, jnp.arange(3.0))
-    stacked = jax.lax.scan(lambda x, _: (2 * x, x), outer, None, length=3)[1]
+    last, stacked = jax.lax.scan(lambda x, _: (2 * x, x), outer, None, length=3)
     hints = {
         "outer": outer,
         "layers.0/act[0]": inner,  # the key of another framework, taken as it is
         "nested": {"pair": (inner, outer), "text": "none"},
         "stacked": stacked,
+        "last": last,
     }
-    return last + steps.sum(), hints, {"mean": mean}
+    return last, hints, {"mean": mean}
 
 
 def perceptron_init(key, inputs):
@@ -765,7 +761,7 @@ def test_the_layers_of_a_function_are_in_the_order_of_execution():
     layers = network.layers(*variables, TOKENS)
     first, second = {"layers.0/act[0]", "nested/pair[0]"}, {"outer", "nested/pair[1]"}
     assert set(list(layers)[:2]) == first and set(list(layers)[2:4]) == second
-    assert list(layers)[4:] == ["stacked[0]", "stacked[1]", "stacked[2]"]
+    assert list(layers)[4:] == ["stacked[0]", "stacked[1]", "stacked[2]", "last"]
     wants = Wants(hints=tuple(layers))
     features, _ = network.apply(*variables, TOKENS, wants=wants, train=False)
     assert {p: h.shape for p, h in features.hints.items()} == {
@@ -792,6 +788,7 @@ def test_the_state_of_a_function_moves_in_training_only():
     [
         ("outr", ValueError, r"perceptron: expected the path.*Nearest: outer, "),
         ("outer[0]", ValueError, r"got 'outer\[0\]'\. Nearest: outer, "),
+        ("last[0]", ValueError, r"got 'last\[0\]'\. Nearest: last, "),
         ("stacked[3]", ValueError, r"got 'stacked\[3\]'\. Nearest: stacked\["),
         ("nested/pair[2]", ValueError, r"Nearest: nested/pair\["),
         ("nested/pair", TypeError, r"got tuple\. Choose an entry"),

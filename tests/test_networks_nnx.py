@@ -220,6 +220,7 @@ HINTS = (
 )
 
 
+@pytest.mark.quick
 def test_every_kind_of_hint_is_that_of_linen():
     # Both train=True and False, with BatchNorm's statistics after each.
     for train in (False, True):
@@ -231,6 +232,7 @@ def test_every_kind_of_hint_is_that_of_linen():
         close(got[1], want[1]["batch_stats"])
 
 
+@pytest.mark.quick
 def test_layers_are_those_of_linen_in_the_same_order():
     linen, mine = (
         network.layers(*variables, X)
@@ -240,10 +242,13 @@ def test_layers_are_those_of_linen_in_the_same_order():
     assert list(mine)[-3:] == ["layers/dense[2]", "layers[0][2]", "head"]
 
 
+@pytest.mark.quick
 def test_a_list_has_numbers_and_layers_come_in_the_order_of_execution():
     network, variables = small(Listed)
     names = ["blocks/2", "blocks/1", "blocks/0", "tail/layers/1", "tail"]
     assert list(network.layers(*variables, X)) == names
+    rematted = hj.nnx(Listed, call=lambda m, x, _: nnx.remat(Listed.__call__)(m, x))
+    assert list(rematted.layers(*variables, X)) == names
     features, _ = shown(network, variables, "blocks/1")
     block = variables.params["blocks"]["2"]
     x = X @ block["kernel"] + block["bias"]
@@ -279,6 +284,12 @@ def test_what_does_not_feed_a_hint_is_not_computed():
 # Errors
 
 
+def test_it_is_imported_when_used_and_nothing_else_is():
+    with pytest.raises(AttributeError, match="'hintjax' has no attribute 'nxx'"):
+        assert hj.nxx
+    assert {"nnx", "nnx_update"} < set(hj.__all__)
+
+
 @pytest.mark.parametrize(
     ("path", "message"),
     [
@@ -301,7 +312,7 @@ def test_an_activation_that_is_no_array():
         shown(networks()[1], weights()[1], "attention")
 
 
-@pytest.mark.parametrize("method", ["unused", "checkpointed"])
+@pytest.mark.parametrize("method", ["unused", "checkpointed", "closed_over"])
 def test_a_module_that_shows_nothing_says_why(method):
     class Hiding(nnx.Module):
         def __init__(self, rngs):
@@ -313,9 +324,13 @@ def test_a_module_that_shows_nothing_says_why(method):
         def checkpointed(self, x):
             return jax.checkpoint(lambda dense, x: dense(x))(self.dense, x)
 
+        def closed_over(self, x):
+            return jax.checkpoint(lambda x: self.dense(x))(x)
+
     network = hj.nnx(Hiding, call=lambda m, x, train: getattr(m, method)(x))
     variables = network.init(KEY, X)
-    with pytest.raises(ValueError, match=r"shows none\. It is not called, or in a tr"):
+    assert network.layers(*variables, X) == {}
+    with pytest.raises(ValueError, match=r"shows none\. It is not called, or in a "):
         shown(network, variables, "dense")
 
 
@@ -341,7 +356,7 @@ def test_a_model_that_cannot_be_called():
 def test_variables_of_another_model():
     network, variables = small(Listed)
     wrong = variables._replace(params={"tail": variables.params["tail"]})
-    message = "params: expected this model's, got none at 'blocks/0/bias'. Pass what"
+    message = "params: expected this model's, got none at ('blocks', 0, 'bias')."
     with pytest.raises(ValueError, match=re.escape(message)):
         shown(network, wrong)
 
@@ -378,6 +393,7 @@ def test_variables_are_written_into_a_model():
         hj.nnx_update(model, small(Listed)[1])
 
 
+@pytest.mark.quick
 def test_dropout_is_that_of_the_key():
     network = hj.nnx(Noisy)
     x = jnp.ones((4, 64))
@@ -396,6 +412,10 @@ def test_dropout_is_that_of_the_key():
     # Two layers of one key draw two masks: a quarter survives, four times as large.
     assert set(np.unique(one)) == {0, 4}
     assert 0.15 < (one > 0).mean() < 0.35
+    model = Noisy(nnx.Rngs(0))
+    model.eval()
+    network = hj.nnx(model)  # however the model was left
+    np.testing.assert_array_equal(output(True, jax.random.key(1)), one)
     with pytest.raises(ValueError, match="Noisy: expected a key in training, got None"):
         output(True)
 
@@ -438,6 +458,7 @@ def batches():
     ]
 
 
+@pytest.mark.quick
 def test_both_stages_give_the_numbers_of_linen(tmp_path):
     """Hint stage and distillation stage, three updates each, and a checkpoint."""
     pairs = [("first", "rematted"), ("layers/dense[0]", "layers/dense[1]")]
@@ -476,7 +497,6 @@ def test_both_stages_give_the_numbers_of_linen(tmp_path):
     close(state.state, linen.state["batch_stats"])
     losses = [metrics["loss"] for metrics in got]
     assert np.isfinite(losses).all() and losses[2] < losses[0]
-    print(losses)
 
     with open_checkpoints(tmp_path) as checkpoints:
         checkpoints.save(6, state)
