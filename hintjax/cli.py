@@ -33,6 +33,7 @@ from hintjax.experiment import (
 )
 from hintjax.metrics import progress
 from hintjax.recipes import Recipe
+from hintjax.rundir import LOCK, inside, owned, write_text
 
 RECIPES: dict[str, Recipe] = {
     "ab": recipes.AB,
@@ -125,6 +126,11 @@ def distill(config: Config, run_dir: Path, *, resume: bool = False) -> None:
     """
     arms = _arms(config) if config.method is None else []
     used = [arm.recipe for arm in arms] or [_recipe(config.method)]
+    with owned(run_dir):
+        _distill(config, run_dir, arms, used, resume)
+
+
+def _distill(config, run_dir, arms, used, resume):
     setting = prepare(config, teach=config.method != "backprop")
     steps = {step.name: step for recipe in used for step in check(setting, recipe)}
     if not resume:
@@ -147,7 +153,7 @@ def distill(config: Config, run_dir: Path, *, resume: bool = False) -> None:
         found = compare(setting, run_dir, arms, variables, begin=begin)
     baselines = [arm.name for arm in arms if arm.baseline] or [arms[0].name]
     result = table(setting, variables, found, baselines)
-    (run_dir / REPORT).write_text(json.dumps(result, indent=1))
+    write_text(run_dir / REPORT, json.dumps(result, indent=1))
     show_table(result)
     print(f"picture: {picture(setting, run_dir, variables, result, found)}")
 
@@ -161,11 +167,12 @@ def claim(run_dir: Path | None, config: Config) -> Path:
     if run_dir is None:
         name = Path(config.dataset).stem
         now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-        run_dir = Path("runs") / f"{name}-{config.method or 'comparison'}-{now}"
+        name = f"{name}-{config.method or 'comparison'}-{now}"
+        run_dir = inside(Path("runs"), name)
     run_dir = run_dir.expanduser().resolve()
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        if any(run_dir.iterdir()):
+        if any(path.name != LOCK for path in run_dir.iterdir()):
             ours = (run_dir / configs.FILE).exists()
             do = f"Go on with `hintjax resume {run_dir}`." if ours else ""
             do = f"{do} Choose another --run-dir.".strip()
@@ -366,6 +373,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             args=argv,
             config=(tyro.conf.PositionalRequiredArgs,),
         )
+    except KeyboardInterrupt as stopped:
+        print(f"hintjax: stopped. {stopped}".rstrip(), file=sys.stderr)
+        sys.exit(130)
     except (ValueError, TypeError, OSError) as error:
         # What the library says about its input is for the person at the terminal;
         # anything else is a defect, and its traceback is for whoever mends it.

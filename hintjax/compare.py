@@ -33,6 +33,8 @@ from hintjax.networks import Variables, Wants
 from hintjax.pairing import linearly_explained
 from hintjax.recipes import Recipe, middle
 from hintjax.regressors import to_grid
+from hintjax.rundir import inside
+from hintjax.signals import stoppable
 
 REPORT = "report.json"
 _EXAMPLES = 256  # that R^2 is fitted and judged on
@@ -87,7 +89,7 @@ def compare(
     explained = _explained(setting, teacher)
 
     def one(arm, rate, seed):
-        path = run_dir / arm.name / f"rate{rate:g}-seed{seed}"
+        path = inside(run_dir, f"{arm.name}/rate{rate:g}-seed{seed}")
         if not (path / RESULT).exists():
             run(
                 setting,
@@ -141,11 +143,12 @@ def _side_by_side(one, jobs, most):
     """All jobs, in their order; on a CPU, whose cores one small step cannot fill,
     several at a time. Each trains to the same bits as alone."""
     workers = min(os.cpu_count(), most) if jax.default_backend() == "cpu" else 1
-    pool = ThreadPoolExecutor(workers)
-    try:
-        return list(pool.map(lambda job: one(*job), jobs))
-    finally:
-        pool.shutdown(cancel_futures=True)  # after an error, or Ctrl-C
+    with stoppable():  # for all of them: signals come to the main thread
+        pool = ThreadPoolExecutor(workers)
+        try:
+            return list(pool.map(lambda job: one(*job), jobs))
+        finally:
+            pool.shutdown(cancel_futures=True)  # after an error, or Ctrl-C
 
 
 def _explained(setting, teacher):

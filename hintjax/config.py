@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hintjax._checks import message, nearest, positive, positive_int
+from hintjax.rundir import write_text
 
 FILE = "config.yaml"
 
@@ -142,7 +143,8 @@ def save(config: Config, run_dir: str | os.PathLike[str]) -> None:
         name: list(value) if isinstance(value, tuple) else value
         for name, value in dataclasses.asdict(config).items()
     }
-    (Path(run_dir) / FILE).write_text(yaml.safe_dump(fields, sort_keys=False))
+    text = yaml.safe_dump(fields, sort_keys=False, allow_unicode=True)
+    write_text(Path(run_dir) / FILE, text)
 
 
 def load(path: str | os.PathLike[str]) -> Config:

@@ -11,7 +11,6 @@ import functools
 import importlib
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,6 +37,7 @@ from hintjax.export import deployed, deployed_variables
 from hintjax.method import Data
 from hintjax.networks import Network, Variables, Wants, join, linen, split
 from hintjax.recipes import Places, Recipe, Step, backprop
+from hintjax.rundir import owned, write_text
 from hintjax.stages import distillation_stage, hint_stage, student_variables
 from hintjax.train import (
     Fitted,
@@ -53,6 +53,10 @@ from hintjax.train import (
 RESULT = "result.json"
 DEPLOYED = "deployed"  # what is shipped of a student that does not stand alone
 EVALUATION_BATCH = 500
+# Of a config: what says nothing of one run's training, or is known better otherwise
+# (a teacher by its fingerprint), and what may change when a run goes on.
+_ELSEWHERE = ("compare", "data_dir", "rates", "seeds", "teacher", "teacher_epochs")
+_HARMLESS = ("checkpoint_every", "debug", "dispatch")
 
 
 class Setting(NamedTuple):
@@ -299,8 +303,7 @@ def run(
     initial: Network | None = None,
     learning_rate: float | None = None,
     seed: int | None = None,
-    resume: bool = False,
-    show: Callable[..., None] | None = None,
+    **how: Any,
 ) -> tuple[Fitted, dict[str, Any]]:
     """One run, from the data to the student on disk.
 
@@ -313,21 +316,25 @@ def run(
         initial: the network that initialises the student, if that differs.
         learning_rate: instead of the config's.
         seed: instead of the config's.
-        resume: go on where the run stopped.
-        show: see `fit`.
+        **how: resume and show, see `fit`.
 
     Returns:
         How it went, and what result.json says.
     """
-    config, dataset = setting.config, setting.dataset
+    config = setting.config
     config = dataclasses.replace(
         config,
         learning_rate=learning_rate or config.learning_rate,
         seed=config.seed if seed is None else seed,
     )
-    run_dir.mkdir(parents=True, exist_ok=True)
-    if not (run_dir / configs.FILE).exists():
-        configs.save(config, run_dir)
+    with owned(run_dir):
+        if not (run_dir / configs.FILE).exists():
+            configs.save(config, run_dir)
+        return _run(setting, config, run_dir, recipe, teacher, hints, initial, **how)
+
+
+def _run(setting, config, run_dir, recipe, teacher, hints, initial, **how):
+    dataset = setting.dataset
     initialise, feeding, fitting = jax.random.split(jax.random.key(config.seed), 3)
     augment = Augment(pad=config.pad, flip=config.flip)
     if fits_on_device(dataset.train):
@@ -358,10 +365,15 @@ def run(
         validation=validation,
         evaluate_every=config.evaluate_every,
         checkpoint_every=config.checkpoint_every,
-        resume=resume,
+        identity={
+            name: value
+            for name, value in dataclasses.asdict(config).items()
+            if name not in _ELSEWHERE
+        },
+        harmless=_HARMLESS,
         dispatch=config.dispatch,
         debug=config.debug,
-        show=show,
+        **how,
     )
     stage = phases[-1].program.stage
     result = {"steps": fitted.steps, "seconds": round(fitted.seconds, 2)}
@@ -377,7 +389,7 @@ def run(
     if method.deploy is not None:
         parts = (fitted.state, method, setting.teacher, teacher, setting.inputs)
         save_tree(run_dir / DEPLOYED, deployed_variables(*parts)._asdict())
-    (run_dir / RESULT).write_text(json.dumps(result, indent=1))
+    write_text(run_dir / RESULT, json.dumps(result, indent=1))
     return fitted, result
 
 

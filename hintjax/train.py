@@ -3,17 +3,22 @@
 A run is a list of phases, each a stage with its number of steps; the next phase
 starts from the student of the one before. Where a run stands is its global step,
 the phase, and the stage's state: all in one checkpoint, so that a run that was
-killed goes on to the same bits.
+killed goes on to the same bits. SIGTERM and SIGINT save where the run stands before
+they end it; one process owns the run directory as long as it trains.
 
 On a CPU every step is its own asynchronous dispatch (convolutions inside a scan are
 many times slower there); on an accelerator one dispatch is a scan of about a second
-of steps. The host waits for the device once per report, never per step.
+of steps. The host waits for a report and for what it dispatched a while ago, so that
+a signal is not behind a long queue; never for the step it has just dispatched.
 """
 
+import collections
+import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +29,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Key
 
+from hintjax._checks import message
 from hintjax.checkpoint import fingerprint, open_checkpoints
 from hintjax.data import (
     Augment,
@@ -37,10 +43,13 @@ from hintjax.data import (
 from hintjax.method import Data
 from hintjax.metrics import open_metrics
 from hintjax.networks import Variables
+from hintjax.rundir import owned
 from hintjax.sharding import over_batch, replicated
+from hintjax.signals import stoppable
 from hintjax.stages import Stage, State, student_variables
 
 Batch = Mapping[str, Array]
+_AHEAD = 2  # dispatches that the device has not begun
 _MEASURED = 8  # single steps that say how long a step takes on this accelerator
 
 
@@ -280,11 +289,15 @@ def fit(
     report_every: int | None = None,
     resume: bool = False,
     identity: Mapping[str, Any] | None = None,
+    harmless: Collection[str] = (),
     dispatch: int | None = None,
     debug: bool = False,
     show: Callable[[int, Mapping[str, Any], str], None] | None = None,
 ) -> Fitted:
     """Trains a student through its phases, and leaves all in the run directory.
+
+    In the main thread SIGTERM and SIGINT end it after the step at hand, once that is
+    saved: with SystemExit(143), or with KeyboardInterrupt as at any other time.
 
     Args:
         run_dir: metrics and checkpoints go here.
@@ -296,8 +309,10 @@ def fit(
         evaluate_every: epochs between evaluations.
         checkpoint_every: epochs between checkpoints; each phase also ends with one.
         report_every: steps between reports; by default an epoch, at most 100 steps.
-        resume: go on from the newest checkpoint, if there is one.
-        identity: what must be equal for a resume to make sense; JSON.
+        resume: go on from the newest checkpoint that is whole, if there is one.
+        identity: what must be equal for a resume to make sense; JSON. Key, teachers,
+            labels, steps in an epoch and names of phases are in any case.
+        harmless: names in `identity` of what may differ; it is said, not refused.
         dispatch: steps in one dispatch; by default 1 on a CPU, about a second's on an
             accelerator.
         debug: check at every report that parameters and metrics are finite.
@@ -307,10 +322,18 @@ def fit(
         The final state and how it was reached.
 
     Raises:
-        ValueError: if a resumed run has another teacher or another identity.
+        ValueError: if a resumed run has another identity, with all differences; or if
+            another process owns the run directory.
+        OSError: if a checkpoint could not be written, at the next step.
     """
-    teachers = [fingerprint(phase.teacher) for phase in phases]
-    identity = {**(identity or {}), "teachers": teachers}
+    identity = {
+        **(identity or {}),
+        "key": np.ravel(jax.random.key_data(key)).tolist(),
+        "labels": fingerprint({"labels": feed.data.labels}),
+        "phases": [phase.name for phase in phases],
+        "steps_per_epoch": feed.per_epoch,
+        "teachers": [fingerprint(phase.teacher) for phase in phases],
+    }
     report_every = report_every or min(feed.per_epoch, 100)
     evaluate_every, checkpoint_every = (
         epochs * feed.per_epoch for epochs in (evaluate_every, checkpoint_every)
@@ -329,43 +352,65 @@ def fit(
         )
         return phase.adjust(state)
 
-    def save(checkpoints, state, now):
+    def save(state, now, owed=None):
+        """A step that is there already was saved by the run that this one resumes."""
+        if now.at <= (checkpoints.latest() or 0):
+            return now
+        lowest = now.found is not None and (
+            now.lowest is None or now.found < now.lowest
+        )
+        now = now._replace(lowest=now.found if lowest else now.lowest)
         extra = {"now": now._asdict(), "position": feed.position(), "of": identity}
-        checkpoints.save(now.at, state, extra)
+        checkpoints.save(now.at, state, extra | {"owed": _packed(owed)}, best=lowest)
+        return now
+
+    def heed(state, now, owed=None):
+        """Ends the run if a signal has asked for that, but saves it first."""
+        if request.signal is not None:
+            save(state, now, owed)
+            checkpoints.wait()
+            request.obey(f"step {now.at} is saved, fit(..., resume=True) goes on")
 
     def template(number):
         """A state of the shapes that a phase has."""
         carry = phases[number].carry
         return begin(number, student, template(number - 1) if carry else None)
 
-    def restore(checkpoints, saved):
-        extra = checkpoints.peek(saved)
-        _check_identity(run_dir, extra["of"], identity)
-        now = _Now(**extra["now"])
-        state, _ = checkpoints.restore(template(now.phase), saved)
+    def restore():
+        def like(extra):
+            _check_identity(run_dir, extra["of"], identity, harmless)
+            return template(extra["now"]["phase"])
+
+        state, extra = checkpoints.restore(like)
         feed.seek(extra["position"])
-        return state, now
+        return state, _Now(**extra["now"]), _unpacked(extra["owed"])
 
     def report(lines, state, metrics, now):
-        """Waits for the device, and says how things are."""
+        """Says how things are."""
         phase = phases[now.phase]
-        metrics = jax.device_get(metrics)
+
+        def batches():
+            for batch in validation():
+                heed(state, now, metrics)
+                yield batch
+
+        found = {}
         ended = now.at == now.began + phase.steps
         if validation is not None and (ended or now.at % evaluate_every == 0):
-            batches = validation()
-            found = evaluate(phase.program.stage, state, phase.teacher, batches)
-            metrics |= {f"validation/{name}": value for name, value in found.items()}
+            found = evaluate(phase.program.stage, state, phase.teacher, batches())
             loss = found["loss"]
             better = math.isfinite(loss) and (now.best is None or loss < now.best)
             now = now._replace(
                 best=loss if better else now.best,
                 waited=0 if better else now.waited + 1,
+                found=loss if math.isfinite(loss) else None,
             )
+        shown = metrics | {f"validation/{name}": value for name, value in found.items()}
         if debug:
-            chex.assert_tree_all_finite((metrics, state.params, state.state))
-        lines.write(now.at, phase.name, metrics)
+            chex.assert_tree_all_finite((shown, state.params, state.state))
+        lines.write(now.at, phase.name, shown)
         if show is not None:
-            show(now.at, metrics, phase.name)
+            show(now.at, shown, phase.name)
         return now
 
     def over(now):
@@ -373,51 +418,65 @@ def fit(
         tired = phase.patience is not None and now.waited >= phase.patience
         return tired or now.at == now.began + phase.steps
 
-    def train(checkpoints, lines, state, now):
-        """One phase, to its end."""
+    def train(lines, state, now, owed):
+        """One phase, to its end. `owed` are metrics that a signal kept from a report."""
         phase = phases[now.phase]
-        end, timer = now.began + phase.steps, None
+        end, timer, ahead = now.began + phase.steps, None, collections.deque()
         periods = (*pauses, feed.per_epoch)  # no dispatch reaches over one of these
-        while not over(now):
-            stop = min(end, *(now.at - now.at % every + every for every in periods))
-            while now.at < stop:
-                count = now.dispatch or 1
-                count = count if now.at + count <= stop else 1
-                state, metrics = feed.advance(
-                    phase.program, state, phase.teacher, now.at, count
-                )
-                now = now._replace(at=now.at + count)
-                if timer is None:  # that was compilation
-                    jax.block_until_ready(metrics)
-                    timer = _Timer()
-                elif now.dispatch is None and timer.calls() == _MEASURED:
-                    jax.block_until_ready(metrics)
-                    now = now._replace(dispatch=timer.steps_in_a_second())
-            if now.at == end or any(now.at % every == 0 for every in pauses):
-                jax.block_until_ready(metrics)
+        while owed is not None or not over(now):
+            if owed is None:
+                stop = min(end, *(now.at - now.at % every + every for every in periods))
+                while now.at < stop:
+                    heed(state, now)
+                    count = now.dispatch or 1
+                    count = count if now.at + count <= stop else 1
+                    state, metrics = feed.advance(
+                        phase.program, state, phase.teacher, now.at, count
+                    )
+                    checkpoints.poll()
+                    now = now._replace(at=now.at + count, found=None)
+                    ahead.append(metrics)
+                    if len(ahead) > _AHEAD:
+                        jax.block_until_ready(ahead.popleft())
+                    if timer is None:  # that was compilation
+                        jax.block_until_ready(metrics)
+                        timer = _Timer()
+                    elif now.dispatch is None and timer.calls() == _MEASURED:
+                        jax.block_until_ready(metrics)
+                        now = now._replace(dispatch=timer.steps_in_a_second())
+                if now.at < end and all(now.at % every for every in pauses):
+                    continue
+                owed = jax.device_get(metrics)
                 now = now._replace(seconds=now.seconds + timer.seconds())
-                now = report(lines, state, metrics, now)
-                if over(now) or now.at % checkpoint_every == 0:
-                    save(checkpoints, state, now)
-                timer = _Timer()
+                heed(state, now, owed)
+            now, owed = report(lines, state, owed, now), None
+            if over(now) or now.at % checkpoint_every == 0:
+                now = save(state, now)
+            heed(state, now)
+            timer = timer and _Timer()
         return state, now
 
-    with open_checkpoints(Path(run_dir) / "checkpoints") as checkpoints:
-        saved = checkpoints.latest() if resume else None
-        if saved is None:
+    with (
+        owned(run_dir),
+        stoppable() as request,
+        open_checkpoints(Path(run_dir) / "checkpoints") as checkpoints,
+    ):
+        if resume and checkpoints.latest() is not None:
+            state, now, owed = restore()
+        else:
             on_cpu = jax.default_backend() == "cpu"
             now = _Now(dispatch=dispatch or (1 if on_cpu else None))
-            state = begin(0, student, None)
-        else:
-            state, now = restore(checkpoints, saved)
-        with open_metrics(run_dir, resume=now.at if resume else None) as lines:
+            state, owed = begin(0, student, None), None
+        # What is owed a report has not had its line yet.
+        written = now.at - (owed is not None)
+        with open_metrics(run_dir, resume=written if resume else None) as lines:
             while True:
-                state, now = train(checkpoints, lines, state, now)
-                now = now._replace(ended=[*now.ended, now.at])
+                state, now = train(lines, state, now, owed)
+                now, owed = now._replace(ended=[*now.ended, now.at]), None
                 if now.phase + 1 == len(phases):
                     break
                 now = now._replace(
-                    phase=now.phase + 1, began=now.at, best=None, waited=0
+                    phase=now.phase + 1, began=now.at, best=None, waited=0, lowest=None
                 )
                 state = begin(now.phase, student_variables(state), state)
     return Fitted(state, now.at, now.seconds, tuple(now.ended))
@@ -432,6 +491,8 @@ class _Now(NamedTuple):
     ended: Sequence[int] = ()  # the steps at which phases ended
     best: float | None = None  # the phase's lowest validation loss,
     waited: int = 0  # and the evaluations since
+    found: float | None = None  # the validation loss at this very step
+    lowest: float | None = None  # of the phase's steps that were saved
     seconds: float = 0.0
     dispatch: int | None = None
 
@@ -454,11 +515,35 @@ class _Timer:
         return 2 ** int(math.log2(min(max(steps, 1), 256)))
 
 
-def _check_identity(run_dir, saved, ours):
-    changed = [name for name in {**saved, **ours} if saved.get(name) != ours.get(name)]
+def _packed(metrics):
+    """Scalars as JSON, to the bit."""
+    if metrics is None:
+        return None
+    arrays = {name: np.asarray(value) for name, value in metrics.items()}
+    return {name: [str(array.dtype), array.item()] for name, array in arrays.items()}
+
+
+def _unpacked(packed):
+    if packed is None:
+        return None
+    return {
+        name: np.asarray(value, jnp.dtype(dtype))
+        for name, (dtype, value) in packed.items()
+    }
+
+
+def _check_identity(run_dir, saved, ours, harmless):
+    """Shows all that has changed since a run was started, or refuses it."""
+    ours = json.loads(json.dumps(ours))
+    changed = {
+        name: f"{name}: {saved.get(name)!r} before, {ours.get(name)!r} now"
+        for name in {**ours, **saved}
+        if saved.get(name) != ours.get(name)
+    }
+    shown = "\n  ".join(["", *changed.values()]) + "\n"
+    if changed.keys() - set(harmless):
+        wanted = f"{run_dir} to go on as what it was started as"
+        do = "Resume with what it was started with, or start anew."
+        raise ValueError(message("resume", wanted, f"other settings:{shown}", do))
     if changed:
-        name = changed[0]
-        raise ValueError(
-            f"resume: expected {run_dir} to be a run with {name} {ours.get(name)!r}, got "
-            f"{saved.get(name)!r}. Resume with what it was started with, or start anew."
-        )
+        warnings.warn(f"resume: {run_dir} goes on with changes:{shown}", stacklevel=5)

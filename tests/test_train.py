@@ -189,11 +189,11 @@ def test_the_hint_stage_ends_early_without_progress_and_resume_knows(world, tmp_
 
 def test_another_teacher_or_identity_is_refused_on_resume(world, tmp_path):
     train(world, tmp_path, identity={"config": 1})
-    with pytest.raises(ValueError, match="resume: expected .* config 2, got 1"):
+    with pytest.raises(ValueError, match="config: 1 before, 2 now"):
         train(world, tmp_path, resume=True, identity={"config": 2})
     other = jax.tree.map(lambda leaf: leaf + 1, world["teacher"])
     phases = [Phase("hint", world["programs"]["hint"], 8, other)]
-    with pytest.raises(ValueError, match="resume: .* teachers"):
+    with pytest.raises(ValueError, match="(?s)resume: .* teachers"):
         train(world, tmp_path, resume=True, phases=phases, identity={"config": 1})
 
 
