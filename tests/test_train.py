@@ -1,16 +1,25 @@
 """The loop: resume to the same bits, reports, early stop, dispatch."""
 
+import errno
+import functools
 import itertools
+import math
+import os
+import signal
+import threading
+import time
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 
 import hintjax as hj
-from hintjax.checkpoint import fingerprint
+from hintjax import train as loop
+from hintjax.checkpoint import DamageError, fingerprint, open_checkpoints
 from hintjax.data import Augment, Dataset, Split, evaluation_batches, statistics
 from hintjax.metrics import read_metrics
 from hintjax.train import Phase, evaluate, fit, on_device, program, streamed
@@ -69,7 +78,7 @@ def world():
     }
 
 
-def train(world, run_dir, *, feed=None, phases=None, **options):
+def train(world, run_dir, *, feed=None, phases=None, evaluated=None, **options):
     phases = phases or [
         Phase("hint", world["programs"]["hint"], 8, world["teacher"]),
         Phase(
@@ -87,7 +96,7 @@ def train(world, run_dir, *, feed=None, phases=None, **options):
         feed,
         world["student"],
         key=jax.random.key(4),
-        validation=lambda: world["validation"],
+        validation=evaluated or (lambda: world["validation"]),
         **options,
     )
 
@@ -257,3 +266,193 @@ def test_debug_names_what_is_not_finite(world, tmp_path):
     )
     with pytest.raises(AssertionError, match="loss"):
         train(world, tmp_path, phases=[phase], debug=True)
+
+
+# Dying well
+
+
+def signalled(at, number):
+    """A `show` that sends a signal when the run is there."""
+
+    def show(step, metrics, phase):
+        if step == at:
+            signal.raise_signal(number)
+
+    return show
+
+
+def saved(run_dir):
+    return open_checkpoints(run_dir / "checkpoints").latest()
+
+
+def lines_of(run_dir):
+    return [(line["step"], line["stage"]) for line in read_metrics(run_dir)]
+
+
+def test_sigint_at_every_step_in_turn_changes_nothing(world, whole, tmp_path):
+    """Sixteen interruptions of one run: each resumes, makes a step, and is saved."""
+    run_dir = tmp_path / "run"
+    for at in range(1, 17):
+        feed = on_device(world["dataset"], BATCH, jax.random.key(3))
+
+        def advance(*where, feed=feed, at=at):
+            state, metrics = feed.advance(*where)
+            if where[-2] + 1 == at:
+                os.kill(os.getpid(), signal.SIGINT)
+            return state, metrics
+
+        with pytest.raises(KeyboardInterrupt, match=f"step {at} is saved"):
+            train(world, run_dir, feed=feed._replace(advance=advance), resume=True)
+        assert saved(run_dir) == at
+    again = train(world, run_dir, resume=True)
+    assert fingerprint(again.state) == fingerprint(whole[1].state)
+    assert without_time(run_dir) == without_time(whole[0])
+
+
+@pytest.mark.parametrize("at", [4, 8, 16])
+def test_sigterm_in_an_evaluation_saves_and_evaluates_on_resume(
+    world, whole, tmp_path, at
+):
+    run_dir, count = tmp_path / "run", itertools.count(1)
+
+    def validation():
+        for batch in world["validation"]:
+            yield batch
+            if 4 * next(count) == 2 * at - 4:  # two batches, every four steps
+                signal.raise_signal(signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as ended:
+        train(world, run_dir, evaluated=validation)
+    assert ended.value.code == 143 and saved(run_dir) == at
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert lines_of(run_dir)[-1:] != [(at, "hint")]  # it was not finished
+    again = train(world, run_dir, resume=True)
+    assert fingerprint(again.state) == fingerprint(whole[1].state)
+    assert without_time(run_dir) == without_time(whole[0])
+
+
+@pytest.mark.parametrize("at", [2, 4, 8, 12, 16])
+def test_sigterm_from_outside_the_step_saves_and_resumes(world, whole, tmp_path, at):
+    run_dir = tmp_path / "run"
+    with pytest.raises(SystemExit):
+        train(world, run_dir, report_every=2, show=signalled(at, signal.SIGTERM))
+    assert saved(run_dir) == at and lines_of(run_dir)[-1][0] == at
+    again = train(world, run_dir, report_every=2, resume=True)
+    assert fingerprint(again.state) == fingerprint(whole[1].state)
+    assert [step for step, _ in lines_of(run_dir)] == [*range(2, 17, 2)]
+
+
+def test_sigterm_during_a_save_waits_for_it(world, tmp_path, monkeypatch):
+    save = ocp.Checkpointer.save
+
+    def slow(*args, **kwargs):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.3)
+        return save(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ocp.Checkpointer, "save", slow)
+        with pytest.raises(SystemExit):
+            train(world, tmp_path)
+    assert saved(tmp_path) >= 4
+
+
+def test_a_failed_save_ends_the_run_at_the_next_step(world, tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise OSError(errno.EIO, "the disk is gone")
+
+    monkeypatch.setattr(ocp.Checkpointer, "save", fail)
+    steps = []
+
+    def show(step, metrics, phase):
+        steps.append(step)
+        time.sleep(0.2)  # by then the save has failed
+
+    with pytest.raises(OSError, match="nothing was written, .*the disk is gone"):
+        train(world, tmp_path, report_every=1, show=show)
+    assert steps[-1] in (4, 5)  # the first save is that of step 4
+
+
+@pytest.mark.parametrize("error", [RuntimeError, SystemExit])
+def test_what_ends_the_loop_waits_for_the_save(world, tmp_path, monkeypatch, error):
+    save = ocp.Checkpointer.save
+
+    def slow(*args, **kwargs):
+        time.sleep(0.3)
+        return save(*args, **kwargs)
+
+    monkeypatch.setattr(ocp.Checkpointer, "save", slow)
+
+    def show(step, metrics, phase):
+        if step == 5:
+            raise error(0)
+
+    with pytest.raises(error):
+        train(world, tmp_path, report_every=1, show=show)
+    records = (tmp_path / "checkpoints").glob("*/hintjax.json")
+    assert [record.parent.name for record in records] == ["4"]
+
+
+def test_a_second_run_is_refused_while_the_first_trains(world, tmp_path):
+    refused = []
+
+    def second():
+        with pytest.raises(ValueError, match=f"in use by process {os.getpid()}"):
+            train(world, tmp_path, resume=True)
+        refused.append(True)
+
+    def show(step, metrics, phase):
+        if step == 4:
+            thread = threading.Thread(target=second)
+            thread.start()
+            thread.join()
+
+    fitted = train(world, tmp_path, show=show)
+    assert refused and fitted.steps == 16
+    train(world, tmp_path, resume=True)
+
+
+# Damage and retention
+
+
+def test_a_run_goes_on_from_the_newest_checkpoint_that_is_whole(world, whole, tmp_path):
+    with pytest.raises(Killed):
+        train(world, tmp_path, show=killer(12))
+    for path in (tmp_path / "checkpoints" / "8").rglob("*/d/*"):
+        path.write_bytes(b"")
+    with pytest.warns(UserWarning, match="(?s)/8/.* went back to step 4"):
+        again = train(world, tmp_path, resume=True)
+    assert fingerprint(again.state) == fingerprint(whole[1].state)
+    assert without_time(tmp_path) == without_time(whole[0])
+    for path in (tmp_path / "checkpoints").glob("*/hintjax.json"):
+        path.write_text("")
+    with pytest.raises(DamageError, match="that is whole, got none"):
+        train(world, tmp_path, resume=True)
+
+
+def test_the_step_with_the_lowest_validation_loss_is_kept(world, tmp_path, monkeypatch):
+    losses = iter([3.0, 1.0, math.nan, 2.0, 1.5])
+    monkeypatch.setattr(loop, "evaluate", lambda *_: {"loss": next(losses)})
+    hint = Phase("hint", world["programs"]["hint"], 20, world["teacher"])
+    train(world, tmp_path, phases=[hint])
+    checkpoints = open_checkpoints(tmp_path / "checkpoints")
+    assert checkpoints.best() == 8
+    assert checkpoints.steps() == [8, 16, 20]
+
+
+@pytest.mark.filterwarnings("default:resume")
+def test_a_changed_setting_is_shown_and_refused_if_it_matters(world, tmp_path):
+    identity = {"epochs": 4, "debug": False, "rates": (1, 2)}
+    with pytest.raises(Killed):
+        train(world, tmp_path, identity=identity, show=killer(12))
+    go_on = functools.partial(train, world, tmp_path, resume=True, harmless=("debug",))
+    with pytest.raises(ValueError) as refused:
+        go_on(identity={**identity, "epochs": 5, "debug": True, "pad": 1})
+    for line in ("epochs: 4 before, 5 now", "debug: False", "pad: None before, 1 now"):
+        assert f"\n  {line}" in str(refused.value)
+    other = on_device(world["dataset"], BATCH // 2, jax.random.key(3))
+    with pytest.raises(ValueError, match="steps_per_epoch: 4 before, 8 now"):
+        go_on(identity=identity, feed=other)
+    with pytest.warns(UserWarning, match="goes on with changes:\n  debug: False"):
+        go_on(identity={**identity, "debug": True})
