@@ -69,7 +69,7 @@ from hintjax.networks import (
     split,
 )
 from hintjax.pairing import suggest_pairs
-from hintjax.sharding import data_mesh
+from hintjax.sharding import Layout, data_mesh, make_mesh
 from hintjax.stages import (
     Stage,
     State,
@@ -93,6 +93,7 @@ __all__ = [
     "Data",
     "Features",
     "GivenNegatives",
+    "Layout",
     "Method",
     "Network",
     "SharedNegatives",
@@ -127,6 +128,7 @@ __all__ = [
     "lambda_decay",
     "linen",
     "losses",
+    "make_mesh",
     "masked_channels",
     "masked_generation",
     "masked_positions",

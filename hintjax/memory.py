@@ -5,16 +5,25 @@ embedded; `draw_*` choose candidates by class. All of it runs inside jit, on the
 
 Draws are uniform and *with* replacement (the published loader draws without). What is
 drawn for an example depends on the key and the example, not on its place in the batch.
+
+On a mesh the rows of a bank may be split over the devices that split the batch.
+`scores_by_rows` and `update` then bring embeddings to where rows live, never rows to
+embeddings; what they give equals what one device gives.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from hintjax import _checks
 from hintjax._numerics import unit
+from hintjax.sharding import batch_axes, over_batch, shares
+
+HIGHEST = jax.lax.Precision.HIGHEST
 
 
 class MemoryBank(NamedTuple):
@@ -45,20 +54,28 @@ class Classes(NamedTuple):
     label: Int[Array, " size"]
 
 
-def init(key: Key[Array, ""], size: int, features: int = 128) -> MemoryBank:
+def init(
+    key: Key[Array, ""], size: int, features: int = 128, mesh: Mesh | None = None
+) -> MemoryBank:
     """A random bank: entries U(-a, a) with a = sqrt(3 / features), of norm about 1.
 
     Args:
         key: for the entries.
         size: number of training examples; 0 for none.
         features: size of an embedding.
+        mesh: its devices can share the rows evenly: rows of zeros, which are never
+            read, fill up the last share.
 
     Returns:
         The bank, without constants.
     """
+    spare = 0 if mesh is None else -size % shares(mesh)
     bound = (3 / features) ** 0.5
     student, teacher = (
-        jax.random.uniform(key, (size, features), jnp.float32, -bound, bound)
+        jnp.pad(
+            jax.random.uniform(key, (size, features), jnp.float32, -bound, bound),
+            ((0, spare), (0, 0)),
+        )
         for key in jax.random.split(key)
     )
     unset = jnp.full((), -jnp.inf, jnp.float32)
@@ -73,6 +90,7 @@ def update(
     *,
     momentum: float = 0.5,
     where: Bool[Array, " batch"] | None = None,
+    mesh: Mesh | None = None,
 ) -> MemoryBank:
     """The bank after a step: M[index] <- unit(momentum M[index] + (1 - momentum) v).
 
@@ -86,6 +104,7 @@ def update(
         teacher: their embeddings by the teacher.
         momentum: how much is kept.
         where: the examples that count; the others write nothing.
+        mesh: the bank's rows are split over it: each device writes its own.
 
     Returns:
         The new bank, with the same constants.
@@ -96,6 +115,8 @@ def update(
     >>> new.teacher[1]
     Array([0.6, 0.8], dtype=float32)
     """
+    if mesh is not None:
+        return _updated_by_rows(bank, index, student, teacher, momentum, where, mesh)
     batch = jnp.arange(index.shape[0])
     same = index[:, None] == index[None, :]
     if where is not None:
@@ -112,6 +133,87 @@ def update(
     return bank._replace(
         student=moved(bank.student, student), teacher=moved(bank.teacher, teacher)
     )
+
+
+def _updated_by_rows(bank, index, student, teacher, momentum, where, mesh):
+    rows = over_batch(mesh).spec
+    homes = split_rows(bank, mesh)
+
+    @partial(jax.shard_map, mesh=mesh, in_specs=(homes, *[rows] * 4), out_specs=homes)
+    def local(bank, *batch):
+        gather = partial(jax.lax.all_gather, axis_name=batch_axes(mesh), tiled=True)
+        index, student, teacher, where = map(gather, batch)
+        index, here = _mine(index, bank.student, mesh)
+        return update(
+            bank, index, student, teacher, momentum=momentum, where=where & here
+        )
+
+    where = jnp.ones(index.shape, bool) if where is None else where
+    return local(bank, index, student, teacher, where)
+
+
+def split_rows(bank: MemoryBank, mesh: Mesh) -> MemoryBank:
+    """The `PartitionSpec` of each part of a bank whose rows are split over a mesh."""
+    rows, whole = over_batch(mesh).spec, PartitionSpec()
+    return bank._replace(
+        student=rows, teacher=rows, student_constant=whole, teacher_constant=whole
+    )
+
+
+def scores_by_rows(
+    anchors: Float[Array, "batch features"],
+    vectors: Float[Array, "rows features"],
+    *indices: Int[Array, "batch _"] | Int[Array, " _"],
+    mesh: Mesh,
+) -> tuple[Float[Array, "batch _"], ...]:
+    """Inner products of anchors with rows that are split over a mesh.
+
+    Every device scores all anchors with all of its own rows, in one matrix product,
+    and keeps those that were asked for; the sum over devices is scattered to where
+    the anchors live. No row leaves its device, and none is gathered.
+
+    Args:
+        anchors: embeddings, split like the batch.
+        vectors: one of the bank's two arrays.
+        *indices: rows for each anchor, or for all anchors the same.
+        mesh: the mesh.
+
+    Returns:
+        For each of the indices, one score per anchor and row asked for.
+    """
+    split, axes = over_batch(mesh).spec, batch_axes(mesh)
+    wanted = tuple(split if index.ndim == 2 else PartitionSpec() for index in indices)
+
+    @partial(
+        jax.shard_map,
+        mesh=mesh,
+        in_specs=(split, split, wanted),
+        out_specs=(split,) * len(indices),
+    )
+    def local(anchors, vectors, indices):
+        gather = partial(jax.lax.all_gather, axis_name=axes, tiled=True)
+        scores = jnp.matmul(gather(anchors), vectors.T, precision=HIGHEST)
+
+        def asked(index):
+            if index.ndim == 1:
+                index, here = _mine(index, vectors, mesh)
+                found = scores[:, index]
+            else:
+                index, here = _mine(gather(index), vectors, mesh)
+                found = jnp.take_along_axis(scores, index, 1)
+            found = jnp.where(here, found, 0)
+            return jax.lax.psum_scatter(found, axes, tiled=True)
+
+        return tuple(asked(index) for index in indices)
+
+    return local(anchors, vectors, indices)
+
+
+def _mine(index, vectors, mesh):
+    """Rows of the bank as this device counts its own, and whether it has them."""
+    size = vectors.shape[0]
+    index = index - jax.lax.axis_index(batch_axes(mesh)) * size
+    return jnp.clip(index, 0, size - 1), (index >= 0) & (index < size)
 
 
 def set_once(stored: Float[Array, ""], computed: Float[Array, ""]) -> Float[Array, ""]:

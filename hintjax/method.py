@@ -14,6 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int, Key, Num
 
 from hintjax._checks import message
@@ -62,6 +63,8 @@ class Method(NamedTuple):
         deploy: `(params, memory, student, teacher) -> output`: what is shipped, where
             it is not the student alone (SimKD). Of the teacher's features only
             `params` have values: it is not run, and its hints are zeros.
+        split: `(memory) -> PartitionSpecs` (a prefix of the tree): how the memory is
+            split over a mesh, if it is not whole on every device (CRD's bank).
     """
 
     student: Wants
@@ -70,6 +73,7 @@ class Method(NamedTuple):
     apply: Callable[..., tuple[Float[Array, " batch"], dict, dict]]
     prepare: "Method | None" = None
     deploy: Callable[..., Array] | None = None
+    split: Callable[[dict], dict] | None = None
 
 
 class Weighted(NamedTuple):
@@ -182,7 +186,22 @@ def objective(**terms: Weighted | Method) -> Method:
         apply=apply,
         prepare=objective(**prepared) if prepared else None,
         deploy=_deployed(named),
+        split=_split(named),
     )
+
+
+def _split(terms):
+    """`Method.split` of an objective: those of its terms."""
+    if all(term.method.split is None for term in terms.values()):
+        return None
+
+    def split(memory):
+        return {
+            name: PartitionSpec() if how is None else how(memory[name])
+            for name, how in ((n, term.method.split) for n, term in terms.items())
+        }
+
+    return split
 
 
 def _deployed(terms):

@@ -1,9 +1,86 @@
-"""Meshes, and where arrays live on them."""
+"""Meshes, and where arrays live on them.
 
-from collections.abc import Sequence
+A mesh has an axis `data`, or `fsdp`, or both: batches are split over all of them.
+Parameters are on every device, except that on an axis `fsdp` each large one is stored
+in shares, and that rules may place any of them otherwise. Inside a step, what was
+stored in shares over the batch's axes is whole again: weights are gathered, and
+activations are not. What a rule splits over another axis, such as `model`, stays split.
+"""
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
+from typing import NamedTuple
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import PyTree
+
+from hintjax._checks import message, nearest, positive_int
+
+BATCH = ("data", "fsdp")  # the axes that split batches
+NO_RULES: Mapping[str, PartitionSpec] = MappingProxyType({})
+
+
+class Layout(NamedTuple):
+    """A mesh, and which parameters are stored in shares.
+
+    Attributes:
+        mesh: the mesh; see `make_mesh`.
+        rules: regular expressions and the `PartitionSpec` of the parameters whose path
+            they are found in, such as `{"head/kernel$": PartitionSpec(None, "model")}`.
+            Paths begin with "student/", "regressors/" or "teacher/". The first that is
+            found counts; one that is found nowhere is an error. The optimiser's state
+            lives where its parameters do.
+        at_least: what no rule names is split over `fsdp`, if the mesh has it, along its
+            largest axis that divides, if it has at least so many entries.
+    """
+
+    mesh: Mesh
+    rules: Mapping[str, PartitionSpec] = NO_RULES
+    at_least: int = 2**16
+
+
+def make_mesh(
+    *,
+    data: int | None = None,
+    fsdp: int | None = None,
+    model: int | None = None,
+    devices: Sequence[jax.Device] | None = None,
+) -> Mesh:
+    """A mesh with the axes `data`, `fsdp` and `model`, those that are given a size.
+
+    Args:
+        data: devices along `data`; by default all that are left by the others.
+        fsdp: devices along `fsdp`, over which large parameters are split too.
+        model: devices along `model`, for rules that split layers.
+        devices: all devices by default.
+
+    Returns:
+        The mesh. Its axes are Auto: under Explicit axes, the default of
+        `jax.make_mesh`, Flax's convolutions have no backward pass.
+
+    Raises:
+        ValueError: if the sizes do not make up the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = {"data": data, "fsdp": fsdp, "model": model}
+    sizes = {name: size for name, size in sizes.items() if size is not None}
+    positive_int("make_mesh", **sizes)
+    rest = math.prod(sizes.values())
+    if data is None:
+        sizes = {"data": max(len(devices) // rest, 1), **sizes}
+    if math.prod(sizes.values()) != len(devices):
+        do = "Choose sizes whose product it is."
+        wanted = f"axes that make up {len(devices)} devices"
+        raise ValueError(message("make_mesh", wanted, f"{sizes}", do))
+    return jax.make_mesh(
+        tuple(sizes.values()),
+        tuple(sizes),
+        devices=devices,
+        axis_types=(AxisType.Auto,) * len(sizes),
+    )
 
 
 def data_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -13,13 +90,28 @@ def data_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
         devices: all devices by default.
 
     Returns:
-        The mesh. Its axis is Auto: under Explicit axes, the default of
-        `jax.make_mesh`, Flax's convolutions have no backward pass.
+        The mesh; see `make_mesh`.
     """
-    devices = jax.devices() if devices is None else devices
-    return jax.make_mesh(
-        (len(devices),), ("data",), devices=devices, axis_types=(AxisType.Auto,)
-    )
+    return make_mesh(devices=devices)
+
+
+def batch_axes(mesh: Mesh) -> tuple[str, ...]:
+    """The axes of a mesh that split batches.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    axes = tuple(name for name in BATCH if name in mesh.axis_names)
+    if not axes:
+        do = "Make one with hintjax.make_mesh."
+        wanted = f"a mesh with an axis {' or '.join(BATCH)}"
+        raise ValueError(message("mesh", wanted, f"{mesh.axis_names}", do))
+    return axes
+
+
+def shares(mesh: Mesh) -> int:
+    """Into how many parts a batch is split."""
+    return math.prod(mesh.shape[name] for name in batch_axes(mesh))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -28,5 +120,133 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def over_batch(mesh: Mesh) -> NamedSharding:
-    """The leading axis split over `data`."""
-    return NamedSharding(mesh, PartitionSpec("data"))
+    """The leading axis split over `data` and `fsdp`."""
+    axes = batch_axes(mesh)
+    return NamedSharding(mesh, PartitionSpec(axes if len(axes) > 1 else axes[0]))
+
+
+def check_batch(batch: PyTree, mesh: Mesh) -> None:
+    """Raises unless the examples of a batch can be shared out evenly."""
+    parts = shares(mesh)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
+        n = leaf.shape[0] if leaf.ndim else 0
+        if n == 0 or n % parts:
+            low = n - n % parts
+            sizes = [f"{size}" for size in (low, low + parts) if size > 0]
+            wanted = f"batches whose size {parts} devices can share evenly"
+            got = f"{_name(path)!r} of shape {tuple(leaf.shape)}"
+            do = f"Use a multiple of {parts}, such as {' or '.join(sizes)}."
+            raise ValueError(message("batch", wanted, got, do))
+
+
+def check_rules(layout: Layout, params: PyTree) -> None:
+    """Raises if there is a rule that no parameter answers to."""
+    paths = [_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    for rule in layout.rules:
+        if not any(re.search(rule, path) for path in paths):
+            got = f"{rule!r}, which none does"
+            do = f"The nearest are {nearest(rule, paths)}."
+            wanted = "rules that match a parameter's path"
+            raise ValueError(message("layout", wanted, got, do))
+
+
+def stored(layout: Layout, params: PyTree) -> PyTree:
+    """The sharding that each parameter is stored with.
+
+    Args:
+        layout: mesh and rules.
+        params: the parameters, or their shapes; their paths are what rules see.
+
+    Returns:
+        A tree of `NamedSharding`, of the same structure.
+
+    Raises:
+        ValueError: if a rule's spec has more axes than an array, names one that the
+            mesh has not, or does not divide.
+    """
+
+    def place(path, leaf):
+        spec = _spec(layout, _name(path), tuple(leaf.shape))
+        return NamedSharding(layout.mesh, spec)
+
+    return jax.tree_util.tree_map_with_path(place, params)
+
+
+def whole(shardings: PyTree) -> PyTree:
+    """The same shardings, without the axes that split batches: as a step computes."""
+
+    def gather(sharding):
+        kept = [
+            tuple(name for name in _names(entry) if name not in BATCH) or None
+            for entry in sharding.spec
+        ]
+        return NamedSharding(sharding.mesh, PartitionSpec(*kept))
+
+    return jax.tree.map(gather, shardings)
+
+
+def alike(shardings: PyTree, params: PyTree, tree: PyTree, mesh: Mesh) -> PyTree:
+    """Shardings of a tree in which parameters recur, as in an optimiser's state.
+
+    What has the shape of a parameter and a path that ends with its path is stored as
+    it is; all else is replicated.
+    """
+    known = {
+        path: (leaf.shape, sharding)
+        for (path, leaf), sharding in zip(
+            jax.tree_util.tree_leaves_with_path(params),
+            jax.tree.leaves(shardings),
+            strict=True,
+        )
+    }
+
+    def place(path, leaf):
+        for cut in range(len(path)):
+            shape, sharding = known.get(path[cut:], (None, None))
+            if shape == leaf.shape:
+                return sharding
+        return replicated(mesh)
+
+    return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def _spec(layout, path, shape):
+    """The `PartitionSpec` of one parameter."""
+    mesh = layout.mesh
+    for rule, spec in layout.rules.items():
+        if re.search(rule, path):
+            _check_spec(f"layout: {rule!r}", spec, path, shape, mesh)
+            return spec
+    parts = mesh.shape.get("fsdp", 1)
+    axes = [i for i, size in enumerate(shape) if size % parts == 0]
+    if parts == 1 or not axes or math.prod(shape) < layout.at_least:
+        return PartitionSpec()
+    largest = max(axes, key=lambda i: shape[i])
+    return PartitionSpec(*[None] * largest, "fsdp")
+
+
+def _check_spec(caller, spec, path, shape, mesh):
+    names = [_names(entry) for entry in spec]
+    unknown = [n for entry in names for n in entry if n not in mesh.axis_names]
+    if unknown:
+        wanted = f"axes among {mesh.axis_names}"
+        raise ValueError(message(caller, wanted, f"{spec}"))
+    if len(names) > len(shape):
+        wanted = f"at most the {len(shape)} axes of {path!r}"
+        raise ValueError(message(caller, wanted, f"{spec}"))
+    for size, entry in zip(shape, names, strict=False):
+        parts = math.prod(mesh.shape[name] for name in entry)
+        if size % parts:
+            wanted = f"{spec} to divide {path!r} evenly"
+            raise ValueError(message(caller, wanted, f"{shape} over {parts} devices"))
+
+
+def _names(entry: str | Iterable[str] | None) -> tuple[str, ...]:
+    """The mesh axes that one entry of a `PartitionSpec` names."""
+    if entry is None:
+        return ()
+    return (entry,) if isinstance(entry, str) else tuple(entry)
+
+
+def _name(path):
+    return jax.tree_util.keystr(path, simple=True, separator="/")

@@ -16,20 +16,29 @@ objective reads ("label", "index"), and optionally "where", the examples that co
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.interpreters.partial_eval import dce_jaxpr
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float, Int, Key, PyTree
 
 from hintjax._checks import mask, message
 from hintjax._numerics import masked_mean
 from hintjax.method import PREPARED, Context, Method, one_per_example
 from hintjax.networks import Features, Network, Variables, Wants
-from hintjax.sharding import over_batch, replicated
+from hintjax.sharding import (
+    Layout,
+    alike,
+    check_batch,
+    check_rules,
+    over_batch,
+    replicated,
+    stored,
+    whole,
+)
 
 Batch = Mapping[str, Array]
 Metrics = dict[str, Float[Array, ""]]
@@ -114,7 +123,7 @@ def hint_stage(
     *,
     inputs: Callable[[Batch], PyTree] = image,
     teacher_inputs: Callable[[Batch], PyTree] = image,
-    mesh: Mesh | None = None,
+    mesh: Mesh | Layout | None = None,
 ) -> Stage:
     """The hint stage: trains what feeds the guided layers, and the regressors.
 
@@ -131,8 +140,10 @@ def hint_stage(
         optimizer: the optimiser of this stage.
         inputs: what the student sees of a batch.
         teacher_inputs: what the teacher sees of a batch.
-        mesh: the batch is split over its axis `data`, all else replicated; one
-            device by default.
+        mesh: the batch is split over its axes `data` and `fsdp`; parameters and
+            the optimiser's state are on all devices or stored in shares, as a
+            `hintjax.sharding.Layout` says (a mesh alone is the default layout); all
+            else is replicated. One device by default.
 
     Returns:
         The stage.
@@ -178,7 +189,7 @@ def distillation_stage(
     rates: Mapping[str, float] | None = None,
     inputs: Callable[[Batch], PyTree] = image,
     teacher_inputs: Callable[[Batch], PyTree] = image,
-    mesh: Mesh | None = None,
+    mesh: Mesh | Layout | None = None,
 ) -> Stage:
     """The distillation stage: trains the whole student, and the regressors.
 
@@ -251,6 +262,7 @@ def _stage(student, teacher, method, optimiser, inputs, teacher_inputs, mesh):
     their shapes, says the optimiser, which parameters it changes, and which of the
     student's state is kept.
     """
+    layout = Layout(mesh) if isinstance(mesh, Mesh) else mesh
     if teacher is None and method.teacher != Wants():
         raise ValueError(
             f"stage: expected a teacher, since the method wants {method.teacher} of "
@@ -263,8 +275,13 @@ def _stage(student, teacher, method, optimiser, inputs, teacher_inputs, mesh):
         if variables is None:
             do = "Pass what the teacher's init gave, or hintjax.split(flax_variables)."
             raise ValueError(message("stage", "the teacher's variables", "None", do))
+        params, model_state = variables
         features, _ = teacher.apply(
-            *variables, teacher_inputs(batch), wants=method.teacher, train=False
+            gathered({"teacher": params})["teacher"],
+            model_state,
+            teacher_inputs(split(batch)),
+            wants=method.teacher,
+            train=False,
         )
         return jax.lax.stop_gradient(features)
 
@@ -292,9 +309,38 @@ def _stage(student, teacher, method, optimiser, inputs, teacher_inputs, mesh):
         loss = masked_mean(values, batch.get("where"))
         return loss, (model_state, memory, {**metrics, "loss": loss})
 
+    def split(batch):
+        if layout is None:
+            return batch
+        check_batch(batch, layout.mesh)
+        return jax.lax.with_sharding_constraint(batch, over_batch(layout.mesh))
+
+    def gathered(params):
+        """Parameters as a step computes with them, wherever they are stored."""
+        if layout is None:
+            return params
+        return jax.lax.with_sharding_constraint(params, whole(stored(layout, params)))
+
     def parts_of(state, taught, batch):
         params, model_state, memory, _, step, key = state
-        return params, model_state, memory, taught, batch, key, step
+        params = gathered(params)
+        return params, model_state, memory, taught, split(batch), key, step
+
+    def homes(state):
+        """Where the parts of a state live."""
+        params, everywhere = stored(layout, state.params), replicated(layout.mesh)
+        memory = everywhere
+        if method.split is not None:
+            specs = method.split(state.memory)
+            memory = jax.tree.map(partial(NamedSharding, layout.mesh), specs)
+        return State(
+            params=params,
+            state=everywhere,
+            memory=memory,
+            opt_state=alike(params, state.params, state.opt_state, layout.mesh),
+            step=everywhere,
+            key=everywhere,
+        )
 
     def step(state, taught, batch):
         parts = parts_of(state, taught, batch)
@@ -302,16 +348,24 @@ def _stage(student, teacher, method, optimiser, inputs, teacher_inputs, mesh):
         grads, aux = jax.grad(learning, has_aux=True)(*parts)
         model_state, memory, metrics = aux
         transform, trained, kept = optimiser(objective, *parts)
+        if layout is not None:
+            # First summed as they were computed: left to itself, the partitioner may
+            # gather activations to compute each device's share of a gradient.
+            grads = gathered(grads)
+            grads = jax.lax.with_sharding_constraint(grads, stored(layout, grads))
         updates, opt_state = transform.update(grads, state.opt_state, state.params)
         moved = optax.apply_updates(state.params, updates)
-        return State(
+        after = State(
             params=_where(trained, moved, state.params),
             state=_where(kept, model_state, state.state),
             memory=memory,
             opt_state=opt_state,
             step=state.step + 1,
             key=state.key,
-        ), metrics
+        )
+        if layout is not None:
+            after = jax.lax.with_sharding_constraint(after, homes(after))
+        return after, metrics
 
     @jax.jit  # made once, so that a second initialisation compiles nothing
     def fresh(key, student_variables, teacher_variables, batch, data, carry):
@@ -346,7 +400,11 @@ def _stage(student, teacher, method, optimiser, inputs, teacher_inputs, mesh):
         params, model_state = variables
         params = {"student": params, "regressors": regressors}
         state = State(params, model_state, memory, opt_state, step, key)
-        return state if mesh is None else jax.device_put(state, replicated(mesh))
+        if layout is None:
+            return state
+        theirs = None if teacher_variables is None else teacher_variables[0]
+        check_rules(layout, {**params, "teacher": theirs})
+        return jax.device_put(state, homes(state))
 
     def update(state, variables, batch):
         return step(state, teach(state, variables, batch), batch)
@@ -356,18 +414,62 @@ def _stage(student, teacher, method, optimiser, inputs, teacher_inputs, mesh):
         _, (_, _, metrics) = objective(*parts, train=False)
         return metrics
 
-    placed: dict[str, Any] = {}
-    if mesh is not None:
-        everywhere = replicated(mesh)
-        placed["in_shardings"] = (everywhere, everywhere, over_batch(mesh))
-        placed["out_shardings"] = everywhere
+    def compiled(function, moves):
+        """The jit of a function of (state, teacher, batch); one that moves the state
+        gives it, too, and may reuse its memory."""
+        donated = {"donate_argnums": 0} if moves else {}
+        if layout is None:
+            return jax.jit(function, **donated)
+        everywhere = replicated(layout.mesh)
+
+        def shardings(state, variables):
+            ours, theirs = homes(state), None
+            if variables is not None:
+                params = stored(layout, {"teacher": variables[0]})["teacher"]
+                theirs = Variables(params, everywhere)
+            return {
+                "in_shardings": (ours, theirs, over_batch(layout.mesh)),
+                "out_shardings": (ours, everywhere) if moves else everywhere,
+            }
+
+        return _Sharded(function, layout.mesh, shardings, donated)
+
     return Stage(
         init=init,
         teach=teach,
         step=step,
-        update=jax.jit(update, donate_argnums=0, **placed),
-        evaluate=jax.jit(evaluate, **placed),
+        update=compiled(update, True),
+        evaluate=compiled(evaluate, False),
     )
+
+
+class _Sharded:
+    """`jax.jit` of a function of (state, teacher, batch), with shardings that follow
+    from the shapes of its first arguments."""
+
+    def __init__(self, function, mesh, shardings, donated):
+        self._function, self._mesh, self._donated = function, mesh, donated
+        self._shardings, self._made = shardings, {}
+
+    def __call__(self, state, variables, batch):
+        jitted, arguments = self._prepared(state, variables, batch)
+        return jitted(*arguments)
+
+    def lower(self, state, variables, batch):
+        jitted, arguments = self._prepared(state, variables, batch)
+        return jitted.lower(*arguments)
+
+    def _prepared(self, state, variables, batch):
+        # Before jit looks at them, which would say it less well.
+        check_batch(batch, self._mesh)
+        variables = None if variables is None else Variables(*variables)
+        structure = jax.tree.structure((state, variables))
+        if structure not in self._made:
+            shardings = self._shardings(state, variables)
+            self._made[structure] = jax.jit(
+                self._function, **shardings, **self._donated
+            )
+        return self._made[structure], (state, variables, batch)
 
 
 def _reads(function: Callable, position: int, arguments: tuple) -> PyTree:

@@ -151,7 +151,7 @@ def test_a_batch_that_cannot_be_split_is_refused_and_nothing_is_lost():
     batch = {name: jnp.asarray(x) for name, x in images().items()}
     state = stage.init(KEY, ours, theirs, batch)
     short = {name: x[:6] for name, x in batch.items()}
-    with pytest.raises(ValueError, match="divi"):
+    with pytest.raises(ValueError, match="multiple of 8, such as 8"):
         stage.update(state, theirs, short)
     assert not any(x.is_deleted() for x in jax.tree.leaves(state))
 

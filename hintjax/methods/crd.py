@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Int
 
 from hintjax import memory as banks
@@ -105,6 +106,7 @@ def crd(
     momentum: float = 0.5,
     feature_dim: int = 128,
     relax: bool = False,
+    mesh: Mesh | None = None,
 ) -> Method:
     """CRD: an example's two embeddings find each other among those of other classes.
 
@@ -131,6 +133,9 @@ def crd(
         feature_dim: size of the embeddings.
         relax: the positive is drawn from the anchor's class (the code's `relax`),
             instead of being the same example (`exact`, the default).
+        mesh: the stage's mesh: the rows of the bank are split over the devices that
+            split the batch, and scores are computed where rows live. Without it
+            every device has the whole bank.
 
     Returns:
         The method. It trains two heads, `student` and `teacher`; remembers the bank
@@ -154,6 +159,9 @@ def crd(
         do = "Draw negatives from the bank."
         wanted = "relax only where positives are drawn"
         raise ValueError(message("crd", wanted, f"{negatives}", do))
+    if in_batch and mesh is not None:
+        wanted = "mesh only where there is a bank"
+        raise ValueError(message("crd", wanted, f"{negatives}"))
     student_wants, teacher_wants = hints_of("crd", [pair])
     guided, hint = pair
     head = regressors.Embedding(feature_dim)
@@ -169,7 +177,7 @@ def crd(
             "teacher": regressors.init(head, theirs, teacher.hints[hint].shape)[0],
         }
         return params, {
-            "bank": banks.init(bank, 0 if in_batch else data.size, feature_dim),
+            "bank": banks.init(bank, 0 if in_batch else data.size, feature_dim, mesh),
             "classes": banks.by_class(jnp.asarray(data.labels)),
         }
 
@@ -190,8 +198,8 @@ def crd(
             elif mine is None:
                 mine = batch["index"]
             valid = drawn.valid
-            by_student = _scores(s, bank.teacher, t, mine, drawn.index, train)
-            by_teacher = _scores(t, bank.student, s, mine, drawn.index, train)
+            by_student = _scores(s, bank.teacher, t, mine, drawn.index, train, mesh)
+            by_teacher = _scores(t, bank.student, s, mine, drawn.index, train, mesh)
 
         values, constants = 0.0, []
         setting = {
@@ -217,7 +225,13 @@ def crd(
                 known = jnp.isfinite(values)
                 known = known if where is None else known & where
                 bank = banks.update(
-                    bank, batch["index"], s, t, momentum=momentum, where=known
+                    bank,
+                    batch["index"],
+                    s,
+                    t,
+                    momentum=momentum,
+                    where=known,
+                    mesh=mesh,
                 )
             bank = bank._replace(
                 student_constant=constants[0], teacher_constant=constants[1]
@@ -225,7 +239,13 @@ def crd(
         metrics = {"positive": masked_mean(by_student[0], where)}
         return values, {**memory, "bank": bank}, metrics
 
-    return Method(student_wants, teacher_wants, init, apply)
+    def split(memory):
+        rows = banks.split_rows(memory["bank"], mesh)
+        return {"bank": rows, "classes": PartitionSpec()}
+
+    return Method(
+        student_wants, teacher_wants, init, apply, split=split if mesh else None
+    )
 
 
 def crd_bytes(
@@ -275,13 +295,17 @@ def _within(student, teacher, label, where):
     return (own, scores), (own, scores.T), valid
 
 
-def _scores(anchors, vectors, live, mine, index, train):
+def _scores(anchors, vectors, live, mine, index, train, mesh):
     """Scores (positive, negatives) of anchors with the other network's embeddings.
 
     `live` are that network's embeddings of the anchors themselves: the positives in
     evaluation, whose examples are not in the bank.
     """
     vectors = vectors.astype(anchors.dtype)
+    if mesh is not None:
+        asked = (mine[:, None], index) if train else (index,)
+        *own, scores = banks.scores_by_rows(anchors, vectors, *asked, mesh=mesh)
+        return own[0][:, 0] if train else jnp.sum(anchors * live, -1), scores
     others = vectors[mine] if train else live
     own = jnp.sum(anchors * others, -1)
     if index.ndim == 1:
