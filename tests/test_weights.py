@@ -155,6 +155,7 @@ def test_everything_that_does_not_match_is_listed_at_once():
     tensors = read_safetensors(FIXTURES / "timm_vit.safetensors")
     del tensors["blocks.1.attn.qkv.weight"], tensors["cls_token"]
     tensors["head.weight"] = np.ones((7, 8), np.float32)
+    tensors["blocks.0.mlp.fc1.weight"] = np.ones((8, 32), np.float32)
     tensors["blocks.0.attn.qkv.bias"] = np.ones(23, np.float32)
     tensors["norm.bias"] = np.ones(8, np.int8)
     tensors["fc_norm.weight"] = tensors["reg_token"] = np.ones(8, np.float32)
@@ -168,6 +169,7 @@ def test_everything_that_does_not_match_is_listed_at_once():
         "missing: blocks.1.attn.qkv.weight, cls_token; "
         "left over: fc_norm.weight, reg_token; "
         "misshapen: blocks.0.attn.qkv.bias (23,) for (24,), "
+        "blocks.0.mlp.fc1.weight (8, 32) for (32, 8), "
         "head.weight (7, 8) for (5, 8), "
         "params/embed/positions (10, 8, 1) for (tokens, width); "
         "no floats: norm.bias (int8); "
@@ -191,7 +193,11 @@ def test_what_is_loaded_has_the_models_dtype_and_is_a_copy():
     like = hj.Variables({"norm": {"scale": np.ones(64), "bias": np.ones(64)}}, {})
     like = jax.tree.map(np.float32, like)
     scale = np.arange(64, dtype=jnp.bfloat16)
-    bias = np.arange(64, dtype=np.float32)
+    # Where jax would take a numpy array as it is.
+    buffer = np.empty(64 * 4 + 64, np.uint8)
+    start = -buffer.ctypes.data % 64
+    bias = buffer[start : start + 64 * 4].view(np.float32)
+    bias[:] = np.arange(64)
     got = weights.from_torch({"ln.weight": scale, "ln.bias": bias}, names, like)
     assert got.params["norm"]["scale"].dtype == jnp.float32
     bias[:] = 0

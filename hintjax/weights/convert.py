@@ -115,7 +115,7 @@ def from_torch(
         if not faults:
             parts = [tensors[name] for name in rule.torch]
             made = rule.how.convert(leaf.shape, *parts)
-            # A copy: small arrays would be views that keep the whole file in memory.
+            # Else jax may go on using numpy's memory: the whole file stays there.
             values.append(jnp.array(made, leaf.dtype, copy=True))
     for name in sorted(set(tensors) - used):
         if not any(fnmatchcase(name, unused) for unused in names.unused):

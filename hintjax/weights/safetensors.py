@@ -59,7 +59,7 @@ def read_safetensors(path: str | Path) -> dict[str, np.ndarray]:
         wanted, got = "a safetensors file", "a pickle, which can run any code when read"
         raise _error(path, wanted, got, CONVERT)
     length = int.from_bytes(content[:8], "little")
-    if not 0 < length <= min(len(content) - 8, LONGEST_HEADER):
+    if length > min(len(content) - 8, LONGEST_HEADER):
         got = f"one of {length} bytes in a file of {len(content)}"
         raise _error(path, "a header within the file", got)
     start = 8 + length
