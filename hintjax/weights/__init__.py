@@ -8,6 +8,7 @@ A teacher that torchvision published. Where torch is installed, once::
 
 From then on, without torch::
 
+    import jax, jax.numpy as jnp
     import hintjax as hj
     from hintjax import models, weights
 
@@ -17,8 +18,7 @@ From then on, without torch::
     tensors = weights.read_safetensors("resnet50.safetensors")
     variables = weights.from_torch(tensors, weights.RESNET, like)
 
-Files of timm's models, as its hub has them, are read as they are. Images are channels
-last, and normalised as those that the weights were trained on.
+Images are channels last, and normalised as those that the weights were trained on.
 
 | names | files | model |
 |---|---|---|
@@ -27,10 +27,11 @@ last, and normalised as those that the weights were trained on.
 | `TIMM_DEIT` | timm: deit_*_distilled_* | the same, `distillation=True` |
 | `TORCHVISION_VIT` | torchvision: vit_b_16 and the like | `models.VisionTransformer` |
 
-The shapes say all about a model but two things: the number of a transformer's heads,
-and where a bottleneck strides. Not covered: variants with other layers (resnet50d,
-ResNeXt, Wide ResNet, ViTs with registers, layer scale, average pooling or without a
-position for the class token).
+A file that does not match its model is refused, but its shapes do not say all: the
+number of heads is for the user to get right; bottlenecks stride in the 3x3 convolution
+(v1.5), the GELU is exact, and LayerNorm's epsilon is 1e-6. Not covered: variants with
+other layers (resnet50d, ResNeXt, Wide ResNet; ViTs with registers, layer scale, average
+pooling, or without a position for the class token).
 """
 
 from hintjax.weights.convert import How, Names, Rule, from_torch
