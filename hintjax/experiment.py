@@ -9,8 +9,10 @@ device and their compiled programs.
 import dataclasses
 import functools
 import importlib
+import inspect
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,6 +38,7 @@ from hintjax.data import (
 from hintjax.export import deployed, deployed_variables
 from hintjax.method import Data
 from hintjax.networks import Network, Variables, Wants, join, linen, split
+from hintjax.networks_nnx import nnx
 from hintjax.recipes import Places, Recipe, Step, backprop
 from hintjax.rundir import owned, write_text
 from hintjax.stages import distillation_stage, hint_stage, student_variables
@@ -81,44 +84,70 @@ class Setting(NamedTuple):
     programs: dict[Any, Program]
 
 
-def model(factory: str, classes: int) -> nn.Module | Network:
-    """What `package.module:factory` makes, called as factory(classes=...).
-
-    Args:
-        factory: its name.
-        classes: of the data set.
-
-    Returns:
-        A Flax Linen module or a `Network`.
+def factory(name: str) -> Callable[..., Any]:
+    """What `package.module:name` names.
 
     Raises:
-        ValueError: if there is no such factory, or it makes something else.
+        ValueError: if there is no such factory.
     """
-    module_name, colon, name = factory.partition(":")
-    if not (module_name and colon and name):
+    module_name, colon, attribute = name.partition(":")
+    if not (module_name and colon and attribute):
         do = "For instance hintjax.models:resnet20."
-        raise ValueError(message("model", "package.module:factory", repr(factory), do))
+        raise ValueError(message("model", "package.module:factory", repr(name), do))
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         raise ValueError(
             message("model", f"to import {module_name}", f"{error}")
         ) from None
-    if not hasattr(module, name):
-        near = ", ".join(configs.nearest(name, dir(module)))
+    if not hasattr(module, attribute):
+        near = ", ".join(configs.nearest(attribute, dir(module)))
         do = f"Nearest: {near}."
-        raise ValueError(message("model", f"a factory in {module_name}", name, do))
-    made = getattr(module, name)(classes=classes)
-    if isinstance(made, Network | nn.Module):
+        wanted = f"a factory in {module_name}"
+        raise ValueError(message("model", wanted, attribute, do))
+    return getattr(module, attribute)
+
+
+def network(name: str, classes: int) -> Network:
+    """The network that a factory makes.
+
+    Args:
+        name: of the factory, which is called as factory(classes=...) and makes a Flax
+            Linen module or a `Network`; or as factory(classes=..., rngs=...), if it
+            takes `rngs`, and makes a Flax NNX model.
+        classes: of the data set.
+
+    Returns:
+        The network.
+
+    Raises:
+        ValueError: if there is no such factory, or it makes something else.
+    """
+    made = factory(name)
+    if _takes_rngs(made):
+        return nnx(functools.partial(made, classes=classes))
+    made = made(classes=classes)
+    if isinstance(made, Network):
         return made
-    wanted = f"{factory} to make a Flax Linen module or a hintjax.Network"
-    raise ValueError(message("model", wanted, type(made).__name__))
+    if isinstance(made, nn.Module):
+        return linen(made)
+    wanted = f"{name} to make a Flax Linen module or a hintjax.Network"
+    do = "A factory of NNX models takes rngs."
+    raise ValueError(message("model", wanted, type(made).__name__, do))
 
 
-def network(factory: str, classes: int) -> Network:
-    """The `model` of a factory as a `Network`."""
-    made = model(factory, classes)
-    return made if isinstance(made, Network) else linen(made)
+def _attribute(name, classes, attribute, missing):
+    """What a factory's module says of itself, such as its preactivations."""
+    made = factory(name)
+    if _takes_rngs(made):
+        return missing
+    return getattr(made(classes=classes), attribute, missing)
+
+
+def _takes_rngs(made):
+    # The class of an NNX model hides the parameters of its __init__.
+    called = made.__init__ if isinstance(made, type) else made
+    return "rngs" in inspect.signature(called).parameters
 
 
 def prepare(config: Config, *, teach: bool = False) -> Setting:
@@ -139,14 +168,19 @@ def prepare(config: Config, *, teach: bool = False) -> Setting:
     student = network(config.student, dataset.classes)
     teacher = teacher_network(config, dataset.classes) if teach else None
     factories = [config.student, *([_factory(config)] if teach else [])]
-    known = [model(factory, dataset.classes) for factory in factories]
+
+    def said(attribute, missing):
+        return tuple(
+            _attribute(name, dataset.classes, attribute, missing) for name in factories
+        )
+
     places = Places(
         student=layers(student, inputs),
         teacher=layers(teacher, inputs) if teach else {},
         pairs=tuple(map(configs.parse_pair, config.pairs)),
-        preactivations=tuple(getattr(made, "preactivations", {}) for made in known),
-        norms=getattr(known[-1], "norms", {}),
-        class_tokens=tuple(getattr(made, "class_tokens", 0) for made in known),
+        preactivations=said("preactivations", {}),
+        norms=said("norms", {})[-1],
+        class_tokens=said("class_tokens", 0),
         examples=dataset.train.n,
     )
     return Setting(config, dataset, inputs, student, teacher, places, {})

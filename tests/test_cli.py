@@ -126,6 +126,43 @@ def test_layers_lists_paths_and_shapes_in_order(capsys):
 
 
 @pytest.mark.quick
+def test_layers_lists_models_of_every_kind(tmp_path, monkeypatch, capsys):
+    (tmp_path / "their_models.py").write_text(
+        """
+import hintjax as hj
+from flax import nnx
+
+
+class Small(nnx.Module):
+    def __init__(self, classes, rngs):
+        self.conv = nnx.Conv(1, 4, (3, 3), rngs=rngs)
+        self.head = nnx.Linear(4, classes, rngs=rngs)
+
+    def __call__(self, x):
+        return self.head(self.conv(x).mean((1, 2)))
+
+
+def by_hand(classes):
+    def apply(params, state, x, train, key):
+        return x.mean((1, 2, 3)), {"seen": x}, state
+
+    return hj.function(apply, init=lambda key, x: ({}, {}))
+
+
+def nothing(classes):
+    return 3
+"""
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for name, first in (("Small", "conv"), ("by_hand", "seen")):
+        main(["layers", f"their_models:{name}", "--shape", "8", "8", "1"])
+        assert capsys.readouterr().out.split()[0] == first
+    with pytest.raises(SystemExit):
+        main(["layers", "their_models:nothing"])
+    assert "to make a Flax Linen module" in capsys.readouterr().err
+
+
+@pytest.mark.quick
 def test_doctor_names_versions_devices_and_disk(capsys):
     main(["doctor"])
     out = capsys.readouterr().out

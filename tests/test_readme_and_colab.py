@@ -1,5 +1,6 @@
 """What the README and the notebook show, runs."""
 
+import importlib.util
 import json
 import os
 import re
@@ -9,14 +10,15 @@ from pathlib import Path
 import jupytext
 import nbclient
 import nbformat
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
 
-def examples():
-    text = (ROOT / "README.md").read_text()
+def examples(file="README.md"):
+    text = (ROOT / file).read_text()
     return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
 
 
@@ -30,6 +32,24 @@ def test_the_readme_example_is_short_and_runs(tmp_path):
     assert scope["logits"].shape == (32, 10)
     assert {"task", "kd", "loss", "task/accuracy"} <= set(scope["metrics"])
     assert int(scope["state"].step) == 100
+
+
+def test_every_way_to_bring_a_model_runs(tmp_path):
+    """The page's blocks, one after the other, with a small file of weights."""
+    blocks = examples("hintjax/models/README.md")
+    assert len(blocks) == 6
+    if importlib.util.find_spec("equinox") is None:
+        blocks = [block for block in blocks if "equinox" not in block]
+    seen = "\nlosses.append(metrics['loss'])\n"
+    code = "".join(b + (seen if "state, metrics = " in b else "\n") for b in blocks)
+    file = ROOT / "tests" / "fixtures" / "resnet_basic.safetensors"
+    (tmp_path / "page.py").write_text(code.replace("resnet50.safetensors", str(file)))
+    tiny = {"blocks": (2, 1, 1, 1), "widths": (4, 4, 6, 8, 10), "classes": 5}
+    given = {"TINY": tiny, "losses": []}
+    scope = runpy.run_path(str(tmp_path / "page.py"), init_globals=given)
+    assert len(scope["losses"]) == len(blocks) - 2
+    assert np.isfinite(scope["losses"]).all()
+    assert scope["variables"].params["classifier"]["kernel"].shape[-1] == 5
 
 
 def test_the_notebook_and_its_script_say_the_same():
