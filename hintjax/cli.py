@@ -86,10 +86,11 @@ def _arms(config: Config) -> list[Arm]:
             for name in config.compare
         ]
     hints = {"recipe": recipes.FITNETS, "baseline": False}
+    maps = recipes.AT._replace(where=recipes.middle)  # of the pair that FitNets takes
     arms = [
         arm("backprop", recipes.backprop),
         arm("KD", recipes.SOFT),
-        arm("AT", recipes.AT),
+        arm("AT", maps),
         arm("FitNets", **hints),
         arm("FitNets, untrained hints", **hints, untrained=True),
         arm("hints, then the task", recipes.HINTS_THEN_TASK, baseline=False),
@@ -98,7 +99,7 @@ def _arms(config: Config) -> list[Arm]:
         arms += [
             arm("backprop, He", recipes.backprop, initial=_HE),
             arm("KD, He", recipes.SOFT, initial=_HE),
-            arm("AT, He", recipes.AT, 3e-3, _HE),
+            arm("AT, He", maps, 3e-3, _HE),
             arm("FitNets, He", **hints, initial=_HE),
         ]
     return arms
