@@ -2,10 +2,10 @@
 
 A checkpoint is one directory, ``<directory>/<step>``: an Orbax tree of plain nested
 dicts of numpy arrays and, in it, ``hintjax.json`` with the caller's `extra` and the
-path, dtype, shape and checksum of every array and the size of every file. Both are
+path, dtype and shape of every array and the size and checksum of every file. Both are
 written under a temporary name and renamed together, so that a step is there whole or
-not at all. What is damaged later is seen when it is read, and an older step is read
-instead.
+not at all. What is damaged later is seen before Orbax reads it, and an older step is
+read instead.
 
 Orbax is asked for two things only, to write and to read one directory, and writes on
 one thread of ours. Its managers stay out: one skips a save while another is in flight,
@@ -47,6 +47,7 @@ _STAGING = ".hintjax-tmp"
 _DAMAGED = ".damaged"
 _SHOWN = 10  # differences that an error lists
 _LARGEST_RECORD = 2**28  # bytes that are read of what may be anything
+_BLOCK, _TOGETHER = 2**20, 4  # bytes of a file, and files, that are summed at once
 
 # Saves whose outcome nobody has been told yet.
 _UNTOLD: set[Future] = set()
@@ -74,8 +75,7 @@ class Checkpoints(contextlib.AbstractContextManager):
     def __init__(self, directory: Path, keep: int):
         self.directory = directory
         self.keep = keep
-        # One writes while the other computes checksums.
-        self._threads = ThreadPoolExecutor(2, "hintjax-checkpoint")
+        self._thread = ThreadPoolExecutor(1, "hintjax-checkpoint")
         self._saving: Future | None = None
         self._damaged: set[int] = set()  # steps that a restore passed over
 
@@ -108,7 +108,7 @@ class Checkpoints(contextlib.AbstractContextManager):
         host = [array.copy() for array in _fetch(arrays)]
         target, staging = self.directory / str(step), self.directory / _STAGING
         _stage("save", staging, target, host)
-        self._saving = self._threads.submit(
+        self._saving = self._thread.submit(
             self._write, staging, target, leaves, host, record
         )
         _UNTOLD.add(self._saving)
@@ -122,9 +122,9 @@ class Checkpoints(contextlib.AbstractContextManager):
         record: dict[str, Any],
     ) -> None:
         try:
-            entries = self._threads.submit(_entries, leaves, host)
             self._set_aside()
-            _commit("save", staging, target, _nest(leaves, host), record, entries)
+            record["leaves"] = _entries(leaves, host)
+            _commit("save", staging, target, _nest(leaves, host), record)
             with contextlib.suppress(OSError):  # it is saved; the next save tries again
                 self._retire(staging)
         finally:
@@ -337,10 +337,9 @@ def save_tree(path: str | os.PathLike, tree: Mapping[str, Any]) -> None:
     staging = target.with_name(f".{target.name}{_STAGING}")
     _stage("save_tree", staging, target, host)
     try:
-        entries: Future = Future()
-        entries.set_result(_entries(leaves, host))
+        record = {"export": True, "leaves": _entries(leaves, host)}
         tree = jax.tree.unflatten(jax.tree.structure(tree), host)
-        _commit("save_tree", staging, target, tree, {"export": True}, entries)
+        _commit("save_tree", staging, target, tree, record)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
@@ -418,8 +417,7 @@ def _kind(dtype: str, shape: Sequence[int]) -> str:
 def _entries(leaves: list[_Leaf], host: list[np.ndarray]) -> list[dict[str, Any]]:
     """The leaves as the record has them: `data` is what lies on disk."""
     return [
-        leaf._asdict()
-        | {"data": [str(array.dtype), array.shape], "crc32": zlib.crc32(_bytes(array))}
+        leaf._asdict() | {"data": [str(array.dtype), array.shape]}
         for leaf, array in zip(leaves, host, strict=True)
     ]
 
@@ -499,29 +497,17 @@ def _stage(caller: str, staging: Path, target: Path, host: list[np.ndarray]) -> 
 
 
 def _commit(
-    caller: str,
-    staging: Path,
-    target: Path,
-    tree: dict,
-    record: dict[str, Any],
-    entries: Future,
+    caller: str, staging: Path, target: Path, tree: dict, record: dict[str, Any]
 ) -> None:
     """Writes tree and record under `staging`, and renames them into place together."""
     staged = staging / target.name
     try:
         with _orbax() as orbax:
             orbax.save(staged, args=ocp.args.StandardSave(tree))
-        files = {
-            str(path.relative_to(staged)): path.stat().st_size
-            for path in sorted(staged.rglob("*"))
-            if path.is_file()
-        }
-        record = {
-            "format": _FORMAT,
-            **record,
-            "files": files,
-            "leaves": entries.result(),
-        }
+        paths = sorted(path for path in staged.rglob("*") if path.is_file())
+        names = [str(path.relative_to(staged)) for path in paths]
+        files = dict(zip(names, _sums(paths), strict=True))
+        record = {"format": _FORMAT, **record, "files": files}
         sealed = record | {"crc32": zlib.crc32(json.dumps(record).encode())}
         (staged / _RECORD).write_text(json.dumps(sealed), encoding="utf-8")
         if _is_export(target):
@@ -530,6 +516,20 @@ def _commit(
     except Exception as error:
         shutil.rmtree(staging, ignore_errors=True)
         raise unwritten(caller, target, _size(jax.tree.leaves(tree)), error) from error
+
+
+def _sums(paths: Sequence[Path]) -> list[list[int]]:
+    """Size and checksum of files, several at a time."""
+
+    def one(path: Path) -> list[int]:
+        size = crc32 = 0
+        with path.open("rb") as file:
+            while block := file.read(_BLOCK):
+                size, crc32 = size + len(block), zlib.crc32(block, crc32)
+        return [size, crc32]
+
+    with ThreadPoolExecutor(_TOGETHER, "hintjax-checksums") as threads:
+        return list(threads.map(one, paths))
 
 
 def _size(host: list[np.ndarray]) -> int:
@@ -579,14 +579,21 @@ def _restore(path: Path, like: Any) -> tuple[PyTree, dict[str, Any]]:
 def _read(path: Path, record: dict[str, Any]) -> tuple[dict, dict]:
     """{path: (array, key implementation)} and the tree of them, all as recorded.
 
-    Before Orbax opens a file it has to be a file, in its place and of its size.
+    Before Orbax opens a file, it has to be a file in its place, of its size, and whole.
     """
-    for name, size in record["files"].items():
-        file = path / name
-        if file.resolve() != path.resolve() / name or not file.is_file():
-            raise _damaged(file, "it is not there as a plain file")
-        if file.stat().st_size != size:
-            raise _damaged(file, f"{file.stat().st_size} bytes of {size}")
+    files = {path / name: sums for name, sums in record["files"].items()}
+    for file, (size, _) in files.items():
+        if file.resolve() != path.resolve() / file.relative_to(path):
+            raise _damaged(file, "it is a link")
+        if not file.is_file() or file.stat().st_size != size:
+            raise _damaged(file, f"it is not a file of {size} bytes")
+    try:
+        found = _sums(list(files))
+    except OSError as error:
+        raise _damaged(path, error) from error
+    for file, sums in zip(files, found, strict=True):
+        if sums != files[file]:
+            raise _damaged(file, "its checksum is another")
     try:
         with _orbax() as orbax:
             tree = orbax.restore(path)
@@ -601,7 +608,6 @@ def _read(path: Path, record: dict[str, Any]) -> tuple[dict, dict]:
         if (
             not isinstance(array, np.ndarray)
             or [str(array.dtype), [*array.shape]] != entry["data"]
-            or zlib.crc32(_bytes(array)) != entry["crc32"]
         ):
             raise _damaged(path, "/".join(entry["path"]))
         stored[tuple(entry["path"])] = (array, entry["key"])

@@ -472,9 +472,9 @@ def test_damage_is_seen(tmp_path):
     record.write_text(whole.replace('"best": true', '"best": false'))
     with pytest.raises(DamageError, match="its checksum is another"):
         checkpoints.restore(tree)
-    # A flip that is invisible to Orbax: the record says otherwise.
+    # A record of another tree than the one that is there.
     wrong = json.loads(whole)
-    wrong["leaves"][0]["crc32"] ^= 1
+    wrong["leaves"][0]["data"][1] = [10, 100]
     del wrong["crc32"]
     wrong["crc32"] = zlib.crc32(json.dumps(wrong).encode())
     record.write_text(json.dumps(wrong))
@@ -511,8 +511,8 @@ def spoil(path, how):
 
 
 @pytest.mark.parametrize("how", ["flip", "truncate", "zero", "delete"])
-def test_any_damaged_file_is_named_or_harmless_and_an_older_step_is_read(
-    how, three_steps, tmp_path
+def test_any_damaged_file_is_named_and_an_older_step_is_read(
+    how, three_steps, tmp_path, capfd
 ):
     files = [p for p in (three_steps / "3").rglob("*") if p.is_file()]
     assert len(files) > 5
@@ -530,12 +530,12 @@ def test_any_damaged_file_is_named_or_harmless_and_an_older_step_is_read(
         else:
             seen += 1
             (warning,) = told  # one, whatever was found
-            assert f"{run / '3'}" in str(warning.message)
+            assert str(run / file.relative_to(three_steps)) in str(warning.message)
             assert "went back to step 2" in str(warning.message)
             assert checkpoints.latest() == 2
         assert_same(tree, saved_small(extra["at"]))
-    # Orbax reads only some of its files; but all are there, and whole.
-    assert seen == len(files) if how in ("truncate", "delete") else seen >= 4
+    assert capfd.readouterr() == ("", "")  # Orbax was not asked to read it
+    assert seen == len(files)
 
 
 SMALL64 = {"w": np.zeros(64), "n": np.int32(0)}
@@ -596,7 +596,7 @@ def test_links_and_giants_are_refused_before_they_are_opened(three_steps, tmp_pa
             open_checkpoints(run).restore(SMALL64)
         (run / "3" / name).write_bytes(whole)
     for step in (1, 2):
-        with pytest.raises(DamageError, match="no such file|a plain file"):
+        with pytest.raises(DamageError, match="no such file|a link"):
             open_checkpoints(run).restore(SMALL64, step)
 
 

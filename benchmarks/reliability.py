@@ -1,0 +1,373 @@
+"""What a run survives: killed, damaged, asked to stop, and left without room.
+
+Every campaign starts real processes (`reliability_run.py`: both stages, Adam,
+BatchNorm, a save every two steps) or damages real checkpoints, and compares with a run
+that nobody disturbed: every restored state, and the final one, bit for bit.
+
+* SIGKILL: at instants spread over the run; half of them while a save is in flight, some
+  while the process starts.
+* SIGTERM and SIGINT at such instants: exit code, seconds, and whether the step at hand
+  was saved.
+* Damage: bits flipped, files cut, zeroed, deleted in the newest checkpoint: seen, and
+  the older one read; or harmless, all values being equal; or read as wrong values.
+* A full disk: a file system with room for some checkpoints but not for another.
+* A second run on one directory.
+
+    python benchmarks/reliability.py --out benchmarks/results/reliability.json
+
+The table next to the JSON, of the same name, is what it prints.
+"""
+
+import argparse
+import contextlib
+import os
+import random
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import measure
+import numpy as np
+
+from hintjax.checkpoint import DamageError, open_checkpoints
+
+RUN = Path(__file__).parent / "reliability_run.py"
+EVERY = 2  # steps between two saves
+SHARES = ("save", "step", "save", "start")  # instants of kills, in turn
+
+
+class Life:
+    """One process of a run, and what it said."""
+
+    def __init__(self, run_dir: Path, steps: int, prefix: Sequence[str] = ()):
+        command = [*prefix, sys.executable, str(RUN), str(run_dir)]
+        path = os.pathsep.join([str(RUN.parents[1]), os.environ.get("PYTHONPATH", "")])
+        environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": path}
+        environment.pop("XLA_FLAGS", None)  # one device
+        self.began = time.perf_counter()
+        self.process = subprocess.Popen(
+            [*command, "--steps", str(steps)],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self.said: list[tuple[float, list[str]]] = []
+
+    def listen(self) -> Iterator[list[str]]:
+        """Its lines as they come, until it ends."""
+        for line in self.process.stdout:
+            if line.endswith("\n"):  # a kill may cut one
+                self.said.append((time.perf_counter(), line.split()))
+                yield line.split()
+
+    def end(self, number: int | None = None) -> int:
+        """Sends a signal, takes its last words, and gives the exit code."""
+        if number is not None:
+            self.process.send_signal(number)
+        for _ in self.listen():
+            pass
+        self.errors = self.process.stderr.read()
+        return self.process.wait()
+
+    def all(self, word: str) -> list[list[str]]:
+        """The arguments of all its lines that begin with a word."""
+        return [words[1:] for _, words in self.said if words[0] == word]
+
+    def last(self, word: str) -> int:
+        """The last step that it named so; 0 if none."""
+        return max((int(words[0]) for words in self.all(word)), default=0)
+
+
+def undisturbed(folder: Path, steps: int) -> dict[str, Any]:
+    """The states that every other run has to pass through, and times."""
+    life = Life(folder / "whole", steps)
+    if life.end() != 0:
+        raise RuntimeError(life.errors)
+    at = [when for when, words in life.said if words[0] == "at"]
+    saves = [when for when, words in life.said if words[0] == "saving"]
+    commits = [when for when, words in life.said if words[0] == "committed"]
+    return {
+        "states": dict(life.all("saving")),
+        "ended": life.all("ended")[0][0],
+        "start_seconds": at[0] - life.began,
+        "step_seconds": statistics.median(np.diff(at)),
+        "save_seconds": statistics.median(np.subtract(commits, saves[: len(commits)])),
+        "blocked_seconds": statistics.median(
+            float(words[0]) for words in life.all("blocked")
+        ),
+    }
+
+
+def until(
+    life: Life, where: str, step: int, whole: dict, chance: random.Random
+) -> bool:
+    """Waits for an instant; False if the process ended before."""
+    if where == "start":
+        time.sleep(chance.uniform(0, 1.2 * whole["start_seconds"]))
+        return life.process.poll() is None
+    word, length = {"save": ("saving", "save_seconds"), "step": ("at", "step_seconds")}[
+        where
+    ]
+    for words in life.listen():
+        if words[0] == word and int(words[1]) >= step:
+            time.sleep(chance.uniform(0, whole[length]))
+            return True
+    return False
+
+
+def kills(
+    folder: Path, steps: int, whole: dict, number: int, chance: random.Random
+) -> dict[str, Any]:
+    """SIGKILLs spread over one run, which is started again after each."""
+    run_dir, checkpoints = folder / "killed", folder / "killed" / "checkpoints"
+    found = {"kills": 0, "in a save": 0, "at the start": 0, "left temporary files": 0}
+    failed_restores = lost_committed = wrong_states = 0
+    lost_steps, lost_seconds, committed, training = [], [], 0, 0.0
+    for kill in range(number):
+        where = SHARES[kill % len(SHARES)]
+        target = 1 + (kill + 0.5 * chance.random()) * (steps - 4) / number
+        life = Life(run_dir, steps)
+        alive = until(life, where, int(target), whole, chance)
+        saving = life.last("saving") > life.last("committed")
+        if not alive:
+            raise RuntimeError(f"it ended before the kill: {life.end()} {life.errors}")
+        code = life.end(signal.SIGKILL)
+        saving = saving and life.last("saving") > life.last("committed")
+        if code != -signal.SIGKILL:
+            raise RuntimeError(f"{code} {life.errors}")
+        found["kills"] += 1
+        found["in a save"] += saving
+        found["at the start"] += not life.all("ready")
+        found["left temporary files"] += (checkpoints / ".hintjax-tmp").exists()
+        committed = max(committed, life.last("committed"))
+        newest = open_checkpoints(checkpoints).latest() or 0
+        lost_committed += newest < committed
+        for at, state in life.all("restored"):
+            wrong_states += whole["states"][at] != state
+        if life.all("ready"):
+            begun = [when for when, words in life.said if words[0] == "at"]
+            kept = [
+                when
+                for when, words in life.said
+                if words[0] == "at" and int(words[1]) <= newest
+            ]
+            training += life.said[-1][0] - begun[0]
+            lost_seconds.append(life.said[-1][0] - max(kept, default=begun[0]))
+            lost_steps.append(max(life.last("at") - newest, 0))
+    life = Life(run_dir, steps)
+    failed_restores += life.end() != 0
+    same = [[whole["ended"]]] == life.all("ended")
+    return found | {
+        "failed restores": failed_restores,
+        "committed steps lost": lost_committed,
+        "restored states that differ": wrong_states,
+        "final state equal bit for bit": same,
+        "most steps done again": max(lost_steps, default=0),
+        "seconds done again, median": statistics.median(lost_seconds or [0.0]),
+    }
+
+
+def stops(
+    folder: Path, steps: int, whole: dict, number: int, chance: random.Random
+) -> dict[str, Any]:
+    """SIGTERM and SIGINT, in turn, spread over one run."""
+    run_dir, seconds, codes, unsaved, wrong = folder / "stopped", [], {}, 0, 0
+    for stop in range(number):
+        signal_number = (signal.SIGTERM, signal.SIGINT)[stop % 2]
+        where = ("step", "save")[stop // 2 % 2]
+        target = 1 + (stop + 0.5 * chance.random()) * (steps - 8) / number
+        life = Life(run_dir, steps)
+        if not until(life, where, int(target), whole, chance):
+            raise RuntimeError(f"it ended before the signal: {life.errors}")
+        sent = time.perf_counter()
+        code = life.end(signal_number)
+        seconds.append(time.perf_counter() - sent)
+        name = f"{signal.Signals(signal_number).name} exits with"
+        codes.setdefault(name, set()).add(code)
+        newest = open_checkpoints(run_dir / "checkpoints").latest()
+        unsaved += newest < life.last("at")
+        for at, state in life.all("restored"):
+            wrong += whole["states"].get(at, state) != state
+    life = Life(run_dir, steps)
+    life.end()
+    return {
+        "signals": number,
+        **{name: sorted(found) for name, found in codes.items()},
+        "seconds to the exit, most": max(seconds),
+        "stops with a step unsaved": unsaved,
+        "restored states that differ": wrong,
+        "final state equal bit for bit": [[whole["ended"]]] == life.all("ended"),
+    }
+
+
+def damage(folder: Path, flips: int, chance: random.Random) -> dict[str, Any]:
+    """The newest of two checkpoints, damaged in one place at a time."""
+    path, trees = folder / "damaged", [_tree(step) for step in (1, 2)]
+    with open_checkpoints(path) as checkpoints:
+        for step, tree in enumerate(trees, start=1):
+            checkpoints.save(step, tree, {"step": step})
+    files = sorted(file for file in (path / "2").rglob("*") if file.is_file())
+    sizes = [file.stat().st_size for file in files]
+
+    def flip(data):
+        data[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
+        return data
+
+    ways = {
+        "a bit flipped, anywhere": [
+            (file, flip) for file in chance.choices(files, sizes, k=flips)
+        ],
+        "a bit flipped, each file": [(file, flip) for file in files * 5],
+        "cut": [
+            (file, lambda data: data[: chance.randrange(len(data))]) for file in files
+        ],
+        "zeroed": [(file, lambda data: bytes(len(data))) for file in files],
+        "deleted": [(file, None) for file in files],
+    }
+    return {way: _outcomes(path, trees, places) for way, places in ways.items()}
+
+
+def _tree(step: int) -> dict[str, Any]:
+    generator = np.random.default_rng(step)
+    layers = {f"layer{i}": generator.standard_normal((32, 32)) for i in range(8)}
+    return {"params": layers, "step": np.int32(step)}
+
+
+def _outcomes(path, trees, places):
+    found = {"tried": 0, "seen, older one read": 0, "harmless": 0, "wrong values": 0}
+    for file, how in places:
+        whole = file.read_bytes()
+        if how is None:
+            file.unlink()
+        else:
+            file.write_bytes(how(bytearray(whole)))
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            try:
+                tree, extra = open_checkpoints(path).restore(trees[0])
+            except DamageError:
+                tree, extra = None, {}
+        file.write_bytes(whole)
+        found["tried"] += 1
+        right = tree is not None and all(
+            np.array_equal(a, b)
+            for a, b in zip(
+                [*tree["params"].values()],
+                [*trees[extra["step"] - 1]["params"].values()],
+                strict=True,
+            )
+        )
+        if not right:
+            found["wrong values"] += 1
+        elif extra["step"] == 1 and len(told) == 1:
+            found["seen, older one read"] += 1
+        else:
+            found["harmless"] += 1
+    return found
+
+
+def full_disk(folder: Path, steps: int) -> dict[str, Any]:
+    """A run on a file system of 3 MiB of its own, which is soon full."""
+    place = folder / "small disk"
+    place.mkdir()
+    inside = (
+        'mount -t tmpfs -o size=3M tmpfs "$0" && dd if=/dev/zero of="$0/else" bs=64K '
+        'count=16 2> /dev/null && "$@"; code=$?; cd "$0"; '
+        "echo left $(ls run/checkpoints -A); "
+        "rm else; exit $code"
+    )
+    prefix = ["unshare", "-rm", "sh", "-c", inside, str(place)]
+    try:
+        life = Life(place / "run", steps, prefix)
+    except FileNotFoundError:
+        return {"tried": False}
+    code = life.end()
+    left = [name for words in life.all("left") for name in words]
+    message = life.errors.strip().splitlines()[-1]
+    return {
+        "tried": code != 1 or "OSError" in message,
+        "exit code": code,
+        "error": message.replace(str(folder), ""),
+        "left": left,
+    }
+
+
+def second_run(folder: Path, steps: int) -> dict[str, Any]:
+    """The same command again while the first trains."""
+    first = Life(folder / "owned", steps)
+    for words in first.listen():
+        if words[0] == "ready":
+            break
+    second = Life(folder / "owned", steps)
+    code, told = second.end(), second.errors.strip().splitlines()[-1]
+    first.end(signal.SIGTERM)
+    return {
+        "exit code": code,
+        "names the owner": f"process {first.process.pid} on " in told,
+        "steps made": len(second.all("at")),
+    }
+
+
+def table(record: dict[str, Any]) -> str:
+    """All of it in Markdown."""
+    lines = ["| campaign | | |", "|---|---|---|"]
+    for campaign, figures in record.items():
+        for name, value in figures.items():
+            shown = value
+            if isinstance(value, dict):
+                shown = ", ".join(f"{key} {number}" for key, number in value.items())
+            elif isinstance(value, float):
+                shown = f"{value:.3g}"
+            elif isinstance(value, list):
+                shown = " ".join(map(str, value))
+            lines.append(f"| {campaign} | {name} | {shown} |")
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    """Runs all campaigns, prints the table, and returns the record."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--kills", type=int, default=50)
+    add("--stops", type=int, default=20)
+    add("--flips", type=int, default=400)
+    add("--steps", type=int, default=400, help="of the run that is killed")
+    add("--seed", type=int, default=0)
+    add("--out", type=Path, help="write the results here, as JSON, with a table")
+    options = parser.parse_args(arguments)
+    chance, steps = random.Random(options.seed), options.steps
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        whole = undisturbed(folder, steps)
+        asked = (folder, steps, whole)
+        record = {
+            "undisturbed": {
+                name: value
+                for name, value in whole.items()
+                if name not in ("states", "ended")
+            },
+            "SIGKILL": kills(*asked, options.kills, chance),
+            "SIGTERM and SIGINT": stops(*asked, options.stops, chance),
+            "damage": damage(folder, options.flips, chance),
+            "full disk": full_disk(folder, steps),
+            "second run": second_run(folder, steps),
+        }
+    print(table(record))
+    if options.out:
+        measure.write(options.out, {"machine": measure.machine(), **record})
+        options.out.with_suffix(".md").write_text(table(record) + "\n")
+    return record
+
+
+if __name__ == "__main__":
+    main()
