@@ -168,9 +168,11 @@ def scores_by_rows(
 ) -> tuple[Float[Array, "batch _"], ...]:
     """Inner products of anchors with rows that are split over a mesh.
 
-    Every device scores all anchors with all of its own rows, in one matrix product,
-    and keeps those that were asked for; the sum over devices is scattered to where
-    the anchors live. No row leaves its device, and none is gathered.
+    The anchors of each device visit all devices in a ring, with what was asked for
+    them. Where they are they get their scores with all rows that live there, in one
+    matrix product, and keep those that were asked for. No row leaves its device, none
+    is gathered, and a device never holds more than one device's scores. Gradients go
+    to the anchors, in a second round; the rows are stored state and get none.
 
     Args:
         anchors: embeddings, split like the batch.
@@ -182,31 +184,70 @@ def scores_by_rows(
         For each of the indices, one score per anchor and row asked for.
     """
     split, axes = over_batch(mesh).spec, batch_axes(mesh)
-    wanted = tuple(split if index.ndim == 2 else PartitionSpec() for index in indices)
+    each = tuple(split if index.ndim == 2 else PartitionSpec() for index in indices)
+    n = shares(mesh)
+    ring = [(device, (device + 1) % n) for device in range(n)]
+    varying = partial(jax.lax.pcast, axis_name=axes, to="varying")
 
-    @partial(
-        jax.shard_map,
-        mesh=mesh,
-        in_specs=(split, split, wanted),
-        out_specs=(split,) * len(indices),
-    )
-    def local(anchors, vectors, indices):
-        gather = partial(jax.lax.all_gather, axis_name=axes, tiled=True)
-        scores = jnp.matmul(gather(anchors), vectors.T, precision=HIGHEST)
+    def around(visit, carried):
+        """What was carried to all devices and has come home."""
 
-        def asked(index):
-            if index.ndim == 1:
-                index, here = _mine(index, vectors, mesh)
-                found = scores[:, index]
-            else:
-                index, here = _mine(gather(index), vectors, mesh)
-                found = jnp.take_along_axis(scores, index, 1)
-            found = jnp.where(here, found, 0)
-            return jax.lax.psum_scatter(found, axes, tiled=True)
+        def stay(carried, _):
+            carried = visit(carried)
+            return jax.tree.map(
+                lambda leaf: jax.lax.ppermute(leaf, axes, ring), carried
+            ), None
 
-        return tuple(asked(index) for index in indices)
+        return jax.lax.scan(stay, carried, length=n)[0]
 
-    return local(anchors, vectors, indices)
+    def rows_here(index, vectors):
+        index, here = _mine(index, vectors, mesh)
+        return (index if index.ndim == 2 else index[None, :]), here
+
+    @jax.custom_vjp
+    def scores(anchors, vectors, indices):
+        def visit(carried):
+            anchors, indices, found = carried
+            product = jnp.matmul(anchors, vectors.T, precision=HIGHEST)
+            return anchors, indices, tuple(map(partial(asked, product), indices, found))
+
+        def asked(product, index, found):
+            index, here = rows_here(index, vectors)
+            return found + jnp.where(here, jnp.take_along_axis(product, index, 1), 0)
+
+        indices = tuple(i if i.ndim == 2 else varying(i) for i in indices)
+        nothing = tuple(
+            varying(jnp.zeros((anchors.shape[0], index.shape[-1]), anchors.dtype))
+            for index in indices
+        )
+        return around(visit, (anchors, indices, nothing))[-1]
+
+    def forward(anchors, vectors, indices):
+        return scores(anchors, vectors, indices), (vectors, indices)
+
+    def backward(kept, gradients):
+        vectors, indices = kept
+
+        def visit(carried):
+            total, indices, gradients = carried
+            product = jnp.zeros((total.shape[0], vectors.shape[0]), total.dtype)
+            rows = jnp.arange(total.shape[0])[:, None]
+            for index, gradient in zip(indices, gradients, strict=True):
+                index, here = rows_here(index, vectors)
+                product = product.at[rows, index].add(jnp.where(here, gradient, 0))
+            total = total + jnp.matmul(product, vectors, precision=HIGHEST)
+            return total, indices, gradients
+
+        shape = gradients[0].shape[0], vectors.shape[1]
+        nothing = varying(jnp.zeros(shape, gradients[0].dtype))
+        indices = tuple(i if i.ndim == 2 else varying(i) for i in indices)
+        total, _, _ = around(visit, (nothing, indices, gradients))
+        return total, varying(jnp.zeros(vectors.shape, vectors.dtype)), None
+
+    scores.defvjp(forward, backward)
+    return jax.shard_map(
+        scores, mesh=mesh, in_specs=(split, split, each), out_specs=(split,) * len(each)
+    )(anchors, vectors, indices)
 
 
 def _mine(index, vectors, mesh):

@@ -122,20 +122,22 @@ def hints(mesh):
 
 OBJECTIVES = {"uncoupled": uncoupled, "contrastive": contrastive, "hints": hints}
 HEAD = (8, CLASSES)
-# What CRD brings to the rows of its bank: embeddings, labels of rows, gradients of
-# scores; and the scores (of positives, of negatives) that come back from there.
+# CRD's embeddings are brought to the rows of its bank that they change, with their
+# indices and whether they count. Before that they visit all rows in a ring, with the
+# indices of what is asked for; home come scores, or their sum weighted by gradients.
 NEGATIVES, SHARED, WIDTH = 5, 11, 6
 BROUGHT = {
-    "uncoupled": (),
-    "hints": (),
-    "contrastive": (
-        *((BATCH,), (BATCH, 1), (BATCH, WIDTH)),
-        *((BATCH, NEGATIVES), (BATCH, SHARED)),
-    ),
+    "uncoupled": set(),
+    "hints": set(),
+    "contrastive": {(BATCH,), (BATCH, WIDTH)},
 }
-SENT_BACK = {
-    kind: tuple((BATCH // 8, *shape[1:]) for shape in brought if len(shape) > 1)
-    for kind, brought in BROUGHT.items()
+VISIT = {
+    "uncoupled": set(),
+    "hints": set(),
+    "contrastive": {
+        *((BATCH // 8, count) for count in (1, NEGATIVES, SHARED, WIDTH)),
+        (SHARED,),
+    },
 }
 
 
@@ -278,5 +280,5 @@ def test_weights_are_gathered_and_gradients_summed_and_no_more(runs, layout):
         trained = [leaf for leaf in trained if leaf.shape != HEAD]
     assert summed == Counter(tuple(sorted(leaf.shape)) for leaf in trained)
     expected = {("all-gather", shape) for shape in BROUGHT[kind]}
-    expected |= {("reduce-scatter", shape) for shape in SENT_BACK[kind]}
+    expected |= {("collective-permute", shape) for shape in VISIT[kind]}
     assert others == expected

@@ -157,6 +157,14 @@ def test_the_optimisers_state_lives_where_its_parameters_do(optimizer):
     assert found == [P(None, None, None, "fsdp"), P("fsdp")] * moments
 
 
+def test_what_is_no_more_of_a_parameters_shape_is_everywhere():
+    mesh = make_mesh(data=2, fsdp=4)
+    shardings = stored(Layout(mesh, at_least=200), PARAMS)
+    rows = jax.tree.map(lambda leaf: shape(leaf.shape[0]), PARAMS)  # as of Adafactor
+    placed = jax.tree.leaves(alike(shardings, PARAMS, {"rows": rows}, mesh))
+    assert all(sharding.is_fully_replicated for sharding in placed)
+
+
 class Net(nn.Module):
     @nn.compact
     def __call__(self, x):
