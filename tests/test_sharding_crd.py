@@ -1,0 +1,85 @@
+"""CRD's bank, split by rows over 8 devices: where rows live, and what a step takes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+import hintjax as hj
+from hintjax import memory
+from hintjax.method import Context
+from hintjax.sharding import make_mesh, over_batch, replicated
+
+KEY = jax.random.key(0)
+BATCH, NEGATIVES, SIZE, WIDTH = 64, 8192, 50_000, 128
+
+
+@pytest.mark.quick
+def test_rows_that_do_not_divide_are_filled_up():
+    mesh = make_mesh(data=2, fsdp=4)
+    plain, split = memory.init(KEY, 37, 6), memory.init(KEY, 37, 6, mesh)
+    for name in ("student", "teacher"):
+        rows = getattr(split, name)
+        assert rows.shape == (40, 6)
+        np.testing.assert_array_equal(rows[:37], getattr(plain, name))
+        np.testing.assert_array_equal(rows[37:], 0)
+    assert memory.init(KEY, 40, 6, mesh).student.shape == (40, 6)
+    where = memory.split_rows(split, mesh)
+    assert where.student == where.teacher == PartitionSpec(("data", "fsdp"))
+    assert where.student_constant == where.teacher_constant == PartitionSpec()
+
+
+@pytest.mark.quick
+def test_without_a_bank_there_is_nothing_to_split():
+    with pytest.raises(ValueError, match="crd: expected mesh only where there is a"):
+        hj.crd(("a", "b"), negatives=hj.BatchNegatives(), mesh=make_mesh())
+
+
+def temporary_bytes(mesh, method, split):
+    """Of one step of CRD alone with its gradients, on each device."""
+    hints = jax.ShapeDtypeStruct((BATCH, WIDTH), jnp.float32)
+    student, teacher = (hj.Features(hints={name: hints}) for name in ("a", "b"))
+    labels = jax.ShapeDtypeStruct((BATCH,), jnp.int32)
+    data = jax.ShapeDtypeStruct((SIZE,), jnp.int32)
+
+    def init(labels):
+        return method.init(KEY, student, teacher, hj.Data(labels))
+
+    def step(params, memory, student, teacher, batch):
+        def loss(params, student):
+            context = Context(KEY, jnp.zeros((), jnp.int32), True)
+            values, after, _ = method.apply(
+                params, memory, student, teacher, batch, context
+            )
+            return values.mean(), after
+
+        return jax.grad(loss, (0, 1), has_aux=True)(params, student)
+
+    params, bank = jax.eval_shape(init, data)
+    everywhere, parts = replicated(mesh), over_batch(mesh)
+    homes = jax.tree.map(lambda _: everywhere, bank)
+    if split:
+        rows = NamedSharding(mesh, PartitionSpec("data"))
+        homes["bank"] = homes["bank"]._replace(student=rows, teacher=rows)
+    jitted = jax.jit(
+        step,
+        in_shardings=(everywhere, homes, parts, parts, parts),
+        out_shardings=((everywhere, parts), homes),
+        donate_argnums=1,
+    )
+    batch = {"label": labels, "index": labels}
+    compiled = jitted.lower(params, bank, student, teacher, batch).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
+def test_a_split_bank_takes_an_eighth_of_a_gather_or_less():
+    """Of a gather from a bank that every device has whole, and of what the partitioner
+    makes of that gather where the rows are split: it sends whole rows to everybody."""
+    mesh, kind = make_mesh(), hj.AnchorNegatives(NEGATIVES)
+    pair = ("a", "b")
+    by_rows = hj.crd(pair, negatives=kind, feature_dim=WIDTH, mesh=mesh)
+    plain = hj.crd(pair, negatives=kind, feature_dim=WIDTH)
+    ours = temporary_bytes(mesh, by_rows, split=True)
+    assert 8 * ours <= temporary_bytes(mesh, plain, split=False)
+    assert 8 * ours <= temporary_bytes(mesh, plain, split=True)
