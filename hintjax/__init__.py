@@ -69,6 +69,7 @@ from hintjax.networks import (
     split,
 )
 from hintjax.pairing import suggest_pairs
+from hintjax.precision import computed_in
 from hintjax.sharding import Layout, data_mesh, make_mesh
 from hintjax.stages import (
     Stage,
@@ -107,6 +108,7 @@ __all__ = [
     "attention_transfer",
     "channel_wise",
     "class_attention",
+    "computed_in",
     "correlation_congruence",
     "cosine",
     "crd",

@@ -16,7 +16,8 @@ PACKAGE = Path(__file__).parent.parent / "hintjax"
 # import each other (Python itself refuses a circle); a folder counts as one entry.
 ORDER = (
     *("_checks", "_numerics", "losses", "sharding", "memory"),
-    *("paths", "networks", "networks_nnx", "regressors", "method", "views"),
+    *("paths", "networks", "networks_nnx", "precision", "regressors"),
+    *("method", "views"),
     *("teachers", "methods"),
     *("pairing", "balance", "stages", "rundir", "signals"),
     *("cache", "checkpoint"),
@@ -36,6 +37,7 @@ OUTSIDE = {
     "paths": MATHEMATICS,
     "networks": MODELS,
     "networks_nnx": MODELS,
+    "precision": MODELS,
     "regressors": MODELS,
     "method": MODELS,
     "views": MODELS,

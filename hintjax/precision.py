@@ -1,0 +1,53 @@
+"""Precision of a network's computations; parameters and losses stay as they are."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import DTypeLike, PyTree
+
+from hintjax._checks import message
+from hintjax.networks import Network
+
+
+def computed_in(network: Network, dtype: DTypeLike) -> Network:
+    """The network, computing in another precision: on TPU, bfloat16.
+
+    Parameters are kept, updated and shared between devices in their own precision, and
+    cast on their way into every pass; so are floating inputs. Statistics of BatchNorm
+    stay as they are, and Flax sums them in float32. Losses raise what they are given to
+    float32. Teacher and student are chosen separately:
+    `hint_stage(student, computed_in(teacher, jnp.bfloat16), ...)`.
+
+    Args:
+        network: the network.
+        dtype: a floating dtype.
+
+    Returns:
+        The network, with the same parameters and state.
+
+    Raises:
+        ValueError: if the dtype is not a floating one.
+    """
+    if not jnp.issubdtype(dtype, jnp.floating):
+        wanted = "a floating dtype"
+        raise ValueError(message("computed_in", wanted, f"{jnp.dtype(dtype)}"))
+
+    def apply(params, state, inputs, *, wants, train, key=None):
+        shown, after = network.apply(
+            _cast(params, dtype),
+            state,
+            _cast(inputs, dtype),
+            wants=wants,
+            train=train,
+            key=key,
+        )
+        return shown, jax.tree.map(lambda new, old: new.astype(old.dtype), after, state)
+
+    return network._replace(apply=apply)
+
+
+def _cast(tree: PyTree, dtype: DTypeLike) -> PyTree:
+    def cast(leaf):
+        floating = jnp.issubdtype(leaf.dtype, jnp.floating)
+        return leaf.astype(dtype) if floating else leaf
+
+    return jax.tree.map(cast, tree)
