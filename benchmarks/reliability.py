@@ -72,10 +72,11 @@ class Life:
         """Sends a signal, takes its last words, and gives the exit code."""
         if number is not None:
             self.process.send_signal(number)
-        for _ in self.listen():
-            pass
-        self.errors = self.process.stderr.read()
-        return self.process.wait()
+        with self.process:
+            for _ in self.listen():
+                pass
+            self.errors = self.process.stderr.read()
+        return self.process.returncode
 
     def all(self, word: str) -> list[list[str]]:
         """The arguments of all its lines that begin with a word."""
