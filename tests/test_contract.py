@@ -21,7 +21,7 @@ import numpy as np
 import optax
 import pytest
 
-from hintjax import losses, methods, regressors, stages
+from hintjax import losses, methods, regressors, sharding, stages
 from hintjax.method import Context, Data, Method, objective, task
 from hintjax.networks import Features, Network, Variables
 
@@ -990,3 +990,90 @@ def test_a_method_stands_in_both_stages(taught, kind):
     for trees in zip(own(state.params), own(before), strict=True):
         moved = jax.tree.leaves(jax.tree.map(lambda a, b: np.any(a != b), *trees))
         assert any(moved) or not moved
+
+
+def scoped(name, method):
+    """The method among others: its names carry its own before them."""
+
+    def wants(of):
+        return of._replace(
+            hints=tuple(f"{name}.{path}" for path in of.hints),
+            params=tuple(f"{name}.{path}" for path in of.params),
+        )
+
+    def own(shown, of):
+        return shown._replace(
+            hints={path: shown.hints[f"{name}.{path}"] for path in of.hints},
+            params={path: shown.params[f"{name}.{path}"] for path in of.params},
+        )
+
+    def both(student, teacher):
+        return own(student, method.student), own(teacher, method.teacher)
+
+    def init(key, student, teacher, data):
+        return method.init(key, *both(student, teacher), data)
+
+    def apply(params, memory, student, teacher, batch, context):
+        return method.apply(params, memory, *both(student, teacher), batch, context)
+
+    return Method(wants(method.student), wants(method.teacher), init, apply)
+
+
+def together(sides):
+    """One network that shows what all rows want, each from weights of its own."""
+    hints, params = {}, {}
+    for name, shapes in sides.items():
+        hints |= {f"{name}.{path}": shape for path, shape in shapes.hints.items()}
+        params |= {f"{name}.{path}": shape for path, shape in shapes.params.items()}
+    return Features(output=(10,), hints=hints, params=params)
+
+
+@pytest.mark.long
+def test_every_method_gives_eight_devices_the_numbers_of_one():
+    """All in one step, each with weights of its own, so that it is compiled once for
+    each way to place them; float64, since devices sum in another order."""
+    (student, ours), (teacher, theirs) = (
+        linear(together(sides), seed)
+        for seed, sides in enumerate(
+            {name: getattr(row, side) for name, row in METHODS.items()}
+            for side in ("student", "teacher")
+        )
+    )
+    batch = {
+        "x": random((3,), (16,)).astype(np.float64),
+        "label": np.arange(16, dtype=np.int32) % 10,
+        "index": np.arange(16, dtype=np.int32),
+        "where": np.arange(16) % 5 > 0,
+    }
+    x, data = operator.itemgetter("x"), Data(np.arange(32, dtype=np.int32) % 10)
+
+    def widened(leaf):
+        wide = jnp.issubdtype(leaf.dtype, jnp.floating)
+        return leaf.astype(jnp.float64) if wide else leaf
+
+    def run(layout):
+        stage = stages.distillation_stage(
+            student,
+            teacher,
+            objective(**{n: scoped(n, row.method) for n, row in METHODS.items()}),
+            optax.sgd(1e-3),
+            inputs=x,
+            teacher_inputs=x,
+            mesh=layout,
+        )
+        state = jax.tree.map(widened, stage.init(KEY, ours, theirs, batch, data))
+        reported = []
+        for _ in range(2):
+            state, metrics = stage.update(state, widened_theirs, batch)
+            reported.append(metrics)
+        return jax.device_get((state.params, state.memory, reported))
+
+    fsdp = sharding.Layout(sharding.make_mesh(data=2, fsdp=4), at_least=16)
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
+        widened_theirs = jax.tree.map(widened, theirs)
+        one, *others = map(run, (None, sharding.Layout(sharding.make_mesh()), fsdp))
+    for got in others:
+        chex.assert_trees_all_close(got, one, rtol=1e-12, atol=1e-12)
+    before, after = ours.params["kernels"], one[0]["student"]["kernels"]
+    still = {name for name in before if np.array_equal(before[name], after[name])}
+    assert still == {"paraphrase.guided"}  # it trains on the teacher alone
