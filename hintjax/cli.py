@@ -15,7 +15,7 @@ from pathlib import Path
 import jax
 
 from hintjax import config as configs
-from hintjax import recipes
+from hintjax import places, recipes
 from hintjax._checks import message, nearest
 from hintjax.compare import REPORT, Arm, compare, picture, show_table, table
 from hintjax.config import Config
@@ -86,7 +86,7 @@ def _arms(config: Config) -> list[Arm]:
             for name in config.compare
         ]
     hints = {"recipe": recipes.FITNETS, "baseline": False}
-    maps = recipes.AT._replace(where=recipes.middle)  # of the pair that FitNets takes
+    maps = recipes.AT._replace(where=places.middle)  # of the pair that FitNets takes
     arms = [
         arm("backprop", recipes.backprop),
         arm("KD", recipes.SOFT),
@@ -107,7 +107,7 @@ def _arms(config: Config) -> list[Arm]:
 
 def _attaches(recipe):
     """Whether a recipe compares more than outputs."""
-    return recipe is not recipes.backprop and recipe.where is not recipes.outputs
+    return recipe is not recipes.backprop and recipe.where is not places.outputs
 
 
 def _recipe(name):
@@ -201,11 +201,11 @@ def _counting(report):
     return begin
 
 
-def _show(step, places):
+def _show(step, seen):
     """What a phase compares, and what it needs."""
     for who, known, wants in (
-        ("student", places.student, step.method.student),
-        ("teacher", places.teacher, step.method.teacher),
+        ("student", seen.student, step.method.student),
+        ("teacher", seen.teacher, step.method.teacher),
     ):
         shown = [
             f"{path} {known[path].shape[1:]}" if path in known else path

@@ -31,7 +31,8 @@ from hintjax.losses import attention_map
 from hintjax.metrics import paired, read_metrics, summary
 from hintjax.networks import Variables, Wants
 from hintjax.pairing import linearly_explained
-from hintjax.recipes import Recipe, middle
+from hintjax.places import middle
+from hintjax.recipes import Recipe
 from hintjax.regressors import to_grid
 from hintjax.rundir import inside
 from hintjax.signals import stoppable

@@ -39,7 +39,8 @@ from hintjax.export import deployed, deployed_variables
 from hintjax.method import Data
 from hintjax.networks import Network, Variables, Wants, join, linen, split
 from hintjax.networks_nnx import nnx
-from hintjax.recipes import Places, Recipe, Step, backprop
+from hintjax.places import Places
+from hintjax.recipes import Recipe, Step, backprop
 from hintjax.rundir import owned, write_text
 from hintjax.stages import distillation_stage, hint_stage, student_variables
 from hintjax.train import (

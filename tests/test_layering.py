@@ -22,7 +22,7 @@ ORDER = (
     *("pairing", "balance", "stages", "rundir", "signals"),
     *("cache", "checkpoint"),
     *("models", "weights", "metrics", "config", "data", "viz", "export"),
-    *("train", "recipes", "experiment", "compare", "cli"),
+    *("train", "places", "recipes", "experiment", "compare", "cli"),
 )
 
 MATHEMATICS = {"jax", "jaxtyping"}

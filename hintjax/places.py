@@ -1,0 +1,188 @@
+"""Places: where each published method attaches to two networks.
+
+Every function takes `Places` and gives pairs (guided layer, hint layer), those of the
+method's authors, or those that the user gave instead. Only shapes are seen.
+"""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import jax
+
+from hintjax import pairing, regressors
+from hintjax._checks import message
+from hintjax.method import Method, Pairs
+from hintjax.views import viewed
+
+Layers = Mapping[str, jax.ShapeDtypeStruct]
+
+
+class Places(NamedTuple):
+    """What a recipe knows of the networks, and of the size of the data.
+
+    Attributes:
+        student: its layers.
+        teacher: its layers; none if there is no teacher.
+        pairs: what the user gave, instead of a method's usual places.
+        preactivations: of student and teacher: for layers, what they are before the
+            ReLU, as far as the models say so.
+        norms: for layers of the teacher, the BatchNorm before the ReLU.
+        class_tokens: of student and teacher: how many tokens come before the patches.
+        examples: in the training set.
+    """
+
+    student: Layers
+    teacher: Layers
+    pairs: tuple[tuple[str, str], ...] = ()
+    preactivations: tuple[Mapping[str, str], Mapping[str, str]] = ({}, {})
+    norms: Mapping[str, str] = {}
+    class_tokens: tuple[int, int] = (0, 0)
+    examples: int = 0
+
+
+def outputs(places: Places) -> Pairs:
+    """The outputs."""
+    return ()
+
+
+def middle(places: Places) -> Pairs:
+    """The middle of both networks."""
+    return places.pairs or pairing.suggest_pairs(places.student, places.teacher)
+
+
+def stages(places: Places) -> Pairs:
+    """The ends of the stages."""
+    return places.pairs or pairing.stage_pairs(places.student, places.teacher)
+
+
+def last_stage(places: Places) -> Pairs:
+    """The end of the last stage."""
+    return stages(places)[-1:]
+
+
+def middle_stage(places: Places) -> Pairs:
+    """The end of the middle stage."""
+    ends = stages(places)
+    return ends[(len(ends) - 1) // 2 :][:1]
+
+
+def first_and_stages(places: Places) -> Pairs:
+    """The first layers and the ends of the stages."""
+    if places.pairs:
+        return places.pairs
+    first = pairing.first_pair(places.student, places.teacher)
+    return tuple(dict.fromkeys((first, *stages(places))))
+
+
+def before_relu(places: Places) -> Pairs:
+    """The ends of the stages before their ReLU, which the models must know."""
+    if places.pairs:
+        return places.pairs
+    found = []
+    for pair in stages(places):
+        for path, known in zip(pair, places.preactivations, strict=True):
+            if path not in known:
+                wanted = f"the model to say what {path} is before its ReLU"
+                got = f"{list(known)}"
+                do = "Name the layers with --pairs."
+                raise ValueError(message("recipe", wanted, got, do))
+        found.append(tuple(map(dict.get, places.preactivations, pair)))
+    return tuple(found)
+
+
+def but_last(places: Places) -> Pairs:
+    """The ends of the stages but the last."""
+    return places.pairs or stages(places)[:-1]
+
+
+def hidden_and_scores(places: Places) -> Pairs:
+    """The ends of the stages (of blocks, a third each), and their attention scores."""
+    return (*stages(places), *inside(places, stages(places), "scores"))
+
+
+def last_relations(places: Places) -> Pairs:
+    """Queries, keys and values of the last blocks."""
+    if places.pairs:
+        return places.pairs
+    last = last_stage(places)
+    names = ("query", "key", "value")
+    found = [pair for name in names for pair in inside(places, last, name)]
+    if not found:
+        wanted = "queries, keys and values as layers of the last blocks"
+        got = f"{last} without them"
+        raise ValueError(message("recipe", wanted, got, "Name them with --pairs."))
+    return tuple(found)
+
+
+def inside(places: Places, pairs: Pairs, name: str) -> Pairs:
+    """For each pair of blocks, the pair of layers of this name inside them."""
+
+    def find(layers, block):
+        inside = (path for path in layers if path.startswith(f"{block}/"))
+        return next((path for path in inside if path.endswith(f"/{name}")), None)
+
+    found = [
+        (find(places.student, guided), find(places.teacher, hint))
+        for guided, hint in pairs
+    ]
+    return [pair for pair in found if None not in pair]
+
+
+def pooled(places: Places) -> Pairs:
+    """The pooled vectors, which the classifiers are given."""
+    if places.pairs:
+        return places.pairs
+    return ((pool(places.student), pool(places.teacher)),)
+
+
+def stages_and_pooled(places: Places) -> Pairs:
+    """The ends of the stages, the teacher's before their ReLU; the pooled vectors."""
+    if places.pairs:
+        return places.pairs
+    before = places.preactivations[1]
+    ends = ((guided, before.get(hint, hint)) for guided, hint in stages(places))
+    return (*ends, *pooled(places))
+
+
+def last_maps(places: Places) -> Pairs:
+    """The last maps, which are pooled for the classifiers."""
+    return places.pairs or (
+        (f"{pool(places.student)}:in", f"{pool(places.teacher)}:in"),
+    )
+
+
+def pool(layers: Layers) -> str:
+    """The layer of the pooled vector."""
+    return pairing.head(layers)[0]
+
+
+def classifier(layers: Layers) -> str:
+    """The layer of the logits."""
+    return pairing.head(layers)[1]
+
+
+def one(pairs: Pairs) -> tuple[str, str]:
+    """The pair of a method that has but one."""
+    if len(pairs) != 1:
+        raise ValueError(message("recipe", "one pair for this method", f"{pairs}"))
+    return pairs[0]
+
+
+def on_grids(method: Method, places: Places) -> Method:
+    """The tokens of one network as maps, where the other network shows maps."""
+    networks = (places.student, places.teacher)
+    ranks = [
+        {len(layers[path].shape) for path in wants.hints if path in layers}
+        for wants, layers in zip((method.student, method.teacher), networks)
+    ]
+
+    def view(ours, theirs, drop):
+        if not (3 in ours and 4 in theirs):
+            return None
+        return lambda x: regressors.to_grid(x, drop=drop) if x.ndim == 3 else x
+
+    return viewed(
+        method,
+        student=view(*ranks, places.class_tokens[0]),
+        teacher=view(*reversed(ranks), places.class_tokens[1]),
+    )
