@@ -109,3 +109,20 @@ def test_the_readme_table_is_the_committed_reports():
     accuracies = [f"{100 * r['teacher']['accuracy']:.1f}" for r in (digits, few, mnist)]
     lines.append(f"| *the teacher* | {' | | '.join(accuracies)} | |")
     assert "\n".join(lines) in text
+
+
+@pytest.mark.quick
+def test_the_readme_table_of_core_methods_is_the_committed_reports():
+    text = (ROOT / "README.md").read_text()
+    reports = [report(name) for name in ("digits_core", "mnist_core")]
+    lines = [
+        "| method | digits, 100 labels | MNIST 14x14, 1,000 labels |",
+        "|---|---|---|",
+    ]
+    for rows in zip(*(r["rows"] for r in reports), strict=True):
+        assert len({row["arm"] for row in rows}) == 1
+        cells = [f"{100 * row['mean']:.1f} ± {100 * row['std']:.1f}" for row in rows]
+        lines.append(f"| {' | '.join([rows[0]['arm'], *cells])} |")
+    cells = [f"{100 * r['teacher']['accuracy']:.1f}" for r in reports]
+    lines.append(f"| {' | '.join(['*the teacher*', *cells])} |")
+    assert "\n".join(lines) in text
