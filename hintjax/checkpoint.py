@@ -579,9 +579,13 @@ def _restore(path: Path, like: Any) -> tuple[PyTree, dict[str, Any]]:
 def _read(path: Path, record: dict[str, Any]) -> tuple[dict, dict]:
     """{path: (array, key implementation)} and the tree of them, all as recorded.
 
-    Before Orbax opens a file, it has to be a file in its place, of its size, and whole.
+    Before Orbax opens a file, it has to be a file in its place, of its size, and whole;
+    and there is nothing else that it could read instead.
     """
     files = {path / name: sums for name, sums in record["files"].items()}
+    for file in sorted(path.rglob("[!.]*")):
+        if file not in files and file.name != _RECORD and not file.is_dir():
+            raise _damaged(file, "it was not written there")
     for file, (size, _) in files.items():
         if file.resolve() != path.resolve() / file.relative_to(path):
             raise _damaged(file, "it is a link")

@@ -9,6 +9,9 @@ os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
 
+import multiprocessing.reduction
+import pickle
+
 import hypothesis
 import jax
 import jax.numpy as jnp
@@ -42,6 +45,25 @@ def pytest_configure(config):
     config.addinivalue_line(
         "filterwarnings", "default:Error (reading|writing) persistent compilation cache"
     )
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_pickle():
+    """Nothing in the whole suite unpickles: what is read cannot run code.
+
+    Excepted are the queues of multiprocessing, which hold what this very process or its
+    workers have put there: TensorBoard's events and Grain's batches. They took
+    `pickle.loads` when they were imported.
+    """
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("something was unpickled")
+
+    assert multiprocessing.reduction.ForkingPickler.loads is pickle.loads
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("load", "loads", "Unpickler"):
+            patch.setattr(f"pickle.{name}", refuse)
+        yield
 
 
 @pytest.fixture
