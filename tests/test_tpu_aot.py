@@ -1,0 +1,110 @@
+"""The ahead-of-time benchmark: what it reads off a program, and its model of time."""
+
+import json
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parent.parent / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def tpu_aot():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(FOLDER))
+        yield import_module("tpu_aot")
+
+
+PROGRAM = """
+  %a = f32[8,4]{1,0:T(8,128)} all-reduce(%x), channel_id=1, to_apply=%add
+  %b = (f32[16]{0:T(128)}, bf16[3,2]{1,0:T(8,128)(2,1)}) all-reduce(%x, %y), channel_id=2
+  %c = (f32[2,8]{1,0}, f32[16,8]{1,0}) all-gather-start(%z), dimensions={0}
+  %d = f32[16,8]{1,0} all-gather-done(%c)
+  %e = f32[2]{0} reduce-scatter(%w), dimensions={0}
+  ROOT %f = f32[8,4]{1,0} add(%a, %all-reduce.7)
+"""
+
+
+@pytest.mark.quick
+def test_collectives_are_counted_with_what_they_give(tpu_aot):
+    assert tpu_aot.collectives(PROGRAM) == {
+        "all-reduce": {"count": 2, "bytes": 128 + 64 + 12},
+        "all-gather": {"count": 1, "bytes": 512},
+        "reduce-scatter": {"count": 1, "bytes": 8},
+    }
+
+
+@pytest.mark.quick
+def test_time_is_modelled_from_constants(tpu_aot):
+    chip = tpu_aot.Chip(flops=1e12, hbm=1e11, port=1e9, ports=4, options={})
+    row = {
+        "chips": 4,
+        "flops": 2e9,
+        "bytes": 1e8,
+        "collectives": {
+            "all-reduce": {"count": 2, "bytes": 8_000_000},
+            "all-gather": {"count": 1, "bytes": 4_000_000},
+            "reduce-scatter": {"count": 1, "bytes": 1_000_000},
+        },
+    }
+    got = tpu_aot.modelled(row, chip, (2, 2))
+    assert got["compute_seconds"] == pytest.approx(2e-3) and got["bound"] == "FLOPs"
+    # 2 x 8 MB x 3/4, 4 MB x 3/4, 1 MB x 3, over two ports.
+    assert got["bandwidth_seconds"] == pytest.approx((12e6 + 3e6 + 3e6) / 2e9)
+    # 2 links: there and back for each sum, once for the others.
+    assert got["hop_seconds"] == pytest.approx((2 * 4 + 2 + 2) * 1e-6)
+    assert tpu_aot.modelled(row | {"bytes": 1e9}, chip, (2, 2))["bound"] == "HBM"
+
+
+@pytest.mark.quick
+def test_efficiency_is_that_of_the_smallest_slice_over_each(tpu_aot):
+    def row(case, seconds):
+        times = dict.fromkeys(("bandwidth_seconds", "hop_seconds"), seconds / 4)
+        chips = case.sides[0] * case.sides[1]
+        return {**case._asdict(), **times, "chips": chips, "compute_seconds": 1.0}
+
+    small, large = (
+        tpu_aot.Case("wrn", "kd", sides=sides) for sides in ((2, 2), (4, 4))
+    )
+    other = tpu_aot.Case("wrn", "task", sides=(4, 4))
+    rows = [row(large, 2.0), row(small, 1.0), row(other, 3.0)]
+    found = tpu_aot.efficiencies({"programs": rows})
+    assert found[small] == dict.fromkeys(tpu_aot.KINDS, 1.0)
+    assert found[other] == dict.fromkeys(tpu_aot.KINDS, 1.0)
+    assert found[large]["without overlap"] == pytest.approx(1.25 / 1.5)
+    assert found[large]["with overlap"] == 1
+    assert found[large]["with hops"] == pytest.approx(1.5 / 2)
+
+
+def test_a_program_is_compiled_and_told_of(tpu_aot, tmp_path, capsys):
+    """For this host's devices; with libtpu, without --host, it is one for a TPU."""
+    out = tmp_path / "aot.json"
+    arguments = ["--small", "kd", "--host", "--out", str(out)]
+    record = tpu_aot.main(arguments)
+    (row,) = record["programs"]
+    assert row["chips"] == 8 and row["flops"] > 0 and row["memory"]["peak"] > 0
+    assert row["memory"]["argument"] == row["memory"]["argument_ideal"]
+    assert set(row["collectives"]) == {"all-reduce"}
+    assert "v5e small kd" in capsys.readouterr().out
+    # A run that was cut off goes on where it was.
+    assert (
+        tpu_aot.main(arguments)["programs"] == json.loads(out.read_text())["programs"]
+    )
+    assert "1 of 1" not in capsys.readouterr().out
+    record["programs"] = [
+        row | {"chips": chips, "sides": [chips, 1]} for chips in (4, 8, 16)
+    ]
+    tpu_aot.plot(record, tmp_path / "aot.png")
+    assert (tmp_path / "aot.png").stat().st_size > 0
+
+
+def test_every_program_of_the_matrix_traces(tpu_aot):
+    mesh = tpu_aot.hj.make_mesh()
+    kinds = {
+        case._replace(chip="v5e", sides=(4, 4), fsdp=1) for case in tpu_aot.cases()
+    }
+    for case in kinds:
+        if case.pair == "wrn" and case.student == case.teacher == "float32":
+            update, arguments = tpu_aot.step(case._replace(pair="small"), mesh)
+            update.lower(*arguments)
