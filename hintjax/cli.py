@@ -69,6 +69,8 @@ RECIPES: dict[str, Recipe] = {
     "vid": recipes.VID,
 }
 
+COMPILED = "compiled"  # programs, in the run directory
+
 # What `distill` compares when it is told nothing else. The plain student is the kind
 # that FitNets was invented for; the He rows and the untrained teacher say what part of
 # a gain is only that the student trains at all.
@@ -128,7 +130,17 @@ def distill(config: Config, run_dir: Path, *, resume: bool = False) -> None:
     arms = _arms(config) if config.method is None else []
     used = [arm.recipe for arm in arms] or [_recipe(config.method)]
     with owned(run_dir):
+        keep_compiled(run_dir / COMPILED)
         _distill(config, run_dir, arms, used, resume)
+
+
+def keep_compiled(folder: Path) -> None:
+    """What is compiled is kept for a run that goes on, unless JAX was told where.
+
+    It has to come before the first compilation of the process.
+    """
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(folder))
 
 
 def _distill(config, run_dir, arms, used, resume):

@@ -369,7 +369,7 @@ def fit(
         if request.signal is not None:
             save(state, now, owed)
             checkpoints.wait()
-            request.obey(f"step {now.at} is saved, fit(..., resume=True) goes on")
+            request.obey(f"step {now.at} is saved, and resuming goes on from there")
 
     def template(number):
         """A state of the shapes that a phase has."""

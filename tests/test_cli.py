@@ -2,12 +2,15 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
@@ -15,8 +18,9 @@ import pytest
 
 from hintjax import models
 from hintjax.checkpoint import fingerprint, load_tree
-from hintjax.cli import main
+from hintjax.cli import keep_compiled, main
 from hintjax.metrics import read_metrics
+from hintjax.rundir import owned
 
 TINY = (
     *("--student", "hintjax.models:plain_wide", "--batch-size", "16"),
@@ -214,6 +218,65 @@ def test_foreign_and_unwritable_run_directories_are_refused(tmp_path, capsys):
         assert sentence in capsys.readouterr().err
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
     assert not (tmp_path / "config.yaml").exists()
+
+
+@pytest.mark.quick
+def test_programs_are_kept_in_the_run_directory_unless_jax_was_told_where(tmp_path):
+    told = jax.config.jax_compilation_cache_dir
+    keep_compiled(tmp_path / "run")
+    assert jax.config.jax_compilation_cache_dir == told
+    try:
+        jax.config.update("jax_compilation_cache_dir", None)
+        keep_compiled(tmp_path / "run")
+        assert jax.config.jax_compilation_cache_dir == str(tmp_path / "run")
+    finally:
+        jax.config.update("jax_compilation_cache_dir", told)
+
+
+@pytest.mark.quick
+def test_sigint_is_a_sentence_and_130(tmp_path, monkeypatch, capsys):
+    def stopped(*_, **__):
+        raise KeyboardInterrupt("step 3 is saved")
+
+    monkeypatch.setattr("hintjax.cli.prepare", stopped)
+    with pytest.raises(SystemExit) as ended:
+        main(["distill", "--method", "kd", "--run-dir", str(tmp_path / "run")])
+    assert ended.value.code == 130
+    assert capsys.readouterr().err == "hintjax: stopped. step 3 is saved\n"
+
+
+@pytest.mark.quick
+def test_a_run_directory_in_use_is_one_sentence(tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    refused = []
+
+    def second():
+        with pytest.raises(SystemExit) as ended:
+            main(["distill", "--method", "kd", "--run-dir", str(tmp_path / "run")])
+        refused.append(ended.value.code)
+
+    with owned(tmp_path / "run"):
+        thread = threading.Thread(target=second)
+        thread.start()
+        thread.join()
+    assert refused == [2]
+    assert f"in use by process {os.getpid()} on" in capsys.readouterr().err
+
+
+def test_a_changed_config_is_refused_with_its_difference(
+    finished, arrays, tmp_path, capsys
+):
+    run_dir = tmp_path / "run"
+    shutil.copytree(finished, run_dir)
+    path = run_dir / "config.yaml"
+    text = path.read_text()
+    path.write_text(text.replace("learning_rate: 0.001", "learning_rate: 0.01"))
+    with pytest.raises(SystemExit):
+        main(["resume", str(run_dir)])
+    assert "learning_rate: 0.001 before, 0.01 now" in capsys.readouterr().err
+    path.write_text(text.replace("checkpoint_every: 5", "checkpoint_every: 1"))
+    with pytest.warns(UserWarning, match="checkpoint_every: 5 before, 1 now"):
+        main(["resume", str(run_dir)])
 
 
 def wait_for(condition, process):
