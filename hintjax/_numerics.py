@@ -10,7 +10,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, PyTree
 
 from hintjax import _checks
 
@@ -62,6 +62,11 @@ def masked_mean(
         return jnp.mean(x, axes)
     count = jnp.sum(keep(jnp.ones_like(x), where), axes)
     return jnp.sum(keep(x, where), axes) / jnp.maximum(count, 1)
+
+
+def either(first: Bool[Array, ""], one: PyTree, other: PyTree) -> PyTree:
+    """One tree if `first`, else the other: the same bits, whatever they are."""
+    return jax.tree.map(lambda a, b: jnp.where(first, a, b), one, other)
 
 
 def norm(

@@ -20,7 +20,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from hintjax import _checks
-from hintjax._numerics import unit
+from hintjax._numerics import either, unit
 from hintjax.sharding import batch_axes, over_batch, shares
 
 HIGHEST = jax.lax.Precision.HIGHEST
@@ -150,6 +150,65 @@ def _updated_by_rows(bank, index, student, teacher, momentum, where, mesh):
 
     where = jnp.ones(index.shape, bool) if where is None else where
     return local(bank, index, student, teacher, where)
+
+
+def select(
+    good: Bool[Array, ""],
+    bank: MemoryBank,
+    before: MemoryBank,
+    index: Int[Array, " batch"],
+    *,
+    mesh: Mesh | None = None,
+) -> MemoryBank:
+    """The bank after a step if that was good, else as before it, bit for bit.
+
+    Only the rows that the step can have changed are written, in place: a select
+    between two whole banks would copy one.
+
+    Args:
+        good: whether the step counts.
+        bank: the bank after `update`.
+        before: the bank before it.
+        index: which training examples the batch held.
+        mesh: the bank's rows are split over it: each device writes its own.
+
+    Returns:
+        The one or the other.
+
+    >>> before = init(jax.random.key(0), 4, 2)
+    >>> index, vector = jnp.array([1]), jnp.ones((1, 2))
+    >>> bank = update(before, index, vector, vector)
+    >>> bool((select(jnp.array(False), bank, before, index)[0] == before[0]).all())
+    True
+    """
+    if mesh is not None:
+        return _selected_by_rows(good, bank, before, index, mesh)
+
+    def chosen(new, old):
+        return new.at[index].set(jnp.where(good, new[index], old[index]))
+
+    return MemoryBank(
+        chosen(bank.student, before.student),
+        chosen(bank.teacher, before.teacher),
+        *either(good, bank[2:], before[2:]),
+    )
+
+
+def _selected_by_rows(good, bank, before, index, mesh):
+    rows, homes = over_batch(mesh).spec, split_rows(bank, mesh)
+
+    @partial(
+        jax.shard_map,
+        mesh=mesh,
+        in_specs=(PartitionSpec(), homes, homes, rows),
+        out_specs=homes,
+    )
+    def local(good, bank, before, index):
+        index = jax.lax.all_gather(index, batch_axes(mesh), tiled=True)
+        # Of rows that live elsewhere come others in their place: chosen as well.
+        return select(good, bank, before, _mine(index, bank.student, mesh)[0])
+
+    return local(good, bank, before, index)
 
 
 def split_rows(bank: MemoryBank, mesh: Mesh) -> MemoryBank:

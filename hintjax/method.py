@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int, Key, Num
 
 from hintjax._checks import message
-from hintjax._numerics import as_float, masked_mean
+from hintjax._numerics import as_float, either, masked_mean
 from hintjax.networks import Wants
 
 Weight = float | int | Callable[[Array], Array]
@@ -65,6 +65,10 @@ class Method(NamedTuple):
             `params` have values: it is not run, and its hints are zeros.
         split: `(memory) -> PartitionSpecs` (a prefix of the tree): how the memory is
             split over a mesh, if it is not whole on every device (CRD's bank).
+        select: `(good, memory, before, batch) -> memory`: the memory after a step if
+            `good`, else that before it, bit for bit. Only for a method whose step
+            changes little of a large memory, where to select between the whole of both
+            takes a copy (CRD's bank).
     """
 
     student: Wants
@@ -74,6 +78,7 @@ class Method(NamedTuple):
     prepare: "Method | None" = None
     deploy: Callable[..., Array] | None = None
     split: Callable[[dict], dict] | None = None
+    select: Callable[..., dict] | None = None
 
 
 class Weighted(NamedTuple):
@@ -134,9 +139,9 @@ def objective(**terms: Weighted | Method) -> Method:
         name: term if isinstance(term, Weighted) else Weighted(term, 1.0)
         for name, term in terms.items()
     }
-    if "loss" in named:
+    if named.keys() & {"loss", "skipped"}:
         do = "Give the term another name."
-        wanted = "no term named 'loss', which is the total"
+        wanted = "no term named 'loss' or 'skipped', which the stage reports"
         raise ValueError(message("objective", wanted, f"{list(named)}", do))
     if all(term.weight == 0 for term in named.values()):
         got = f"the terms {list(named)} with weight 0" if named else "no terms"
@@ -187,6 +192,7 @@ def objective(**terms: Weighted | Method) -> Method:
         prepare=objective(**prepared) if prepared else None,
         deploy=_deployed(named),
         split=_split(named),
+        select=_select(named),
     )
 
 
@@ -202,6 +208,23 @@ def _split(terms):
         }
 
     return split
+
+
+def _select(terms):
+    """`Method.select` of an objective: those of its terms."""
+    own = {name: term.method.select for name, term in terms.items()}
+    if not any(own.values()):
+        return None
+
+    def select(good, memory, before, batch):
+        return {
+            name: either(good, memory[name], before[name])
+            if how is None
+            else how(good, memory[name], before[name], batch)
+            for name, how in own.items()
+        }
+
+    return select
 
 
 def _deployed(terms):

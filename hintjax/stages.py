@@ -10,10 +10,16 @@ the whole student. Both are the same step,
 and `update` is the jit of the two. The teacher is an argument: it is never
 differentiated, never changed, and runs with `train=False`.
 
+A step whose loss or gradient is not finite changes nothing but its number: parameters,
+the optimiser's state, statistics and memory stay what they were, bit for bit, and
+`State.skipped` counts it. `report` says which term of the objective it came from and
+which layers it reached.
+
 A batch is a dict: the inputs as "image" (or whatever `inputs` selects), what the
 objective reads ("label", "index"), and optionally "where", the examples that count.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import NamedTuple
@@ -23,10 +29,10 @@ import jax.numpy as jnp
 import optax
 from jax.interpreters.partial_eval import dce_jaxpr
 from jax.sharding import Mesh, NamedSharding
-from jaxtyping import Array, Float, Int, Key, PyTree
+from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from hintjax._checks import mask, message
-from hintjax._numerics import masked_mean
+from hintjax._numerics import as_float, either, masked_mean
 from hintjax.method import PREPARED, Context, Method, one_per_example
 from hintjax.networks import Features, Network, Variables, Wants
 from hintjax.sharding import (
@@ -42,6 +48,14 @@ from hintjax.sharding import (
 
 Batch = Mapping[str, Array]
 Metrics = dict[str, Float[Array, ""]]
+Report = dict[str, dict]  # see Stage.report
+
+
+class Skipped(NamedTuple):
+    """How many updates were skipped because a number was not finite."""
+
+    total: Int[Array, ""]
+    in_a_row: Int[Array, ""]  # up to now; 0 after a step that was not skipped
 
 
 class State(NamedTuple):
@@ -52,8 +66,9 @@ class State(NamedTuple):
         state: the student's other collections (BatchNorm statistics).
         memory: what the method remembers.
         opt_state: the optimiser's state.
-        step: updates made.
+        step: updates made or skipped.
         key: the key that every update's randomness is folded from.
+        skipped: how many of them were skipped.
     """
 
     params: dict[str, PyTree]
@@ -62,6 +77,7 @@ class State(NamedTuple):
     opt_state: optax.OptState
     step: Int[Array, ""]
     key: Key[Array, ""]
+    skipped: Skipped
 
 
 class Stage(NamedTuple):
@@ -76,11 +92,21 @@ class Stage(NamedTuple):
             a `prepare` needs that of its stage.
         teach: `(state, teacher, batch) -> Features` of the teacher, with
             `stop_gradient`.
-        step: `(state, taught, batch) -> (state, metrics)`; pure and not jitted.
+        step: `(state, taught, batch) -> (state, metrics)`; pure and not jitted. The
+            metrics are the objective's, and `skipped`: the updates skipped so far.
         update: `(state, teacher, batch) -> (state, metrics)`: the jit of `teach`,
             then `step`. The state is donated.
         evaluate: `(state, teacher, batch) -> metrics`: the objective with
             `train=False`; nothing moves.
+        report: `(state, teacher, batch) -> {"terms": ..., "layers": ...}`: what the
+            next update of this batch would be made of; nothing moves. It costs a
+            backward pass for every term, so ask now and then. "terms" has for each
+            term of the objective (or for "loss", if the method is none) its weighted
+            `loss`, the `norm` of that loss' gradient, and its `share` in the sum of
+            these norms. "layers" has the norm of the total gradient for each outermost
+            layer of the student ("student/name") and each regressor
+            ("regressors/term/pair"). A norm is finite where the gradient is; shares
+            are numbers where all norms are.
     """
 
     init: Callable[..., State]
@@ -88,6 +114,7 @@ class Stage(NamedTuple):
     step: Callable[[State, Features, Batch], tuple[State, Metrics]]
     update: Callable[[State, Variables | None, Batch], tuple[State, Metrics]]
     evaluate: Callable[[State, Variables | None, Batch], Metrics]
+    report: Callable[[State, Variables | None, Batch], Report]
 
 
 def image(batch: Batch) -> Float[Array, "batch h w c"]:
@@ -255,6 +282,29 @@ def student_variables(state: State) -> Variables:
     return Variables(state.params["student"], state.state)
 
 
+def not_finite(report: Report) -> tuple[list[str], list[str]]:
+    """The terms whose loss or gradient is not finite, and the layers of such gradients.
+
+    Args:
+        report: what `Stage.report` gave.
+
+    Returns:
+        Names of terms and names of layers.
+
+    >>> terms = {"kd": {"loss": 1.0, "norm": math.inf, "share": math.nan}}
+    >>> not_finite({"terms": terms, "layers": {"student/head": 2.0}})
+    (['kd'], [])
+    """
+    report = jax.device_get(report)
+    terms = [
+        name
+        for name, term in report["terms"].items()
+        if not (math.isfinite(term["loss"]) and math.isfinite(term["norm"]))
+    ]
+    layers = report["layers"].items()
+    return terms, [name for name, norm in layers if not math.isfinite(norm)]
+
+
 def _stage(student, teacher, method, optimiser, inputs, teacher_inputs, mesh):
     """The step that both stages are.
 
@@ -322,9 +372,9 @@ def _stage(student, teacher, method, optimiser, inputs, teacher_inputs, mesh):
         return jax.lax.with_sharding_constraint(params, whole(stored(layout, params)))
 
     def parts_of(state, taught, batch):
-        params, model_state, memory, _, step, key = state
-        params = gathered(params)
-        return params, model_state, memory, taught, split(batch), key, step
+        params = gathered(state.params)
+        batch = split(batch)
+        return params, state.state, state.memory, taught, batch, state.key, state.step
 
     def homes(state):
         """Where the parts of a state live."""
@@ -340,7 +390,17 @@ def _stage(student, teacher, method, optimiser, inputs, teacher_inputs, mesh):
             opt_state=alike(params, state.params, state.opt_state, layout.mesh),
             step=everywhere,
             key=everywhere,
+            skipped=everywhere,
         )
+
+    def summed(grads):
+        """Gradients where their parameters are stored."""
+        if layout is None:
+            return grads
+        # First summed as they were computed: left to itself, the partitioner may
+        # gather activations to compute each device's share of a gradient.
+        grads = gathered(grads)
+        return jax.lax.with_sharding_constraint(grads, stored(layout, grads))
 
     def step(state, taught, batch):
         parts = parts_of(state, taught, batch)
@@ -348,24 +408,30 @@ def _stage(student, teacher, method, optimiser, inputs, teacher_inputs, mesh):
         grads, aux = jax.grad(learning, has_aux=True)(*parts)
         model_state, memory, metrics = aux
         transform, trained, kept = optimiser(objective, *parts)
-        if layout is not None:
-            # First summed as they were computed: left to itself, the partitioner may
-            # gather activations to compute each device's share of a gradient.
-            grads = gathered(grads)
-            grads = jax.lax.with_sharding_constraint(grads, stored(layout, grads))
+        grads = summed(grads)
         updates, opt_state = transform.update(grads, state.opt_state, state.params)
         moved = optax.apply_updates(state.params, updates)
+        good = _finite((metrics["loss"], grads))
+        if method.select is None:
+            memory = either(good, memory, state.memory)
+        else:
+            memory = method.select(good, memory, state.memory, split(batch))
         after = State(
-            params=_where(trained, moved, state.params),
-            state=_where(kept, model_state, state.state),
+            params=either(good, _where(trained, moved, state.params), state.params),
+            state=either(good, _where(kept, model_state, state.state), state.state),
             memory=memory,
-            opt_state=opt_state,
+            opt_state=either(good, opt_state, state.opt_state),
             step=state.step + 1,
             key=state.key,
+            skipped=Skipped(
+                state.skipped.total + jnp.where(good, 0, 1),
+                jnp.where(good, 0, state.skipped.in_a_row + 1),
+            ),
         )
         if layout is not None:
             after = jax.lax.with_sharding_constraint(after, homes(after))
-        return after, metrics
+        total = after.skipped.total.astype(metrics["loss"].dtype)
+        return after, {**metrics, "skipped": total}
 
     @jax.jit  # made once, so that a second initialisation compiles nothing
     def fresh(key, student_variables, teacher_variables, batch, data, carry):
@@ -381,7 +447,8 @@ def _stage(student, teacher, method, optimiser, inputs, teacher_inputs, mesh):
         if carry is not None:
             regressors, memory = _carried((regressors, memory), carry)
         params = {"student": params, "regressors": regressors}
-        state = State(params, model_state, memory, (), jnp.zeros((), jnp.int32), own)
+        zero = jnp.zeros((), jnp.int32)
+        state = State(params, model_state, memory, (), zero, own, None)
         transform, _, _ = optimiser(objective, *parts_of(state, taught, batch))
         return regressors, memory, transform.init(params), state.step, own
 
@@ -399,7 +466,9 @@ def _stage(student, teacher, method, optimiser, inputs, teacher_inputs, mesh):
         )
         params, model_state = variables
         params = {"student": params, "regressors": regressors}
-        state = State(params, model_state, memory, opt_state, step, key)
+        # Arrays of their own, since one buffer cannot be donated twice.
+        skipped = Skipped(*(jnp.zeros((), jnp.int32) for _ in Skipped._fields))
+        state = State(params, model_state, memory, opt_state, step, key, skipped)
         if layout is None:
             return state
         theirs = None if teacher_variables is None else teacher_variables[0]
@@ -413,6 +482,39 @@ def _stage(student, teacher, method, optimiser, inputs, teacher_inputs, mesh):
         parts = parts_of(state, teach(state, variables, batch), batch)
         _, (_, _, metrics) = objective(*parts, train=False)
         return metrics
+
+    def report(state, variables, batch):
+        params, *rest = parts_of(state, teach(state, variables, batch), batch)
+
+        def losses(params):
+            _, (_, _, metrics) = objective(params, *rest, train=True)
+            terms = {n.split("/")[0]: x for n, x in metrics.items() if _is_term(n)}
+            return {**terms, "loss": metrics["loss"]}
+
+        def gradient(name):
+            # One loss at a time: as cotangents of the others, zeros times nan would
+            # bring what is wrong in one term to all. What they share XLA computes once.
+            loss, grads = jax.value_and_grad(lambda p: losses(p)[name])(params)
+            return loss, summed(grads)
+
+        found = {name: gradient(name) for name in jax.eval_shape(losses, params)}
+        terms = [name for name in found if name != "loss"]
+        norms = {name: _norm(found[name][1]) for name in terms or ["loss"]}
+        total = sum(norms.values())
+        return {
+            "terms": {
+                name: {
+                    "loss": found[name][0],
+                    "norm": norm,
+                    "share": norm / jnp.where(total == 0, 1, total),
+                }
+                for name, norm in norms.items()
+            },
+            "layers": {
+                name: _norm(leaves)
+                for name, leaves in _by_layer(found["loss"][1], bool(terms)).items()
+            },
+        }
 
     def compiled(function, moves):
         """The jit of a function of (state, teacher, batch); one that moves the state
@@ -440,6 +542,7 @@ def _stage(student, teacher, method, optimiser, inputs, teacher_inputs, mesh):
         step=step,
         update=compiled(update, True),
         evaluate=compiled(evaluate, False),
+        report=compiled(report, False),
     )
 
 
@@ -487,6 +590,35 @@ def _reads(function: Callable, position: int, arguments: tuple) -> PyTree:
 def _where(chosen: PyTree, new: PyTree, old: PyTree) -> PyTree:
     """New leaves where chosen; the very same old ones elsewhere."""
     return jax.tree.map(lambda c, n, o: n if c else o, chosen, new, old)
+
+
+def _finite(tree: PyTree) -> Bool[Array, ""]:
+    """Whether every number is."""
+    every = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]
+    return jnp.all(jnp.stack(every))
+
+
+def _is_term(metric: str) -> bool:
+    """Whether a metric is the weighted loss of a term of the (outermost) objective."""
+    return metric.endswith("/weighted") and metric.count("/") == 1
+
+
+def _norm(tree: PyTree) -> Float[Array, ""]:
+    """Euclidean norm of all leaves, finite where they are: squares do not overflow."""
+    leaves = [jnp.abs(as_float("report", leaf)) for leaf in jax.tree.leaves(tree)]
+    largest = jnp.max(jnp.stack([jnp.max(leaf, initial=0) for leaf in leaves]))
+    scale = jnp.where(largest == 0, 1, largest)
+    return scale * jnp.sqrt(sum(jnp.sum(jnp.square(leaf / scale)) for leaf in leaves))
+
+
+def _by_layer(params: dict[str, PyTree], named: bool) -> dict[str, list[Array]]:
+    """Leaves by outermost layer of the student, or by regressor (of a term)."""
+    found = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        depth = 3 if named and path[0].key == "regressors" else 2
+        name = jax.tree_util.keystr(path[:depth], simple=True, separator="/")
+        found.setdefault(name, []).append(leaf)
+    return found
 
 
 def _copied(tree: PyTree) -> PyTree:

@@ -128,9 +128,10 @@ def test_own_metrics_are_reported_under_the_name_of_the_term():
     assert metrics["outer/inner/train"] is False
 
 
-def test_a_term_cannot_take_the_name_of_the_total():
-    with pytest.raises(ValueError, match="loss"):
-        objective(loss=constant(1.0), other=constant(2.0))
+@pytest.mark.parametrize("name", ["loss", "skipped"])
+def test_a_term_cannot_take_the_name_of_what_a_stage_reports(name):
+    with pytest.raises(ValueError, match="no term named 'loss' or 'skipped'"):
+        objective(**{name: constant(1.0), "other": constant(2.0)})
 
 
 def test_memory_and_parameters_go_by_the_names_of_the_terms():

@@ -485,7 +485,7 @@ def test_one_update_reports_every_term_and_moves_the_whole_student(distilled):
     start = stage.init(KEY, ours, theirs, batch)
     state, metrics = stage.update(start, theirs, batch)
     assert all(x.is_deleted() for x in jax.tree.leaves(start.params))  # donated
-    names = {"loss", "task/accuracy", "hint/r2"}
+    names = {"loss", "skipped", "task/accuracy", "hint/r2"}
     names |= {name + end for name in EVERYTHING for end in ("", "/weighted")}
     assert set(metrics) == names
     weighted = sum(metrics[f"{name}/weighted"] for name in EVERYTHING)
@@ -861,6 +861,231 @@ def test_a_population_is_vmapped_over_the_step():
         alone, reported = jax.jit(stage.step)(state, taught, batch)
         close(jax.tree.map(lambda x, i=i: x[i], together.params), alone.params)
         np.testing.assert_allclose(metrics["loss"][i], reported["loss"], rtol=1e-5)
+
+
+# Numbers going wrong
+
+
+def steep():
+    """A loss of 0 everywhere, with a slope that the batch says."""
+
+    def apply(params, memory, student, teacher, batch, context):
+        x = 100 * student.output.sum(-1)
+        return batch["slope"] * (x - jax.lax.stop_gradient(x)), memory, {}
+
+    def init(key, student, teacher, data):
+        return {}, {}
+
+    return hj.Method(hj.Wants(output=True), hj.Wants(), init, apply)
+
+
+def batch_of(seed, **entries):
+    """A batch with all that the terms of `guarded` want."""
+    generator = np.random.default_rng(seed)
+    return {
+        "x": generator.normal(size=(BATCH, 4)).astype(np.float32),
+        "label": generator.integers(0, CLASSES, BATCH).astype(np.int32),
+        "index": generator.permutation(16)[:BATCH].astype(np.int32),
+        "candidates": generator.integers(0, 16, (BATCH, 5)).astype(np.int32),
+        "slope": np.zeros(BATCH, np.float32),
+        **entries,
+    }
+
+
+@pytest.fixture(scope="module", params=[None, 8], ids=["alone", "mesh"])
+def guarded(request):
+    """A stage with moments, statistics, a bank and nothing random; how to begin it."""
+    mesh = request.param and hj.data_mesh()
+    student, ours = made(Bare(), pixel=True)
+    teacher, theirs = made(Bare(), seed=1, pixel=True)
+    method = hj.objective(
+        task=task(),
+        hint=hj.fitnets([("high", "high")], regressor=wide),
+        crd=hj.crd(
+            ("high", "high"),
+            negatives=hj.GivenNegatives(),
+            feature_dim=4,
+            mesh=mesh,
+        ),
+        steep=steep(),
+    )
+    stage = hj.distillation_stage(
+        student, teacher, method, optax.adam(0.1), inputs=x, teacher_inputs=x, mesh=mesh
+    )
+    data = hj.Data(np.arange(16, dtype=np.int32) % CLASSES)
+    begin = functools.partial(stage.init, KEY, ours, theirs, batch_of(0), data)
+    return stage, begin, theirs
+
+
+def x(batch):
+    return batch["x"]
+
+
+def one_nan(seed):
+    batch = batch_of(seed)
+    batch["x"][3] = np.nan
+    return batch
+
+
+def too_steep(seed):
+    return batch_of(seed, slope=np.full(BATCH, 3e38, np.float32))
+
+
+def values(state):
+    """All that a skipped update must leave alone."""
+    return copied(state._replace(step=None, key=None, skipped=None))
+
+
+@pytest.mark.parametrize("bad", [one_nan, too_steep])
+def test_a_step_that_is_not_finite_changes_nothing_but_its_number(guarded, bad):
+    stage, begin, theirs = guarded
+    state, total = begin(), 0
+    # First, when nothing is set yet, and later, twice in a row.
+    for step, (make, in_a_row) in enumerate(
+        [(bad, 1), (batch_of, 0), (bad, 1), (bad, 2), (batch_of, 0)]
+    ):
+        before = values(state)
+        state, metrics = stage.update(state, theirs, make(step))
+        total += make is bad
+        after = values(state)
+        if make is bad:
+            equal(after, before)
+        else:
+            assert all(moved(before.params, after.params))
+            assert all(moved(before.state, after.state))
+            banks = (one.memory["crd"]["bank"][:2] for one in (before, after))
+            assert all(moved(*banks))
+        assert np.isfinite(metrics["loss"]) == (make is batch_of or bad is too_steep)
+        assert metrics["skipped"] == state.skipped.total == total
+        assert state.skipped.in_a_row == in_a_row
+        assert state.step == step + 1
+    never = begin()
+    for step in (1, 4):
+        never, _ = stage.update(never, theirs, batch_of(step))
+    equal(values(state), values(never))
+
+
+@pytest.mark.quick
+def test_in_evaluation_nothing_is_skipped(guarded):
+    stage, begin, theirs = guarded
+    state = begin()
+    before = copied(state._replace(key=None))
+    metrics = stage.evaluate(state, theirs, one_nan(0))
+    assert np.isnan(metrics["loss"])
+    assert "skipped" not in metrics
+    equal(state._replace(key=None), before)
+
+
+# What an update is made of
+
+
+class Line(nn.Module):
+    """Two layers of one number each, without biases."""
+
+    @nn.compact
+    def __call__(self, x, train: bool = False):
+        for name in ("first", "second"):
+            x = nn.Dense(1, use_bias=False, name=name)(x)
+        return x[:, 0]
+
+
+def line(first, second):
+    kernels = {"first": first, "second": second}
+    return hj.Variables(
+        {name: {"kernel": np.float32([[value]])} for name, value in kernels.items()},
+        {},
+    )
+
+
+def squared(prediction, target):
+    return jnp.square(prediction - target)
+
+
+def reported(teacher, mesh=None, **weights):
+    """The report of `task` 1/2 (b a x - y)^2 and a hint (r a x - t x)^2, at x = 1."""
+    network = linen(Line())
+    hint = hj.fitnets(
+        [("first", "first")],
+        regressor=functools.partial(hj.regressors.linear, bias=False),
+        loss=lambda s, t: squared(s, t)[:, 0],
+    )
+    method = hj.objective(
+        task=hj.weighted(hj.task(squared), weights.get("task", 0.5)),
+        hint=hj.weighted(hint, weights.get("hint", 1.0)),
+    )
+    stage = hj.distillation_stage(
+        network,
+        network,
+        method,
+        optax.sgd(0.1),
+        inputs=x,
+        teacher_inputs=x,
+        mesh=mesh,
+    )
+    batch = {"x": np.ones((8, 1), np.float32), "label": np.full(8, 5, np.float32)}
+    state = stage.init(KEY, line(2, 3), teacher, batch)
+    four = jax.tree.map(lambda leaf: jnp.full_like(leaf, 4), state.params["regressors"])
+    state = state._replace(params={**state.params, "regressors": four})
+    before = copied(state._replace(key=None))
+    report = stage.report(state, teacher, batch)
+    equal(state._replace(key=None), before)
+    return report
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("devices", [1, 8])
+def test_a_report_is_the_gradient_by_hand(devices):
+    report = reported(line(7, 1), hj.data_mesh() if devices == 8 else None)
+    # With a = 2, b = 3, r = 4, y = 5, t = 7: the task's slopes are (b a - y) (b, a),
+    # the hint's 2 (r a - t) (r, a).
+    task, hint = np.hypot(3, 2), np.hypot(8, 4)
+    want = {
+        "task": {"loss": 0.5, "norm": task, "share": task / (task + hint)},
+        "hint": {"loss": 1.0, "norm": hint, "share": hint / (task + hint)},
+    }
+    close(report["terms"], want)
+    layers = {"student/first": 3 + 8, "student/second": 2}
+    close(report["layers"], {**layers, "regressors/hint/first->first": 4})
+
+
+@pytest.mark.quick
+def test_a_term_of_weight_0_has_no_share():
+    terms = reported(line(7, 1), hint=0.0)["terms"]
+    assert terms["hint"] == {"loss": 0, "norm": 0, "share": 0}
+    assert terms["task"]["share"] == 1
+
+
+@pytest.mark.quick
+def test_a_report_names_what_is_not_finite():
+    report = reported(line(np.nan, 1))
+    assert hj.stages.not_finite(report) == (
+        ["hint"],
+        ["regressors/hint/first->first", "student/first"],
+    )
+    assert report["terms"]["task"]["norm"] > 0
+
+
+@pytest.mark.quick
+def test_norms_of_a_report_do_not_overflow():
+    """A gradient of 6e37, whose square is no float32, is finite."""
+    report = reported(line(-1e37, 1))
+    assert hj.stages.not_finite(report) == (["hint"], [])  # only its loss overflows
+    np.testing.assert_allclose(report["layers"]["student/first"], 8e37, rtol=1e-5)
+
+
+@pytest.mark.quick
+def test_a_method_alone_is_reported_as_the_loss():
+    network, ours = made(Parallel(), pixel=True)
+    stage = hj.hint_stage(
+        network, network, hj.fitnets([("guided", "guided")]), optax.sgd(0.1)
+    )
+    other = made(Parallel(), seed=1, pixel=True)[1]
+    state = stage.init(KEY, ours, other, points())
+    report = stage.report(state, other, points())
+    assert report["terms"]["loss"]["share"] == 1
+    assert report["layers"]["student/aside"] == report["layers"]["student/head"] == 0
+    assert report["layers"]["student/guided"] > 0
+    assert report["layers"]["regressors/guided->guided"] > 0
 
 
 # Optimisers of the user

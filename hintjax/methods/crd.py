@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Int
 from hintjax import memory as banks
 from hintjax import regressors
 from hintjax._checks import message, positive, positive_int
-from hintjax._numerics import masked_mean
+from hintjax._numerics import either, masked_mean
 from hintjax.losses import contrastive_log_constant, contrastive_scores_loss
 from hintjax.method import Method, hints_of
 
@@ -239,12 +239,24 @@ def crd(
         metrics = {"positive": masked_mean(by_student[0], where)}
         return values, {**memory, "bank": bank}, metrics
 
+    def select(good, memory, before, batch):
+        if in_batch:
+            return either(good, memory, before)
+        bank, index = memory["bank"], batch["index"]
+        bank = banks.select(good, bank, before["bank"], index, mesh=mesh)
+        return {**memory, "bank": bank}
+
     def split(memory):
         rows = banks.split_rows(memory["bank"], mesh)
         return {"bank": rows, "classes": PartitionSpec()}
 
     return Method(
-        student_wants, teacher_wants, init, apply, split=split if mesh else None
+        student_wants,
+        teacher_wants,
+        init,
+        apply,
+        split=split if mesh else None,
+        select=select,
     )
 
 
