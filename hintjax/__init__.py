@@ -69,6 +69,7 @@ from hintjax.networks import (
     split,
 )
 from hintjax.pairing import suggest_pairs
+from hintjax.population import Population, population
 from hintjax.precision import computed_in
 from hintjax.sharding import Layout, data_mesh, make_mesh
 from hintjax.stages import (
@@ -97,6 +98,7 @@ __all__ = [
     "Layout",
     "Method",
     "Network",
+    "Population",
     "SharedNegatives",
     "Stage",
     "State",
@@ -143,6 +145,7 @@ __all__ = [
     "overhaul",
     "paraphrase",
     "patient",
+    "population",
     "probability_transfer",
     "regressors",
     "relational",
