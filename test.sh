@@ -25,11 +25,14 @@ set_up "$hintjax_root/.venv" "$(find_python any || true)" "$extras"
 bin="$hintjax_root/.venv/bin"
 "$bin/ruff" check .
 "$bin/ruff" format --check .
-"$bin/python" -m pytest -m "$marks" ${arguments[@]+"${arguments[@]}"}
+# Compilation keeps one core busy: a process for each, and whole files in each, which
+# share their compiled steps.
+parallel=(-n logical --maxprocesses 8 --dist loadfile)
+"$bin/python" -m pytest "${parallel[@]}" -m "$marks" ${arguments[@]+"${arguments[@]}"}
 
 # A second Python, when the machine has one and the tests were not narrowed down.
 if [ ${#arguments[@]} -eq 0 ] && ! usable_python "$bin/python" 3.13 &&
   python="$(find_python 3.13)"; then
   set_up "$hintjax_root/.venv-3.13" "$python" "$extras"
-  "$hintjax_root/.venv-3.13/bin/python" -m pytest -m "quick and not long"
+  "$hintjax_root/.venv-3.13/bin/python" -m pytest "${parallel[@]}" -m "quick and not long"
 fi
