@@ -210,6 +210,27 @@ def alike(shardings: PyTree, params: PyTree, tree: PyTree, mesh: Mesh) -> PyTree
     return jax.tree_util.tree_map_with_path(place, tree)
 
 
+def place(variables: PyTree, mesh: Mesh | Layout) -> PyTree:
+    """A teacher's variables, where a stage on this mesh wants them.
+
+    `update` would send a teacher that lives elsewhere to all devices at every step.
+
+    Args:
+        variables: `(params, state)`, as a network's `init` gives them.
+        mesh: the stage's.
+
+    Returns:
+        The same variables, of the same type.
+    """
+    layout = mesh if isinstance(mesh, Layout) else Layout(mesh)
+    params, state = variables
+    homes = stored(layout, {"teacher": params})["teacher"]
+    return variables._replace(
+        params=jax.device_put(params, homes),
+        state=jax.device_put(state, replicated(layout.mesh)),
+    )
+
+
 def _spec(layout, path, shape):
     """The `PartitionSpec` of one parameter."""
     mesh = layout.mesh

@@ -17,6 +17,7 @@ from hintjax.sharding import (
     check_rules,
     make_mesh,
     over_batch,
+    place,
     shares,
     stored,
     whole,
@@ -203,6 +204,14 @@ def test_a_stage_follows_rules_and_layers_may_be_split_over_model():
     lowered = stage.update.lower(state, theirs, batch)
     (_, teacher, _), _ = lowered.compile().input_shardings
     assert teacher.params["first"]["kernel"].spec == P("fsdp")
+    for mesh in (layout, layout.mesh):
+        placed = place(theirs, mesh)
+        stage = hj.distillation_stage(network, network, method, optax.sgd(1), mesh=mesh)
+        state = stage.init(KEY, ours, placed, batch)
+        (_, wanted, _), _ = (
+            stage.update.lower(state, placed, batch).compile().input_shardings
+        )
+        assert jax.tree.map(lambda leaf: leaf.sharding, placed) == wanted
     nowhere = Layout(make_mesh(), {"haed": P()})
     stage = hj.distillation_stage(network, network, method, optax.sgd(1), mesh=nowhere)
     with pytest.raises(ValueError, match="layout: .*'haed'.*student/head"):
