@@ -99,6 +99,7 @@ def test_a_program_is_compiled_and_told_of(tpu_aot, tmp_path, capsys):
     assert (tmp_path / "aot.png").stat().st_size > 0
 
 
+@pytest.mark.long
 def test_every_program_of_the_matrix_traces(tpu_aot):
     mesh = tpu_aot.hj.make_mesh()
     kinds = {
