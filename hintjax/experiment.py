@@ -412,6 +412,7 @@ def _run(setting, config, run_dir, recipe, teacher, hints, initial, **how):
     )
     stage = phases[-1].program.stage
     result = {"steps": fitted.steps, "seconds": round(fitted.seconds, 2)}
+    result["spent"] = {name: round(s, 2) for name, s in fitted.spent.items()}
     result |= {"boundaries": list(fitted.boundaries), "classes": dataset.classes}
     for name in ("validation", "test"):
         found = evaluate(stage, fitted.state, teacher, batches(getattr(dataset, name)))

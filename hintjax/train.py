@@ -41,7 +41,7 @@ from hintjax.data import (
     take,
 )
 from hintjax.method import Data
-from hintjax.metrics import open_metrics
+from hintjax.metrics import open_metrics, read_metrics
 from hintjax.networks import Variables
 from hintjax.rundir import owned
 from hintjax.sharding import over_batch, replicated
@@ -114,6 +114,7 @@ class Fitted(NamedTuple):
     steps: int
     seconds: float  # of training: evaluation, compilation and saving are not in it
     boundaries: tuple[int, ...]  # the global step at which each phase ended
+    spent: Mapping[str, float]  # seconds that went elsewhere, and into lost steps
 
 
 def program(
@@ -361,8 +362,10 @@ def fit(
         )
         now = now._replace(lowest=now.found if lowest else now.lowest)
         extra = {"now": now._asdict(), "position": feed.position(), "of": identity}
-        checkpoints.save(now.at, state, extra | {"owed": _packed(owed)}, best=lowest)
-        return now
+        extra |= {"owed": _packed(owed), "time": time.time()}
+        start = time.perf_counter()
+        checkpoints.save(now.at, state, extra, best=lowest)
+        return now.spend("checkpoints", time.perf_counter() - start)
 
     def heed(state, now, owed=None):
         """Ends the run if a signal has asked for that, but saves it first."""
@@ -383,7 +386,11 @@ def fit(
 
         state, extra = checkpoints.restore(like)
         feed.seek(extra["position"])
-        return state, _Now(**extra["now"]), _unpacked(extra["owed"])
+        now = _Now(**extra["now"])
+        # What it did after this checkpoint, as far as it told, is done again.
+        told = [line["time"] for line in read_metrics(run_dir) if line["step"] > now.at]
+        lost = max(told, default=extra["time"]) - extra["time"]
+        return state, now.spend("lost", max(lost, 0.0)), _unpacked(extra["owed"])
 
     def report(lines, state, metrics, now):
         """Says how things are."""
@@ -397,7 +404,9 @@ def fit(
         found = {}
         ended = now.at == now.began + phase.steps
         if validation is not None and (ended or now.at % evaluate_every == 0):
+            start = time.perf_counter()
             found = evaluate(phase.program.stage, state, phase.teacher, batches())
+            now = now.spend("evaluation", time.perf_counter() - start)
             loss = found["loss"]
             better = math.isfinite(loss) and (now.best is None or loss < now.best)
             now = now._replace(
@@ -428,6 +437,7 @@ def fit(
                 stop = min(end, *(now.at - now.at % every + every for every in periods))
                 while now.at < stop:
                     heed(state, now)
+                    start = time.perf_counter()
                     count = now.dispatch or 1
                     count = count if now.at + count <= stop else 1
                     state, metrics = feed.advance(
@@ -441,6 +451,7 @@ def fit(
                     if timer is None:  # that was compilation
                         jax.block_until_ready(metrics)
                         timer = _Timer()
+                        now = now.spend("compilation", time.perf_counter() - start)
                     elif now.dispatch is None and timer.calls() == _MEASURED:
                         jax.block_until_ready(metrics)
                         now = now._replace(dispatch=timer.steps_in_a_second())
@@ -479,7 +490,7 @@ def fit(
                     phase=now.phase + 1, began=now.at, best=None, waited=0, lowest=None
                 )
                 state = begin(now.phase, student_variables(state), state)
-    return Fitted(state, now.at, now.seconds, tuple(now.ended))
+    return Fitted(state, now.at, now.seconds, tuple(now.ended), now.spent)
 
 
 class _Now(NamedTuple):
@@ -495,6 +506,11 @@ class _Now(NamedTuple):
     lowest: float | None = None  # of the phase's steps that were saved
     seconds: float = 0.0
     dispatch: int | None = None
+    spent: Mapping[str, float] = {}  # seconds, besides those of steps
+
+    def spend(self, name: str, seconds: float) -> "_Now":
+        more = self.spent.get(name, 0.0) + seconds
+        return self._replace(spent={**self.spent, name: more})
 
 
 class _Timer:

@@ -8,6 +8,7 @@ import os
 import signal
 import threading
 import time
+import types
 
 import flax.linen as nn
 import jax
@@ -18,6 +19,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 import hintjax as hj
+from hintjax import metrics
 from hintjax import train as loop
 from hintjax.checkpoint import DamageError, fingerprint, open_checkpoints
 from hintjax.data import Augment, Dataset, Split, evaluation_batches, statistics
@@ -326,7 +328,9 @@ def test_sigterm_in_an_evaluation_saves_and_evaluates_on_resume(
         train(world, run_dir, evaluated=validation)
     assert ended.value.code == 143 and saved(run_dir) == at
     assert signal.getsignal(signal.SIGTERM) == before
-    assert lines_of(run_dir)[-1:] != [(at, "hint")]  # it was not finished
+    assert not any(step == at for step, _ in lines_of(run_dir))  # it was not finished
+    with pytest.raises(Killed):  # its line is written, and once more after that
+        train(world, run_dir, resume=True, show=killer(at))
     again = train(world, run_dir, resume=True)
     assert fingerprint(again.state) == fingerprint(whole[1].state)
     assert without_time(run_dir) == without_time(whole[0])
@@ -456,3 +460,22 @@ def test_a_changed_setting_is_shown_and_refused_if_it_matters(world, tmp_path):
         go_on(identity=identity, feed=other)
     with pytest.warns(UserWarning, match="goes on with changes:\n  debug: False"):
         go_on(identity={**identity, "debug": True})
+
+
+def test_where_the_time_went_is_told_over_all_attempts(world, tmp_path, monkeypatch):
+    ticks = itertools.count(1000.0, 10.0)
+    clock = types.SimpleNamespace(
+        time=lambda: next(ticks), perf_counter=time.perf_counter
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "time", clock)
+        patch.setattr(metrics, "time", clock)
+        with pytest.raises(Killed):
+            train(world, tmp_path, report_every=1, show=killer(7))
+        # The save of step 4, the lines of steps 5, 6 and 7: thirty seconds for naught.
+        fitted = train(world, tmp_path, resume=True)
+    assert fitted.spent["lost"] == 30.0
+    assert {*fitted.spent} == {"checkpoints", "compilation", "evaluation", "lost"}
+    assert min(fitted.spent.values()) > 0 and fitted.seconds > 0
+    again = train(world, tmp_path, resume=True)
+    assert again.spent["evaluation"] == fitted.spent["evaluation"]
