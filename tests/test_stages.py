@@ -866,12 +866,13 @@ def test_a_population_is_vmapped_over_the_step():
 # Numbers going wrong
 
 
-def steep():
-    """A loss of 0 everywhere, with a slope that the batch says."""
+def told():
+    """A loss whose value and slope the batch says."""
 
     def apply(params, memory, student, teacher, batch, context):
         x = 100 * student.output.sum(-1)
-        return batch["slope"] * (x - jax.lax.stop_gradient(x)), memory, {}
+        flat = x - jax.lax.stop_gradient(x)
+        return batch["value"] + batch["slope"] * flat, memory, {}
 
     def init(key, student, teacher, data):
         return {}, {}
@@ -888,6 +889,7 @@ def batch_of(seed, **entries):
         "index": generator.permutation(16)[:BATCH].astype(np.int32),
         "candidates": generator.integers(0, 16, (BATCH, 5)).astype(np.int32),
         "slope": np.zeros(BATCH, np.float32),
+        "value": np.zeros(BATCH, np.float32),
         **entries,
     }
 
@@ -907,7 +909,7 @@ def guarded(request):
             feature_dim=4,
             mesh=mesh,
         ),
-        steep=steep(),
+        told=told(),
     )
     stage = hj.distillation_stage(
         student, teacher, method, optax.adam(0.1), inputs=x, teacher_inputs=x, mesh=mesh
@@ -931,12 +933,16 @@ def too_steep(seed):
     return batch_of(seed, slope=np.full(BATCH, 3e38, np.float32))
 
 
+def endless(seed):
+    return batch_of(seed, value=np.full(BATCH, np.inf, np.float32))
+
+
 def values(state):
     """All that a skipped update must leave alone."""
     return copied(state._replace(step=None, key=None, skipped=None))
 
 
-@pytest.mark.parametrize("bad", [one_nan, too_steep])
+@pytest.mark.parametrize("bad", [one_nan, too_steep, endless])
 def test_a_step_that_is_not_finite_changes_nothing_but_its_number(guarded, bad):
     stage, begin, theirs = guarded
     state, total = begin(), 0
