@@ -808,3 +808,32 @@ def test_sigkill_at_any_instant_loses_no_committed_step(tmp_path):
     with checkpoints:
         checkpoints.save(newest + 1, SMALL)
     assert names(tmp_path) == sorted([str(newest), str(newest + 1)])
+
+
+# Earlier versions
+
+
+@pytest.mark.parametrize("written", ["format2"])
+def test_what_earlier_versions_wrote_is_read_for_ever(written):
+    root = ROOT / "tests" / "golden" / "checkpoints" / written
+    params = {
+        "conv": {
+            "kernel": jnp.arange(6.0).reshape(2, 3) / 7,
+            "bias": jnp.full(3, 1 / 3, jnp.bfloat16),
+        }
+    }
+    tree = {
+        "params": params,
+        "count": jnp.int32(5),
+        "key": jax.random.key(3),
+        "empty": jnp.zeros((0, 2)),
+    }
+    checkpoints = open_checkpoints(root / "run")
+    restored, extra = checkpoints.restore(tree)
+    assert_same(restored, tree)
+    assert (checkpoints.steps(), checkpoints.best(), extra) == (
+        [5],
+        5,
+        {"now": {"at": 5}},
+    )
+    assert_same(load_tree(root / "student"), {"params": params})
