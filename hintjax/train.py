@@ -46,7 +46,7 @@ from hintjax.networks import Variables
 from hintjax.rundir import owned
 from hintjax.sharding import over_batch, replicated
 from hintjax.signals import stoppable
-from hintjax.stages import Stage, State, student_variables
+from hintjax.stages import Stage, State, not_finite, student_variables
 
 Batch = Mapping[str, Array]
 _AHEAD = 2  # dispatches that the device has not begun
@@ -293,6 +293,7 @@ def fit(
     harmless: Collection[str] = (),
     dispatch: int | None = None,
     debug: bool = False,
+    give_up: int = 20,
     show: Callable[[int, Mapping[str, Any], str], None] | None = None,
 ) -> Fitted:
     """Trains a student through its phases, and leaves all in the run directory.
@@ -317,6 +318,8 @@ def fit(
         dispatch: steps in one dispatch; by default 1 on a CPU, about a second's on an
             accelerator.
         debug: check at every report that parameters and metrics are finite.
+        give_up: after so many updates in a row that were skipped because a number was
+            not finite; looked at when reports are due.
         show: `(steps done, metrics, phase)`, called at every report.
 
     Returns:
@@ -326,6 +329,8 @@ def fit(
         ValueError: if a resumed run has another identity, with all differences; or if
             another process owns the run directory.
         OSError: if a checkpoint could not be written, at the next step.
+        FloatingPointError: if it gave up; the first batch of the run says which terms
+            and layers are not finite.
     """
     identity = {
         **(identity or {}),
@@ -418,6 +423,9 @@ def fit(
         if debug:
             chex.assert_tree_all_finite((shown, state.params, state.state))
         lines.write(now.at, phase.name, shown)
+        in_a_row = int(state.skipped.in_a_row)
+        if in_a_row >= give_up:
+            _give_up(phase, state, feed.example, now.at, in_a_row)
         if show is not None:
             show(now.at, shown, phase.name)
         return now
@@ -491,6 +499,18 @@ def fit(
                 )
                 state = begin(now.phase, student_variables(state), state)
     return Fitted(state, now.at, now.seconds, tuple(now.ended), now.spent)
+
+
+def _give_up(phase, state, batch, at, in_a_row):
+    """Raises, with what is not finite in the loss of a batch."""
+    report = phase.program.stage.report(state, phase.teacher, jax.device_get(batch))
+    terms, layers = not_finite(report)
+    found = f"On the run's first batch the terms {terms} and layers {layers} are not"
+    if not terms and not layers:
+        found = "On the run's first batch all is finite: look at the later ones"
+    wanted = f"finite losses and gradients in phase {phase.name!r}"
+    got = f"{in_a_row} skipped updates in a row at step {at}"
+    raise FloatingPointError(message("fit", wanted, got, f"{found}."))
 
 
 class _Now(NamedTuple):

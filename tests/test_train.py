@@ -270,6 +270,24 @@ def test_debug_names_what_is_not_finite(world, tmp_path):
         train(world, tmp_path, phases=[phase], debug=True)
 
 
+def test_a_run_gives_up_after_updates_skipped_in_a_row_and_says_why(world, tmp_path):
+    def broken(state):
+        regressors = jax.tree.map(lambda p: p * jnp.nan, state.params["regressors"])
+        return state._replace(params={**state.params, "regressors": regressors})
+
+    program = world["programs"]["distillation"]
+    phase = Phase("distillation", program, 8, world["teacher"], adjust=broken)
+    with pytest.raises(FloatingPointError) as raised:
+        train(world, tmp_path, phases=[phase], report_every=2, give_up=3)
+    said = str(raised.value)
+    assert "in phase 'distillation', got 4 skipped updates in a row at step 4" in said
+    assert "the terms ['hint'] and layers ['regressors/hint/dense1->dense1', " in said
+    assert "student/dense1" in said
+    assert "Dense_0" not in said
+    last = read_metrics(tmp_path)[-1]
+    assert (last["step"], last["skipped"]) == (4, 4)
+
+
 # Dying well
 
 
