@@ -19,11 +19,13 @@ The model of a step's time, in seconds, with the published constants of each chi
 
     compute    the larger of FLOPs / peak and bytes / HBM bandwidth
     bandwidth  the bytes that each chip must send for its collectives: for an output of
-               B bytes on n chips, 2 B (n-1)/n for a sum, B (n-1)/n for a gather, and
-               for a scattered sum of B on each chip, B (n-1); over half of a chip's
-               ports, since a slice that is no whole torus has chips with so many
+               B bytes on n chips, 2 B (n-1)/n for a sum, B (n-1)/n for a gather, B
+               for a step of a ring, and for a scattered sum of B on each chip,
+               B (n-1); over half of a chip's ports, since a slice that is no whole
+               torus has chips with so many
     hops       1e-6 for each link that a collective crosses one after another: the
-               sum of (side - 1) over the sides of the slice, twice for a sum
+               sum of (side - 1) over the sides of the slice, twice for a sum; one
+               for a step of a ring
 
     without overlap    compute + bandwidth          with overlap    the larger of them
 
@@ -310,24 +312,45 @@ OPERATION = re.compile(
     r"= (.+?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)"
     r"(-start)?\("
 )
+COMPUTATION = re.compile(r"(?:ENTRY )?%?([\w.-]+) \(.*\{$")
+LOOP = re.compile(r" while\(.*condition=%?([\w.-]+), body=%?([\w.-]+)")
 ARRAY = re.compile(r"\b(pred|[a-z]+\d+)\[([\d,]*)\]")
 BITS = {"pred": 8, "bf16": 16}
 
 
 def collectives(text: str) -> dict[str, dict[str, int]]:
-    """How many collectives of each kind a program has, and the bytes they give."""
-    found: dict[str, dict[str, int]] = {}
+    """How many collectives of each kind a program runs, and the bytes they give.
+
+    Those in the body of a loop count as often as it turns.
+    """
+    computations: dict[str, list[str]] = {}
     for line in text.splitlines():
+        if match := COMPUTATION.match(line):
+            lines = computations.setdefault(match[1], [])
+        elif computations:
+            lines.append(line)
+    turns = {}
+    for condition, body in LOOP.findall(text):
+        # A loop that counts is compared with a constant, in a computation of its own.
+        limits = re.findall(r" constant\((\d+)\)", "\n".join(computations[condition]))
+        turns[body] = int(limits[0]) if len(limits) == 1 else 1
+    found: dict[str, dict[str, int]] = {}
+    for times, line in (
+        (turns.get(name, 1), line)
+        for name, lines in computations.items()
+        for line in lines
+    ):
         if not (match := OPERATION.search(line)):
             continue
         result, kind, started = match.groups()
         sizes = [_bytes(*array) for array in ARRAY.findall(result)]
-        # What starts a gather names its operands, then its results.
-        if started and kind != "all-reduce":
+        if started and kind == "all-gather":  # it names its operands, then its results
             sizes = sizes[len(sizes) // 2 :]
+        if started and kind == "collective-permute":  # and its semaphores after them
+            sizes = sizes[:1]
         entry = found.setdefault(kind, {"count": 0, "bytes": 0})
-        entry["count"] += 1
-        entry["bytes"] += sum(sizes)
+        entry["count"] += times
+        entry["bytes"] += sum(sizes) * times
     return found
 
 
@@ -355,8 +378,10 @@ def modelled(
     sent = crossed = 0.0
     for kind, entry in row["collectives"].items():
         share = {"all-reduce": 2 * (n - 1) / n, "reduce-scatter": n - 1}
+        share["collective-permute"] = 1
+        links = {"all-reduce": 2 * diameter, "collective-permute": 1}
         sent += entry["bytes"] * share.get(kind, (n - 1) / n)
-        crossed += entry["count"] * diameter * (2 if kind == "all-reduce" else 1)
+        crossed += entry["count"] * links.get(kind, diameter)
     compute = max((row["flops"] or 0) / chip.flops, (row["bytes"] or 0) / chip.hbm)
     bandwidth = sent / (chip.port * chip.ports / 2)
     return {

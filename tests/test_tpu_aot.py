@@ -17,6 +17,17 @@ def tpu_aot():
 
 
 PROGRAM = """
+%cond.1 (p: (s32[], f32[4])) -> pred[] {
+  %n = s32[]{:T(128)} constant(16), metadata={op_name="while"}
+  ROOT %lt = pred[] compare(%i, %n), direction=LT
+}
+
+%body.1 (p: (s32[], f32[4])) -> (s32[], f32[4]) {
+  %g = (f32[4]{0}, f32[4]{0}, u32[], u32[]) collective-permute-start(%x), channel_id=3
+}
+
+ENTRY %main (p: f32[8,4]) -> f32[8,4] {
+  %w = (s32[], f32[4]) while(%t), condition=%cond.1, body=%body.1, metadata={}
   %a = f32[8,4]{1,0:T(8,128)} all-reduce(%x), channel_id=1, to_apply=%add
   %b = (f32[16]{0:T(128)}, bf16[3,2]{1,0:T(8,128)(2,1)}) all-reduce(%x, %y), channel_id=2
   %c = (f32[2,8]{1,0}, f32[16,8]{1,0}) all-gather-start(%z), dimensions={0}
@@ -32,6 +43,7 @@ def test_collectives_are_counted_with_what_they_give(tpu_aot):
         "all-reduce": {"count": 2, "bytes": 128 + 64 + 12},
         "all-gather": {"count": 1, "bytes": 512},
         "reduce-scatter": {"count": 1, "bytes": 8},
+        "collective-permute": {"count": 16, "bytes": 256},
     }
 
 
@@ -46,14 +58,15 @@ def test_time_is_modelled_from_constants(tpu_aot):
             "all-reduce": {"count": 2, "bytes": 8_000_000},
             "all-gather": {"count": 1, "bytes": 4_000_000},
             "reduce-scatter": {"count": 1, "bytes": 1_000_000},
+            "collective-permute": {"count": 4, "bytes": 2_000_000},
         },
     }
     got = tpu_aot.modelled(row, chip, (2, 2))
     assert got["compute_seconds"] == pytest.approx(2e-3) and got["bound"] == "FLOPs"
-    # 2 x 8 MB x 3/4, 4 MB x 3/4, 1 MB x 3, over two ports.
-    assert got["bandwidth_seconds"] == pytest.approx((12e6 + 3e6 + 3e6) / 2e9)
-    # 2 links: there and back for each sum, once for the others.
-    assert got["hop_seconds"] == pytest.approx((2 * 4 + 2 + 2) * 1e-6)
+    # 2 x 8 MB x 3/4, 4 MB x 3/4, 1 MB x 3 and 2 MB, over two ports.
+    assert got["bandwidth_seconds"] == pytest.approx((12e6 + 3e6 + 3e6 + 2e6) / 2e9)
+    # 2 links: there and back for each sum, once for the others; one in a ring.
+    assert got["hop_seconds"] == pytest.approx((2 * 4 + 2 + 2 + 4) * 1e-6)
     assert tpu_aot.modelled(row | {"bytes": 1e9}, chip, (2, 2))["bound"] == "HBM"
 
 
