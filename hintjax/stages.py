@@ -170,7 +170,8 @@ def hint_stage(
         mesh: the batch is split over its axes `data` and `fsdp`; parameters and
             the optimiser's state are on all devices or stored in shares, as a
             `hintjax.sharding.Layout` says (a mesh alone is the default layout); all
-            else is replicated. One device by default.
+            else is replicated. `hintjax.sharding.place` puts the teacher there once.
+            One device by default.
 
     Returns:
         The stage.

@@ -135,7 +135,10 @@ def crd(
             instead of being the same example (`exact`, the default).
         mesh: the stage's mesh: the rows of the bank are split over the devices that
             split the batch, and scores are computed where rows live. Without it
-            every device has the whole bank.
+            every device has the whole bank. This is for banks that do not fit: what
+            was asked for travels to all rows and back, so that the bytes that each
+            device sends grow with the whole batch times K, where a whole bank costs
+            the embeddings of the batch.
 
     Returns:
         The method. It trains two heads, `student` and `teacher`; remembers the bank
