@@ -187,7 +187,7 @@ def stops(
         target = 1 + (stop + 0.5 * chance.random()) * (steps - 8) / number
         life = Life(run_dir, steps)
         if not until(life, where, int(target), whole, chance):
-            raise RuntimeError(f"it ended before the signal: {life.errors}")
+            raise RuntimeError(f"ended before the signal: {life.end()} {life.errors}")
         sent = time.perf_counter()
         code = life.end(signal_number)
         seconds.append(time.perf_counter() - sent)
@@ -317,19 +317,21 @@ def second_run(folder: Path, steps: int) -> dict[str, Any]:
     }
 
 
-def table(record: dict[str, Any]) -> str:
-    """All of it in Markdown."""
-    lines = ["| campaign | | |", "|---|---|---|"]
-    for campaign, figures in record.items():
-        for name, value in figures.items():
-            shown = value
-            if isinstance(value, dict):
-                shown = ", ".join(f"{key} {number}" for key, number in value.items())
-            elif isinstance(value, float):
-                shown = f"{value:.3g}"
-            elif isinstance(value, list):
-                shown = " ".join(map(str, value))
-            lines.append(f"| {campaign} | {name} | {shown} |")
+HEAD = "| campaign | | |\n|---|---|---|"
+
+
+def rows(campaign: str, figures: dict[str, Any]) -> str:
+    """One campaign in Markdown."""
+    lines = []
+    for name, value in sorted(figures.items()):
+        shown = value
+        if isinstance(value, dict):
+            shown = ", ".join(f"{key} {number}" for key, number in value.items())
+        elif isinstance(value, float):
+            shown = f"{value:.3g}"
+        elif isinstance(value, list):
+            shown = " ".join(map(str, value))
+        lines.append(f"| {campaign} | {name} | {shown} |")
     return "\n".join(lines)
 
 
@@ -351,22 +353,24 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         whole = undisturbed(folder, steps)
         asked = (folder, steps, whole)
-        record = {
-            "undisturbed": {
-                name: value
-                for name, value in whole.items()
-                if name not in ("states", "ended")
-            },
-            "SIGKILL": kills(*asked, options.kills, chance),
-            "SIGTERM and SIGINT": stops(*asked, options.stops, chance),
-            "damage": damage(folder, options.flips, chance),
-            "full disk": full_disk(folder, steps),
-            "second run": second_run(folder, steps),
+        told = {"states", "ended"}
+        campaigns = {
+            "undisturbed": lambda: {k: whole[k] for k in whole.keys() - told},
+            "SIGTERM and SIGINT": lambda: stops(*asked, options.stops, chance),
+            "damage": lambda: damage(folder, options.flips, chance),
+            "full disk": lambda: full_disk(folder, steps),
+            "second run": lambda: second_run(folder, steps),
+            "SIGKILL": lambda: kills(*asked, options.kills, chance),
         }
-    print(table(record))
+        print(HEAD)
+        record = {}
+        for name, campaign in campaigns.items():
+            record[name] = campaign()
+            print(rows(name, record[name]), flush=True)
     if options.out:
         measure.write(options.out, {"machine": measure.machine(), **record})
-        options.out.with_suffix(".md").write_text(table(record) + "\n")
+        parts = (rows(name, figures) for name, figures in record.items())
+        options.out.with_suffix(".md").write_text("\n".join([HEAD, *parts, ""]))
     return record
 
 

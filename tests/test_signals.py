@@ -3,10 +3,11 @@
 import os
 import signal
 import threading
+import time
 
 import pytest
 
-from hintjax import signals
+from hintjax import compare, signals
 from hintjax.signals import stoppable
 
 pytestmark = pytest.mark.quick
@@ -94,3 +95,23 @@ def test_only_the_main_thread_takes_signals_and_its_threads_are_told():
     assert seen == [True]
     run(None)  # alone, it has a request that nobody makes
     assert seen == [True, False]
+
+
+def test_a_comparison_ends_all_of_its_runs():
+    ended = []
+
+    def one(job):
+        with stoppable() as request:
+            os.kill(os.getpid(), signal.SIGTERM)
+            for _ in range(500):
+                time.sleep(0.01)
+                try:
+                    request.obey("saved")
+                except SystemExit:
+                    ended.append(job)
+                    raise
+
+    with pytest.raises(SystemExit) as stopped:
+        compare._side_by_side(one, [(job,) for job in range(9)], 2)
+    assert stopped.value.code == 143
+    assert 1 <= len(ended) < 9  # the others were not begun
