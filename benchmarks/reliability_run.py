@@ -9,6 +9,7 @@ FINGERPRINT`, `ended FINGERPRINT`.
 
 import argparse
 import os
+import signal
 import time
 import warnings
 from collections.abc import Sequence
@@ -139,6 +140,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     jax.config.update("jax_compilation_cache_dir", cache)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     warnings.simplefilter("error")
+    # A shell starts what runs behind it with SIGINT ignored, and so it would stay.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     speak()
     train(options.run_dir, options.steps, options.width)
 
