@@ -11,9 +11,10 @@ from hintjax.networks import Network
 def computed_in(network: Network, dtype: DTypeLike) -> Network:
     """The network, computing in another precision: on TPU, bfloat16.
 
-    Parameters are kept, updated and shared between devices in their own precision, and
-    cast on their way into every pass; so are floating inputs. Statistics of BatchNorm
-    stay as they are, and Flax sums them in float32. Losses raise what they are given to
+    Parameters are kept and updated in their own precision, and cast on their way into
+    every pass; so are floating inputs. On a mesh, XLA may sum gradients over devices in
+    the lower precision, before it casts them back (on TPU it does). Statistics of
+    BatchNorm stay as they are, and Flax sums them in float32. Losses raise what they are given to
     float32. Teacher and student are chosen separately:
     `hint_stage(student, computed_in(teacher, jnp.bfloat16), ...)`.
 
