@@ -112,7 +112,7 @@ def until(
 ) -> bool:
     """Waits for an instant; False if the process ended before."""
     if where == "start":
-        time.sleep(chance.uniform(0, whole["start_seconds"] / 2))
+        time.sleep(chance.uniform(0, whole["start_seconds"] / 3))
         return life.process.poll() is None
     word, length = {"save": ("saving", "save_seconds"), "step": ("at", "step_seconds")}[
         where

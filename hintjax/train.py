@@ -8,8 +8,8 @@ they end it; one process owns the run directory as long as it trains.
 
 On a CPU every step is its own asynchronous dispatch (convolutions inside a scan are
 many times slower there); on an accelerator one dispatch is a scan of about a second
-of steps. The host waits for a report and for what it dispatched a while ago, so that
-a signal is not behind a long queue; never for the step it has just dispatched.
+of steps. The host waits for the device once per report, never per step, unless steps
+are so long that a signal would wait behind seconds of them.
 """
 
 import collections
@@ -49,7 +49,7 @@ from hintjax.signals import stoppable
 from hintjax.stages import Stage, State, not_finite, student_variables
 
 Batch = Mapping[str, Array]
-_AHEAD = 2  # dispatches that the device has not begun
+_BEHIND = 1.0  # seconds of work that a signal may have to wait for
 _MEASURED = 8  # single steps that say how long a step takes on this accelerator
 
 
@@ -438,7 +438,8 @@ def fit(
     def train(lines, state, now, owed):
         """One phase, to its end. `owed` are metrics that a signal kept from a report."""
         phase = phases[now.phase]
-        end, timer, ahead = now.began + phase.steps, None, collections.deque()
+        end, timer = now.began + phase.steps, None
+        ahead, most = collections.deque(), None  # dispatched and not waited for
         periods = (*pauses, feed.per_epoch)  # no dispatch reaches over one of these
         while owed is not None or not over(now):
             if owed is None:
@@ -454,18 +455,23 @@ def fit(
                     checkpoints.poll()
                     now = now._replace(at=now.at + count, found=None)
                     ahead.append(metrics)
-                    if len(ahead) > _AHEAD:
+                    if most is not None and len(ahead) > most:
                         jax.block_until_ready(ahead.popleft())
                     if timer is None:  # that was compilation
                         jax.block_until_ready(metrics)
                         timer = _Timer()
                         now = now.spend("compilation", time.perf_counter() - start)
+                    elif most is None:
+                        jax.block_until_ready(metrics)
+                        rate = timer.calls() / max(timer.seconds(), 1e-9)
+                        most = max(2, int(_BEHIND * rate))
                     elif now.dispatch is None and timer.calls() == _MEASURED:
                         jax.block_until_ready(metrics)
                         now = now._replace(dispatch=timer.steps_in_a_second())
                 if now.at < end and all(now.at % every for every in pauses):
                     continue
                 owed = jax.device_get(metrics)
+                ahead.clear()
                 now = now._replace(seconds=now.seconds + timer.seconds())
                 heed(state, now, owed)
             now, owed = report(lines, state, owed, now), None

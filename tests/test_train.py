@@ -497,3 +497,31 @@ def test_where_the_time_went_is_told_over_all_attempts(world, tmp_path, monkeypa
     assert min(fitted.spent.values()) > 0 and fitted.seconds > 0
     again = train(world, tmp_path, resume=True)
     assert again.spent["evaluation"] == fitted.spent["evaluation"]
+
+
+def test_long_steps_do_not_queue_up_before_a_signal(world, tmp_path, monkeypatch):
+    """The device is at most two steps behind when a step takes long."""
+    made = on_device(world["dataset"], BATCH, jax.random.key(3))
+    ready, waited = jax.block_until_ready, []
+
+    def block(tree):
+        waited.append(len(dispatched))
+        return ready(tree)
+
+    dispatched = []
+
+    def advance(*where):
+        dispatched.append(where[-2])
+        return made.advance(*where)
+
+    monkeypatch.setattr(loop, "_BEHIND", 0.0)  # then every step is long
+    monkeypatch.setattr(jax, "block_until_ready", block)
+    hint = Phase("hint", world["programs"]["hint"], 8, world["teacher"])
+    feed = made._replace(advance=advance)
+    train(world, tmp_path / "long", feed=feed, phases=[hint], report_every=8)
+    # The first two are measured; reports, at 4 and 8, wait for all.
+    assert waited == [1, 2, 3, 4, 7, 8]
+    monkeypatch.setattr(loop, "_BEHIND", 1e9)
+    waited.clear(), dispatched.clear()
+    train(world, tmp_path / "short", feed=feed, phases=[hint], report_every=8)
+    assert waited == [1, 2]
