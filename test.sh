@@ -27,7 +27,7 @@ bin="$hintjax_root/.venv/bin"
 "$bin/ruff" format --check .
 # Compilation keeps one core busy: a process for each, and whole files in each, which
 # share their compiled steps.
-parallel=(-n logical --maxprocesses 8 --dist loadfile)
+parallel=(-n logical --maxprocesses 4 --dist loadfile)
 "$bin/python" -m pytest "${parallel[@]}" -m "$marks" ${arguments[@]+"${arguments[@]}"}
 
 # A second Python, when the machine has one and the tests were not narrowed down.
