@@ -70,9 +70,9 @@ class Config:
     task_weight: float | None = None
     """Of the task beside the method; the method's usual one by default."""
     weight: float | None = None
-    """Of the method; its usual one by default."""
+    """Of the method beside the task; its usual one by default."""
     kd_weight: float = 0.0
-    """Of kd as one more term, beside the task and the method."""
+    """Of kd as one more term, where a method stands beside the task."""
     patience: int | None = None
     """End the hint stage after so many epochs without a lower validation loss."""
     seed: int = 0

@@ -213,7 +213,6 @@ class BeforeTask(NamedTuple):
     make: Make | None = None
     after: Recipe = backprop
     part: int = 9
-    weight: float = 1.0
 
     def __call__(self, config, places, per_epoch, epochs=None) -> list[Step]:
         """The phases."""
@@ -245,7 +244,6 @@ class Alone(NamedTuple):
     method: Callable[..., Method]
     where: Where
     make: Make | None = None
-    weight: float = 1.0
 
     def __call__(self, config, places, per_epoch, epochs=None) -> list[Step]:
         """The phases."""
@@ -360,18 +358,8 @@ FITNETS_JOINTLY = Beside(
 )
 KD = Beside(kd, outputs, 0.9, _softened(kd, 4.0), task_weight=0.1)
 STANDARDIZED_KD = Beside(standardized_kd, outputs, 9.0, _softened(standardized_kd, 2.0))
-DKD = Beside(
-    decoupled_kd,
-    outputs,
-    Grown(1.0),
-    lambda config, places: decoupled_kd(temperature=_or(config.temperature, 4.0)),
-)
-DIST = Beside(
-    dist,
-    outputs,
-    1.0,
-    lambda config, places: dist(temperature=_or(config.temperature, 1.0)),
-)
+DKD = Beside(decoupled_kd, outputs, Grown(1.0), _softened(decoupled_kd, 4.0))
+DIST = Beside(dist, outputs, 1.0, _softened(dist, 1.0))
 AT = Beside(attention_transfer, stages, 1000.0)
 FSP = BeforeTask(fsp, first_and_stages, _flows)
 CRD = _contrastive("crd", AnchorNegatives)

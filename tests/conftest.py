@@ -108,3 +108,17 @@ class Golden:
 def golden():
     """`golden(name)` reads a case: `golden("hint/mse_equal")["in.f_s"]`."""
     return Golden
+
+
+@pytest.fixture(scope="session")
+def corners(tmp_path_factory):
+    """A data set as a file: 4 classes that differ in their brightest corner."""
+    random = np.random.default_rng(0)
+    label = np.arange(120) % 4
+    image = random.integers(0, 60, (120, 8, 8), dtype=np.uint8)
+    for i, corner in enumerate(label):
+        row, column = divmod(int(corner), 2)
+        image[i, 4 * row : 4 * row + 4, 4 * column : 4 * column + 4] += 150
+    path = tmp_path_factory.mktemp("data") / "corners.npz"
+    np.savez(path, image=image, label=label)
+    return str(path)

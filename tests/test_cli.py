@@ -12,7 +12,6 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
@@ -29,23 +28,9 @@ TINY = (
 
 
 @pytest.fixture(scope="module")
-def arrays(tmp_path_factory):
-    """64 training images of 4 classes that differ in their brightest corner."""
-    random = np.random.default_rng(0)
-    label = np.arange(120) % 4
-    image = random.integers(0, 60, (120, 8, 8), dtype=np.uint8)
-    for i, corner in enumerate(label):
-        row, column = divmod(int(corner), 2)
-        image[i, 4 * row : 4 * row + 4, 4 * column : 4 * column + 4] += 150
-    path = tmp_path_factory.mktemp("data") / "corners.npz"
-    np.savez(path, image=image, label=label)
-    return str(path)
-
-
-@pytest.fixture(scope="module")
-def finished(arrays, tmp_path_factory):
+def finished(corners, tmp_path_factory):
     run_dir = tmp_path_factory.mktemp("runs") / "a run"
-    common = ("--dataset", arrays, *TINY, "--run-dir", str(run_dir))
+    common = ("--dataset", corners, *TINY, "--run-dir", str(run_dir))
     main(["distill", "--method", "fitnets", *common])
     return run_dir
 
@@ -79,9 +64,9 @@ def test_a_run_is_run_again_from_its_own_config(finished, tmp_path):
     )
 
 
-def test_a_teacher_can_be_an_earlier_run(finished, arrays, tmp_path, capsys):
+def test_a_teacher_can_be_an_earlier_run(finished, corners, tmp_path, capsys):
     run_dir = tmp_path / "kd"
-    common = ("--dataset", arrays, *TINY, "--run-dir", str(run_dir))
+    common = ("--dataset", corners, *TINY, "--run-dir", str(run_dir))
     main(["distill", "--method", "kd", "--teacher", str(finished), *common])
     assert not (run_dir / "teacher").exists()
     main(["eval", str(run_dir)])
@@ -91,16 +76,16 @@ def test_a_teacher_can_be_an_earlier_run(finished, arrays, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("method", ["backprop", "at", "fitnet"])
-def test_every_method_runs_by_name(method, finished, arrays, tmp_path):
-    common = ("--dataset", arrays, *TINY, "--run-dir", str(tmp_path / "run"))
+def test_every_method_runs_by_name(method, finished, corners, tmp_path):
+    common = ("--dataset", corners, *TINY, "--run-dir", str(tmp_path / "run"))
     teacher = ("--teacher", str(finished / "teacher"))
     main(["distill", "--method", method, *teacher, *common])
     assert (tmp_path / "run" / "result.json").exists()
 
 
-def test_the_comparison_shows_a_table_and_a_picture(arrays, tmp_path, capsys):
+def test_the_comparison_shows_a_table_and_a_picture(corners, tmp_path, capsys):
     run_dir = tmp_path / "compare"
-    common = ("--dataset", arrays, *TINY, "--run-dir", str(run_dir))
+    common = ("--dataset", corners, *TINY, "--run-dir", str(run_dir))
     main(["distill", "--seeds", "2", "--rates", "0.001", *common])
     out = capsys.readouterr().out
     report = json.loads((run_dir / "report.json").read_text())
@@ -264,7 +249,7 @@ def test_a_run_directory_in_use_is_one_sentence(tmp_path, capsys):
 
 
 def test_a_changed_config_is_refused_with_its_difference(
-    finished, arrays, tmp_path, capsys
+    finished, corners, tmp_path, capsys
 ):
     run_dir = tmp_path / "run"
     shutil.copytree(finished, run_dir)
@@ -295,12 +280,12 @@ def stages_saved(run_dir):
 
 
 def test_a_killed_run_resumes_to_the_same_bits_in_both_stages(
-    arrays, finished, tmp_path
+    corners, finished, tmp_path
 ):
     """SIGKILL in the hint stage, again in the distillation stage, then to the end."""
     command = [sys.executable, "-m", "hintjax.cli"]
     options = (
-        *("--method", "fitnets", "--dataset", arrays, *TINY, "--epochs", "60"),
+        *("--method", "fitnets", "--dataset", corners, *TINY, "--epochs", "60"),
         *("--checkpoint-every", "1", "--teacher", str(finished / "teacher")),
     )
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}

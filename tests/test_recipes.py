@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import jax
-import numpy as np
 import pytest
 
 from hintjax import methods, recipes
@@ -58,20 +57,6 @@ TRANSFORMERS = {
     "tinybert": {"tinybert": (*BLOCKS, *SCORES), "soft_targets": ()},
 }
 RESNETS = {"student": "hintjax.models:resnet8", "teacher": "hintjax.models:resnet8"}
-
-
-@pytest.fixture(scope="module")
-def corners(tmp_path_factory):
-    """64 training images of 4 classes that differ in their brightest corner."""
-    random = np.random.default_rng(0)
-    label = np.arange(120) % 4
-    image = random.integers(0, 60, (120, 8, 8), dtype=np.uint8)
-    for i, corner in enumerate(label):
-        row, column = divmod(int(corner), 2)
-        image[i, 4 * row : 4 * row + 4, 4 * column : 4 * column + 4] += 150
-    path = tmp_path_factory.mktemp("data") / "corners.npz"
-    np.savez(path, image=image, label=label)
-    return str(path)
 
 
 @pytest.fixture(scope="module")
