@@ -10,10 +10,13 @@ activations are not. What a rule splits over another axis, such as `model`, stay
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from types import MappingProxyType
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
@@ -139,6 +142,18 @@ def check_batch(batch: PyTree, mesh: Mesh) -> None:
             raise ValueError(message("batch", wanted, got, do))
 
 
+def check_spans(batch: PyTree, mesh: Mesh) -> None:
+    """Raises if the mesh has several processes, and a batch only one's examples."""
+    if not mesh.is_multi_process:
+        return
+    for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
+        if getattr(leaf, "is_fully_addressable", True):
+            wanted = "a batch on the devices of all processes"
+            got = f"{_name(path)!r}, which is this process' own"
+            do = "Make it one with hintjax.sharding.from_process."
+            raise ValueError(message("batch", wanted, got, do))
+
+
 def check_rules(layout: Layout, params: PyTree) -> None:
     """Raises if there is a rule that no parameter answers to."""
     paths = [_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
@@ -210,6 +225,52 @@ def alike(shardings: PyTree, params: PyTree, tree: PyTree, mesh: Mesh) -> PyTree
     return jax.tree_util.tree_map_with_path(place, tree)
 
 
+def spread(tree: PyTree, shardings: PyTree) -> PyTree:
+    """Arrays that every process has, as arrays on the devices of all of them.
+
+    In one process this is `jax.device_put`.
+
+    Args:
+        tree: arrays; in several processes, the same in each, or already on a mesh.
+        shardings: one for all, or a tree that begins like `tree`.
+
+    Returns:
+        The same arrays, where the shardings say.
+    """
+    return jax.tree.map(
+        lambda sharding, part: jax.tree.map(partial(_spread, sharding), part),
+        shardings,
+        tree,
+    )
+
+
+def _spread(sharding, leaf):
+    elsewhere = isinstance(leaf, jax.Array) and not leaf.is_fully_addressable
+    if sharding.is_fully_addressable or elsewhere:
+        return jax.device_put(leaf, sharding)
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        data = _spread(sharding, jax.random.key_data(leaf))
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
+    host = np.asarray(leaf)
+    return jax.make_array_from_callback(host.shape, sharding, lambda i: host[i])
+
+
+def from_process(batch: PyTree, mesh: Mesh | Layout) -> PyTree:
+    """One batch of the whole mesh, of which each process has read its share.
+
+    Args:
+        batch: this process' examples: of a batch of B, B / `jax.process_count()`.
+        mesh: the stage's.
+
+    Returns:
+        The batch as the stage wants it, split over `data` and `fsdp`.
+    """
+    sharding = over_batch(mesh.mesh if isinstance(mesh, Layout) else mesh)
+    return jax.tree.map(
+        partial(jax.make_array_from_process_local_data, sharding), batch
+    )
+
+
 def place(variables: PyTree, mesh: Mesh | Layout) -> PyTree:
     """A teacher's variables, where a stage on this mesh wants them.
 
@@ -226,8 +287,8 @@ def place(variables: PyTree, mesh: Mesh | Layout) -> PyTree:
     params, state = variables
     homes = stored(layout, {"teacher": params})["teacher"]
     return variables._replace(
-        params=jax.device_put(params, homes),
-        state=jax.device_put(state, replicated(layout.mesh)),
+        params=spread(params, homes),
+        state=spread(state, replicated(layout.mesh)),
     )
 
 

@@ -40,8 +40,10 @@ from hintjax.sharding import (
     alike,
     check_batch,
     check_rules,
+    check_spans,
     over_batch,
     replicated,
+    spread,
     stored,
     whole,
 )
@@ -474,7 +476,7 @@ def _stage(student, teacher, method, optimiser, inputs, teacher_inputs, mesh):
             return state
         theirs = None if teacher_variables is None else teacher_variables[0]
         check_rules(layout, {**params, "teacher": theirs})
-        return jax.device_put(state, homes(state))
+        return spread(state, homes(state))
 
     def update(state, variables, batch):
         return step(state, teach(state, variables, batch), batch)
@@ -566,6 +568,7 @@ class _Sharded:
     def _prepared(self, state, variables, batch):
         # Before jit looks at them, which would say it less well.
         check_batch(batch, self._mesh)
+        check_spans(batch, self._mesh)
         variables = None if variables is None else Variables(*variables)
         structure = jax.tree.structure((state, variables))
         if structure not in self._made:
