@@ -7,6 +7,10 @@ written under a temporary name and renamed together, so that a step is there who
 not at all. What is damaged later is seen before Orbax reads it, and an older step is
 read instead.
 
+Of several processes the first reads and writes; what it reads it sends to the others,
+and what is stored in shares is gathered for it, so that nothing but the first process
+needs the directory. All of them have to make the same calls.
+
 Orbax is asked for two things only, to write and to read one directory, and writes on
 one thread of ours. Its managers stay out: one skips a save while another is in flight,
 one deletes the newest step when it keeps the best one, both cast on restore, and both
@@ -28,6 +32,7 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, SupportsIndex
 
@@ -38,7 +43,9 @@ import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 
 from hintjax._checks import message, positive_int
+from hintjax.processes import first, gather, told, told_arrays
 from hintjax.rundir import unwritten
+from hintjax.sharding import spread
 
 _RECORD = "hintjax.json"
 _ORBAX = "_METADATA"  # in all that Orbax writes
@@ -107,11 +114,12 @@ class Checkpoints(contextlib.AbstractContextManager):
         # A view of a CPU device's memory would keep that memory from being donated.
         host = [array.copy() for array in _fetch(arrays)]
         target, staging = self.directory / str(step), self.directory / _STAGING
-        _stage("save", staging, target, host)
-        self._saving = self._thread.submit(
-            self._write, staging, target, leaves, host, record
-        )
-        _UNTOLD.add(self._saving)
+        told(partial(_stage, "save", staging, target, host))
+        if first():
+            self._saving = self._thread.submit(
+                self._write, staging, target, leaves, host, record
+            )
+            _UNTOLD.add(self._saving)
 
     def _write(
         self,
@@ -168,7 +176,7 @@ class Checkpoints(contextlib.AbstractContextManager):
     def steps(self) -> list[int]:
         """The steps that are there, ascending."""
         self.wait()
-        return self._steps()
+        return told(self._steps)
 
     def latest(self) -> int | None:
         """The newest step, or None."""
@@ -176,7 +184,8 @@ class Checkpoints(contextlib.AbstractContextManager):
 
     def best(self) -> int | None:
         """The newest step that was saved with ``best=True``, or None."""
-        return self._best(self.steps())
+        steps = self.steps()
+        return told(lambda: self._best(steps))
 
     def _find(self, caller: str, step: SupportsIndex | None) -> list[Path]:
         """The directory of a step, or those of all, the newest first."""
@@ -196,7 +205,8 @@ class Checkpoints(contextlib.AbstractContextManager):
 
         It says which stage wrote the step.
         """
-        return _record(self._find("peek", step)[0])["extra"]
+        path = self._find("peek", step)[0]
+        return told(lambda: _record(path), DamageError)["extra"]
 
     def restore(
         self,
@@ -242,12 +252,17 @@ class Checkpoints(contextlib.AbstractContextManager):
         raise DamageError(message("restore", wanted, f"none:\n{errors}"))
 
     def poll(self) -> None:
-        """Raises OSError if a save has failed; waits for nothing."""
-        if self._saving is not None and self._saving.done():
-            self.wait()
+        """Raises OSError if a save has failed; waits for nothing, and so leaves it to
+        the next call where there are several processes, which have to raise together.
+        """
+        if jax.process_count() == 1 and self._saving and self._saving.done():
+            self._wait()
 
     def wait(self) -> None:
         """Returns when nothing is in flight; raises OSError if the save failed."""
+        told(self._wait)
+
+    def _wait(self) -> None:
         if self._saving is None:
             return
         error = self._saving.exception()
@@ -257,12 +272,12 @@ class Checkpoints(contextlib.AbstractContextManager):
             raise error
 
     def close(self) -> None:
-        """Waits, as the end of a ``with`` block does."""
-        self.wait()
+        """Waits, as the end of a ``with`` block does, for what this process saves."""
+        self._wait()
 
     def __exit__(self, kind, error, traceback) -> None:
         try:
-            self.wait()
+            self._wait()
         except OSError as failure:
             if error is None:
                 raise
@@ -320,11 +335,15 @@ def save_tree(path: str | os.PathLike, tree: Mapping[str, Any]) -> None:
       tree: what ``module.apply`` takes: ``{"params": ..., "batch_stats": ...}``.
     """
     target = _resolve("save_tree", path)
-    empty = target.is_dir() and not any(target.iterdir())
-    if target.exists() and not empty and not _is_export(target):
-        wanted = "a new or empty directory or an earlier export"
-        do = "Choose another path: what others wrote is not overwritten."
-        raise ValueError(message("save_tree", wanted, str(target), do))
+
+    def look():
+        empty = target.is_dir() and not any(target.iterdir())
+        if target.exists() and not empty and not _is_export(target):
+            wanted = "a new or empty directory or an earlier export"
+            do = "Choose another path: what others wrote is not overwritten."
+            raise ValueError(message("save_tree", wanted, str(target), do))
+
+    told(look)
     tree = _plain(tree, ())
     leaves, arrays = _flatten("save_tree", tree)
     host = _fetch(arrays)
@@ -335,13 +354,17 @@ def save_tree(path: str | os.PathLike, tree: Mapping[str, Any]) -> None:
                 message("save_tree", wanted, _kind(leaf.dtype, leaf.shape))
             )
     staging = target.with_name(f".{target.name}{_STAGING}")
-    _stage("save_tree", staging, target, host)
-    try:
-        record = {"export": True, "leaves": _entries(leaves, host)}
-        tree = jax.tree.unflatten(jax.tree.structure(tree), host)
-        _commit("save_tree", staging, target, tree, record)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+    tree = jax.tree.unflatten(jax.tree.structure(tree), host)
+
+    def write():
+        _stage("save_tree", staging, target, host)
+        try:
+            record = {"export": True, "leaves": _entries(leaves, host)}
+            _commit("save_tree", staging, target, tree, record)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+
+    told(write)
 
 
 def load_tree(path: str | os.PathLike) -> dict[str, Any]:
@@ -354,16 +377,22 @@ def load_tree(path: str | os.PathLike) -> dict[str, Any]:
     {'params': {'bias': Array([1., 1.], dtype=float32)}}
     """
     source = _resolve("load_tree", path)
-    if not _is_export(source):
-        wanted = "a directory that save_tree wrote"
-        raise ValueError(message("load_tree", wanted, str(source)))
-    _, tree = _read(source, _record(source))
 
-    def place(path: Any, array: np.ndarray) -> jax.Array:
+    def look():
+        if not _is_export(source):
+            wanted = "a directory that save_tree wrote"
+            raise ValueError(message("load_tree", wanted, str(source)))
+        return _record(source)
+
+    stored, outline = _read(source, told(look, DamageError))
+
+    def place(path: Any, _: int) -> jax.Array:
+        names = _names(path)
+        array, key = stored[names]
         like = jax.ShapeDtypeStruct(array.shape, array.dtype)
-        return _place(_names(path), array, "", like)
+        return _place(names, array, key, like)
 
-    return jax.tree_util.tree_map_with_path(place, tree)
+    return jax.tree_util.tree_map_with_path(place, outline)
 
 
 # Trees and arrays.
@@ -403,7 +432,15 @@ def _is_key(array: Any) -> bool:
 def _fetch(arrays: Sequence[Any]) -> list[np.ndarray]:
     """On the host, keys as their data. All transfers start before the first ends."""
     data = [jax.random.key_data(x) if _is_key(x) else x for x in arrays]
+    data = [gather(x) if _is_apart(x) else x for x in data]
     return [np.asarray(array) for array in jax.device_get(data)]
+
+
+def _is_apart(array: Any) -> bool:
+    """Whether no process has all of it."""
+    return isinstance(array, jax.Array) and not (
+        array.is_fully_addressable or array.is_fully_replicated
+    )
 
 
 def _bytes(array: np.ndarray) -> np.ndarray:
@@ -456,7 +493,7 @@ def _place(path: tuple[str, ...], value: np.ndarray, key: str, like: Any) -> Any
         placed = jnp.full(value.shape, value.dtype.type(0).item()).at[...].set(value)
     # An array that was free to join any mesh stays free.
     if like.sharding is not None and getattr(like, "committed", True):
-        placed = jax.device_put(placed, like.sharding)
+        placed = spread(placed, like.sharding)
     else:
         placed = jnp.asarray(placed)
     if placed.dtype != like.dtype:
@@ -564,11 +601,11 @@ def _is_export(path: Path) -> bool:
 
 def _restore(path: Path, like: Any) -> tuple[PyTree, dict[str, Any]]:
     """One step in the structure of `like`, with its `extra`."""
-    record = _record(path)
+    record = told(lambda: _record(path), DamageError)
     like = like(record["extra"]) if callable(like) else like
     leaves, targets = _flatten("restore", like)
     _refuse_other(path, record["leaves"], leaves)
-    stored = _read(path, record)[0]
+    stored, _ = _read(path, record)
     values = [
         _place(leaf.path, *stored[leaf.path], target)
         for leaf, target in zip(leaves, targets, strict=True)
@@ -577,7 +614,26 @@ def _restore(path: Path, like: Any) -> tuple[PyTree, dict[str, Any]]:
 
 
 def _read(path: Path, record: dict[str, Any]) -> tuple[dict, dict]:
-    """{path: (array, key implementation)} and the tree of them, all as recorded.
+    """{path: (array, key implementation)}, all as recorded, and nested dicts with a 0
+    for each of what Orbax wrote; in all processes."""
+    entries, here = record["leaves"], []
+
+    def read():
+        arrays, tree = _arrays(path, record)
+        here.extend(arrays)
+        return jax.tree.map(lambda _: 0, tree)
+
+    outline = told(read, DamageError)
+    kinds = [(shape, jnp.dtype(dtype)) for dtype, shape in (e["data"] for e in entries)]
+    arrays = told_arrays(here, kinds)
+    return {
+        tuple(entry["path"]): (array, entry["key"])
+        for entry, array in zip(entries, arrays, strict=True)
+    }, outline
+
+
+def _arrays(path: Path, record: dict[str, Any]) -> tuple[list[np.ndarray], dict]:
+    """The arrays that lie there, as recorded, and Orbax's tree of them.
 
     Before Orbax opens a file, it has to be a file in its place, of its size, and whole;
     and there is nothing else that it could read instead.
@@ -603,7 +659,7 @@ def _read(path: Path, record: dict[str, Any]) -> tuple[dict, dict]:
             tree = orbax.restore(path)
     except Exception as error:
         raise _damaged(path, error) from error
-    stored = {}
+    arrays = []
     for entry in record["leaves"]:
         dtype, shape = entry["data"]
         array: Any = np.zeros(shape, jnp.dtype(dtype)) if 0 in shape else tree
@@ -614,8 +670,8 @@ def _read(path: Path, record: dict[str, Any]) -> tuple[dict, dict]:
             or [str(array.dtype), [*array.shape]] != entry["data"]
         ):
             raise _damaged(path, "/".join(entry["path"]))
-        stored[tuple(entry["path"])] = (array, entry["key"])
-    return stored, tree
+        arrays.append(array)
+    return arrays, tree
 
 
 def _damaged(path: Path, what: object) -> DamageError:

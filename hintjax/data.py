@@ -15,14 +15,16 @@ downloads anything, and nothing imports TensorFlow.
 
 import importlib
 import io
+import operator
 import os
 import re
+import sys
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, SupportsIndex
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +32,7 @@ import numpy as np
 from jaxtyping import Array, Float32, Int32, Integer, PRNGKeyArray, UInt8
 
 from hintjax._checks import message, nearest
+from hintjax.sharding import spread
 
 ON_DEVICE = 2 * 2**30  # bytes: a set up to this size is kept on the device
 IN_MEMORY = 16 * 2**30  # bytes: a set above this size stays on disk
@@ -591,7 +594,10 @@ def place(
     that first copies the whole set, at every step (four times CIFAR-10's 154 MB).
     """
     pixels = split.image.reshape(split.n, -1)
-    pixels, label = jax.device_put((pixels, split.label), device)
+    if isinstance(device, jax.sharding.Sharding):
+        pixels, label = spread((pixels, split.label), device)
+    else:
+        pixels, label = jax.device_put((pixels, split.label), device)
     return Placed(pixels, label, split.shape)
 
 
@@ -741,9 +747,9 @@ def stream(
     """Endless shuffled batches of a set that does not fit on the device, by Grain.
 
     The examples form one sequence, in a new order each epoch and each example once per
-    epoch; a batch may reach over the end of an epoch. Process p of P takes positions p,
-    p + P, ... of it, so that the processes' batches together are the same batches, with
-    the same crops and flips, whatever P is.
+    epoch; a batch may reach over the end of an epoch. Process p of P takes the p-th part
+    of every batch, so that the processes' batches together are the same batches, with
+    the same crops and flips, whatever P is, and so is the position in them.
 
     Args:
       source: Records, or a Split on the host.
@@ -775,7 +781,8 @@ def stream(
     # example by example. Crops are drawn before the split by process.
     positions = grain.MapDataset.range(source.n).seed(seed).shuffle().repeat()
     drawn = positions.random_map(partial(_drawn, augment=augment))
-    batches = drawn[process_index::process_count].batch(batch_size)
+    part = _Part(drawn, batch_size, process_index, process_count)
+    batches = grain.MapDataset.source(part).batch(batch_size)
     batches = batches.map(partial(_read, source, standardize, augment))
     threads = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
     ready = batches.to_iter_dataset(threads)
@@ -785,6 +792,21 @@ def stream(
             flags.mark_as_parsed()
         ready = ready.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
     return iter(ready)
+
+
+class _Part:
+    """What one process reads of an endless sequence of batches, by position."""
+
+    def __init__(self, drawn: Any, size: int, process: int, processes: int):
+        self._drawn, self._size = drawn, size
+        self._process, self._processes = process, processes
+
+    def __len__(self) -> int:
+        return sys.maxsize // self._processes // 2
+
+    def __getitem__(self, at: SupportsIndex) -> dict[str, Any]:
+        batch, i = divmod(operator.index(at), self._size)
+        return self._drawn[(batch * self._processes + self._process) * self._size + i]
 
 
 def _drawn(

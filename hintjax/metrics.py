@@ -22,6 +22,7 @@ import numpy as np
 from jaxtyping import ArrayLike
 
 from hintjax._checks import message
+from hintjax.processes import first
 
 FILE = "metrics.jsonl"
 Numbers = Sequence[SupportsFloat] | np.ndarray
@@ -69,7 +70,8 @@ class MetricsWriter(contextlib.AbstractContextManager):
 def open_metrics(
     run_dir: str | os.PathLike, *, resume: int | None = None, tensorboard: bool = True
 ) -> MetricsWriter:
-    """Opens the metrics of a run for appending.
+    """Opens the metrics of a run for appending; of several processes, the first's are
+    kept.
 
     Args:
       run_dir: the directory of the run; made when it is not there.
@@ -81,6 +83,8 @@ def open_metrics(
     Returns:
       A writer with `write(step, stage, metrics)` and `close()`; a context manager.
     """
+    if not first():
+        return MetricsWriter(pathlib.Path(os.devnull).open("a", encoding="utf-8"))
     path = pathlib.Path(run_dir) / FILE
     path.parent.mkdir(parents=True, exist_ok=True)
     if resume is not None:

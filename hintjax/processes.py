@@ -73,11 +73,12 @@ def first() -> bool:
     return jax.process_index() == 0
 
 
-def told(find: Callable[[], Any]) -> Any:
+def told(find: Callable[[], Any], *kinds: type[Exception]) -> Any:
     """What the first process finds, in all of them.
 
     Args:
         find: called in the first process only; gives what JSON can hold.
+        *kinds: errors that are to be the same in all, besides those below.
 
     Raises:
         ValueError, TypeError, OSError: what `find` raises, in all processes.
@@ -85,19 +86,19 @@ def told(find: Callable[[], Any]) -> Any:
     """
     if jax.process_count() == 1:
         return find()
-    said = {"kind": "RuntimeError", "error": "the first process ended by an error"}
+    kinds = (*kinds, *_RAISED, RuntimeError)
+    said = {"kind": len(kinds) - 1, "error": "the first process ended by an error"}
     try:
         if first():
             said = {"found": find()}
-    except _RAISED as error:
-        kind = next(kind for kind in _RAISED if isinstance(error, kind))
-        said = {"kind": kind.__name__, "error": str(error)}
+    except kinds as error:
+        kind = next(i for i, kind in enumerate(kinds) if isinstance(error, kind))
+        said = {"kind": kind, "error": str(error)}
         raise
     finally:
         said = _said(said)
     if "found" in said:
         return said["found"]
-    kinds = {kind.__name__: kind for kind in (*_RAISED, RuntimeError)}
     raise kinds[said["kind"]](said["error"])
 
 
@@ -137,11 +138,16 @@ def _broadcast(data: np.ndarray) -> np.ndarray:
     return np.asarray(multihost_utils.broadcast_one_to_all(data)).astype(np.uint8)
 
 
-def any_of(flag: bool) -> bool:
-    """Whether the flag is set in any process."""
+def gather(array: jax.Array) -> np.ndarray:
+    """An array that is split over the devices of several processes, whole in each."""
+    return multihost_utils.process_allgather(array, tiled=True)
+
+
+def largest(number: int) -> int:
+    """The largest that any process has."""
     if jax.process_count() == 1:
-        return flag
-    return bool(multihost_utils.process_allgather(np.int32(flag)).any())
+        return number
+    return int(multihost_utils.process_allgather(np.int32(number)).max())
 
 
 def agree(what: str, ours: Mapping[str, Any]) -> None:

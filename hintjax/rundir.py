@@ -11,11 +11,12 @@ import socket
 import threading
 import warnings
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-
-import jax
+from typing import Any
 
 from hintjax._checks import message
+from hintjax.processes import first, told
 
 LOCK = "run.lock"
 
@@ -29,7 +30,7 @@ def owned(run_dir: str | os.PathLike[str]) -> Iterator[None]:
     """Makes a run directory and owns it until the block ends.
 
     The kernel frees the lock when the process ends, however it ends, so that none is
-    ever stale. On several hosts the first process owns the directory for all.
+    ever stale. Of several processes the first owns the directory for all.
 
     Args:
         run_dir: of the run.
@@ -40,15 +41,21 @@ def owned(run_dir: str | os.PathLike[str]) -> Iterator[None]:
     """
     path = Path(run_dir).expanduser().absolute()
     mine = (path, threading.get_ident())
-    if mine in _OWNED or jax.process_index() != 0:
+
+    def take():
+        if mine in _OWNED:
+            return None
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            return _lock(path)
+        except OSError as error:
+            wanted = "a run directory that can be written"
+            raise ValueError(message("run", wanted, f"{error}")) from None
+
+    file = told(take)
+    if file is None or not first():
         yield
         return
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        file = _lock(path)
-    except OSError as error:
-        wanted = "a run directory that can be written"
-        raise ValueError(message("run", wanted, f"{error}")) from None
     _OWNED.add(mine)
     try:
         yield
@@ -112,7 +119,17 @@ def inside(root: Path, name: str) -> Path:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replaces a file by one of that text, whole or not at all."""
+    """Replaces a file by one of that text, whole or not at all; of several processes,
+    the first does."""
+    told(partial(_write_text, path, text))
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file of the run directory holds, in all processes; None without it."""
+    return told(lambda: json.loads(path.read_text()) if path.exists() else None)
+
+
+def _write_text(path, text):
     staging = path.with_name(f".{path.name}.tmp")
     data = text.encode()
     try:

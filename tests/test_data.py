@@ -682,21 +682,26 @@ def test_stream_resumes_from_any_position(source):
 
 
 def test_stream_is_the_same_for_any_number_of_processes(source):
-    scale = data.statistics(source)
-    whole = collect(data.stream(source, 12, scale, augment=FULL), 6)
-    parts = [
-        collect(
-            data.stream(
-                source, 4, scale, augment=FULL, process_index=i, process_count=3
-            ),
-            6,
+    def process(i, of):
+        scale, where = data.statistics(source), {"process_index": i}
+        return data.stream(
+            source, 12 // of, scale, augment=FULL, **where, process_count=of
         )
-        for i in range(3)
-    ]
-    for batch, *three in zip(whole, *parts, strict=True):
-        for key, value in batch.items():
-            together = np.stack([part[key] for part in three], axis=1)
-            np.testing.assert_array_equal(together.reshape(value.shape), value)
+
+    alone, three = process(0, 1), [process(i, 3) for i in range(3)]
+
+    def equal(steps):
+        for _ in range(steps):
+            whole, parts = next(alone), [next(part) for part in three]
+            for key, value in whole.items():
+                together = np.concatenate([part[key] for part in parts])
+                np.testing.assert_array_equal(together, value)
+
+    equal(6)
+    # And a position is one for all: a run may go on in another number of processes.
+    assert [part.get_state() for part in three] == [alone.get_state()] * 3
+    alone.set_state(three[1].get_state())
+    equal(2)
 
 
 def test_stream_with_worker_processes(prepared):
