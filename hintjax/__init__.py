@@ -7,6 +7,7 @@ of each `Network` and what it trains; a stage makes an optax update step of it.
 
 from hintjax import losses, regressors
 from hintjax.method import (
+    Adjustable,
     Context,
     Data,
     Method,
@@ -69,7 +70,7 @@ from hintjax.networks import (
     split,
 )
 from hintjax.pairing import suggest_pairs
-from hintjax.population import Population, population
+from hintjax.population import Population, population, reweighted
 from hintjax.precision import computed_in
 from hintjax.sharding import Layout, data_mesh, make_mesh
 from hintjax.stages import (
@@ -89,6 +90,7 @@ from hintjax.teachers import (
 from hintjax.views import at_head, viewed
 
 __all__ = [
+    "Adjustable",
     "AnchorNegatives",
     "BatchNegatives",
     "Context",
@@ -151,6 +153,7 @@ __all__ = [
     "relational",
     "reused_classifier",
     "review",
+    "reweighted",
     "seeing",
     "selectivity",
     "self_taught",

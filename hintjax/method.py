@@ -15,14 +15,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float, Int, Key, Num
+from jaxtyping import Array, Float, Int, Key, Num, ScalarLike
 
-from hintjax._checks import message
+from hintjax._checks import function, instance, message, number
 from hintjax._numerics import as_float, either, masked_mean
 from hintjax.networks import Wants
 
-Weight = float | int | Callable[[Array], Array]
 PREPARED = "prepared"  # the memory that holds what an earlier stage trained
+ADJUSTABLE = "weights"  # the memory of an objective that holds adjustable weights
 Pairs = Sequence[tuple[str, str]]  # (guided layer, hint layer), as paths
 
 
@@ -81,6 +81,25 @@ class Method(NamedTuple):
     select: Callable[..., dict] | None = None
 
 
+class Adjustable(NamedTuple):
+    """A weight that lives in the state, not in the program.
+
+    Many students can then have each their own in one program (see `population`), and
+    one student another from some step on; `reweighted` sets it.
+
+    Attributes:
+        start: the weight until it is set, a number >= 0.
+        schedule: `step -> factor`, such as optax's: the term is weighted by their
+            product. By default 1.
+    """
+
+    start: float | int
+    schedule: Callable[[Array], Array] | None = None
+
+
+Weight = float | int | Callable[[Array], Array] | Adjustable
+
+
 class Weighted(NamedTuple):
     """A method and its weight in an objective."""
 
@@ -98,7 +117,8 @@ def weighted(method: Method, weight: Weight) -> Weighted:
 
     Args:
         method: the method.
-        weight: a number >= 0, or a schedule `step -> weight`, such as optax's.
+        weight: a number >= 0, or a schedule `step -> weight`, such as optax's, or an
+            `Adjustable`, which lives in the state.
 
     Returns:
         The term.
@@ -106,10 +126,17 @@ def weighted(method: Method, weight: Weight) -> Weighted:
     Raises:
         ValueError: if the number is negative or not finite.
     """
-    if not callable(weight) and not (weight >= 0 and math.isfinite(weight)):
-        wanted = "a finite weight >= 0 or a schedule"
-        raise ValueError(message("weighted", wanted, f"{weight}"))
+    instance("weighted", Method, method=method)
+    if not callable(weight):
+        start = weight.start if isinstance(weight, Adjustable) else weight
+        check_weight("weighted", start)
     return Weighted(method, weight)
+
+
+def check_weight(caller: str, weight: ScalarLike) -> None:
+    """Raises unless a number can be a weight."""
+    wanted = ">= 0 or a schedule"
+    number(caller, wanted, lambda w: 0 <= w < math.inf, **{"a finite weight": weight})
 
 
 def objective(**terms: Weighted | Method) -> Method:
@@ -124,24 +151,34 @@ def objective(**terms: Weighted | Method) -> Method:
 
     Returns:
         The method; what it trains and remembers is kept under the terms' names, so
-        that two objectives can share a term (see `carry` of a stage).
+        that two objectives can share a term (see `carry` of a stage). Adjustable
+        weights are remembered beside the terms, as "weights", and not carried.
 
     Raises:
-        ValueError: if there is no term, if all weights are 0, or if two terms say what
-            is deployed.
+        ValueError: if there is no term, if all weights are 0, if two terms say what
+            is deployed, or if a term has a name that is taken.
 
     >>> import optax
     >>> term = task(optax.softmax_cross_entropy_with_integer_labels)
     >>> objective(task=weighted(term, 0.5), again=term).student
     Wants(output=True, hints=(), params=())
     """
+    instance("objective", (Method, Weighted), **terms)
     named = {
         name: term if isinstance(term, Weighted) else Weighted(term, 1.0)
         for name, term in terms.items()
     }
+    do = "Give the term another name."
     if named.keys() & {"loss", "skipped"}:
-        do = "Give the term another name."
         wanted = "no term named 'loss' or 'skipped', which the stage reports"
+        raise ValueError(message("objective", wanted, f"{list(named)}", do))
+    adjustable = {
+        name: term.weight.start
+        for name, term in named.items()
+        if isinstance(term.weight, Adjustable)
+    }
+    if adjustable and ADJUSTABLE in named:
+        wanted = f"no term named {ADJUSTABLE!r}, where adjustable weights are"
         raise ValueError(message("objective", wanted, f"{list(named)}", do))
     if all(term.weight == 0 for term in named.values()):
         got = f"the terms {list(named)} with weight 0" if named else "no terms"
@@ -154,10 +191,15 @@ def objective(**terms: Weighted | Method) -> Method:
         }
         params = {name: params for name, (params, _) in made.items()}
         memory = {name: memory for name, (_, memory) in made.items()}
+        if adjustable:
+            memory[ADJUSTABLE] = {
+                name: jnp.asarray(start, float) for name, start in adjustable.items()
+            }
         return params, memory
 
     def apply(params, memory, student, teacher, batch, context):
-        total, remembered, metrics = 0.0, {}, {}
+        total, metrics = 0.0, {}
+        remembered = {ADJUSTABLE: memory[ADJUSTABLE]} if adjustable else {}
         n = None
         for name, (method, weight) in named.items():
             values, remembered[name], own = method.apply(
@@ -170,8 +212,8 @@ def objective(**terms: Weighted | Method) -> Method:
             )
             one_per_example("objective", f"the term {name!r}", values, n)
             n = values.shape[0]
-            scale = weight(context.step) if callable(weight) else weight
-            scaled = values * jnp.asarray(scale, values.dtype)
+            kept = memory[ADJUSTABLE][name] if name in adjustable else None
+            scaled = values * _now(weight, kept, context.step, values.dtype)
             total = total + scaled
             metrics[name] = masked_mean(values, batch.get("where"))
             metrics[f"{name}/weighted"] = masked_mean(scaled, batch.get("where"))
@@ -196,15 +238,24 @@ def objective(**terms: Weighted | Method) -> Method:
     )
 
 
+def _now(weight, kept, step, dtype):
+    """A term's weight at a step; `kept` is what the state has of it."""
+    if isinstance(weight, Adjustable):
+        kept, weight = jnp.asarray(kept, dtype), weight.schedule
+        return kept if weight is None else kept * _now(weight, None, step, dtype)
+    return jnp.asarray(weight(step) if callable(weight) else weight, dtype)
+
+
 def _split(terms):
     """`Method.split` of an objective: those of its terms."""
-    if all(term.method.split is None for term in terms.values()):
+    own = _own(terms, "split")
+    if not own:
         return None
 
     def split(memory):
         return {
-            name: PartitionSpec() if how is None else how(memory[name])
-            for name, how in ((n, term.method.split) for n, term in terms.items())
+            name: own[name](kept) if name in own else PartitionSpec()
+            for name, kept in memory.items()
         }
 
     return split
@@ -212,19 +263,25 @@ def _split(terms):
 
 def _select(terms):
     """`Method.select` of an objective: those of its terms."""
-    own = {name: term.method.select for name, term in terms.items()}
-    if not any(own.values()):
+    own = _own(terms, "select")
+    if not own:
         return None
 
     def select(good, memory, before, batch):
         return {
-            name: either(good, memory[name], before[name])
-            if how is None
-            else how(good, memory[name], before[name], batch)
-            for name, how in own.items()
+            name: own[name](good, kept, before[name], batch)
+            if name in own
+            else either(good, kept, before[name])
+            for name, kept in memory.items()
         }
 
     return select
+
+
+def _own(terms, field):
+    """What terms have in a field of their methods that may be None."""
+    found = {name: getattr(term.method, field) for name, term in terms.items()}
+    return {name: has for name, has in found.items() if has is not None}
 
 
 def _deployed(terms):
@@ -257,6 +314,8 @@ def task(
     Returns:
         The method. For integer labels it also reports `accuracy`.
     """
+    function("task", loss=loss)
+    instance("task", str, label=label)
 
     def apply(params, memory, student, teacher, batch, context):
         if label not in batch:
@@ -299,12 +358,15 @@ def hints_of(caller: str, pairs: Pairs) -> tuple[Wants, Wants]:
     Raises:
         ValueError: in the caller's name, if there are no pairs.
     """
+    do = 'For instance [("group2", "group2")].'
+    instance(caller, Sequence, do=do, pairs=pairs)
     if not pairs:
         do = "Find pairs with hintjax.suggest_pairs."
         wanted = "at least one pair (guided layer, hint layer)"
         raise ValueError(message(caller, wanted, "none", do))
     for pair in pairs:
-        if isinstance(pair, str) or [type(path) for path in pair] != [str, str]:
+        two = isinstance(pair, Sequence) and not isinstance(pair, str)
+        if not two or [type(path) for path in pair] != [str, str]:
             wanted = "each pair to be (guided layer, hint layer), two paths"
             do = 'For instance [("group2", "group2")].'
             raise ValueError(message(caller, wanted, f"{pair!r}", do))
@@ -332,6 +394,7 @@ def over_pairs(
     >>> squared([ones, ones], [zeros, ones]).tolist()
     [3.0, 3.0]
     """
+    function("over_pairs", loss=loss)
 
     def summed(students, teachers):
         groups: dict[tuple, list[tuple[Array, Array]]] = {}

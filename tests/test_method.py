@@ -5,8 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import PartitionSpec
 
 from hintjax.method import (
+    Adjustable,
     Context,
     Method,
     Weighted,
@@ -103,6 +105,51 @@ def test_a_schedule_that_starts_at_zero_is_a_weight():
     assert applied(method)[0] == 0
 
 
+def test_an_adjustable_weight_is_that_of_the_memory():
+    """Times its schedule, and beside the terms."""
+    schedule = optax.linear_schedule(1.0, 0.0, 4)
+    method = objective(
+        a=weighted(constant(1.0, 3.0), Adjustable(8)),
+        b=weighted(constant(1.0, 1.0), Adjustable(0.0, schedule)),
+        c=constant(0.0, 0.0),
+    )
+    params, memory = method.init(KEY, NOTHING, NOTHING, None)
+    assert set(params) == {"a", "b", "c"} == memory.keys() - {"weights"}
+    assert memory["weights"] == {"a": 8, "b": 0}
+    memory["weights"] |= {"b": jnp.array(4.0)}
+    values, after, metrics = method.apply(
+        params, memory, NOTHING, NOTHING, {}, context(step=1)
+    )
+    np.testing.assert_allclose(values, [8 + 3, 24 + 3])
+    assert metrics["a"] == 2
+    assert metrics["a/weighted"] == 16
+    assert after["weights"] == {"a": 8, "b": 4}
+
+
+def test_adjustable_weights_are_whole_on_every_device_and_chosen_like_all_else():
+    def of(part):
+        return lambda *arguments: (part, *arguments)
+
+    own = constant(1.0)._replace(split=of("rows"), select=of("mine"))
+    method = objective(a=weighted(own, Adjustable(2.0)), b=constant(1.0))
+    memory = {"a": 1, "b": 2, "weights": {"a": 3.0}}
+    nowhere = PartitionSpec()
+    assert method.split(memory) == {"a": ("rows", 1), "b": nowhere, "weights": nowhere}
+    before = {"a": 4, "b": 5, "weights": {"a": 6.0}}
+    bad = jnp.array(False)
+    chosen = method.select(bad, memory, before, {})
+    assert chosen["a"] == ("mine", bad, 1, 4, {})
+    assert chosen["b"] == 5
+    assert chosen["weights"] == {"a": 6}
+
+
+def test_no_term_takes_the_place_of_adjustable_weights():
+    one = weighted(constant(1.0), Adjustable(1.0))
+    with pytest.raises(ValueError, match="objective: expected no term named 'weights'"):
+        objective(weights=one)
+    assert objective(weights=constant(1.0)).apply
+
+
 def test_means_are_over_the_valid_examples():
     batch = {"where": jnp.array([True, False, True, False])}
     method = objective(a=weighted(constant(1.0, 50.0, 2.0, 70.0), 2.0))
@@ -184,6 +231,8 @@ def test_union_keeps_the_order_and_each_thing_once():
 def test_a_weight_that_is_no_weight_is_refused(weight):
     with pytest.raises(ValueError, match="weighted: expected a finite weight >= 0"):
         weighted(constant(1.0), weight)
+    with pytest.raises(ValueError, match="weighted: expected a finite weight >= 0"):
+        weighted(constant(1.0), Adjustable(weight))
 
 
 @pytest.mark.parametrize(
