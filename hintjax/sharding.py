@@ -136,7 +136,7 @@ def check_batch(batch: PyTree, mesh: Mesh) -> None:
         if n == 0 or n % parts:
             low = n - n % parts
             sizes = [f"{size}" for size in (low, low + parts) if size > 0]
-            wanted = f"batches whose size {parts} devices can share evenly"
+            wanted = f"batches whose size {those} can share evenly"
             got = f"{_name(path)!r} of shape {tuple(leaf.shape)}"
             do = f"Use a multiple of {parts}, such as {' or '.join(sizes)}."
             raise ValueError(message("batch", wanted, got, do))
@@ -147,6 +147,11 @@ def check_spans(batch: PyTree, mesh: Mesh) -> None:
     if not mesh.is_multi_process:
         return
     for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
+    check_even(batch, parts, f"{parts} devices")
+
+
+def check_even(batch: PyTree, parts: int, those: str) -> None:
+    """Raises unless there are as many examples for each of those parts."""
         if getattr(leaf, "is_fully_addressable", True):
             wanted = "a batch on the devices of all processes"
             got = f"{_name(path)!r}, which is this process' own"

@@ -31,18 +31,21 @@ from jax.interpreters.partial_eval import dce_jaxpr
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
-from hintjax._checks import mask, message
+from hintjax._checks import mask, message, positive_int
 from hintjax._numerics import as_float, either, masked_mean
+from hintjax.accumulation import micro_batches, stacked, summed, valid, weighed
 from hintjax.method import PREPARED, Context, Method, one_per_example
 from hintjax.networks import Features, Network, Variables, Wants
 from hintjax.sharding import (
     Layout,
     alike,
     check_batch,
+    check_even,
     check_rules,
     check_spans,
     over_batch,
     replicated,
+    shares,
     spread,
     stored,
     whole,
@@ -153,6 +156,7 @@ def hint_stage(
     inputs: Callable[[Batch], PyTree] = image,
     teacher_inputs: Callable[[Batch], PyTree] = image,
     mesh: Mesh | Layout | None = None,
+    accumulate: int = 1,
 ) -> Stage:
     """The hint stage: trains what feeds the guided layers, and the regressors.
 
@@ -174,6 +178,7 @@ def hint_stage(
             `hintjax.sharding.Layout` says (a mesh alone is the default layout); all
             else is replicated. `hintjax.sharding.place` puts the teacher there once.
             One device by default.
+        accumulate: micro-batches in an update; see `distillation_stage`.
 
     Returns:
         The stage.
@@ -207,7 +212,8 @@ def hint_stage(
         )
         return optax.partition(transforms, labels), trained, kept
 
-    return _stage(student, teacher, method, optimiser, inputs, teacher_inputs, mesh)
+    seen = inputs, teacher_inputs
+    return _stage(student, teacher, method, optimiser, *seen, mesh, accumulate)
 
 
 def distillation_stage(
@@ -220,6 +226,7 @@ def distillation_stage(
     inputs: Callable[[Batch], PyTree] = image,
     teacher_inputs: Callable[[Batch], PyTree] = image,
     mesh: Mesh | Layout | None = None,
+    accumulate: int = 1,
 ) -> Stage:
     """The distillation stage: trains the whole student, and the regressors.
 
@@ -236,6 +243,22 @@ def distillation_stage(
         inputs: what the student sees of a batch.
         teacher_inputs: what the teacher sees of a batch.
         mesh: see `hint_stage`.
+        accumulate: how many micro-batches of equal size an update is made of, one after
+            another, so that only one needs its activations at a time. It must divide
+            the batch; on a mesh, the examples of each device.
+
+            The update is that of the whole batch, but for rounding, where each example
+            has a loss of its own; "where" may leave any of them out. It is another one
+            where the examples of a batch are compared, which now are those of a
+            micro-batch: in `correlation_congruence`, `crd`, `dist`,
+            `probability_transfer`, `relational` and `similarity_preserving`; in
+            BatchNorm, be it the student's or that of regressors, as
+            `activation_boundary`, `factor_transfer`, `overhaul`, `review` and `simkd`
+            have it, and `fitnets` if asked to. What is random is drawn for each
+            micro-batch: dropout, `masked_generation`, the negatives of `crd`.
+            Statistics and memory go from each micro-batch to the next, and metrics are
+            means over the examples of what each reports. A mesh sums the gradients of
+            each micro-batch over its devices.
 
     Returns:
         The stage.
@@ -277,7 +300,8 @@ def distillation_stage(
         everything = jax.tree.map(lambda _: True, (params, model_state))
         return optax.chain(optimizer, *multipliers), *everything
 
-    return _stage(student, teacher, method, optimiser, inputs, teacher_inputs, mesh)
+    seen = inputs, teacher_inputs
+    return _stage(student, teacher, method, optimiser, *seen, mesh, accumulate)
 
 
 def student_variables(state: State) -> Variables:
@@ -308,7 +332,9 @@ def not_finite(report: Report) -> tuple[list[str], list[str]]:
     return terms, [name for name, norm in layers if not math.isfinite(norm)]
 
 
-def _stage(student, teacher, method, optimiser, inputs, teacher_inputs, mesh):
+def _stage(
+    student, teacher, method, optimiser, inputs, teacher_inputs, mesh, accumulate
+):
     """The step that both stages are.
 
     `optimiser(objective, *parts)`, where parts are the objective's arguments or
@@ -316,13 +342,14 @@ def _stage(student, teacher, method, optimiser, inputs, teacher_inputs, mesh):
     student's state is kept.
     """
     layout = Layout(mesh) if isinstance(mesh, Mesh) else mesh
+    positive_int("stage", accumulate=accumulate)
     if teacher is None and method.teacher != Wants():
         raise ValueError(
             f"stage: expected a teacher, since the method wants {method.teacher} of "
             f"it, got None. Pass the teacher's network."
         )
 
-    def teach(state, variables, batch):
+    def taught_by(variables, batch):
         if method.teacher == Wants():
             return Features()
         if variables is None:
@@ -337,6 +364,12 @@ def _stage(student, teacher, method, optimiser, inputs, teacher_inputs, mesh):
             train=False,
         )
         return jax.lax.stop_gradient(features)
+
+    def teach(state, variables, batch):
+        if accumulate == 1:
+            return taught_by(variables, batch)
+        parts = micro_batches(shared(batch), accumulate)
+        return stacked(partial(taught_by, variables), parts, layout)
 
     def objective(params, model_state, memory, taught, batch, key, step, *, train):
         n = jax.tree.leaves(inputs(batch))[0].shape[0]
@@ -361,6 +394,13 @@ def _stage(student, teacher, method, optimiser, inputs, teacher_inputs, mesh):
         one_per_example("stage", "the method", values, n)
         loss = masked_mean(values, batch.get("where"))
         return loss, (model_state, memory, {**metrics, "loss": loss})
+
+    def shared(batch):
+        """A batch that can be cut into micro-batches."""
+        parts = 1 if layout is None else shares(layout.mesh)
+        many = f"{accumulate} micro-batches" + (f" on {parts} devices" * (parts > 1))
+        check_even(batch, accumulate * parts, many)
+        return split(batch)
 
     def split(batch):
         if layout is None:
@@ -396,7 +436,7 @@ def _stage(student, teacher, method, optimiser, inputs, teacher_inputs, mesh):
             skipped=everywhere,
         )
 
-    def summed(grads):
+    def placed(grads):
         """Gradients where their parameters are stored."""
         if layout is None:
             return grads
@@ -405,13 +445,52 @@ def _stage(student, teacher, method, optimiser, inputs, teacher_inputs, mesh):
         grads = gathered(grads)
         return jax.lax.with_sharding_constraint(grads, stored(layout, grads))
 
+    def learned(state, taught, batch, learn):
+        """What `learn` finds in a batch, or the sum of what it finds in its parts.
+
+        `learn(weigh, *parts)` gives means, weighed, and the student's state and the
+        memory after them. Its arguments of the first part come along.
+        """
+        if accumulate == 1:
+            parts = parts_of(state, taught, batch)
+            found, after = learn(lambda mean: mean, *parts)
+            return found, after, parts
+        micro = micro_batches(shared(batch), accumulate)
+        counts = valid(batch, accumulate)
+        params = gathered(state.params)
+
+        def arguments(carry, part):
+            number, _, taught, batch = part
+            model_state, memory = carry
+            key = jax.random.fold_in(state.key, number)
+            batch = split(batch)
+            return params, model_state, memory, taught, batch, key, state.step
+
+        def one(carry, part):
+            weigh = partial(weighed, valid=part[1], total=jnp.sum(counts))
+            found, after = learn(weigh, *arguments(carry, part))
+            return after, found
+
+        carry = state.state, state.memory
+        each = jnp.arange(accumulate), counts, taught, micro
+        after, found = summed(one, carry, each, layout)
+        first = jax.tree.map(lambda leaf: leaf[0], each)
+        return found, after, arguments(carry, first)
+
     def step(state, taught, batch):
-        parts = parts_of(state, taught, batch)
-        learning = partial(objective, train=True)
-        grads, aux = jax.grad(learning, has_aux=True)(*parts)
-        model_state, memory, metrics = aux
+        def learn(weigh, *parts):
+            def loss(*parts):
+                loss, (*after, metrics) = objective(*parts, train=True)
+                return weigh(loss), (tuple(after), jax.tree.map(weigh, metrics))
+
+            grads, (after, metrics) = jax.grad(loss, has_aux=True)(*parts)
+            return (grads, metrics), after
+
+        (grads, metrics), (model_state, memory), parts = learned(
+            state, taught, batch, learn
+        )
         transform, trained, kept = optimiser(objective, *parts)
-        grads = summed(grads)
+        grads = placed(grads)
         updates, opt_state = transform.update(grads, state.opt_state, state.params)
         moved = optax.apply_updates(state.params, updates)
         good = _finite((metrics["loss"], grads))
@@ -440,7 +519,7 @@ def _stage(student, teacher, method, optimiser, inputs, teacher_inputs, mesh):
     def fresh(key, student_variables, teacher_variables, batch, data, carry):
         """All that does not come from elsewhere: regressors, memory, optimiser."""
         params, model_state = student_variables
-        taught = teach(None, teacher_variables, batch)
+        taught = taught_by(teacher_variables, batch)
         shown, _ = student.apply(
             params, model_state, inputs(batch), wants=method.student, train=False
         )
@@ -482,25 +561,30 @@ def _stage(student, teacher, method, optimiser, inputs, teacher_inputs, mesh):
         return step(state, teach(state, variables, batch), batch)
 
     def evaluate(state, variables, batch):
-        parts = parts_of(state, teach(state, variables, batch), batch)
+        parts = parts_of(state, taught_by(variables, batch), batch)
         _, (_, _, metrics) = objective(*parts, train=False)
         return metrics
 
     def report(state, variables, batch):
-        params, *rest = parts_of(state, teach(state, variables, batch), batch)
+        def learn(weigh, params, *rest):
+            def losses(params):
+                _, (_, _, metrics) = objective(params, *rest, train=True)
+                terms = {n.split("/")[0]: x for n, x in metrics.items() if _is_term(n)}
+                return jax.tree.map(weigh, {**terms, "loss": metrics["loss"]})
 
-        def losses(params):
-            _, (_, _, metrics) = objective(params, *rest, train=True)
-            terms = {n.split("/")[0]: x for n, x in metrics.items() if _is_term(n)}
-            return {**terms, "loss": metrics["loss"]}
+            def gradient(name):
+                # One loss at a time: as cotangents of the others, zeros times nan would
+                # bring what is wrong in one term to all. What they share XLA computes
+                # once.
+                return jax.value_and_grad(lambda p: losses(p)[name])(params)
 
-        def gradient(name):
-            # One loss at a time: as cotangents of the others, zeros times nan would
-            # bring what is wrong in one term to all. What they share XLA computes once.
-            loss, grads = jax.value_and_grad(lambda p: losses(p)[name])(params)
-            return loss, summed(grads)
+            found = {name: gradient(name) for name in jax.eval_shape(losses, params)}
+            _, (*after, _) = objective(params, *rest, train=True)
+            return found, tuple(after)
 
-        found = {name: gradient(name) for name in jax.eval_shape(losses, params)}
+        taught = teach(state, variables, batch)
+        found, _, _ = learned(state, taught, batch, learn)
+        found = {name: (loss, placed(grads)) for name, (loss, grads) in found.items()}
         terms = [name for name in found if name != "loss"]
         norms = {name: _norm(found[name][1]) for name in terms or ["loss"]}
         total = sum(norms.values())

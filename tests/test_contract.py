@@ -992,6 +992,49 @@ def test_a_method_stands_in_both_stages(taught, kind):
         assert any(moved) or not moved
 
 
+def widened(leaf):
+    wide = jnp.issubdtype(leaf.dtype, jnp.floating)
+    return leaf.astype(jnp.float64) if wide else leaf
+
+
+def accumulated(name, count):
+    """Parameters after an update from so many micro-batches; SGD, float64."""
+    row = METHODS[name]
+    (student, ours), (teacher, theirs) = (
+        linear(shapes, seed) for seed, shapes in enumerate((row.student, row.teacher))
+    )
+    batch = seen(row, size=8)[2] | {"x": random((3,), (8,)).astype(np.float64)}
+    batch["where"] = np.arange(8) > 2  # a micro-batch has 2 that count, the other 3
+    x, data = operator.itemgetter("x"), Data(np.arange(32, dtype=np.int32) % 10)
+
+    def begun(method):
+        stage = stages.distillation_stage(
+            student,
+            teacher,
+            method,
+            optax.sgd(0.1),
+            inputs=x,
+            teacher_inputs=x,
+            accumulate=count,
+        )
+        carry = method.prepare and begun(method.prepare)[1]
+        return stage, stage.init(KEY, ours, theirs, batch, data, carry)
+
+    stage, state = begun(row.method)
+    state, wide = jax.tree.map(widened, (state, theirs))
+    state, _ = stage.update(state, wide, batch)
+    return jax.device_get(state.params)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_micro_batches_give_a_method_the_same_update_or_it_is_said(name):
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
+        one, two = (accumulated(name, count) for count in (1, 2))
+    apart = jax.tree.leaves(jax.tree.map(lambda a, b: np.abs(a - b).max(), one, two))
+    said = f"`{name}`" in stages.distillation_stage.__doc__
+    assert max(apart) > 1e-9 if said else max(apart) < 1e-12
+
+
 def scoped(name, method):
     """The method among others: its names carry its own before them."""
 
@@ -1046,10 +1089,6 @@ def test_every_method_gives_eight_devices_the_numbers_of_one():
         "where": np.arange(16) % 5 > 0,
     }
     x, data = operator.itemgetter("x"), Data(np.arange(32, dtype=np.int32) % 10)
-
-    def widened(leaf):
-        wide = jnp.issubdtype(leaf.dtype, jnp.floating)
-        return leaf.astype(jnp.float64) if wide else leaf
 
     def run(layout):
         stage = stages.distillation_stage(
