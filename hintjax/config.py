@@ -50,6 +50,8 @@ class Config:
     """Of a teacher that is trained here."""
     batch_size: int = 16
     """Examples in a step."""
+    accumulate: int = 1
+    """Micro-batches that a step takes them in, one after another, to save memory."""
     optimizer: Literal["adam", "sgd"] = "adam"
     """Adam, or SGD with Nesterov momentum 0.9."""
     learning_rate: float = 1e-3
@@ -103,6 +105,7 @@ def check(config: Config) -> Config:
         positive_int("config", **{name: getattr(config, name)})
     positive_int("config", checkpoint_every=config.checkpoint_every)
     positive_int("config", negatives=config.negatives)
+    positive_int("config", accumulate=config.accumulate)
     for name in ("limit", "size", "patience", "dispatch"):
         if getattr(config, name) is not None:
             positive_int("config", **{name: getattr(config, name)})

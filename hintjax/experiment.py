@@ -457,8 +457,10 @@ def _stage(setting, step, config, per_epoch):
     optimiser = _optimiser(config, step.epochs * per_epoch)
     networks = (setting.student, setting.teacher, step.method, optimiser)
     if step.hints_only:
-        return hint_stage(*networks)
-    return distillation_stage(*networks, rates=step.rates)
+        return hint_stage(*networks, accumulate=config.accumulate)
+    return distillation_stage(
+        *networks, rates=step.rates, accumulate=config.accumulate
+    )
 
 
 def _optimiser(config, steps):

@@ -54,6 +54,7 @@ def test_every_field_can_be_read_back_from_its_default(tmp_path):
         ({"task_weight": float("inf")}, "expected task_weight to be >= 0"),
         ({"weight": 0, "task_weight": 0}, "expected a loss with a weight > 0"),
         ({"hint_epochs": 9}, "expected hint_epochs between 1 and epochs - 1 = 8"),
+        ({"accumulate": 0}, "expected accumulate to be an integer >= 1, got 0"),
         ({"limit": 0}, "expected limit to be an integer >= 1, got 0"),
     ],
 )
