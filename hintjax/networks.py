@@ -377,6 +377,7 @@ def _flat(hints, scope=""):
 
 
 def _features(name, output, hints, params, wants):
+    params = nn.unbox(params)  # methods see arrays, whatever their axes are named
     return Features(
         output=output if wants.output else None,
         hints=hints,

@@ -1,7 +1,9 @@
 """A Flax NNX model as a `Network`; the only file that imports `flax.nnx`.
 
 Parameters and state are plain nested dicts by scope, with list indices as text:
-`params["blocks"]["0"]["kernel"]`. Every call builds a model of its own from them, so
+`params["blocks"]["0"]["kernel"]`. Only parameters whose axes have names
+(`nnx.with_partitioning`) are in the boxes that Linen has for them, where
+`hintjax.sharding` finds these names. Every call builds a model of its own from them, so
 that the model that was given is never touched.
 """
 
@@ -10,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import flax.errors
+import flax.linen as nn
 import flax.nnx
 import jax
 import jax.numpy as jnp
@@ -63,7 +66,7 @@ def nnx(
 
     def init(key, inputs):
         _, _, params, state = _split(factory(rngs=flax.nnx.Rngs(key)))
-        return Variables(_plain(params), _plain(state))
+        return Variables(_plain(params, _boxed), _plain(state))
 
     def run(params, state, inputs, train, key, watch, given):
         if train and key is None and jax.tree.leaves(streams):
@@ -117,15 +120,29 @@ def _split(model):
     return flax.nnx.split(model, flax.nnx.RngState, flax.nnx.Param, ...)
 
 
-def _plain(state):
-    """A state as nested dicts by text, of values."""
+def _value(leaf):
+    return leaf.get_value() if isinstance(leaf, flax.nnx.Variable) else leaf
+
+
+def _boxed(leaf):
+    """The value, in a box with the names of its axes if they have names."""
+    told = leaf.get_metadata()
+    names = told.get("out_sharding")
+    if not names:
+        return _value(leaf)
+    names = tuple(getattr(names, "spec", names))
+    rules = told.get("sharding_rules")
+    return nn.LogicallyPartitioned(_value(leaf), names, rules=rules)
+
+
+def _plain(state, read=_value):
+    """A state as nested dicts by text, of what is read of its leaves."""
     tree: dict[str, Any] = {}
     for path, leaf in flax.nnx.to_flat_state(state):
         node = tree
         for part in path[:-1]:
             node = node.setdefault(str(part), {})
-        variable = isinstance(leaf, flax.nnx.Variable)
-        node[str(path[-1])] = leaf.get_value() if variable else leaf
+        node[str(path[-1])] = read(leaf)
     return tree
 
 
@@ -138,6 +155,7 @@ def _filled(where, like, tree):
         except (KeyError, TypeError) as error:
             got, do = f"none at {path}", "Pass what the network's init gave."
             raise ValueError(message(where, "this model's", got, do)) from error
+        value = value.value if isinstance(value, nn.Partitioned) else value
         return leaf.replace(value) if isinstance(leaf, flax.nnx.Variable) else value
 
     flat = flax.nnx.to_flat_state(like)

@@ -2,9 +2,15 @@
 
 A mesh has an axis `data`, or `fsdp`, or both: batches are split over all of them.
 Parameters are on every device, except that on an axis `fsdp` each large one is stored
-in shares, and that rules may place any of them otherwise. Inside a step, what was
-stored in shares over the batch's axes is whole again: weights are gathered, and
-activations are not. What a rule splits over another axis, such as `model`, stays split.
+in shares, and that rules, or Flax's metadata, may place any of them otherwise. Inside
+a step, what was stored in shares over the batch's axes is whole again: weights are
+gathered, and activations are not. What is split over another axis, such as `model`,
+stays split.
+
+Metadata are the names that `nn.with_partitioning`, `nn.with_logical_partitioning` or
+`nnx.with_partitioning` give the axes of a parameter. Such parameters stay in the boxes
+that Flax's `init` puts them in, in a stage's state and its optimiser's, too: that is
+what `module.apply` and `nn.get_partition_spec` take.
 """
 
 import math
@@ -14,6 +20,7 @@ from functools import partial
 from types import MappingProxyType
 from typing import NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,6 +31,8 @@ from hintjax._checks import message, nearest, positive_int
 
 BATCH = ("data", "fsdp")  # the axes that split batches
 NO_RULES: Mapping[str, PartitionSpec] = MappingProxyType({})
+Axes = str | tuple[str, ...] | None
+NO_NAMES: Mapping[str, Axes] = MappingProxyType({})
 
 
 class Layout(NamedTuple):
@@ -36,13 +45,20 @@ class Layout(NamedTuple):
             Paths begin with "student/", "regressors/" or "teacher/". The first that is
             found counts; one that is found nowhere is an error. The optimiser's state
             lives where its parameters do.
-        at_least: what no rule names is split over `fsdp`, if the mesh has it, along its
-            largest axis that divides, if it has at least so many entries.
+        at_least: what neither a rule nor metadata place is split over `fsdp`, if the
+            mesh has it, along its largest axis that divides, if it has at least so many
+            entries.
+        logical: the axes of the mesh that the names in Flax's metadata stand for, such
+            as `{"embed": None, "heads": "model"}`; None for an axis that is not split.
+            As in Flax, an axis of the mesh splits an array once: the first name here
+            has it. Names that are axes of the mesh need not be here. Metadata count
+            where no rule does, and where they split nothing, nothing is split.
     """
 
     mesh: Mesh
     rules: Mapping[str, PartitionSpec] = NO_RULES
     at_least: int = 2**16
+    logical: Mapping[str, Axes] = NO_NAMES
 
 
 def make_mesh(
@@ -131,6 +147,11 @@ def over_batch(mesh: Mesh) -> NamedSharding:
 def check_batch(batch: PyTree, mesh: Mesh) -> None:
     """Raises unless the examples of a batch can be shared out evenly."""
     parts = shares(mesh)
+    check_even(batch, parts, f"{parts} devices")
+
+
+def check_even(batch: PyTree, parts: int, those: str) -> None:
+    """Raises unless there are as many examples for each of those parts."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
         n = leaf.shape[0] if leaf.ndim else 0
         if n == 0 or n % parts:
@@ -138,7 +159,10 @@ def check_batch(batch: PyTree, mesh: Mesh) -> None:
             sizes = [f"{size}" for size in (low, low + parts) if size > 0]
             wanted = f"batches whose size {those} can share evenly"
             got = f"{_name(path)!r} of shape {tuple(leaf.shape)}"
-            do = f"Use a multiple of {parts}, such as {' or '.join(sizes)}."
+            do = (
+                f"Use a multiple of {parts}, such as {' or '.join(sizes)}, or fill it "
+                f'up and say in "where" which examples count.'
+            )
             raise ValueError(message("batch", wanted, got, do))
 
 
@@ -147,12 +171,8 @@ def check_spans(batch: PyTree, mesh: Mesh) -> None:
     if not mesh.is_multi_process:
         return
     for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
-    check_even(batch, parts, f"{parts} devices")
-
-
-def check_even(batch: PyTree, parts: int, those: str) -> None:
-    """Raises unless there are as many examples for each of those parts."""
-        if getattr(leaf, "is_fully_addressable", True):
+        traced = isinstance(leaf, jax.core.Tracer)
+        if not traced and getattr(leaf, "is_fully_addressable", True):
             wanted = "a batch on the devices of all processes"
             got = f"{_name(path)!r}, which is this process' own"
             do = "Make it one with hintjax.sharding.from_process."
@@ -161,7 +181,8 @@ def check_even(batch: PyTree, parts: int, those: str) -> None:
 
 def check_rules(layout: Layout, params: PyTree) -> None:
     """Raises if there is a rule that no parameter answers to."""
-    paths = [_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=_is_box)
+    paths = [_name(path) for path, _ in leaves]
     for rule in layout.rules:
         if not any(re.search(rule, path) for path in paths):
             got = f"{rule!r}, which none does"
@@ -182,14 +203,16 @@ def stored(layout: Layout, params: PyTree) -> PyTree:
 
     Raises:
         ValueError: if a rule's spec has more axes than an array, names one that the
-            mesh has not, or does not divide.
+            mesh has not, or does not divide; if a name in metadata is unknown.
     """
 
     def place(path, leaf):
-        spec = _spec(layout, _name(path), tuple(leaf.shape))
-        return NamedSharding(layout.mesh, spec)
+        box, leaf = (leaf, leaf.value) if _is_box(leaf) else (None, leaf)
+        spec = _spec(layout, _name(path), tuple(leaf.shape), box)
+        sharding = NamedSharding(layout.mesh, spec)
+        return sharding if box is None else box.replace_boxed(sharding)
 
-    return jax.tree_util.tree_map_with_path(place, params)
+    return jax.tree_util.tree_map_with_path(place, params, is_leaf=_is_box)
 
 
 def whole(shardings: PyTree) -> PyTree:
@@ -250,6 +273,8 @@ def spread(tree: PyTree, shardings: PyTree) -> PyTree:
 
 
 def _spread(sharding, leaf):
+    if isinstance(leaf, jax.core.Tracer):
+        return jax.lax.with_sharding_constraint(leaf, sharding)
     elsewhere = isinstance(leaf, jax.Array) and not leaf.is_fully_addressable
     if sharding.is_fully_addressable or elsewhere:
         return jax.device_put(leaf, sharding)
@@ -297,19 +322,44 @@ def place(variables: PyTree, mesh: Mesh | Layout) -> PyTree:
     )
 
 
-def _spec(layout, path, shape):
-    """The `PartitionSpec` of one parameter."""
+def _spec(layout, path, shape, box):
+    """The `PartitionSpec` of one parameter, which may be in a box with metadata."""
     mesh = layout.mesh
     for rule, spec in layout.rules.items():
         if re.search(rule, path):
             _check_spec(f"layout: {rule!r}", spec, path, shape, mesh)
             return spec
+    if box is not None:
+        spec = _annotated(layout, path, box)
+        _check_spec("layout: metadata", spec, path, shape, mesh)
+        return spec
     parts = mesh.shape.get("fsdp", 1)
     axes = [i for i, size in enumerate(shape) if size % parts == 0]
     if parts == 1 or not axes or math.prod(shape) < layout.at_least:
         return PartitionSpec()
     largest = max(axes, key=lambda i: shape[i])
     return PartitionSpec(*[None] * largest, "fsdp")
+
+
+def _annotated(layout, path, box):
+    """The `PartitionSpec` that metadata give."""
+    axes = layout.mesh.axis_names
+    # Flax's own rules, of `nn.with_logical_partitioning`, come after the layout's.
+    rules = (*layout.logical.items(), *(getattr(box, "rules", None) or ()))
+    rules += tuple((axis, axis) for axis in axes)
+    known = [name for name, _ in rules]
+    for name in (name for entry in box.names for name in _names(entry)):
+        if name not in known:
+            wanted = f"metadata of axes {axes} or of names in logical="
+            near = ", ".join(nearest(name, known))
+            do = f"Nearest: {near}; or add logical={{{name!r}: None}}."
+            raise ValueError(message("layout", wanted, f"{name!r} of {path!r}", do))
+    return nn.logical_to_mesh_axes(box.names, rules)
+
+
+def _is_box(node):
+    """Whether it is a parameter with names of its axes."""
+    return isinstance(node, nn.Partitioned)
 
 
 def _check_spec(caller, spec, path, shape, mesh):
