@@ -12,14 +12,20 @@ that nobody disturbed: every restored state, and the final one, bit for bit.
   the older one read; or harmless, all values being equal; or read as wrong values.
 * A full disk: a file system with room for some checkpoints but not for another.
 * A second run on one directory.
+* Data: SIGKILLs within one epoch of `reliability_data.py`, which remembers what its
+  steps saw: each example once, in the same order, with the same pixels.
+* Goodput and the cost of saves: see `reliability_goodput.py`.
 
     python benchmarks/reliability.py --out benchmarks/results/reliability.json
 
-The table next to the JSON, of the same name, is what it prints.
+takes an hour of a quiet machine; `--only` takes some of the campaigns and leaves what
+the file says of the others. The table next to the JSON, of the same name, says what is
+promised, and what was found.
 """
 
 import argparse
-import contextlib
+import functools
+import json
 import os
 import random
 import signal
@@ -35,10 +41,14 @@ from typing import Any
 
 import measure
 import numpy as np
+import reliability_data
+import reliability_goodput
+import reliability_page
 
 from hintjax.checkpoint import DamageError, open_checkpoints
 
 RUN = Path(__file__).parent / "reliability_run.py"
+DATA_RUN = Path(__file__).parent / "reliability_data.py"
 EVERY = 2  # steps between two saves
 SHARES = ("save", "step", "save", "start")  # instants of kills, in turn
 
@@ -46,14 +56,23 @@ SHARES = ("save", "step", "save", "start")  # instants of kills, in turn
 class Life:
     """One process of a run, and what it said."""
 
-    def __init__(self, run_dir: Path, steps: int, prefix: Sequence[str] = ()):
-        command = [*prefix, sys.executable, str(RUN), str(run_dir)]
+    def __init__(
+        self,
+        run_dir: Path,
+        steps: int | None = None,
+        prefix: Sequence[str] = (),
+        script: Path = RUN,
+        more: Sequence[str] = (),
+    ):
+        command = [*prefix, sys.executable, str(script), str(run_dir), *more]
+        if steps is not None:
+            command += ["--steps", str(steps)]
         path = os.pathsep.join([str(RUN.parents[1]), os.environ.get("PYTHONPATH", "")])
         environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": path}
         environment.pop("XLA_FLAGS", None)  # one device
         self.began = time.perf_counter()
         self.process = subprocess.Popen(
-            [*command, "--steps", str(steps)],
+            command,
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -317,61 +336,110 @@ def second_run(folder: Path, steps: int) -> dict[str, Any]:
     }
 
 
-HEAD = "| campaign | | |\n|---|---|---|"
+def data(folder: Path, feed: str, number: int, chance: random.Random) -> dict[str, Any]:
+    """SIGKILLs spread over one epoch of a run that remembers what its steps saw."""
+    examples, epochs = 400, 2
+    steps = examples // reliability_data.BATCH
 
+    def live(name):
+        more = ["--feed", feed, "--examples", str(examples), "--epochs", str(epochs)]
+        return Life(folder / f"{name} {feed}", script=DATA_RUN, more=more)
 
-def rows(campaign: str, figures: dict[str, Any]) -> str:
-    """One campaign in Markdown."""
-    lines = []
-    for name, value in sorted(figures.items()):
-        shown = value
-        if isinstance(value, dict):
-            shown = ", ".join(f"{key} {number}" for key, number in value.items())
-        elif isinstance(value, float):
-            shown = f"{value:.3g}"
-        elif isinstance(value, list):
-            shown = " ".join(map(str, value))
-        lines.append(f"| {campaign} | {name} | {shown} |")
-    return "\n".join(lines)
+    def seen(name):
+        life = live(name)
+        if life.end() != 0:
+            raise RuntimeError(life.errors)
+        with np.load(folder / f"{name} {feed}" / "seen.npz") as file:
+            return dict(file)
+
+    whole, killed_at, kept = seen("whole"), [], []
+    for kill in range(number):
+        target = 1 + (kill + 0.5 * chance.random()) * (steps - 8) / number
+        life = live("seen")
+        for words in life.listen():
+            if words[0] == "at" and int(words[1]) >= target:
+                break
+        time.sleep(chance.uniform(0, 0.02))
+        if life.end(signal.SIGKILL) != -signal.SIGKILL:
+            raise RuntimeError(f"it ended before the kill: {life.errors}")
+        killed_at.append(life.last("at"))
+        kept.append(life.last("committed"))
+    found = reliability_data.compare(seen("seen"), whole, examples)
+    return {
+        "kills in the first epoch": sum(at < steps for at in killed_at),
+        "examples in an epoch": examples,
+        "steps done again": sum(np.subtract(killed_at, kept).clip(0).tolist()),
+        **found,
+    }
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    """Runs all campaigns, prints the table, and returns the record."""
+    """Runs the campaigns, prints the tables, and returns the record."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
+    add("--only", nargs="+", choices=CAMPAIGNS, default=CAMPAIGNS, metavar="CAMPAIGN")
     add("--kills", type=int, default=50)
     add("--stops", type=int, default=20)
     add("--flips", type=int, default=400)
     add("--steps", type=int, default=400, help="of the run that is killed")
+    add("--minutes", type=float, default=15, help="of each of two goodput campaigns")
+    add("--every", type=float, default=60, help="seconds between kills in these")
+    add("--rounds", type=int, default=30, help="of the cost of saves")
     add("--seed", type=int, default=0)
     add("--out", type=Path, help="write the results here, as JSON, with a table")
     options = parser.parse_args(arguments)
-    chance, steps = random.Random(options.seed), options.steps
-    with contextlib.ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        whole = undisturbed(folder, steps)
-        asked = (folder, steps, whole)
-        told = {"states", "ended"}
-        campaigns = {
-            "undisturbed": lambda: {k: whole[k] for k in whole.keys() - told},
-            "SIGTERM and SIGINT": lambda: stops(*asked, options.stops, chance),
-            "damage": lambda: damage(folder, options.flips, chance),
-            "full disk": lambda: full_disk(folder, steps),
-            "second run": lambda: second_run(folder, steps),
-            "SIGKILL": lambda: kills(*asked, options.kills, chance),
-        }
-        print(HEAD)
-        record = {}
-        for name, campaign in campaigns.items():
-            record[name] = campaign()
-            print(rows(name, record[name]), flush=True)
-    if options.out:
-        measure.write(options.out, {"machine": measure.machine(), **record})
-        parts = (rows(name, figures) for name, figures in record.items())
-        options.out.with_suffix(".md").write_text("\n".join([HEAD, *parts, ""]))
+    record = {}
+    if options.out and options.out.exists():
+        record = json.loads(options.out.read_text())
+    with tempfile.TemporaryDirectory() as name:
+        folder, chance = Path(name), random.Random(options.seed)
+        for campaign, run in _campaigns(folder, options, chance).items():
+            record[campaign] = {"machine": measure.machine()} | run()
+            print(reliability_page.rows(campaign, record[campaign]), flush=True)
+            if options.out:
+                measure.write(options.out, record)
+                page = reliability_page.page(record)
+                options.out.with_suffix(".md").write_text(page)
     return record
+
+
+CAMPAIGNS = (
+    *("undisturbed", "SIGKILL", "SIGTERM and SIGINT", "damage", "full disk"),
+    *("second run", "data on_device", "data streamed", "saves"),
+    *("goodput on_device", "goodput streamed"),
+)
+
+
+def _campaigns(folder, options, chance):
+    """What is asked for, each as a function without arguments."""
+    steps = options.steps
+
+    @functools.cache
+    def known():
+        """The undisturbed run, made once."""
+        return undisturbed(folder, steps)
+
+    def told():
+        return {name: known()[name] for name in known().keys() - {"states", "ended"}}
+
+    asked = (options.minutes, options.every)
+    calls = (
+        told,
+        lambda: kills(folder, steps, known(), options.kills, chance),
+        lambda: stops(folder, steps, known(), options.stops, chance),
+        lambda: damage(folder, options.flips, chance),
+        lambda: full_disk(folder, steps),
+        lambda: second_run(folder, steps),
+        lambda: data(folder, "on_device", 5, chance),
+        lambda: data(folder, "streamed", 5, chance),
+        lambda: reliability_goodput.saves(folder, options.rounds),
+        lambda: reliability_goodput.goodput(folder, "on_device", *asked),
+        lambda: reliability_goodput.goodput(folder, "streamed", *asked),
+    )
+    every = dict(zip(CAMPAIGNS, calls, strict=True))
+    return {name: every[name] for name in CAMPAIGNS if name in options.only}
 
 
 if __name__ == "__main__":

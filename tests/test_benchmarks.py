@@ -1,5 +1,6 @@
 """The benchmarks still run, and say what they mean; nothing here reads the clock."""
 
+import ast
 import json
 import math
 from functools import partial
@@ -259,3 +260,74 @@ def test_steps_that_diverge_are_not_measured(script):
     runs = {"step": lambda: jax.numpy.float32("nan")}
     with pytest.raises(FloatingPointError, match="step: expected finite"):
         script("measure").interleave(runs, rounds=6, steps=1)
+
+
+def test_every_second_of_a_killed_process_has_its_part(script, tmp_path):
+    goodput = script("reliability_goodput")
+    log = tmp_path / "log"
+    log.write_text(
+        "imported 12.0\n"
+        "span compilation 13.0 15.0\n"
+        "span compilation 12.5 16.0\n"  # holds the one before
+        "span restore 15.0 17.0\n"
+        "first 18.0\n"
+        "span data 18.0 18.5\n"
+        "step 10 24.0\n"
+        "span latest 24.0 24.25\n"
+        "span save 24.25 24.5\n"
+        "span writing 24.5 26.5\n"  # on another thread
+        "span evaluation 27.0 28.0\n"
+        "step 20 30.0\n"
+        "span save 30.0 30.25\n"
+        "step 3"  # cut by the kill
+    )
+    told = goodput.read(log)
+    seconds = goodput.parts(told, newest=10, began=10.0, ended=31.0)
+    assert seconds == {
+        "start": 2.0,
+        "compilation": 3.5,
+        "restore": 1.0,
+        "preparation": 1.5,
+        "data wait": 0.5,
+        "steps": 5.5,
+        "lost": 7.0,  # all since step 10: its checkpoint is the newest
+        "checkpoint": 0.0,
+        "evaluation": 0.0,
+    }
+    assert goodput.share(seconds) == 5.5 / 15.5
+    kept = goodput.parts(told, newest=20, began=10.0, ended=31.0)
+    assert (kept["lost"], kept["checkpoint"], kept["evaluation"]) == (1.0, 0.5, 1.0)
+    assert kept["steps"] == 10.0 and sum(kept.values()) == 21.0
+    assert goodput.stalls(told) == [0.5, 0.25]
+
+
+def test_the_page_of_reliability_promises_what_is_tested(script):
+    """Every test that it names is there, and every promise has one."""
+    page = script("reliability_page")
+    campaigns = script("reliability").CAMPAIGNS
+    for promise in page.PROMISES:
+        assert promise.tests
+        assert promise.campaign in (None, *campaigns)
+        for named in promise.tests:
+            file, _, test = named.partition("::")
+            tree = ast.parse((FOLDER.parent / file).read_text(encoding="utf-8"))
+            tests = {node.name for node in tree.body if hasattr(node, "name")}
+            assert test in tests, named
+
+
+def test_the_page_of_reliability_says_what_was_found(script):
+    page = script("reliability_page")
+    file = FOLDER / "results" / "reliability.json"
+    record = json.loads(file.read_text(encoding="utf-8"))
+    text = file.with_suffix(".md").read_text(encoding="utf-8")
+    assert text == page.page(record)
+    # What failed, or was not tried, is not promised.
+    promised, _, _ = text.partition("## Not promised")
+    assert promised.count("campaign *SIGKILL*") == 1
+    kills = record["SIGKILL"] | {"committed steps lost": 1}
+    for changed in ({**record, "SIGKILL": kills}, {}):
+        promised, _, others = page.page(changed).partition("## Not promised")
+        assert "campaign *SIGKILL*" not in promised and "is killed at any" in others
+    assert promised.count("| `tests/") == sum(
+        promise.campaign is None for promise in page.PROMISES
+    )

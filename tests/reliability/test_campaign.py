@@ -17,7 +17,8 @@ def campaign():
         import reliability
 
         yield reliability
-        del sys.modules["reliability"]
+        for name in [name for name in sys.modules if name.startswith("reliability")]:
+            del sys.modules[name]
 
 
 def assert_survived(found):
@@ -47,7 +48,10 @@ def test_no_damage_is_read_as_other_values(campaign, tmp_path):
 @pytest.mark.long
 def test_the_long_campaign(campaign, tmp_path):
     out = tmp_path / "reliability.json"
-    found = campaign.main(["--out", str(out)])
+    timed = {name for name in campaign.CAMPAIGNS if name.startswith("goodput")}
+    rest = [name for name in campaign.CAMPAIGNS if name not in {*timed, "saves"}]
+    found = campaign.main(["--only", *rest, "--out", str(out)])
+    assert [*found] == rest
     assert_survived(found["SIGKILL"])
     assert found["SIGKILL"]["kills"] == 50
     assert found["SIGKILL"]["in a save"] >= 20
@@ -62,9 +66,43 @@ def test_the_long_campaign(campaign, tmp_path):
         assert "bytes are needed" in found["full disk"]["error"]
         assert ".hintjax-tmp" not in found["full disk"]["left"]
         assert len(found["full disk"]["left"]) == 2
-    assert found["second run"] == {
-        "exit code": 1,
-        "names the owner": True,
-        "steps made": 0,
-    }
-    assert out.with_suffix(".md").read_text().startswith("| campaign")
+    second = found["second run"]
+    assert (second["exit code"], second["steps made"]) == (1, 0)
+    assert second["names the owner"] is True
+    for feed in ("on_device", "streamed"):
+        seen = found[f"data {feed}"]
+        assert seen["kills in the first epoch"] == 5
+        assert seen["epochs in which an example was not seen exactly once"] == 0
+        assert seen["same order"] and seen["same pixels, byte for byte"]
+    promised, _, others = out.with_suffix(".md").read_text().partition("## Not pro")
+    assert all(f"campaign *{name}*" in promised for name in rest[1:])
+    assert others.count("| not measured |") == 4  # goodput, and what saves cost
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("feed", ["on_device", "streamed"])
+def test_goodput_is_measured_in_parts(campaign, feed, tmp_path):
+    goodput = campaign.reliability_goodput
+    found = goodput.goodput(tmp_path, feed, minutes=1.5, every=30)
+    assert found["kills"] == 3
+    # Every second has its part.
+    assert 90 <= sum(found["seconds"].values()) < 91
+    assert min(found["seconds"].values()) >= 0
+    assert (found["seconds"]["data wait"] > 0) <= (feed == "streamed")
+    for part in ("start", "compilation", "restore", "checkpoint", "lost", "steps"):
+        assert found["seconds"][part] > 0, part
+    assert found["steps that count"] > 0
+    assert found["steps of the run never went back"] is True
+    assert 0 < found["goodput"] < 1
+
+
+@pytest.mark.long
+def test_what_saves_cost_is_measured(campaign, tmp_path):
+    found = campaign.reliability_goodput.saves(tmp_path, rounds=8)
+    assert found["rounds"] == 8
+    assert found["checksums on the training thread"] is False
+    for name in (
+        "training thread blocked, share of a step",
+        "checksums, share of a save",
+    ):
+        assert 0 < found[name]["low"] <= found[name]["high"] < 1

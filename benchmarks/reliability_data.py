@@ -1,0 +1,143 @@
+"""A run that remembers what its steps saw: for the exactness of the data.
+
+    python benchmarks/reliability_data.py RUN_DIR --feed streamed
+
+A term of the objective writes the position and the augmented pixels of every example
+that a step has seen into the memory of the stage, which is in the checkpoints: what
+they hold in the end is what the final parameters were trained on. One line for each
+event, as in `reliability_run.py`: `at STEP`, `committed STEP`, `ended`; then
+`RUN_DIR/seen.npz` holds the record.
+"""
+
+import argparse
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from reliability_run import noise, speak, tell
+
+import hintjax as hj
+from hintjax.data import Augment, Dataset, statistics
+from hintjax.train import Feed, Phase, fit, on_device, program, streamed
+
+BATCH, SHAPE = 4, (4, 4, 1)
+EVERY = 2  # steps between two saves
+AUGMENT = Augment(pad=1, flip=True)
+FEEDS = ("on_device", "streamed")
+
+
+class Net(nn.Module):
+    """The least that can be trained."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        return nn.Dense(3, name="classifier")(x.reshape(len(x), -1))
+
+
+def witness(steps: int) -> hj.Method:
+    """Remembers the examples of every step, in their order; has no loss.
+
+    Args:
+        steps: of the whole run.
+    """
+
+    def init(key, student, teacher, data):
+        index = jnp.full((steps, BATCH), -1, jnp.int32)
+        pixels = jnp.zeros((steps, BATCH, *SHAPE), jnp.float32)
+        return {}, {"index": index, "pixels": pixels}
+
+    def apply(params, memory, student, teacher, batch, context):
+        if context.train:
+            memory = {
+                "index": memory["index"].at[context.step].set(batch["index"]),
+                "pixels": memory["pixels"].at[context.step].set(batch["image"]),
+            }
+        return jnp.zeros(BATCH), memory, {}
+
+    return hj.Method(hj.Wants(), hj.Wants(), init, apply)
+
+
+def make(feed: str, examples: int, epochs: int) -> Callable[..., dict[str, Any]]:
+    """A run of one stage, compiled once: `train(run_dir, watch=, ...)`.
+
+    Args:
+        feed: one of FEEDS.
+        examples: a multiple of BATCH.
+        epochs: of the run.
+
+    Returns:
+        The run, which goes on where it stopped and gives what was seen; `watch` may
+        replace its feed, and what else it is given is for `fit`.
+    """
+    split, image = noise(0, examples), jnp.zeros((1, *SHAPE))
+    dataset = Dataset("noise", 3, *[split] * 3, statistics(split), ("a", "b", "c"))
+    student, steps = hj.linen(Net()), epochs * examples // BATCH
+    task = hj.task(optax.softmax_cross_entropy_with_integer_labels)
+    terms = hj.objective(task=task, seen=witness(steps))
+    stage = hj.distillation_stage(student, None, terms, optax.sgd(0.01))
+    phase = Phase("distillation", program(stage, BATCH, AUGMENT), steps)
+    variables = jax.jit(student.init)(jax.random.key(1), image)
+
+    def fed() -> Feed:
+        if feed == "on_device":
+            made = on_device(dataset, BATCH, jax.random.key(3))
+        else:
+            made = streamed(dataset, BATCH, 3, AUGMENT)
+        # What the loop takes for an epoch is only when it saves.
+        return made._replace(per_epoch=EVERY)
+
+    def train(run_dir, watch=lambda made: made, **more):
+        how = {"key": jax.random.key(4), "report_every": 1, "resume": True, **more}
+        fitted = fit(run_dir, [phase], watch(fed()), variables, **how)
+        return jax.device_get(fitted.state.memory["seen"])
+
+    return train
+
+
+def compare(seen: dict[str, Any], whole: dict[str, Any], examples: int) -> dict:
+    """What a run saw against one that nobody disturbed.
+
+    Args:
+        seen: its record.
+        whole: that of the other.
+        examples: in an epoch.
+    """
+    epochs = seen["index"].reshape(-1, examples)
+    counts = [np.bincount(epoch[epoch >= 0], minlength=examples) for epoch in epochs]
+    return {
+        "epochs in which an example was not seen exactly once": sum(
+            bool((count != 1).any()) for count in counts
+        ),
+        "same order": bool((seen["index"] == whole["index"]).all()),
+        "same pixels, byte for byte": seen["pixels"].tobytes()
+        == whole["pixels"].tobytes(),
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Trains, talks, and leaves the record."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("run_dir", type=Path)
+    parser.add_argument("--feed", choices=FEEDS, default=FEEDS[0])
+    parser.add_argument("--examples", type=int, default=400)
+    parser.add_argument("--epochs", type=int, default=2)
+    options = parser.parse_args(arguments)
+    cache = str(options.run_dir.parent / "compilation")
+    jax.config.update("jax_compilation_cache_dir", cache)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    warnings.simplefilter("error")
+    speak()
+    train = make(options.feed, options.examples, options.epochs)
+    seen = train(options.run_dir, show=lambda at, metrics, phase: tell("at", at))
+    np.savez(options.run_dir / "seen.npz", **seen)
+    tell("ended")
+
+
+if __name__ == "__main__":
+    main()

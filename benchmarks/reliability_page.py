@@ -1,0 +1,270 @@
+"""The page of what is promised: a row for each promise, what shows it, and figures."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+Record = Mapping[str, Mapping[str, Any]]
+
+GOODPUT, BLOCKED, CHECKSUMS, STOP = 0.95, 0.10, 0.05, 10.0  # the bars
+
+TOP = """\
+# What a run survives
+
+Every row of the first table is one promise, with the tests and the campaign that show
+it, and what the campaign found. The tests run with `./test.sh`, the long ones with
+`./test.sh --long`; `python benchmarks/reliability.py --out FILE.json` reruns the
+campaigns, for an hour, and writes this page. Nothing else is promised: all was done by
+one process on one machine, on CPUs and a local file system.
+"""
+NOT_SHOWN = """\
+## Not promised
+
+What was aimed at, and no campaign has shown on this machine.
+"""
+
+
+class Promise(NamedTuple):
+    """One row.
+
+    Attributes:
+        text: what is promised.
+        tests: that show it, as pytest names them.
+        campaign: that shows it, if one does.
+        held: whether it was kept, by the campaign's figures.
+        figure: of the campaign, in words.
+    """
+
+    text: str
+    tests: tuple[str, ...]
+    campaign: str | None = None
+    held: Callable[[Mapping[str, Any]], bool] = bool
+    figure: Callable[[Mapping[str, Any]], str] = str
+
+
+def _killed(found):
+    return (
+        found["final state equal bit for bit"]
+        and not found["failed restores"]
+        and not found["committed steps lost"]
+        and not found["restored states that differ"]
+    )
+
+
+def _stopped(found):
+    return (
+        found["SIGTERM exits with"] == [143]
+        and found["SIGINT exits with"] == [-2]
+        and found["seconds to the exit, most"] <= STOP
+        and not found["stops with a step unsaved"]
+        and not found["restored states that differ"]
+        and found["final state equal bit for bit"]
+    )
+
+
+def _ways(found):
+    return {name: way for name, way in found.items() if name != "machine"}
+
+
+def _exact(found):
+    return (
+        found["kills in the first epoch"] >= 5
+        and not found["epochs in which an example was not seen exactly once"]
+        and found["same order"]
+        and found["same pixels, byte for byte"]
+    )
+
+
+def _exact_figure(found):
+    return (
+        f"{found['kills in the first epoch']} SIGKILLs in an epoch of "
+        f"{found['examples in an epoch']} examples, {found['steps done again']} steps "
+        "done again"
+    )
+
+
+def _interval(found):
+    return " [{low:.1%}, {high:.1%}]".format(**found)
+
+
+CAMPAIGN = "tests/reliability/test_campaign.py::"
+RESUME = "tests/reliability/test_resume.py::"
+DATA = "tests/reliability/test_data_exact.py::"
+SECURITY = "tests/reliability/test_security.py::"
+LONG = f"{CAMPAIGN}test_the_long_campaign"
+SHORT = f"{CAMPAIGN}test_goodput_is_measured_in_parts"
+
+PROMISES = (
+    Promise(
+        "A run that is killed at any instant goes on to the same final bits; no "
+        "checkpoint that was written is lost.",
+        (f"{CAMPAIGN}test_a_run_that_is_killed_twice_ends_in_the_same_bits", LONG),
+        "SIGKILL",
+        _killed,
+        lambda found: (
+            f"{found['kills']} kills, {found['in a save']} of them in a save and "
+            f"{found['at the start']} at the start: {found['failed restores']} failed "
+            f"restores, {found['committed steps lost']} committed steps lost"
+        ),
+    ),
+    Promise(
+        "So does one that is stopped at any step, in either stage, with the methods "
+        "that the test names.",
+        (
+            f"{RESUME}test_a_run_that_is_stopped_at_every_step_ends_in_the_same_bits",
+            f"{RESUME}test_a_run_that_is_stopped_at_any_one_step_ends_in_the_same_bits",
+        ),
+    ),
+    Promise(
+        f"SIGTERM and SIGINT save the step at hand and end the run within {STOP:.0f} s.",
+        (LONG,),
+        "SIGTERM and SIGINT",
+        _stopped,
+        lambda found: (
+            f"{found['signals']} signals, {found['seconds to the exit, most']:.1f} s at "
+            f"most, {found['stops with a step unsaved']} steps unsaved"
+        ),
+    ),
+    Promise(
+        "A checkpoint of which a bit, or a file, was damaged is passed over for the "
+        "older one; damaged values are never read.",
+        (f"{CAMPAIGN}test_no_damage_is_read_as_other_values", LONG),
+        "damage",
+        lambda found: all(
+            way["seen, older one read"] == way["tried"] and not way["wrong values"]
+            for way in _ways(found).values()
+        ),
+        lambda found: "; ".join(
+            f"{name}: {way['seen, older one read']} of {way['tried']}"
+            for name, way in _ways(found).items()
+        ),
+    ),
+    Promise(
+        "A full disk ends a run with an error that names path, bytes needed and bytes "
+        "free; what was saved stays.",
+        (LONG,),
+        "full disk",
+        lambda found: found["tried"] and "bytes are needed" in found["error"],
+        lambda found: f"left: the checkpoints {' '.join(found['left'])}",
+    ),
+    Promise(
+        "A second run on one directory is refused, and told who has it.",
+        (LONG,),
+        "second run",
+        lambda found: found["names the owner"] and not found["steps made"],
+        lambda found: f"exit code {found['exit code']}, {found['steps made']} steps",
+    ),
+    *(
+        Promise(
+            f"However an epoch is interrupted, every example is seen exactly once, in "
+            f"the same order, with the same augmented pixels: {path}.",
+            (
+                f"{DATA}test_an_interrupted_epoch_has_the_same_examples",
+                f"{DATA}test_a_feed_that_forgets_where_it_was_is_seen",
+                LONG,
+            ),
+            f"data {feed}",
+            _exact,
+            _exact_figure,
+        )
+        for feed, path in (
+            ("on_device", "data on the device"),
+            ("streamed", "data read by Grain, in one process"),
+        )
+    ),
+    *(
+        Promise(
+            f"A run that is killed every minute spends at least {GOODPUT:.0%} of its "
+            f"time, less process start, imports and compilation, on steps and "
+            f"evaluations that count, if it saves about once a second: {path}.",
+            (SHORT,),
+            f"goodput {feed}",
+            lambda found: found["goodput"] >= GOODPUT,
+            lambda found: (
+                f"{found['goodput']:.1%}, {found['kills']} kills, one in "
+                f"{found['seconds between kills']:.0f} s"
+            ),
+        )
+        for feed, path in (
+            ("on_device", "data on the device"),
+            ("streamed", "data read by Grain"),
+        )
+    ),
+    Promise(
+        f"A save keeps the training thread for at most {BLOCKED:.0%} of a step at the "
+        "median (WRN-16-2, Adam, batches of 32).",
+        (f"{CAMPAIGN}test_what_saves_cost_is_measured",),
+        "saves",
+        lambda found: (
+            found["training thread blocked, share of a step"]["median"] <= BLOCKED
+        ),
+        lambda found: (
+            "{median:.1%}".format(**found["training thread blocked, share of a step"])
+            + _interval(found["training thread blocked, share of a step"])
+        ),
+    ),
+    Promise(
+        f"Checksums cost at most {CHECKSUMS:.0%} of a save, off the training thread.",
+        (f"{CAMPAIGN}test_what_saves_cost_is_measured",),
+        "saves",
+        lambda found: (
+            found["checksums, share of a save"]["median"] <= CHECKSUMS
+            and not found["checksums on the training thread"]
+        ),
+        lambda found: (
+            "{median:.1%}".format(**found["checksums, share of a save"])
+            + _interval(found["checksums, share of a save"])
+        ),
+    ),
+    Promise(
+        "Nothing that is read can run code, and nothing is written outside its place.",
+        (
+            f"{SECURITY}test_the_package_has_no_way_to_run_what_it_reads",
+            f"{SECURITY}test_what_others_put_into_a_checkpoint_is_not_read",
+            f"{SECURITY}test_a_config_that_would_run_something_is_refused",
+            f"{SECURITY}test_a_name_cannot_leave_the_folder_of_runs",
+        ),
+    ),
+)
+
+
+def page(record: Record) -> str:
+    """What is promised, what is not, and every figure of every campaign.
+
+    Args:
+        record: figures by campaign. What is not in it is not promised.
+    """
+    shown, others = [], []
+    for promise in PROMISES:
+        found = record.get(promise.campaign)
+        told = "" if found is None else promise.figure(found)
+        if promise.campaign is None or found is not None and promise.held(found):
+            by = ", ".join(f"`{name}`" for name in promise.tests)
+            if promise.campaign is not None:
+                by += f", campaign *{promise.campaign}*"
+            shown.append(f"| {promise.text} | {by} | {told} |")
+        else:
+            others.append(f"| {promise.text} | {told or 'not measured'} |")
+    parts = [TOP, "| promise | shown by | found |\n|---|---|---|", *shown]
+    if others:
+        parts += ["", NOT_SHOWN, "| aim | found |\n|---|---|", *others]
+    tables = "\n\n".join(rows(name, figures) for name, figures in record.items())
+    return "\n".join([*parts, "", "## All figures", "", tables, ""])
+
+
+def rows(campaign: str, figures: Mapping[str, Any]) -> str:
+    """One campaign as a Markdown table, headed by where it was made."""
+    machine = figures["machine"]
+    where = f"{machine['date'][:10]}, {machine['processor']}, {machine['cores']} cores"
+    lines = [f"| {campaign} | {where}, load {machine['load']} |", "|---|---|"]
+    for name, value in figures.items():
+        if name != "machine":
+            lines.append(f"| {name} | {_shown(value)} |")
+    return "\n".join(lines)
+
+
+def _shown(value):
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {_shown(one)}" for name, one in value.items())
+    if isinstance(value, list):
+        return " ".join(map(_shown, value))
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
