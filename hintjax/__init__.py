@@ -73,6 +73,7 @@ from hintjax.pairing import suggest_pairs
 from hintjax.population import Population, population, reweighted
 from hintjax.precision import computed_in
 from hintjax.sharding import Layout, data_mesh, make_mesh
+from hintjax.spikes import SpikeGuard
 from hintjax.stages import (
     Stage,
     State,
@@ -102,6 +103,7 @@ __all__ = [
     "Network",
     "Population",
     "SharedNegatives",
+    "SpikeGuard",
     "Stage",
     "State",
     "Variables",

@@ -169,8 +169,9 @@ def objective(**terms: Weighted | Method) -> Method:
         for name, term in terms.items()
     }
     do = "Give the term another name."
-    if named.keys() & {"loss", "skipped"}:
-        wanted = "no term named 'loss' or 'skipped', which the stage reports"
+    taken = ("loss", "norm", "skipped", "spikes")
+    if named.keys() & {*taken}:
+        wanted = f"no term with a name among {taken}, which stages report"
         raise ValueError(message("objective", wanted, f"{list(named)}", do))
     adjustable = {
         name: term.weight.start

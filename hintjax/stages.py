@@ -50,6 +50,8 @@ from hintjax.sharding import (
     stored,
     whole,
 )
+from hintjax.spikes import Norms, SpikeGuard, begin, judge
+from hintjax.spikes import check as check_guard
 
 Batch = Mapping[str, Array]
 Metrics = dict[str, Float[Array, ""]]
@@ -57,7 +59,7 @@ Report = dict[str, dict]  # see Stage.report
 
 
 class Skipped(NamedTuple):
-    """How many updates were skipped because a number was not finite."""
+    """How many updates were skipped: a number was not finite, or they were spikes."""
 
     total: Int[Array, ""]
     in_a_row: Int[Array, ""]  # up to now; 0 after a step that was not skipped
@@ -74,6 +76,7 @@ class State(NamedTuple):
         step: updates made or skipped.
         key: the key that every update's randomness is folded from.
         skipped: how many of them were skipped.
+        norms: what a guard against spikes knows; nothing without one.
     """
 
     params: dict[str, PyTree]
@@ -83,6 +86,7 @@ class State(NamedTuple):
     step: Int[Array, ""]
     key: Key[Array, ""]
     skipped: Skipped
+    norms: Norms | tuple[()] = ()
 
 
 class Stage(NamedTuple):
@@ -98,7 +102,8 @@ class Stage(NamedTuple):
         teach: `(state, teacher, batch) -> Features` of the teacher, with
             `stop_gradient`.
         step: `(state, taught, batch) -> (state, metrics)`; pure and not jitted. The
-            metrics are the objective's, and `skipped`: the updates skipped so far.
+            metrics are the objective's, and `skipped`: the updates skipped so far;
+            with a guard, of these the `spikes`, and the `norm` of the gradient.
         update: `(state, teacher, batch) -> (state, metrics)`: the jit of `teach`,
             then `step`. The state is donated.
         evaluate: `(state, teacher, batch) -> metrics`: the objective with
@@ -157,6 +162,7 @@ def hint_stage(
     teacher_inputs: Callable[[Batch], PyTree] = image,
     mesh: Mesh | Layout | None = None,
     accumulate: int = 1,
+    spikes: SpikeGuard | None = None,
 ) -> Stage:
     """The hint stage: trains what feeds the guided layers, and the regressors.
 
@@ -179,6 +185,7 @@ def hint_stage(
             else is replicated. `hintjax.sharding.place` puts the teacher there once.
             One device by default.
         accumulate: micro-batches in an update; see `distillation_stage`.
+        spikes: skips steps whose gradient is far longer than usual.
 
     Returns:
         The stage.
@@ -213,7 +220,8 @@ def hint_stage(
         return optax.partition(transforms, labels), trained, kept
 
     seen = inputs, teacher_inputs
-    return _stage(student, teacher, method, optimiser, *seen, mesh, accumulate)
+    more = mesh, accumulate, spikes
+    return _stage(student, teacher, method, optimiser, *seen, *more)
 
 
 def distillation_stage(
@@ -227,6 +235,7 @@ def distillation_stage(
     teacher_inputs: Callable[[Batch], PyTree] = image,
     mesh: Mesh | Layout | None = None,
     accumulate: int = 1,
+    spikes: SpikeGuard | None = None,
 ) -> Stage:
     """The distillation stage: trains the whole student, and the regressors.
 
@@ -259,6 +268,7 @@ def distillation_stage(
             Statistics and memory go from each micro-batch to the next, and metrics are
             means over the examples of what each reports. A mesh sums the gradients of
             each micro-batch over its devices.
+        spikes: skips steps whose gradient is far longer than usual.
 
     Returns:
         The stage.
@@ -301,7 +311,8 @@ def distillation_stage(
         return optax.chain(optimizer, *multipliers), *everything
 
     seen = inputs, teacher_inputs
-    return _stage(student, teacher, method, optimiser, *seen, mesh, accumulate)
+    more = mesh, accumulate, spikes
+    return _stage(student, teacher, method, optimiser, *seen, *more)
 
 
 def student_variables(state: State) -> Variables:
@@ -333,7 +344,15 @@ def not_finite(report: Report) -> tuple[list[str], list[str]]:
 
 
 def _stage(
-    student, teacher, method, optimiser, inputs, teacher_inputs, mesh, accumulate
+    student,
+    teacher,
+    method,
+    optimiser,
+    inputs,
+    teacher_inputs,
+    mesh,
+    accumulate,
+    spikes,
 ):
     """The step that both stages are.
 
@@ -343,6 +362,8 @@ def _stage(
     """
     layout = Layout(mesh) if isinstance(mesh, Mesh) else mesh
     positive_int("stage", accumulate=accumulate)
+    if spikes is not None:
+        check_guard("stage", spikes)
     if teacher is None and method.teacher != Wants():
         raise ValueError(
             f"stage: expected a teacher, since the method wants {method.teacher} of "
@@ -434,6 +455,7 @@ def _stage(
             step=everywhere,
             key=everywhere,
             skipped=everywhere,
+            norms=everywhere,
         )
 
     def placed(grads):
@@ -493,7 +515,12 @@ def _stage(
         grads = placed(grads)
         updates, opt_state = transform.update(grads, state.opt_state, state.params)
         moved = optax.apply_updates(state.params, updates)
-        good = _finite((metrics["loss"], grads))
+        good, norms = _finite((metrics["loss"], grads)), state.norms
+        if spikes is not None:
+            norm = _norm(grads)
+            good, norms = judge(spikes, norms, norm, good)
+            total = norms.spikes.astype(norm.dtype)
+            metrics = {**metrics, "norm": norm, "spikes": total}
         if method.select is None:
             memory = either(good, memory, state.memory)
         else:
@@ -509,6 +536,7 @@ def _stage(
                 state.skipped.total + jnp.where(good, 0, 1),
                 jnp.where(good, 0, state.skipped.in_a_row + 1),
             ),
+            norms=norms,
         )
         if layout is not None:
             after = jax.lax.with_sharding_constraint(after, homes(after))
@@ -550,7 +578,8 @@ def _stage(
         params = {"student": params, "regressors": regressors}
         # Arrays of their own, since one buffer cannot be donated twice.
         skipped = Skipped(*(jnp.zeros((), jnp.int32) for _ in Skipped._fields))
-        state = State(params, model_state, memory, opt_state, step, key, skipped)
+        norms = () if spikes is None else begin()
+        state = State(params, model_state, memory, opt_state, step, key, skipped, norms)
         if layout is None:
             return state
         theirs = None if teacher_variables is None else teacher_variables[0]
