@@ -704,6 +704,8 @@ def _refuse_other(path: Path, stored: list[dict], wanted: list[_Leaf]) -> None:
 def _orbax() -> Iterator[ocp.Checkpointer]:
     """Orbax for one directory, in silence: what goes wrong is raised.
 
+    It is this process' own, and waits for no other.
+
     It logs by absl at every level; only its own records are dropped, and only while
     it works for us.
     """
@@ -715,7 +717,12 @@ def _orbax() -> Iterator[ocp.Checkpointer]:
 
     absl.addFilter(others)
     try:
-        with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as orbax:
+        mine = jax.process_index()
+        alone = ocp.options.MultiprocessingOptions(
+            primary_host=mine, active_processes={mine}, barrier_sync_key_prefix="hintjax"
+        )
+        handler = ocp.StandardCheckpointHandler(multiprocessing_options=alone)
+        with ocp.Checkpointer(handler, multiprocessing_options=alone) as orbax:
             yield orbax
     finally:
         absl.removeFilter(others)

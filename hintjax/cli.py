@@ -1,5 +1,7 @@
 """The command `hintjax`: distill, resume, eval, layers, methods, doctor."""
 
+import contextlib
+import dataclasses
 import datetime
 import importlib.metadata
 import inspect
@@ -23,15 +25,18 @@ from hintjax.experiment import (
     DEPLOYED,
     accuracy,
     check,
+    check_teacher,
     layers,
     load_deployed,
     load_student,
     network,
     prepare,
     run,
+    run_config,
     teacher_variables,
 )
 from hintjax.metrics import progress
+from hintjax.processes import agree, first, start, told
 from hintjax.recipes import Recipe
 from hintjax.rundir import LOCK, inside, owned, write_text
 
@@ -129,17 +134,31 @@ def distill(config: Config, run_dir: Path, *, resume: bool = False) -> None:
     """
     arms = _arms(config) if config.method is None else []
     used = [arm.recipe for arm in arms] or [_recipe(config.method)]
-    with owned(run_dir):
+    if arms and jax.process_count() > 1:
+        do = "Give it --method, or compare in one process."
+        got = f"a comparison in {jax.process_count()}"
+        raise ValueError(message("distill", "one method in several processes", got, do))
+    agree("config", _said(config))
+    with owned(run_dir), contextlib.ExitStack() as silence:
+        if not first():
+            nowhere = silence.enter_context(Path(os.devnull).open("w"))
+            silence.enter_context(contextlib.redirect_stdout(nowhere))
+            silence.enter_context(contextlib.redirect_stderr(nowhere))
         keep_compiled(run_dir / COMPILED)
         _distill(config, run_dir, arms, used, resume)
 
 
-def keep_compiled(folder: Path) -> None:
-    """What is compiled is kept for a run that goes on, unless JAX was told where.
+def _said(config):
+    """What processes of one run have to agree on; data may lie in other places."""
+    versions = {name: importlib.metadata.version(name) for name in ("hintjax", "jax")}
+    fields = dataclasses.asdict(config)
+    return {name: fields[name] for name in fields if name != "data_dir"} | versions
 
-    It has to come before the first compilation of the process.
-    """
-    if jax.config.jax_compilation_cache_dir is None:
+
+def keep_compiled(folder: Path) -> None:
+    """What is compiled is kept for a run that goes on, unless JAX was told where."""
+    there = first() or folder.parent.exists()
+    if there and jax.config.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", str(folder))
 
 
@@ -158,6 +177,7 @@ def _distill(config, run_dir, arms, used, resume):
         begin, variables = _counting(report), None
         if setting.teacher is not None:
             variables = teacher_variables(config, run_dir, show=begin("teacher"))
+            check_teacher(setting, variables)
         if not arms:
             (recipe,) = used
             how = {"teacher": variables, "resume": resume, "show": begin("student")}
@@ -229,6 +249,18 @@ def _show(step, seen):
         print(step.note)
 
 
+@dataclasses.dataclass(frozen=True)
+class Several:
+    """One run by several processes; on the hosts of a Cloud TPU, without options."""
+
+    coordinator: str | None = None
+    """Where the first process is: host:port; it alone needs the run directory."""
+    processes: int | None = None
+    """How many processes there are; each is given the same command but for the next."""
+    process: int | None = None
+    """Which of them this is, from 0."""
+
+
 def resume(run_dir: Path) -> None:
     """Goes on with a run, or a comparison, where it stopped.
 
@@ -236,7 +268,7 @@ def resume(run_dir: Path) -> None:
         run_dir: its run directory.
     """
     path = run_dir.expanduser().resolve()
-    distill(configs.load(path), path, resume=True)
+    distill(run_config(path), path, resume=True)
 
 
 def evaluate_run(run_dir: Path) -> None:
@@ -355,10 +387,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
         default, argv = _from_file(argv)
+        alone = Several()
 
         def distill_command(
             config: tyro.conf.OmitArgPrefixes[Config] = default,
             run_dir: Path | None = None,
+            several: tyro.conf.OmitArgPrefixes[Several] = alone,
         ) -> None:
             """Distils a teacher into a student; without --method, compares methods.
 
@@ -367,16 +401,31 @@ def main(argv: Sequence[str] | None = None) -> None:
             Args:
                 config: what to run.
                 run_dir: where all of it goes; by default a new directory in runs/.
+                several: processes.
             """
             checked = configs.check(config)
-            path = claim(run_dir, checked)
-            print(f"run directory: {path}")
+            start(**dataclasses.asdict(several))
+            path = Path(told(lambda: str(claim(run_dir, checked))))
+            if first():
+                print(f"run directory: {path}")
             distill(checked, path)
+
+        def resume_command(
+            run_dir: Path, several: tyro.conf.OmitArgPrefixes[Several] = alone
+        ) -> None:
+            """Goes on with a run, or a comparison, where it stopped.
+
+            Args:
+                run_dir: its run directory.
+                several: processes.
+            """
+            start(**dataclasses.asdict(several))
+            resume(run_dir)
 
         tyro.extras.subcommand_cli_from_dict(
             {
                 "distill": distill_command,
-                "resume": resume,
+                "resume": resume_command,
                 "eval": evaluate_run,
                 "layers": show_layers,
                 "methods": show_methods,

@@ -3,13 +3,23 @@
 import dataclasses
 import itertools
 import os
+import re
 import types
 import typing
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from hintjax._checks import message, nearest, positive, positive_int
+from hintjax._checks import (
+    LARGEST,
+    described,
+    integer,
+    message,
+    nearest,
+    not_negative,
+    positive,
+    positive_int,
+)
 from hintjax.rundir import write_text
 
 FILE = "config.yaml"
@@ -87,6 +97,12 @@ class Config:
     """Epochs between two checkpoints."""
     dispatch: int | None = None
     """Steps in one dispatch; 1 on a CPU and about a second's on accelerators."""
+    devices: int | None = None
+    """How many share each batch; all by default, those of other processes too."""
+    fsdp: int = 1
+    """Of these, over how many large parameters are stored in shares."""
+    teacher_at_least: float = 0.5
+    """The accuracy on the validation split below which a teacher is warned about."""
     debug: bool = False
     """Check at every report that all numbers are finite."""
 
@@ -106,15 +122,26 @@ def check(config: Config) -> Config:
     positive_int("config", checkpoint_every=config.checkpoint_every)
     positive_int("config", negatives=config.negatives)
     positive_int("config", accumulate=config.accumulate)
-    for name in ("limit", "size", "patience", "dispatch"):
+    positive_int("config", fsdp=config.fsdp)
+    for name in ("limit", "size", "patience", "dispatch", "devices"):
         if getattr(config, name) is not None:
             positive_int("config", **{name: getattr(config, name)})
     for name in (
         *("task_weight", "weight", "kd_weight", "weight_decay", "hinted_rate", "pad"),
+        "teacher_at_least",
     ):
         value = getattr(config, name)
-        if value is not None and not 0 <= value < float("inf"):
-            raise ValueError(message("config", f"{name} to be >= 0", f"{value}"))
+        if value is not None:
+            not_negative("config", **{name: value})
+    integer("config", 0, seed=config.seed)
+    models = {"student": config.student}
+    if ":" in config.teacher:  # else it is a run
+        models["teacher"] = config.teacher
+    for name, model in models.items():
+        if not re.fullmatch(r"\w+(\.\w+)*:\w+", model):
+            wanted = f"{name} as package.module:factory"
+            do = "For instance hintjax.models:resnet20."
+            raise ValueError(message("config", wanted, described(model), do))
     if config.weight == 0 and config.task_weight == 0:
         got = "weight 0 and task_weight 0"
         raise ValueError(message("config", "a loss with a weight > 0", got))
@@ -134,7 +161,7 @@ def parse_pair(pair: str) -> tuple[str, str]:
     """
     guided, equal, hint = pair.partition("=")
     if not (guided and equal and hint):
-        raise ValueError(message("config", "pairs as guided=hint", repr(pair)))
+        raise ValueError(message("config", "pairs as guided=hint", described(pair)))
     return guided, hint
 
 
@@ -167,13 +194,19 @@ def load(path: str | os.PathLike[str]) -> Config:
         do = "Pass a run directory of hintjax, or a YAML file."
         raise FileNotFoundError(message("config", f"a file {path}", "nothing", do))
     try:
-        fields = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        got = " ".join(str(error).split())
+        text = path.read_text(encoding="utf-8")
+        node, fields = yaml.compose(text, yaml.SafeLoader), yaml.safe_load(text)
+    except Exception as error:  # of YAML's conversions, which raise what they like
+        got = " ".join(str(error).split())[:300]
         raise ValueError(message("config", f"plain YAML in {path}", got)) from None
     if not isinstance(fields, Mapping):
         got = type(fields).__name__
         raise TypeError(message("config", f"names and values in {path}", got))
+    names = [key.value for key, _ in node.value]
+    if len(set(map(str, names))) < len(names):
+        wanted = f"each name once in {path}"
+        got = described(max(names, key=names.count))
+        raise ValueError(message("config", wanted, f"{got} again"))
     return from_dict(fields)
 
 
@@ -191,8 +224,8 @@ def from_dict(fields: Mapping[str, Any]) -> Config:
     given = {}
     for name, value in fields.items():
         if name not in types_of:
-            do = f"Nearest: {', '.join(nearest(str(name), types_of))}."
-            raise ValueError(message("config", "a known key", repr(name), do))
+            do = f"Nearest: {', '.join(nearest(str(name)[:80], types_of))}."
+            raise ValueError(message("config", "a known key", described(name), do))
         given[name] = _typed(name, value, types_of[name])
     return check(Config(**given))
 
@@ -207,12 +240,12 @@ def _typed(name, value, wanted):
             item, _ = typing.get_args(option)
             if isinstance(value, (list, tuple)):
                 return tuple(_typed(name, one, item) for one in value)
-        elif option is float and type(value) is int:
+        elif option is float and type(value) is int and abs(value) <= LARGEST:
             return float(value)
         elif type(value) is option:  # so that a bool is no int
             return value
     names = " or ".join(itertools.chain(*map(_names, options)))
-    raise ValueError(message("config", f"{name} to be {names}", repr(value)))
+    raise ValueError(message("config", f"{name} to be {names}", described(value)))
 
 
 def _names(option):

@@ -12,6 +12,7 @@ import importlib
 import inspect
 import json
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,8 +41,10 @@ from hintjax.method import Data
 from hintjax.networks import Network, Variables, Wants, join, linen, split
 from hintjax.networks_nnx import nnx
 from hintjax.places import Places
+from hintjax.processes import told
 from hintjax.recipes import Recipe, Step, backprop
-from hintjax.rundir import owned, write_text
+from hintjax.rundir import owned, read_json, write_text
+from hintjax.sharding import Layout, make_mesh, over_batch, place, shares, spread
 from hintjax.stages import distillation_stage, hint_stage, student_variables
 from hintjax.train import (
     Fitted,
@@ -59,8 +62,11 @@ DEPLOYED = "deployed"  # what is shipped of a student that does not stand alone
 EVALUATION_BATCH = 500
 # Of a config: what says nothing of one run's training, or is known better otherwise
 # (a teacher by its fingerprint), and what may change when a run goes on.
-_ELSEWHERE = ("compare", "data_dir", "rates", "seeds", "teacher", "teacher_epochs")
-_HARMLESS = ("checkpoint_every", "debug", "dispatch")
+_ELSEWHERE = (
+    *("compare", "data_dir", "rates", "seeds"),
+    *("teacher", "teacher_at_least", "teacher_epochs"),
+)
+_HARMLESS = ("checkpoint_every", "debug", "devices", "dispatch", "fsdp")
 
 
 class Setting(NamedTuple):
@@ -73,6 +79,7 @@ class Setting(NamedTuple):
         student: the network.
         teacher: the network; None if no teacher is needed.
         places: where methods attach to the networks.
+        layout: the mesh that they train on; None for a single device.
         programs: compiled stages by name, epochs and kind; filled as they are used.
     """
 
@@ -82,6 +89,7 @@ class Setting(NamedTuple):
     student: Network
     teacher: Network | None
     places: Places
+    layout: Layout | None
     programs: dict[Any, Program]
 
 
@@ -165,6 +173,7 @@ def prepare(config: Config, *, teach: bool = False) -> Setting:
         config.dataset, config.data_dir, limit=config.limit, size=config.size
     )
     steps_per_epoch(dataset.train.n, config.batch_size)  # raises
+    layout = mesh_of(config)
     inputs = jnp.zeros((1, *dataset.train.shape), jnp.float32)
     student = network(config.student, dataset.classes)
     teacher = teacher_network(config, dataset.classes) if teach else None
@@ -184,7 +193,34 @@ def prepare(config: Config, *, teach: bool = False) -> Setting:
         class_tokens=said("class_tokens", 0),
         examples=dataset.train.n,
     )
-    return Setting(config, dataset, inputs, student, teacher, places, {})
+    return Setting(config, dataset, inputs, student, teacher, places, layout, {})
+
+
+def mesh_of(config: Config) -> Layout | None:
+    """The mesh that a config asks for; None if that is one device.
+
+    Raises:
+        ValueError: if there are not so many devices, or they cannot share a batch.
+    """
+    devices = jax.devices()
+    wanted = config.devices or len(devices)
+    if wanted > len(devices) or (jax.process_count() > 1 and wanted < len(devices)):
+        least = "at most" if jax.process_count() == 1 else "all"
+        got = f"{wanted} of {jax.device_count()}"
+        raise ValueError(message("config", f"{least} the devices that are here", got))
+    if wanted % config.fsdp:
+        got = f"{config.fsdp} with {wanted} devices"
+        raise ValueError(message("config", "fsdp to divide the devices", got))
+    if config.batch_size % wanted:
+        low = config.batch_size // wanted * wanted
+        sizes = " or ".join(str(n) for n in (low, low + wanted) if n)
+        do = f"Use {sizes}, or fewer --devices."
+        text = f"a batch_size that {wanted} devices can share evenly"
+        raise ValueError(message("config", text, f"{config.batch_size}", do))
+    if wanted == 1:
+        return None
+    shares = {"fsdp": config.fsdp} if config.fsdp > 1 else {}
+    return Layout(make_mesh(**shares, devices=devices[:wanted]))
 
 
 def layers(network: Network, inputs: jax.Array) -> dict[str, jax.ShapeDtypeStruct]:
@@ -204,7 +240,7 @@ def _factory(config):
     """The factory of the configured teacher."""
     if ":" in config.teacher:
         return config.teacher
-    return configs.load(config.teacher).student
+    return run_config(Path(config.teacher)).student
 
 
 def teacher_variables(config: Config, run_dir: Path, **how: Any) -> Variables:
@@ -218,7 +254,7 @@ def teacher_variables(config: Config, run_dir: Path, **how: Any) -> Variables:
     if ":" not in config.teacher:
         return load_student(config.teacher)[1]
     path = run_dir / "teacher"
-    if not (path / RESULT).exists():
+    if read_json(path / RESULT) is None:
         own = dataclasses.replace(
             config,
             method="backprop",
@@ -249,18 +285,25 @@ def load_student(
         ValueError: if the run has none.
     """
     path = Path(run_dir).expanduser()
-    config = configs.load(path)
-    if not (path / "student").exists():
-        do = f"Finish it with `hintjax resume {path}`."
-        raise ValueError(message("teacher", f"a student in {path}", "none", do))
-    if (path / DEPLOYED).exists() and not hints_only:
-        wanted = f"a student in {path} that stands alone"
-        got = f"one of {config.method}, which is deployed with other parts"
-        raise ValueError(message("teacher", wanted, got))
-    result = json.loads((path / RESULT).read_text())
-    return network(config.student, result["classes"]), split(
-        load_tree(path / "student")
-    )
+    config = run_config(path)
+
+    def classes():
+        if not (path / "student").exists():
+            do = f"Finish it with `hintjax resume {path}`."
+            raise ValueError(message("teacher", f"a student in {path}", "none", do))
+        if (path / DEPLOYED).exists() and not hints_only:
+            wanted = f"a student in {path} that stands alone"
+            got = f"one of {config.method}, which is deployed with other parts"
+            raise ValueError(message("teacher", wanted, got))
+        return json.loads((path / RESULT).read_text())["classes"]
+
+    made = network(config.student, told(classes))
+    return made, split(load_tree(path / "student"))
+
+
+def run_config(run_dir: Path) -> Config:
+    """The config of a run directory, in all processes."""
+    return configs.from_dict(told(lambda: dataclasses.asdict(configs.load(run_dir))))
 
 
 def load_deployed(
@@ -363,7 +406,7 @@ def run(
         seed=config.seed if seed is None else seed,
     )
     with owned(run_dir):
-        if not (run_dir / configs.FILE).exists():
+        if not told((run_dir / configs.FILE).exists):
             configs.save(config, run_dir)
         return _run(setting, config, run_dir, recipe, teacher, hints, initial, **how)
 
@@ -371,11 +414,17 @@ def run(
 def _run(setting, config, run_dir, recipe, teacher, hints, initial, **how):
     dataset = setting.dataset
     initialise, feeding, fitting = jax.random.split(jax.random.key(config.seed), 3)
-    augment = Augment(pad=config.pad, flip=config.flip)
+    augment, layout = Augment(pad=config.pad, flip=config.flip), setting.layout
+    mesh = layout and layout.mesh
+    if layout is not None:
+        teacher, hints = (
+            None if variables is None else place(variables, layout)
+            for variables in (teacher, hints)
+        )
     if fits_on_device(dataset.train):
-        feed = on_device(dataset, config.batch_size, feeding)
+        feed = on_device(dataset, config.batch_size, feeding, mesh)
     else:
-        feed = streamed(dataset, config.batch_size, config.seed, augment)
+        feed = streamed(dataset, config.batch_size, config.seed, augment, mesh)
     steps = recipe(config, setting.places, feed.per_epoch)
     phases = [
         _phase(setting, step, config, feed.per_epoch)._replace(
@@ -383,11 +432,7 @@ def _run(setting, config, run_dir, recipe, teacher, hints, initial, **how):
         )
         for step in steps
     ]
-    batches = functools.partial(
-        evaluation_batches,
-        batch_size=EVALUATION_BATCH,
-        standardize=dataset.standardize,
-    )
+    batches = functools.partial(_batches, setting)
     validation = functools.partial(batches, dataset.validation)
     if fits_on_device(dataset.validation):
         validation = functools.partial(list, list(validation()))
@@ -429,6 +474,43 @@ def _run(setting, config, run_dir, recipe, teacher, hints, initial, **how):
     return fitted, result
 
 
+def _batches(setting, split):
+    """A split to evaluate on, in batches that all devices can share."""
+    mesh = setting.layout and setting.layout.mesh
+    parts = 1 if mesh is None else shares(mesh)
+    size = -(-EVALUATION_BATCH // parts) * parts
+    found = evaluation_batches(split, size, setting.dataset.standardize)
+    return found if mesh is None else (spread(b, over_batch(mesh)) for b in found)
+
+
+def check_teacher(setting: Setting, variables: Variables) -> float:
+    """Warns about a teacher that knows little of the validation split.
+
+    Usually it was trained on inputs that were standardised otherwise, or on labels
+    in another order; what its hints are worth is then doubtful.
+
+    Args:
+        setting: of the run.
+        variables: the teacher's.
+
+    Returns:
+        Its accuracy.
+    """
+    config, dataset = setting.config, setting.dataset
+    found = accuracy(
+        setting.teacher, variables, dataset.validation, dataset.standardize
+    )
+    if found < config.teacher_at_least:
+        warnings.warn(
+            f"teacher {config.teacher}: {100 * found:.1f} % of the validation split is "
+            f"right, less than {100 * config.teacher_at_least:.0f} %. Was it trained "
+            f"on inputs that were standardised in another way, or with other labels? "
+            f"--teacher-at-least says what is enough.",
+            stacklevel=2,
+        )
+    return found
+
+
 def _phase(setting, step, config, per_epoch):
     label = (step.name, step.epochs, step.hints_only)
     if label not in setting.programs:
@@ -436,6 +518,7 @@ def _phase(setting, step, config, per_epoch):
             _stage(setting, step, config, per_epoch),
             config.batch_size,
             Augment(pad=config.pad, flip=config.flip),
+            setting.layout and setting.layout.mesh,
         )
 
     def adjust(state):
@@ -457,9 +540,12 @@ def _stage(setting, step, config, per_epoch):
     optimiser = _optimiser(config, step.epochs * per_epoch)
     networks = (setting.student, setting.teacher, step.method, optimiser)
     if step.hints_only:
-        return hint_stage(*networks, accumulate=config.accumulate)
+        return hint_stage(*networks, mesh=setting.layout, accumulate=config.accumulate)
     return distillation_stage(
-        *networks, rates=step.rates, accumulate=config.accumulate
+        *networks,
+        rates=step.rates,
+        mesh=setting.layout,
+        accumulate=config.accumulate,
     )
 
 

@@ -10,6 +10,10 @@ On a CPU every step is its own asynchronous dispatch (convolutions inside a scan
 many times slower there); on an accelerator one dispatch is a scan of about a second
 of steps. The host waits for the device once per report, never per step, unless steps
 are so long that a signal would wait behind seconds of them.
+
+Several processes train one student on one mesh. Each runs this loop; what depends on
+a clock, a signal or the disk they decide together (`hintjax.processes`), and the first
+alone writes.
 """
 
 import collections
@@ -19,6 +23,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,8 +48,9 @@ from hintjax.data import (
 from hintjax.method import Data
 from hintjax.metrics import open_metrics, read_metrics
 from hintjax.networks import Variables
+from hintjax.processes import agree, largest, told
 from hintjax.rundir import owned
-from hintjax.sharding import over_batch, replicated
+from hintjax.sharding import from_process, over_batch, replicated, spread
 from hintjax.signals import stoppable
 from hintjax.stages import Stage, State, not_finite, student_variables
 
@@ -180,22 +186,24 @@ def on_device(
     orders, crops = jax.random.split(key)
     everywhere = None if mesh is None else replicated(mesh)
     train = place(dataset.train, everywhere)
-    standardize = jax.device_put(dataset.standardize, everywhere)
+    standardize = _on(mesh, replicated, dataset.standardize)
     current: dict[int, Array] = {}
 
     def advance(program, state, teacher, at, count):
         epoch, position = divmod(at, per_epoch)
         if epoch not in current:
             current.clear()
-            current[epoch] = order(jax.random.fold_in(orders, epoch), n)
+            shuffled = order(jax.random.fold_in(orders, epoch), n)
+            current[epoch] = _on(mesh, replicated, shuffled)
         where = (train, standardize, current[epoch], crops, at, position)
         if count == 1:
             return program.one(state, teacher, *where)
         return program.many(state, teacher, *where, count=count)
 
+    first = take(train, jnp.arange(batch_size), standardize)
     return Feed(
         advance=advance,
-        example=take(train, jnp.arange(batch_size), standardize),
+        example=_on(mesh, over_batch, first),
         data=Data(train.label),
         per_epoch=per_epoch,
         position=lambda: None,
@@ -204,20 +212,29 @@ def on_device(
 
 
 def streamed(
-    dataset: Dataset, batch_size: int, seed: int, augment: Augment | None = None
+    dataset: Dataset,
+    batch_size: int,
+    seed: int,
+    augment: Augment | None = None,
+    mesh: Mesh | None = None,
 ) -> Feed:
     """Batches of a training split that does not fit on the device, by Grain.
 
     Args:
         dataset: its training split is read from the host, or from disk.
-        batch_size: of a step.
+        batch_size: of a step, of all processes together.
         seed: of the order and of crops and flips.
         augment: crops and flips, made on the host.
+        mesh: each process reads its own part of a batch, which is split over it.
 
     Returns:
-        The feed; its position is Grain's own.
+        The feed; its position is Grain's own, and the same in all processes.
     """
     train, processes = dataset.train, jax.process_count()
+    if batch_size % processes:
+        do = f"Use a multiple of {processes}."
+        wanted = f"a batch size that {processes} processes can share"
+        raise ValueError(message("streamed", wanted, f"{batch_size}", do))
     batches = stream(
         train,
         batch_size // processes,
@@ -227,13 +244,18 @@ def streamed(
         process_index=jax.process_index(),
         process_count=processes,
     )
+
+    def following():
+        batch = next(batches)
+        return batch if mesh is None else from_process(batch, mesh)
+
     start = batches.get_state()
-    example = next(batches)
+    example = following()
     batches.set_state(start)
 
     def advance(program, state, teacher, at, count):
         for _ in range(count):
-            state, metrics = program.stage.update(state, teacher, next(batches))
+            state, metrics = program.stage.update(state, teacher, following())
         return state, metrics
 
     return Feed(
@@ -244,6 +266,13 @@ def streamed(
         position=batches.get_state,
         seek=batches.set_state,
     )
+
+
+def _on(mesh, where, arrays):
+    """Arrays where a mesh wants them; without one, on the device."""
+    if mesh is None:
+        return jax.device_put(arrays)
+    return spread(arrays, where(mesh))
 
 
 def evaluate(
@@ -258,14 +287,15 @@ def evaluate(
         stage: the stage.
         state: its state; untouched.
         teacher: the teacher's variables.
-        batches: with "where", as `data.evaluation_batches` gives them.
+        batches: with "where", as `data.evaluation_batches` gives them; on the stage's
+            mesh, if there are several processes.
 
     Returns:
         The metrics by name, on the host.
     """
     total, count = None, 0
     for batch in batches:
-        valid = int(np.sum(batch["where"]))
+        valid = jnp.sum(batch["where"])
         metrics = stage.evaluate(state, teacher, batch)
         weighted = jax.tree.map(lambda value, by=valid: value * by, metrics)
         total = weighted if total is None else jax.tree.map(jnp.add, total, weighted)
@@ -274,7 +304,8 @@ def evaluate(
         raise ValueError(
             "evaluate: expected batches, got none. Give a split that has examples."
         )
-    return {name: float(value) / count for name, value in jax.device_get(total).items()}
+    total, count = jax.device_get((total, count))
+    return {name: float(value) / int(count) for name, value in total.items()}
 
 
 def fit(
@@ -299,7 +330,8 @@ def fit(
     """Trains a student through its phases, and leaves all in the run directory.
 
     In the main thread SIGTERM and SIGINT end it after the step at hand, once that is
-    saved: with SystemExit(143), or with KeyboardInterrupt as at any other time.
+    saved: with SystemExit(143), or with KeyboardInterrupt as at any other time. If one
+    of several processes is told to end, all do, within about a second of steps.
 
     Args:
         run_dir: metrics and checkpoints go here.
@@ -327,7 +359,8 @@ def fit(
 
     Raises:
         ValueError: if a resumed run has another identity, with all differences; or if
-            another process owns the run directory.
+            another process owns the run directory, or several processes train it that
+            were not told the same.
         OSError: if a checkpoint could not be written, at the next step.
         FloatingPointError: if it gave up; the first batch of the run says which terms
             and layers are not finite.
@@ -340,6 +373,8 @@ def fit(
         "steps_per_epoch": feed.per_epoch,
         "teachers": [fingerprint(phase.teacher) for phase in phases],
     }
+    agree("settings", identity)
+    several = jax.process_count() > 1
     report_every = report_every or min(feed.per_epoch, 100)
     evaluate_every, checkpoint_every = (
         epochs * feed.per_epoch for epochs in (evaluate_every, checkpoint_every)
@@ -356,7 +391,8 @@ def fit(
             feed.data,
             earlier if phase.carry else None,
         )
-        return phase.adjust(state)
+        # What is adjusted stays where it was: elsewhere it would be another program.
+        return jax.tree.map(_beside, phase.adjust(state), state)
 
     def save(state, now, owed=None):
         """A step that is there already was saved by the run that this one resumes."""
@@ -372,11 +408,18 @@ def fit(
         checkpoints.save(now.at, state, extra, best=lowest)
         return now.spend("checkpoints", time.perf_counter() - start)
 
-    def heed(state, now, owed=None):
-        """Ends the run if a signal has asked for that, but saves it first."""
-        if request.signal is not None:
+    def heed(state, now, owed=None, *, meet=True):
+        """Ends the run if a signal has asked for that, but saves it first.
+
+        Several processes have to `meet` for it, so that all end at the same step.
+        """
+        asked = request.signal
+        if several:
+            asked = (largest(asked or 0) or None) if meet else None
+        if asked is not None:
             save(state, now, owed)
             checkpoints.wait()
+            request.signal = asked
             request.obey(f"step {now.at} is saved, and resuming goes on from there")
 
     def template(number):
@@ -391,11 +434,14 @@ def fit(
 
         state, extra = checkpoints.restore(like)
         feed.seek(extra["position"])
-        now = _Now(**extra["now"])
-        # What it did after this checkpoint, as far as it told, is done again.
-        told = [line["time"] for line in read_metrics(run_dir) if line["step"] > now.at]
-        lost = max(told, default=extra["time"]) - extra["time"]
-        return state, now.spend("lost", max(lost, 0.0)), _unpacked(extra["owed"])
+        now, saved = _Now(**extra["now"]), extra["time"]
+
+        def lost():
+            """What it did after this checkpoint, as far as it said, is done again."""
+            lines = [line for line in read_metrics(run_dir) if line["step"] > now.at]
+            return max((line["time"] for line in lines), default=saved) - saved
+
+        return state, now.spend("lost", max(told(lost), 0.0)), _unpacked(extra["owed"])
 
     def report(lines, state, metrics, now):
         """Says how things are."""
@@ -403,7 +449,7 @@ def fit(
 
         def batches():
             for batch in validation():
-                heed(state, now, metrics)
+                heed(state, now, metrics, meet=False)
                 yield batch
 
         found = {}
@@ -440,12 +486,13 @@ def fit(
         phase = phases[now.phase]
         end, timer = now.began + phase.steps, None
         ahead, most = collections.deque(), None  # dispatched and not waited for
+        calls = 0
         periods = (*pauses, feed.per_epoch)  # no dispatch reaches over one of these
         while owed is not None or not over(now):
             if owed is None:
                 stop = min(end, *(now.at - now.at % every + every for every in periods))
                 while now.at < stop:
-                    heed(state, now)
+                    heed(state, now, meet=most is not None and calls % most == 0)
                     start = time.perf_counter()
                     count = now.dispatch or 1
                     count = count if now.at + count <= stop else 1
@@ -453,6 +500,7 @@ def fit(
                         phase.program, state, phase.teacher, now.at, count
                     )
                     checkpoints.poll()
+                    calls += 1
                     now = now._replace(at=now.at + count, found=None)
                     ahead.append(metrics)
                     if most is not None and len(ahead) > most:
@@ -464,10 +512,10 @@ def fit(
                     elif most is None:
                         jax.block_until_ready(metrics)
                         rate = timer.calls() / max(timer.seconds(), 1e-9)
-                        most = max(2, int(_BEHIND * rate))
+                        most = told(partial(max, 2, int(_BEHIND * rate)))
                     elif now.dispatch is None and timer.calls() == _MEASURED:
                         jax.block_until_ready(metrics)
-                        now = now._replace(dispatch=timer.steps_in_a_second())
+                        now = now._replace(dispatch=told(timer.steps_in_a_second))
                 if now.at < end and all(now.at % every for every in pauses):
                     continue
                 owed = jax.device_get(metrics)
@@ -504,12 +552,18 @@ def fit(
                     phase=now.phase + 1, began=now.at, best=None, waited=0, lowest=None
                 )
                 state = begin(now.phase, student_variables(state), state)
+        checkpoints.wait()
     return Fitted(state, now.at, now.seconds, tuple(now.ended), now.spent)
+
+
+def _beside(new, old):
+    """A new array where the old one is, if that has been said."""
+    return spread(new, old.sharding) if getattr(old, "committed", False) else new
 
 
 def _give_up(phase, state, batch, at, in_a_row):
     """Raises, with what is not finite in the loss of a batch."""
-    report = phase.program.stage.report(state, phase.teacher, jax.device_get(batch))
+    report = phase.program.stage.report(state, phase.teacher, batch)
     terms, layers = not_finite(report)
     found = f"On the run's first batch the terms {terms} and layers {layers} are not"
     if not terms and not layers:
