@@ -1,0 +1,323 @@
+"""Several processes as one run, each with two devices of its own."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hintjax import processes, sharding
+from hintjax.checkpoint import load_tree, open_checkpoints
+from hintjax.cli import main
+from hintjax.metrics import read_metrics
+
+PATIENCE = 300  # seconds, on a machine that is very busy
+
+
+def spawn(words, port, **how):
+    """A process with two devices; where the first of all is comes last."""
+    environment = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+    }
+    return subprocess.Popen(
+        [sys.executable, *map(str, words), f"localhost:{port}"],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        **how,
+    )
+
+
+def free_port():
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        return found.getsockname()[1]
+
+
+def ended(both):
+    """What two processes printed, and their exit codes."""
+    try:
+        said = [process.communicate(timeout=PATIENCE)[0] for process in both]
+    finally:
+        for process in both:
+            process.kill()
+    return said, [process.returncode for process in both]
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ({"coordinator": "host:1"}, "no processes and no process"),
+        ({"processes": 2, "process": 0}, "no coordinator"),
+        ({"coordinator": "host", "processes": 2, "process": 0}, "'host'"),
+        ({"coordinator": "host:1", "processes": 2, "process": 2}, "process in 0..1"),
+    ],
+)
+def test_what_does_not_go_together_is_refused_before_anything_starts(given, sentence):
+    with pytest.raises(ValueError, match=f"processes: expected .*{sentence}"):
+        processes.start(**given)
+
+
+@pytest.mark.quick
+def test_one_process_asks_nobody():
+    assert processes.first()
+    assert processes.told(lambda: {"a": 1}) == {"a": 1}
+    assert processes.largest(3) == 3
+    processes.agree("settings", {"a": object()})  # not even looked at
+
+
+TOGETHER = """
+import json, sys
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from hintjax import data, processes, sharding
+from hintjax.checkpoint import DamageError, load_tree, open_checkpoints, save_tree
+
+folder, process, coordinator = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+processes.start(coordinator, 2, process)
+mesh = sharding.make_mesh(fsdp=2)
+found = {}
+
+# What the first finds, even if it is an error of a kind that only the caller knows.
+def find():
+    raise DamageError("a tooth: expected none, got one")
+
+try:
+    processes.told(find, DamageError)
+except DamageError as error:
+    found["told"] = str(error)
+try:
+    processes.agree("settings", {"rate": 0.1, "seed": process})
+except ValueError as error:
+    found["agree"] = str(error)
+processes.agree("settings", {"rate": 0.1})
+found["largest"] = processes.largest(process)
+
+# Bit for bit, the sign of zero and what is no number too.
+odd = np.array([-0.0, np.nan, np.inf, 1e-45], np.float32)
+(got,) = processes.told_arrays([odd] if process == 0 else None, [((4,), np.float32)])
+found["odd"] = got.tobytes() == odd.tobytes()
+
+# Each reads its own part of the batches.
+image = np.arange(24 * 3, dtype=np.uint8).reshape(24, 3, 1, 1)
+split = data.Split(image, np.arange(24, dtype=np.int32) % 4)
+batches = data.stream(split, 4, data.statistics(split), process_index=process,
+                      process_count=2)
+mine, whole = [], []
+for _ in range(3):
+    batch = next(batches)
+    mine += batch["index"].tolist()
+    batch = sharding.from_process(batch, mesh)
+    assert batch["image"].shape == (8, 3, 1, 1)
+    whole.append(processes.gather(batch["index"]).tolist())
+found |= {"mine": mine, "whole": whole}
+
+# A state in shares, of which no process has all.
+rows = NamedSharding(mesh, PartitionSpec("fsdp"))
+apart = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+tree = {
+    "rows": jnp.arange(8.0), "apart": -jnp.arange(8.0), "key": jax.random.key(3),
+}
+where = {"rows": rows, "apart": apart, "key": sharding.replicated(mesh)}
+state = sharding.spread(tree, where)
+here = folder if process == 0 else folder + "/nowhere"  # only the first has the disk
+with open_checkpoints(here + "/checkpoints") as checkpoints:
+    checkpoints.save(1, state, {"at": 1})
+    checkpoints.wait()
+    found["steps"] = checkpoints.steps()
+    back, extra = checkpoints.restore(state)
+    found["extra"] = extra
+    for name in ("rows", "apart"):
+        assert back[name].sharding == state[name].sharding
+        assert (processes.gather(back[name]) == tree[name]).all()
+    assert (jax.random.key_data(back["key"]) == jax.random.key_data(tree["key"])).all()
+    try:
+        checkpoints.restore({"rows": state["rows"]})
+    except ValueError as error:
+        found["other"] = "2 differences" in str(error)
+save_tree(here + "/student", {"params": {"w": state["rows"]}, "empty": {}})
+student = load_tree(here + "/student")
+found["student"] = [student["params"]["w"].tolist(), student["empty"]]
+print("FOUND" + json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory):
+    folder, port = tmp_path_factory.mktemp("together"), free_port()
+    script = folder / "script.py"
+    script.write_text(TOGETHER)
+    both = [spawn((script, folder, process), port) for process in range(2)]
+    said, codes = ended(both)
+    assert codes == [0, 0], said
+    found = [
+        json.loads(line.partition("FOUND")[2])
+        for text in said
+        for line in text.splitlines()
+        if "FOUND" in line
+    ]
+    return folder, found
+
+
+def test_what_the_first_process_finds_is_found_by_all(together):
+    for found in together[1]:
+        assert found["told"] == "a tooth: expected none, got one"
+        assert found["largest"] == 1
+        assert found["odd"]
+
+
+def test_processes_that_were_told_otherwise_name_what_differs(together):
+    first, second = (found["agree"] for found in together[1])
+    assert "another in process 1" in first
+    assert "seed: 0 in process 0, 1 here" in second
+    assert "rate" not in second
+
+
+def test_processes_read_disjoint_parts_of_the_same_batches(together):
+    first, second = together[1]
+    assert sorted(first["mine"] + second["mine"]) == list(range(24))
+    assert first["whole"] == second["whole"]
+    for i, batch in enumerate(first["whole"]):
+        part = slice(4 * i, 4 * i + 4)
+        assert batch == first["mine"][part] + second["mine"][part]
+
+
+def test_a_checkpoint_of_two_processes_is_read_by_both_and_by_one(together):
+    folder, found = together
+    for one in found:
+        assert one["steps"] == [1]
+        assert one["extra"] == {"at": 1}
+        assert one["other"]
+        assert one["student"] == [list(range(8)), {}]
+    assert not (folder / "nowhere").exists()
+    mesh = sharding.make_mesh(fsdp=4)
+    homes = {
+        "rows": sharding.replicated(mesh),
+        "apart": sharding.over_batch(mesh),
+        "key": sharding.replicated(mesh),
+    }
+    like = {"rows": jnp.zeros(8), "apart": jnp.zeros(8), "key": jax.random.key(0)}
+    with open_checkpoints(folder / "checkpoints") as checkpoints:
+        state, _ = checkpoints.restore(sharding.spread(like, homes))
+    assert state["apart"].sharding == homes["apart"]
+    np.testing.assert_array_equal(state["apart"], -np.arange(8.0))
+    assert (
+        jax.random.key_data(state["key"]) == jax.random.key_data(jax.random.key(3))
+    ).all()
+
+
+OPTIONS = (
+    *("--method", "fitnets", "--student", "hintjax.models:plain_wide"),
+    *("--batch-size", "16", "--epochs", "40", "--teacher-epochs", "1"),
+    *("--evaluate-every", "20", "--checkpoint-every", "20", "--teacher-at-least", "0"),
+    *("--optimizer", "sgd", "--learning-rate", "0.01", "--pad", "1", "--fsdp", "2"),
+)
+
+
+def pair(command, run_dir, *rest, cwd):
+    """The command in two processes, of which only the first has the run directory."""
+    port = free_port()
+
+    def one(process):
+        folder = run_dir if process == 0 else Path("not/here")
+        where = ("--run-dir", folder) if command == "distill" else (folder,)
+        several = ("--processes", "2", "--process", process, "--coordinator")
+        words = ("-m", "hintjax.cli", command, *where, *rest, *several)
+        return spawn(words, port, cwd=cwd)
+
+    return [one(process) for process in range(2)]
+
+
+def wait_for_step(run_dir, step, both):
+    """Returns once a run has said that it is beyond a step."""
+    end = time.monotonic() + PATIENCE
+    while time.monotonic() < end and all(process.poll() is None for process in both):
+        if any(line["step"] > step for line in read_metrics(run_dir)):
+            return
+        time.sleep(0.05)
+    raise AssertionError(ended(both))
+
+
+def test_a_run_moves_from_two_processes_to_one_and_back(corners, tmp_path, monkeypatch):
+    """Stopped in the hint stage by a signal to one of two processes, gone on with in
+    one process with eight devices, stopped there, and finished by two again: the
+    student is the one of a run that was never stopped, but for rounding."""
+    run_dir, whole = tmp_path / "moved", tmp_path / "whole"
+    options = ("--dataset", corners, *OPTIONS)
+    main(["distill", "--run-dir", str(whole), *options])
+    teacher = ("--teacher", str(whole / "teacher"))
+
+    both = pair("distill", run_dir, *options, *teacher, cwd=tmp_path)
+    wait_for_step(run_dir, 0, both)
+    both[1].send_signal(signal.SIGTERM)  # the other learns of it
+    said, codes = ended(both)
+    assert codes == [143, 143], said
+    with open_checkpoints(run_dir / "checkpoints") as checkpoints:
+        first = checkpoints.latest()
+    assert 0 < first < 100, said
+    assert not (tmp_path / "not").exists()
+
+    seen = []
+
+    def stop_later(report):
+        def begin(name):
+            def show(at, metrics, phase):
+                seen.append(at)
+                if at >= 140:
+                    signal.raise_signal(signal.SIGTERM)
+
+            return show
+
+        return begin
+
+    with monkeypatch.context() as patch:
+        patch.setattr("hintjax.cli._counting", stop_later)
+        with pytest.raises(SystemExit) as ending:
+            main(["resume", str(run_dir)])
+    assert ending.value.code == 143
+    assert seen[0] >= first  # its report may be what was owed
+
+    said, codes = ended(pair("resume", run_dir, cwd=tmp_path))
+    assert codes == [0, 0], said
+    results = [
+        json.loads((path / "result.json").read_text()) for path in (run_dir, whole)
+    ]
+    assert results[0]["steps"] == results[1]["steps"] == 200
+    moved, unmoved = (load_tree(path / "student") for path in (run_dir, whole))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-3),
+        moved,
+        unmoved,
+    )
+    steps = [line["step"] for line in read_metrics(run_dir)]
+    assert steps == [line["step"] for line in read_metrics(whole)]
+
+
+@pytest.mark.quick
+def test_a_comparison_needs_one_process(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr("hintjax.cli.told", lambda find: find())
+    with pytest.raises(SystemExit):
+        main(["distill", "--run-dir", str(tmp_path / "run")])
+    assert "expected one method in several processes" in capsys.readouterr().err
+
+
+def test_a_batch_of_one_process_is_refused_on_a_mesh_of_several():
+    class Mesh:
+        is_multi_process = True
+
+    batch = {"image": np.zeros((8, 4, 4, 1), np.float32)}
+    with pytest.raises(ValueError, match=r"'image', which is this .* from_process"):
+        sharding.check_spans(batch, Mesh())
