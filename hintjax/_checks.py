@@ -7,10 +7,20 @@ so that the message can name them.
 
 import difflib
 import math
-from collections.abc import Iterable
+import reprlib
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, ScalarLike
+
+LARGEST = float(np.finfo(np.float32).max)
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel = 3
+_SHORT.maxstring = _SHORT.maxother = 80
+MOST = np.iinfo(np.int32).max
 
 
 def message(caller: str, wanted: str, got: str, do: str = "") -> str:
@@ -44,31 +54,125 @@ def rank(caller: str, least: int, layout: str, **arrays: Array) -> None:
             raise ValueError(message(caller, wanted, f"shape {tuple(array.shape)}"))
 
 
+def labels(caller: str, batch: tuple[int, ...] | None, **arrays: Array) -> None:
+    """Raise unless every array is of integers, one for each example.
+
+    Without a `batch`, its one axis is that of the array.
+    """
+    for name, array in arrays.items():
+        integers = is_array(array) and jnp.issubdtype(array.dtype, jnp.integer)
+        fits = integers and (array.ndim == 1 if batch is None else array.shape == batch)
+        if not fits:
+            wanted = f"{name} to be integer {'(batch,)' if batch is None else batch}"
+            raise ValueError(message(caller, wanted, described(array)))
+
+
+def key(caller: str, axes: int, **keys: Array) -> None:
+    """Raise unless every array is of random keys, with so many axes."""
+    for name, array in keys.items():
+        typed = is_array(array) and jnp.issubdtype(array.dtype, jax.dtypes.prng_key)
+        # Raw keys, of jax.random.PRNGKey, have an axis of integers more.
+        raw = is_array(array) and array.dtype == jnp.uint32 and array.shape[-1:] != ()
+        if not (typed or raw) or array.ndim != axes + (not typed):
+            wanted = f"{name} to be {'keys' if axes else 'a key'} of jax.random"
+            raise TypeError(message(caller, wanted, described(array)))
+
+
 def mask(caller: str, where: Array | None, *shapes: tuple[int, ...]) -> None:
     """Raise unless `where` is None, or boolean and of one of the shapes."""
     if where is None:
         return
-    if where.dtype != bool or where.shape not in shapes:
+    if not is_array(where) or where.dtype != bool or where.shape not in shapes:
         wanted = f"where to be bool {' or '.join(map(str, dict.fromkeys(shapes)))}"
-        got = f"{where.dtype} {where.shape}"
-        raise ValueError(message(caller, wanted, got))
+        raise ValueError(message(caller, wanted, described(where)))
+
+
+def scalar(
+    caller: str, wanted: str, holds: Callable[[Any], bool], **values: ScalarLike
+) -> None:
+    """Raise unless every value is one number that `holds`; a traced one is let through.
+
+    A number that 32 bits would make infinite is none that can be computed with.
+    """
+    for name, value in values.items():
+        if not isinstance(value, int | float) and not (
+            is_array(value) and value.ndim == 0 and jnp.isrealobj(value)
+        ):
+            do = "It is one number."
+            raise ValueError(message(caller, f"{name} {wanted}", described(value), do))
+        if isinstance(value, jax.core.Tracer):
+            continue
+        most = MOST if isinstance(value, int) else LARGEST
+        if most < abs(value) < math.inf:
+            wanted = f"{name} to fit in 32 bits"
+            raise ValueError(message(caller, wanted, described(value)))
+        if not holds(value):
+            raise ValueError(message(caller, f"{name} {wanted}", f"{value}"))
 
 
 def positive(caller: str, **values: ScalarLike) -> None:
     """Raise unless every number is finite and > 0; traced numbers are let through."""
+    scalar(caller, "to be > 0", lambda value: 0 < value < math.inf, **values)
+
+
+def not_negative(caller: str, **values: ScalarLike) -> None:
+    """Raise unless every number is finite and >= 0; traced numbers are let through."""
+    scalar(caller, "to be >= 0", lambda value: 0 <= value < math.inf, **values)
+
+
+def integer(caller: str, least: int, **values: int) -> None:
+    """Raise unless every number is an integer and not below the least."""
     for name, value in values.items():
-        if isinstance(value, jax.core.Tracer):
-            continue
-        if not 0 < value < math.inf:
-            raise ValueError(message(caller, f"{name} to be > 0", f"{value}"))
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        if not whole or not least <= value <= MOST:
+            wanted = f"{name} to be an integer >= {least}"
+            wanted += " of 32 bits" if whole and value > MOST else ""
+            raise ValueError(message(caller, wanted, described(value)))
 
 
 def positive_int(caller: str, **values: int) -> None:
     """Raise unless every number is an integer >= 1."""
+    integer(caller, 1, **values)
+
+
+def sizes(caller: str, axes: int, **shapes: Sequence[int]) -> None:
+    """Raise unless every shape is of so many axes (any number, if 0), each >= 1."""
+    for name, shape in shapes.items():
+        known = isinstance(shape, tuple | list) and len(shape) == (axes or len(shape))
+        if not known or not all(type(n) is int and n > 0 for n in shape):
+            wanted = f"{name} to be a shape{f' of {axes} axes' if axes else ''}"
+            raise ValueError(message(caller, wanted, described(shape)))
+
+
+def instance(
+    caller: str, kind: type | tuple[type, ...], *, do: str = "", **values: Any
+) -> None:
+    """Raise unless every value is of this kind, or one of these kinds."""
+    kinds = kind if isinstance(kind, tuple) else (kind,)
     for name, value in values.items():
-        if not isinstance(value, int) or value < 1:
-            wanted = f"{name} to be an integer >= 1"
-            raise ValueError(message(caller, wanted, f"{value!r}"))
+        if not isinstance(value, kinds):
+            wanted = f"{name} to be {' or '.join(one.__name__ for one in kinds)}"
+            raise TypeError(message(caller, wanted, described(value), do))
+
+
+def function(caller: str, **values: Callable[..., Any]) -> None:
+    """Raise unless every value can be called."""
+    for name, value in values.items():
+        if not callable(value):
+            wanted = f"{name} to be a function"
+            raise TypeError(message(caller, wanted, described(value)))
+
+
+def is_array(value: Any) -> bool:
+    """Whether it is an array: JAX's, also a traced one, or NumPy's."""
+    return isinstance(value, jax.Array | np.ndarray | np.generic)
+
+
+def described(value: Any) -> str:
+    """What a message says of a value: an array by its dtype and shape."""
+    if is_array(value) and not isinstance(value, np.generic):
+        return f"{value.dtype} {tuple(value.shape)}"
+    return _SHORT.repr(value)
 
 
 def nearest(name: str, names: Iterable[str], n: int = 3) -> list[str]:

@@ -20,7 +20,8 @@ def as_float(caller: str, *arrays: Array) -> Array | list[Array]:
 
     bfloat16 and float16 are raised to float32 (log_softmax, norms and sums need it),
     float64 stays. Integers and booleans are refused: they are images that were not
-    normalised or labels in the wrong place.
+    normalised or labels in the wrong place. So is what has no entries, whose mean would
+    be nan.
 
     Args:
         caller: the name of the function that the user called.
@@ -29,11 +30,16 @@ def as_float(caller: str, *arrays: Array) -> Array | list[Array]:
     Returns:
         The array, or the list of them if there were several.
     """
-    arrays = [jnp.asarray(array) for array in arrays]
-    if not all(jnp.issubdtype(array.dtype, jnp.floating) for array in arrays):
-        got = " and ".join(f"{array.dtype} {array.shape}" for array in arrays)
+    got = " and ".join(map(_checks.described, arrays))
+    if not all(
+        _checks.is_array(array) and jnp.issubdtype(array.dtype, jnp.floating)
+        for array in arrays
+    ):
         do = "Convert first, e.g. x.astype(jnp.float32)."
         raise TypeError(_checks.message(caller, "floating-point arrays", got, do))
+    if not all(array.size for array in arrays):
+        raise ValueError(_checks.message(caller, "arrays with entries", got))
+    arrays = [jnp.asarray(array) for array in arrays]
     wide = any(array.dtype == jnp.float64 for array in arrays)
     arrays = [array.astype(jnp.float64 if wide else jnp.float32) for array in arrays]
     return arrays if len(arrays) > 1 else arrays[0]

@@ -23,6 +23,8 @@ from hintjax._checks import (
 from hintjax.rundir import write_text
 
 FILE = "config.yaml"
+# What PyYAML's conversions raise for what they cannot convert, beside its own errors.
+_NO_YAML = (AttributeError, LookupError, RecursionError, TypeError, ValueError)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,14 +198,14 @@ def load(path: str | os.PathLike[str]) -> Config:
     try:
         text = path.read_text(encoding="utf-8")
         node, fields = yaml.compose(text, yaml.SafeLoader), yaml.safe_load(text)
-    except Exception as error:  # of YAML's conversions, which raise what they like
+    except (yaml.YAMLError, *_NO_YAML) as error:
         got = " ".join(str(error).split())[:300]
         raise ValueError(message("config", f"plain YAML in {path}", got)) from None
     if not isinstance(fields, Mapping):
         got = type(fields).__name__
         raise TypeError(message("config", f"names and values in {path}", got))
-    names = [key.value for key, _ in node.value]
-    if len(set(map(str, names))) < len(names):
+    names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+    if len(set(names)) < len(names):
         wanted = f"each name once in {path}"
         got = described(max(names, key=names.count))
         raise ValueError(message("config", wanted, f"{got} again"))

@@ -475,6 +475,9 @@ def _fit(image: Any, size: int) -> Any:
 def _resized(split: Split, size: int) -> Split:
     if split.shape[:2] == (size, size):
         return split
+    if split.n * size * size * split.shape[-1] > IN_MEMORY:
+        wanted = f"a size at which {split.n} images fit into {IN_MEMORY} bytes"
+        raise ValueError(message("load", wanted, str(size), "Lower it."))
     if split.shape[-1] not in _MODES:
         wanted = "images of 1, 3 or 4 channels to resize"
         do = "Leave size= out."

@@ -12,6 +12,7 @@ embeddings; what they give equals what one device gives.
 """
 
 from functools import partial
+from types import NoneType
 from typing import NamedTuple
 
 import jax
@@ -69,6 +70,10 @@ def init(
     Returns:
         The bank, without constants.
     """
+    _checks.key("memory", 0, key=key)
+    _checks.integer("memory", 0, size=size)
+    _checks.positive_int("memory", features=features)
+    _checks.instance("memory", (Mesh, NoneType), mesh=mesh)
     spare = 0 if mesh is None else -size % shares(mesh)
     bound = (3 / features) ** 0.5
     student, teacher = (
@@ -115,6 +120,16 @@ def update(
     >>> new.teacher[1]
     Array([0.6, 0.8], dtype=float32)
     """
+    _check("memory", bank, index, mesh)
+    arrays = {"student": student, "teacher": teacher}
+    for name, array in arrays.items():
+        wanted = index.shape[0], bank.student.shape[1]
+        if not _checks.is_array(array) or array.shape != wanted:
+            got = _checks.described(array)
+            text = _checks.message("memory", f"{name} to be {wanted}", got)
+            raise ValueError(text)
+    _checks.scalar("memory", "in [0, 1]", lambda m: 0 <= m <= 1, momentum=momentum)
+    _checks.mask("memory", where, index.shape)
     if mesh is not None:
         return _updated_by_rows(bank, index, student, teacher, momentum, where, mesh)
     batch = jnp.arange(index.shape[0])
@@ -181,6 +196,7 @@ def select(
     >>> bool((select(jnp.array(False), bank, before, index)[0] == before[0]).all())
     True
     """
+    _check("memory", bank, index, mesh)
     if mesh is not None:
         return _selected_by_rows(good, bank, before, index, mesh)
 
@@ -327,6 +343,7 @@ def by_class(labels: Int[Array, " size"]) -> Classes:
     >>> by_class(jnp.array([1, 0, 1])).order
     Array([1, 0, 2], dtype=int32)
     """
+    _checks.labels("by_class", None, labels=labels)
     order = jnp.argsort(labels, stable=True).astype(jnp.int32)
     return Classes(order, labels[order])
 
@@ -350,6 +367,9 @@ def draw_others(
         other class, none.
     """
     _checks.positive_int("draw_others", count=count)
+    _check_draw("draw_others", classes, label)
+    _checks.key("draw_others", 1, keys=keys)
+    _checks.same_leading("draw_others", 0, keys=keys, label=label)
     start, own = _range(classes, label)
     others = classes.order.shape[0] - own
 
@@ -376,6 +396,8 @@ def draw_shared(
         Indices, and for each anchor whether they are of another class.
     """
     _checks.positive_int("draw_shared", count=count)
+    _check_draw("draw_shared", classes, label)
+    _checks.key("draw_shared", 0, key=key)
     drawn = jax.random.randint(key, (count,), 0, classes.order.shape[0])
     return classes.order[drawn], classes.label[drawn][None, :] != label[:, None]
 
@@ -393,12 +415,26 @@ def draw_same(
     Returns:
         Indices.
     """
+    _check_draw("draw_same", classes, label)
+    _checks.key("draw_same", 1, keys=keys)
+    _checks.same_leading("draw_same", 0, keys=keys, label=label)
     start, own = _range(classes, label)
 
     def draw(key, start, own):
         return classes.order[start + jax.random.randint(key, (), 0, own)]
 
     return jax.vmap(draw)(keys, start, own)
+
+
+def _check(caller, bank, index, mesh):
+    _checks.instance(caller, MemoryBank, bank=bank)
+    _checks.instance(caller, (Mesh, NoneType), mesh=mesh)
+    _checks.labels(caller, None, index=index)
+
+
+def _check_draw(caller, classes, label):
+    _checks.instance(caller, Classes, classes=classes)
+    _checks.labels(caller, None, label=label)
 
 
 def _range(classes, label):

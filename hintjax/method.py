@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int, Key, Num, ScalarLike
 
-from hintjax._checks import function, instance, message, number
+from hintjax._checks import function, instance, message, scalar
 from hintjax._numerics import as_float, either, masked_mean
 from hintjax.networks import Wants
 
@@ -136,7 +136,7 @@ def weighted(method: Method, weight: Weight) -> Weighted:
 def check_weight(caller: str, weight: ScalarLike) -> None:
     """Raises unless a number can be a weight."""
     wanted = ">= 0 or a schedule"
-    number(caller, wanted, lambda w: 0 <= w < math.inf, **{"a finite weight": weight})
+    scalar(caller, wanted, lambda w: 0 <= w < math.inf, **{"a finite weight": weight})
 
 
 def objective(**terms: Weighted | Method) -> Method:

@@ -7,8 +7,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from hintjax._checks import positive_int
-from hintjax._numerics import adaptive_average_pool
+from hintjax._checks import (
+    described,
+    instance,
+    message,
+    positive_int,
+    rank,
+    same_leading,
+)
+from hintjax._numerics import adaptive_average_pool, as_float
 from hintjax.methods import explained_variance
 
 
@@ -118,6 +125,7 @@ def head(layers: Mapping[str, jax.ShapeDtypeStruct]) -> tuple[str, str]:
     >>> head({"pool": layer, "classifier": layer})
     ('pool', 'classifier')
     """
+    _check("head", layers=layers)
     vectors = [path for path, layer in layers.items() if len(layer.shape) == 2]
     if len(vectors) < 2:
         raise ValueError(
@@ -146,6 +154,7 @@ def _at(depths, depth):
 
 
 def _depths(which, layers):
+    _check("pairing", **{which: layers})
     maps = [path for path, layer in layers.items() if len(layer.shape) >= 3]
     if not maps:
         raise ValueError(
@@ -158,6 +167,15 @@ def _depths(which, layers):
         if len(outermost) >= 3 or level == deepest:
             break
     return _evenly(outermost)
+
+
+def _check(caller, **networks):
+    instance(caller, Mapping, **networks)
+    for layers in networks.values():
+        for path, layer in layers.items():
+            if not hasattr(layer, "shape"):
+                wanted = f"the shape of layer {path!r}, as Network.layers gives it"
+                raise TypeError(message(caller, wanted, described(layer)))
 
 
 def _evenly(paths):
@@ -186,7 +204,20 @@ def linearly_explained(
     >>> round(float(linearly_explained((s, t), (s, t))), 4)
     1.0
     """
-    (guided, hint), (new_guided, new_hint) = (_rows(*pair) for pair in (fit, on))
+    caller = "linearly_explained"
+    for name, pair in {"fit": fit, "on": on}.items():
+        if not isinstance(pair, tuple | list) or len(pair) != 2:
+            wanted = f"{name} to be (guided, hint) activations"
+            raise TypeError(message(caller, wanted, described(pair)))
+    pairs = [as_float(caller, *pair) for pair in (fit, on)]
+    for guided, hint in pairs:
+        rank(caller, 2, "n ...", guided=guided, hint=hint)
+    (guided, hint), (new_guided, new_hint) = (_rows(*pair) for pair in pairs)
+    same_leading(caller, 1, guided=guided, hint=hint)
+    same_leading(caller, 1, guided=new_guided, hint=new_hint)
+    if guided.shape[-1] != new_guided.shape[-1] or hint.shape[-1] != new_hint.shape[-1]:
+        got = f"{[tuple(x.shape for x in pair) for pair in (fit, on)]}"
+        raise ValueError(message(caller, "the same channels in both sets", got))
     solution, *_ = jnp.linalg.lstsq(guided, hint)
     return explained_variance(new_guided @ solution, new_hint)
 

@@ -2,9 +2,10 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import DTypeLike, PyTree
 
-from hintjax._checks import message
+from hintjax._checks import described, instance, message
 from hintjax.networks import Network
 
 
@@ -28,8 +29,15 @@ def computed_in(network: Network, dtype: DTypeLike) -> Network:
     Raises:
         ValueError: if the dtype is not a floating one.
     """
+    instance("computed_in", Network, network=network)
+    wanted = "a floating dtype"
+    try:
+        # An array, or what NumPy would make a record of, is no dtype.
+        instance("computed_in", (str, type, np.dtype), dtype=dtype)
+        dtype = jnp.dtype(dtype)
+    except TypeError:
+        raise TypeError(message("computed_in", wanted, described(dtype))) from None
     if not jnp.issubdtype(dtype, jnp.floating):
-        wanted = "a floating dtype"
         raise ValueError(message("computed_in", wanted, f"{jnp.dtype(dtype)}"))
 
     def apply(params, state, inputs, *, wants, train, key=None):

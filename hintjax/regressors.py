@@ -25,7 +25,15 @@ import flax.linen as nn
 import jax
 from jaxtyping import Array, Bool, Float, Key, PyTree
 
-from hintjax._checks import message
+from hintjax._checks import (
+    described,
+    function,
+    instance,
+    integer,
+    is_array,
+    message,
+    sizes,
+)
 from hintjax._numerics import adaptive_average_pool, nearest_resize, unit
 
 Shape = tuple[int, ...]
@@ -282,6 +290,7 @@ def bottleneck(student: Shape, teacher: Shape, *, factor: int = 2) -> Bottleneck
     """
     _maps("regressors.bottleneck", student, teacher)
     _same_positions("regressors.bottleneck", student, teacher)
+    integer("regressors.bottleneck", 1, factor=factor)
     return Bottleneck(max(1, teacher[-1] // factor), teacher[-1])
 
 
@@ -302,6 +311,7 @@ def identity(student: Shape, teacher: Shape) -> Regressor:
         FitNets' code adds none where shapes agree; later work found that a
         trained projector helps even there, so it is not the default.
     """
+    _shapes("regressors.identity", student, teacher)
     if student != teacher:
         raise ValueError(
             f"regressors.identity: expected equal shapes, got student {student} and "
@@ -342,6 +352,7 @@ def linear(
     32
     """
     _same_positions("regressors.linear", student, teacher)
+    _options("regressors.linear", activation, pieces=pieces)
     layer = nn.Dense(teacher[-1] * pieces, use_bias=bias)
     return Regressor((layer,), batch_norm, activation, pieces)
 
@@ -374,7 +385,9 @@ def mlp(
         ValueError: if the positions differ.
     """
     _same_positions("regressors.mlp", student, teacher)
-    width = hidden or teacher[-1]
+    width = teacher[-1] if hidden is None else hidden
+    _options("regressors.mlp", activation, hidden=width)
+    integer("regressors.mlp", 0, depth=depth)
     layers = [
         nn.Sequential([nn.Dense(width, use_bias=bias), nn.relu]) for _ in range(depth)
     ]
@@ -430,15 +443,16 @@ def conv(
         (ConvReg).
     """
     _maps("regressors.conv", student, teacher)
+    _options("regressors.conv", activation, pieces=pieces)
     features = teacher[-1] * pieces
-    sizes = list(zip(student[:-1], teacher[:-1], strict=True))
-    grows = [m > n for n, m in sizes]
+    extents = list(zip(student[:-1], teacher[:-1], strict=True))
+    grows = [m > n for n, m in extents]
     layers = []
     if not all(grows):
-        kernel, strides, padding = zip(*map(_shrink, sizes), strict=True)
+        kernel, strides, padding = zip(*map(_shrink, extents), strict=True)
         layers.append(nn.Conv(features, kernel, strides, padding))
     if any(grows):
-        kernel, strides, padding = zip(*map(_grow, sizes), strict=True)
+        kernel, strides, padding = zip(*map(_grow, extents), strict=True)
         # Torch's layout and padding p: flax pads the dilated input by k - 1 - p.
         layers.append(
             nn.ConvTranspose(features, kernel, strides, padding, transpose_kernel=True)
@@ -476,6 +490,7 @@ def valid_conv(
         Romero et al. 2015, section 2.2.
     """
     _maps("regressors.valid_conv", student, teacher)
+    _options("regressors.valid_conv", activation, pieces=pieces)
     kernel = tuple(n - m + 1 for n, m in zip(student[:-1], teacher[:-1], strict=True))
     if min(kernel) < 1:
         raise ValueError(
@@ -520,6 +535,9 @@ def resampled(
     ((4, 4), 64)
     """
     where = "regressors.resampled"
+    _shapes(where, student, teacher)
+    instance(where, int, keep=keep)
+    function(where, sizing=sizing)
     kinds = len(student), len(teacher)
     if kinds not in ((2, 2), (3, 3)) or (keep and kinds == (3, 3)):
         wanted = "two maps (h, w, c) and keep=0, or two sequences of tokens (n, c)"
@@ -557,10 +575,13 @@ def to_grid(
     (2, 7, 7, 8)
     """
     where = "regressors.to_grid"
-    if tokens.ndim != 3:
-        got = f"shape {tokens.shape}"
+    if not is_array(tokens) or tokens.ndim != 3:
+        got = described(tokens)
         do = "Name a layer whose output is a sequence of tokens."
         raise ValueError(message(where, "tokens (batch, n, c)", got, do))
+    instance(where, int, drop=drop)
+    if size is not None:
+        sizes(where, 2, size=size)
     size = _grid(where, tokens.shape[1], drop, "drop", size)
     return tokens[:, drop:].reshape(tokens.shape[0], *size, tokens.shape[2])
 
@@ -580,17 +601,19 @@ def to_tokens(maps: Float[Array, "batch h w c"]) -> Float[Array, "batch n c"]:
     >>> to_tokens(jax.numpy.zeros((2, 7, 7, 8))).shape
     (2, 49, 8)
     """
-    if maps.ndim != 4:
+    if not is_array(maps) or maps.ndim != 4:
         do = "Name a layer whose output is a map."
-        got = f"shape {maps.shape}"
+        got = described(maps)
         raise ValueError(
             message("regressors.to_tokens", "maps (batch, h, w, c)", got, do)
         )
-    return maps.reshape(maps.shape[0], -1, maps.shape[3])
+    batch, height, width, channels = maps.shape
+    return maps.reshape(batch, height * width, channels)
 
 
 def fit(student: Shape, teacher: Shape) -> Regressor:
     """The default: `conv` between two maps, `linear` between anything else."""
+    _shapes("regressors.fit", student, teacher)
     maps = len(student) == len(teacher) == 3
     return conv(student, teacher) if maps else linear(student, teacher)
 
@@ -635,8 +658,8 @@ def _batch_norm(train):
     )
 
 
-def _shrink(sizes):
-    n, m = sizes
+def _shrink(extent):
+    n, m = extent
     if m >= n:
         return 1, 1, (0, 0)
     if n % m == 0:
@@ -645,8 +668,8 @@ def _shrink(sizes):
     return n - m + 1, 1, (0, 0)
 
 
-def _grow(sizes):
-    n, m = sizes
+def _grow(extent):
+    n, m = extent
     if m <= n:
         return 1, 1, (0, 0)
     if m % n == 0:
@@ -676,6 +699,7 @@ def _grid(where, tokens, aside, name, size=None):
 
 
 def _same_positions(where, student, teacher):
+    _shapes(where, student, teacher)
     if student[:-1] != teacher[:-1]:
         ways = {
             (3, 3): "regressors.conv between maps of unequal size",
@@ -688,7 +712,18 @@ def _same_positions(where, student, teacher):
         )
 
 
+def _shapes(where, student, teacher):
+    sizes(where, 0, student=student, teacher=teacher)
+
+
+def _options(where, activation, **counts):
+    integer(where, 1, **counts)
+    if activation is not None:
+        function(where, activation=activation)
+
+
 def _maps(where, student, teacher):
+    _shapes(where, student, teacher)
     if len(student) != 3 or len(teacher) != 3:
         raise ValueError(
             f"{where}: expected two maps (h, w, c), got student {student} and teacher "

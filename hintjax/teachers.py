@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
-from hintjax._checks import message, nearest
+from hintjax._checks import function, instance, message, nearest, scalar
 from hintjax.method import Method, union
 from hintjax.networks import Features, Network, Variables, Wants
 from hintjax.views import through
@@ -39,6 +39,7 @@ def together(**networks: Network) -> Network:
     """
     if not networks:
         raise ValueError(message("together", "networks by name", "none"))
+    instance("together", Network, **networks)
 
     def init(key, inputs):
         keys = jax.random.split(key, len(networks))
@@ -98,6 +99,8 @@ def seeing(network: Network, view: Callable[[PyTree], PyTree]) -> Network:
     Returns:
         The network.
     """
+    instance("seeing", Network, network=network)
+    function("seeing", view=view)
 
     def apply(params, state, inputs, **how):
         return network.apply(params, state, view(inputs), **how)
@@ -125,6 +128,8 @@ def from_teacher(method: Method, name: str) -> Method:
     >>> from_teacher(fitnets([("conv10", "group2")]), "big").teacher.hints
     ('big/group2',)
     """
+    instance("from_teacher", Method, method=method)
+    instance("from_teacher", str, name=name)
     wants = method.teacher
 
     def seen(features):
@@ -163,6 +168,7 @@ def self_taught(method: Method) -> Method:
         Zhang et al. 2019, Be Your Own Teacher: Improve the Performance of Convolutional
         Neural Networks via Self Distillation.
     """
+    instance("self_taught", Method, method=method)
     wants = method.teacher
 
     def seen(student):
@@ -213,6 +219,14 @@ def moving_average(
     References:
         Tarvainen and Valpola 2017, Mean Teachers are Better Role Models.
     """
+    caller = "moving_average"
+    instance(caller, Variables, teacher=teacher, student=student)
+    scalar(caller, "in [0, 1)", lambda decay: 0 <= decay < 1, decay=decay)
+    shapes = [jax.tree.map(jnp.shape, one) for one in (teacher, student)]
+    if shapes[0] != shapes[1]:
+        wanted = "teacher and student to be of one network"
+        got = "other names or shapes"
+        raise ValueError(message(caller, wanted, got))
 
     def one(theirs, ours):
         if not jnp.issubdtype(ours.dtype, jnp.floating):

@@ -1,11 +1,12 @@
 """How a method sees the networks: hints through a function, another head as output."""
 
 from collections.abc import Callable
+from types import NoneType
 
 import jax
 from jaxtyping import Array
 
-from hintjax._checks import message
+from hintjax._checks import function, instance, message
 from hintjax.method import Method
 from hintjax.networks import Features, Wants
 
@@ -50,6 +51,9 @@ def viewed(
     >>> values.shape
     (3,)
     """
+    instance("viewed", Method, method=method)
+    views = {"student": student, "teacher": teacher}
+    function("viewed", **{n: view for n, view in views.items() if view is not None})
 
     def seen(features, wants, view):
         if view is None:
@@ -101,6 +105,8 @@ def at_head(
         through Attention.
     """
     heads = {"student": student, "teacher": teacher}
+    instance("at_head", Method, method=method)
+    instance("at_head", (str, NoneType), **heads)
     for name, path in heads.items():
         if path is not None and not getattr(method, name).output:
             wanted = f"a method that reads the {name}'s output"

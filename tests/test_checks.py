@@ -61,3 +61,38 @@ def test_nearest_is_best_first_and_never_empty():
     assert _checks.nearest("group2/blok0", names)[0] == "group2/block0"
     assert len(_checks.nearest("?", names)) == 3
     assert _checks.nearest("?", []) == []
+
+
+@pytest.mark.parametrize(
+    "value", ["", "2", None, 1j, [1.0], {}, jnp.ones(2), jnp.zeros((0,)), object()]
+)
+def test_what_is_no_number_is_described(unchecked, value):
+    with pytest.raises(ValueError, match=r"loss: expected T to be > 0, got .+"):
+        _checks.positive("loss", T=value)
+
+
+@pytest.mark.parametrize("value", [10**400, 10**30, 1e300])
+def test_a_number_that_no_32_bits_hold_is_refused(unchecked, value):
+    with pytest.raises(ValueError, match="loss: expected T to fit in 32 bits"):
+        _checks.positive("loss", T=value)
+
+
+@pytest.mark.parametrize("value", [True, 2**31, None, float("nan"), jnp.ones(3)])
+def test_what_is_no_integer_is_described(unchecked, value):
+    with pytest.raises(ValueError, match="loss: expected n to be an integer >= 0"):
+        _checks.integer("loss", 0, n=value)
+
+
+@pytest.mark.parametrize("value", [True, [True, False], "all", jnp.ones(2)])
+def test_a_mask_is_an_array(unchecked, value):
+    with pytest.raises(ValueError, match=r"loss: expected where to be bool \(2,\)"):
+        _checks.mask("loss", value, (2,))
+
+
+def test_kinds_and_functions(unchecked):
+    _checks.instance("f", (str, int), name="a", other=1)
+    with pytest.raises(TypeError, match="f: expected name to be str or int, got None"):
+        _checks.instance("f", (str, int), name=None)
+    _checks.function("f", view=abs)
+    with pytest.raises(TypeError, match="f: expected view to be a function, got 3"):
+        _checks.function("f", view=3)

@@ -85,3 +85,39 @@ def test_only_plain_yaml_of_names_and_values_is_read(tmp_path, text, kind):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="config: expected a file .*nowhere"):
         configs.load(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("epochs: 3\nepochs: 4", "expected each name once in .*, got 'epochs' again"),
+        ("epochs: !!timestamp x", "expected plain YAML in"),
+        ("epochs: !!bool x", "expected plain YAML in"),
+        ("epochs: 2001-99-99", "expected plain YAML in"),
+        ("[" * 2000, "expected plain YAML in"),
+        (f"seed: {10**30}", "expected seed to be an integer >= 0 of 32 bits"),
+        ("seed: -1", "expected seed to be an integer >= 0, got -1"),
+        (f"learning_rate: {10**400}", "expected learning_rate to be float, got 10"),
+        ("weight: 1.0e+300", "expected weight to fit in 32 bits"),
+        ("student: a b:c", "expected student as package.module:factory, got 'a b:c'"),
+        ("teacher: ':'", "expected teacher as package.module:factory, got ':'"),
+    ],
+)
+def test_what_yaml_can_say_and_no_run_can_mean(unchecked, text, sentence, tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=f"config: {sentence}"):
+        configs.load(path)
+
+
+def test_a_value_that_would_fill_the_screen_is_cut(unchecked, tmp_path):
+    levels = [
+        f"{b}: &{b} [{', '.join(['*' + a] * 9)}]"
+        for a, b in zip("abcdefgh", "bcdefghi")
+    ]
+    text = "\n".join(["a: &a [x]", *levels])
+    path = tmp_path / "config.yaml"
+    path.write_text(f"{text}\nepochs: *i".replace("a: &a", "? epochs\n: &a", 1))
+    with pytest.raises(ValueError) as caught:
+        configs.load(path)
+    assert len(str(caught.value)) < 2000

@@ -738,3 +738,10 @@ if __name__ == "__main__":
         env=environment,
     )
     assert result.stdout.strip() == "equal", result.stderr
+
+
+def test_a_size_that_no_memory_holds_is_refused(corners):
+    with pytest.raises(
+        ValueError, match="load: expected a size at which .* images fit"
+    ):
+        data.load(corners, size=10**6)

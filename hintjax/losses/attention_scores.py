@@ -1,5 +1,7 @@
 """Matching self-attention: its scores (TinyBERT), or what they choose (MiniLM)."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, ScalarLike
@@ -90,7 +92,9 @@ def attention_score_loss_code(
         https://github.com/huawei-noah/Pretrained-Language-Model (general_distill.py)
         https://github.com/airaria/TextBrewer (losses.py, att_mse)
     """
-    arrays = _scores("attention_score_loss_code", student, teacher, where)
+    caller = "attention_score_loss_code"
+    arrays = _scores(caller, student, teacher, where)
+    _checks.scalar(caller, "to be a number", lambda x: not math.isnan(x), floor=floor)
     raised = (jnp.where(x <= jnp.asarray(floor, x.dtype), 0, x) for x in arrays)
     return _mean_square(*raised, where)
 

@@ -51,6 +51,7 @@ def activation_boundary_loss(
     student, teacher = as_float(caller, student, teacher)
     do = "Put a regressor between them (hintjax.regressors)."
     _checks.same_shape(caller, student=student, teacher=teacher, do=do)
+    _checks.integer(caller, 0, batch_dims=batch_dims)
     _checks.rank(caller, batch_dims, "*batch *features", student=student)
     _checks.positive(caller, margin=margin)
     _checks.mask(caller, where, student.shape[:batch_dims], student.shape[:-1])

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from hintjax import _checks
-from hintjax._numerics import absolute_power
+from hintjax._numerics import absolute_power, as_float
 from hintjax.losses._batch import count, counted, vectors
 
 
@@ -45,6 +45,7 @@ def correlation_loss(
         https://github.com/HobbitLong/RepDistiller (CC.py)
     """
     do = "Embed both in one space (hintjax.correlation_congruence does)."
+    student, teacher = as_float("correlation_loss", student, teacher)
     _checks.same_shape("correlation_loss", student=student, teacher=teacher, do=do)
     student, teacher = vectors("correlation_loss", student, teacher, where)
     error = absolute_power(student - teacher, 1)

@@ -46,6 +46,7 @@ def cosine_loss(
     caller = "cosine_loss"
     student, teacher = as_float(caller, student, teacher)
     do = "Put a regressor between them (hintjax.regressors)."
+    _checks.integer(caller, 0, batch_dims=batch_dims)
     _checks.rank(caller, batch_dims + 1, "*batch *positions c", student=student)
     _checks.same_shape(caller, student=student, teacher=teacher, do=do)
     _checks.mask(caller, where, student.shape[:batch_dims], student.shape[:-1])

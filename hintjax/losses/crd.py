@@ -56,6 +56,8 @@ def contrastive_loss(
     """
     caller = "contrastive_loss"
     student, teacher = as_float(caller, student, teacher)
+    _checks.rank(caller, 1, "*batch d", student=student)
+    _checks.rank(caller, 2, "*batch candidates d", teacher=teacher)
     shapes = student.shape, teacher.shape
     if shapes[0] != (*shapes[1][:-2], *shapes[1][-1:]):
         wanted = "student (*batch d) and teacher (*batch candidates d)"
@@ -117,6 +119,10 @@ def contrastive_scores_loss(
     positive, negatives = as_float(caller, positive, negatives)
     _check_scores(caller, positive, negatives, valid, where)
     _checks.positive(caller, temperature=temperature, size=size)
+    known = "to be a number"
+    _checks.scalar(
+        caller, known, lambda z: not math.isnan(z), log_constant=log_constant
+    )
     dtype = positive.dtype
     if valid is None:
         count = jnp.asarray(negatives.shape[-1], dtype)
@@ -172,6 +178,7 @@ def contrastive_log_constant(
     caller = "contrastive_log_constant"
     positive, negatives = as_float(caller, positive, negatives)
     _check_scores(caller, positive, negatives, valid, where)
+    _checks.positive(caller, temperature=temperature, size=size)
     positive, negatives = jax.lax.stop_gradient((positive, negatives))
     counts = [jnp.isfinite(positive), jnp.isfinite(negatives)]
     if valid is not None:
@@ -191,8 +198,12 @@ def _check_scores(caller, positive, negatives, valid, where):
         wanted = "positive (*batch) and negatives (*batch k)"
         got = f"positive {positive.shape} and negatives {negatives.shape}"
         raise ValueError(_checks.message(caller, wanted, got))
-    if valid is not None and (valid.dtype != bool or valid.shape != negatives.shape):
-        got = f"{valid.dtype} {valid.shape}"
+    if valid is not None and (
+        not _checks.is_array(valid)
+        or valid.dtype != bool
+        or valid.shape != negatives.shape
+    ):
+        got = _checks.described(valid)
         wanted = f"valid to be bool {negatives.shape}"
         raise ValueError(_checks.message(caller, wanted, got))
     _checks.mask(caller, where, positive.shape)

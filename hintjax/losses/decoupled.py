@@ -61,9 +61,8 @@ def decoupled_kd_loss(
     batch, classes = student.shape[:-1], student.shape[-1]
     if classes < 2:
         raise ValueError(_checks.message(caller, "2 or more classes", f"{classes}"))
-    if not jnp.issubdtype(label.dtype, jnp.integer) or label.shape != batch:
-        got = f"{label.dtype} {label.shape}"
-        raise ValueError(_checks.message(caller, f"label to be integer {batch}", got))
+    _checks.labels(caller, batch, label=label)
+    _checks.not_negative(caller, alpha=alpha, beta=beta)
     own = jax.nn.one_hot(label, classes, dtype=bool)
     (sure_s, rest_s), (sure_t, rest_t) = _split(student, own), _split(teacher, own)
     target = divergence(sure_t, sure_s)

@@ -1,5 +1,7 @@
 """Matching the flow between two layers: FSP, the flow of solution procedure."""
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
@@ -221,6 +223,10 @@ def _matrix(caller, first, second, pool):
 
 def _flows(caller, student, teacher, where):
     """Both flows, checked, and 0 at the examples that do not count."""
+    for name, flow in {"student": student, "teacher": teacher}.items():
+        if not isinstance(flow, Sequence) or isinstance(flow, str) or len(flow) != 2:
+            wanted = f"{name} to be two maps"
+            raise TypeError(_checks.message(caller, wanted, _checks.described(flow)))
     maps = as_float(caller, *student, *teacher)
     for x in maps:
         _checks.rank(caller, 3, "*batch h w c", each_map=x)

@@ -45,6 +45,7 @@ def masked_generation_loss(
     student, teacher = as_float(caller, student, teacher)
     do = "The generator must give the teacher's channels."
     _checks.same_shape(caller, student=student, teacher=teacher, do=do)
+    _checks.integer(caller, 0, batch_dims=batch_dims)
     _checks.rank(caller, batch_dims, "*batch *features", student=student)
     _checks.mask(caller, where, student.shape[:batch_dims], student.shape[:-1])
     squares = jnp.square(keep(student - teacher, where))

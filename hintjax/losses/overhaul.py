@@ -114,6 +114,7 @@ def partial_l2_loss(
     student, teacher = as_float(caller, student, teacher)
     do = "Put a regressor between them (hintjax.regressors)."
     _checks.same_shape(caller, student=student, teacher=teacher, do=do)
+    _checks.integer(caller, 0, batch_dims=batch_dims)
     _checks.rank(caller, batch_dims, "*batch *features", student=student)
     _checks.mask(caller, where, student.shape[:batch_dims], student.shape[:-1])
     student, teacher = keep(student, where), keep(teacher, where)

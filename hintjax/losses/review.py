@@ -1,5 +1,7 @@
 """Matching maps at several scales: the hierarchical context loss (HCL) of ReviewKD."""
 
+from collections.abc import Sequence
+
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
@@ -51,6 +53,9 @@ def hierarchical_context_loss(
     _checks.same_shape(caller, student=student, teacher=teacher, do=do)
     _checks.rank(caller, 3, "*batch h w c", student=student)
     _checks.mask(caller, where, student.shape[:-3])
+    _checks.instance(caller, Sequence, levels=levels)
+    for level in levels:
+        _checks.positive_int(caller, level=level)
     # Pooling is linear: the error is pooled once, instead of both maps.
     error = keep(student - teacher, where)
     weight, total, weights = 1.0, jnp.mean(jnp.square(error), (-3, -2, -1)), 1.0

@@ -54,6 +54,7 @@ def variational_loss(
     student, teacher, scale = as_float(caller, student, teacher, scale)
     do = "Put a regressor between them (hintjax.regressors.mlp)."
     _checks.same_shape(caller, student=student, teacher=teacher, do=do)
+    _checks.integer(caller, 0, batch_dims=batch_dims)
     _checks.rank(caller, batch_dims + 1, "*batch *positions c", student=student)
     if scale.shape != student.shape[-1:]:
         wanted = f"scale to have one entry for each of {student.shape[-1]} channels"

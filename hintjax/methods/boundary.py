@@ -3,7 +3,7 @@
 from functools import partial
 
 from hintjax import regressors
-from hintjax._checks import positive
+from hintjax._checks import function, positive
 from hintjax.losses import activation_boundary_loss
 from hintjax.method import Method, Pairs, hints_of
 from hintjax.methods import _regressed
@@ -46,6 +46,7 @@ def activation_boundary(
         Formed by Hidden Neurons.
     """
     positive("activation_boundary", margin=margin)
+    function("activation_boundary", regressor=regressor)
     student_wants, teacher_wants = hints_of("activation_boundary", pairs)
 
     def ready(student, teacher):

@@ -3,7 +3,7 @@
 from functools import partial
 
 from hintjax import regressors
-from hintjax._checks import positive
+from hintjax._checks import function, positive
 from hintjax.losses import channel_loss
 from hintjax.method import Method, Pairs, hints_of
 from hintjax.methods import _regressed
@@ -38,6 +38,7 @@ def channel_wise(
         Shu et al. 2021, Channel-wise Knowledge Distillation for Dense Prediction.
     """
     positive("channel_wise", temperature=temperature)
+    function("channel_wise", regressor=regressor)
     student_wants, teacher_wants = hints_of("channel_wise", pairs)
 
     def ready(student, teacher):

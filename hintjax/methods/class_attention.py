@@ -2,7 +2,7 @@
 
 from hintjax._checks import message, positive_int
 from hintjax.losses import class_activation_map, class_attention_loss
-from hintjax.method import Method
+from hintjax.method import Method, hints_of
 from hintjax.networks import Wants
 
 
@@ -38,7 +38,10 @@ def class_attention(
         Guo et al. 2023, Class Attention Transfer Based Knowledge Distillation.
     """
     positive_int("class_attention", size=size)
-    paths = classifiers or (None, None)
+    hints_of("class_attention", [pair])
+    if classifiers is not None:
+        hints_of("class_attention", [classifiers])
+    paths = (None, None) if classifiers is None else classifiers
     student_wants, teacher_wants = (
         Wants(hints=(hint,), params=(path,) if path else ())
         for hint, path in zip(pair, paths, strict=True)

@@ -1,6 +1,8 @@
 """CRD: contrastive representation distillation (Tian et al. 2020)."""
 
+import typing
 from dataclasses import dataclass
+from types import NoneType
 from typing import NamedTuple
 
 import jax
@@ -10,7 +12,7 @@ from jaxtyping import Array, Bool, Int
 
 from hintjax import memory as banks
 from hintjax import regressors
-from hintjax._checks import message, positive, positive_int
+from hintjax._checks import instance, message, positive, positive_int, scalar
 from hintjax._numerics import either, masked_mean
 from hintjax.losses import contrastive_log_constant, contrastive_scores_loss
 from hintjax.method import Method, hints_of
@@ -95,6 +97,7 @@ class BatchNegatives:
 
 
 Negatives = AnchorNegatives | SharedNegatives | GivenNegatives | BatchNegatives
+KINDS = typing.get_args(Negatives)
 PAPER = AnchorNegatives()
 
 
@@ -155,8 +158,10 @@ def crd(
     """
     positive("crd", temperature=temperature)
     positive_int("crd", feature_dim=feature_dim)
-    if not 0 <= momentum <= 1:
-        raise ValueError(message("crd", "momentum in [0, 1]", f"{momentum}"))
+    scalar("crd", "in [0, 1]", lambda m: 0 <= m <= 1, momentum=momentum)
+    instance("crd", KINDS, negatives=negatives)
+    instance("crd", bool, relax=relax)
+    instance("crd", (Mesh, NoneType), mesh=mesh)
     in_batch = isinstance(negatives, BatchNegatives)
     if relax and isinstance(negatives, BatchNegatives | GivenNegatives):
         do = "Draw negatives from the bank."
@@ -283,6 +288,8 @@ def crd_bytes(
     >>> crd_bytes(BatchNegatives(), size=50_000, batch=64)
     {'bank': 0, 'step': 32768}
     """
+    instance("crd_bytes", KINDS, negatives=negatives)
+    positive_int("crd_bytes", size=size, batch=batch, feature_dim=feature_dim)
     if isinstance(negatives, BatchNegatives):
         return {"bank": 0, "step": 8 * batch * batch}
     count = getattr(negatives, "number", PAPER.number)

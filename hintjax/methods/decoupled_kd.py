@@ -1,6 +1,6 @@
 """DKD: decoupled knowledge distillation (Zhao et al. 2022)."""
 
-from hintjax._checks import message, positive
+from hintjax._checks import instance, not_negative, positive
 from hintjax.losses import decoupled_kd_loss
 from hintjax.method import Method
 from hintjax.methods._compared import outputs
@@ -36,9 +36,8 @@ def decoupled_kd(
         Zhao et al. 2022, Decoupled Knowledge Distillation.
     """
     positive("decoupled_kd", temperature=temperature)
-    if not min(alpha, beta) >= 0:
-        got = f"alpha {alpha} and beta {beta}"
-        raise ValueError(message("decoupled_kd", "weights >= 0", got))
+    not_negative("decoupled_kd", alpha=alpha, beta=beta)
+    instance("decoupled_kd", str, label=label)
     hyper = {"alpha": alpha, "beta": beta, "temperature": temperature}
 
     def loss(student, teacher, batch):

@@ -1,6 +1,6 @@
 """DIST: distillation from a stronger teacher (Huang et al. 2022)."""
 
-from hintjax._checks import message, positive
+from hintjax._checks import not_negative, positive
 from hintjax.losses import dist_loss
 from hintjax.method import Method
 from hintjax.methods._compared import outputs
@@ -29,9 +29,7 @@ def dist(beta: float = 1.0, gamma: float = 1.0, temperature: float = 1.0) -> Met
         Huang et al. 2022, Knowledge Distillation from A Stronger Teacher.
     """
     positive("dist", temperature=temperature)
-    if not min(beta, gamma) >= 0:
-        got = f"beta {beta} and gamma {gamma}"
-        raise ValueError(message("dist", "weights >= 0", got))
+    not_negative("dist", beta=beta, gamma=gamma)
     hyper = {"beta": beta, "gamma": gamma, "temperature": temperature}
 
     def loss(student, teacher, batch):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from hintjax import regressors
-from hintjax._checks import message
+from hintjax._checks import function, message, scalar
 from hintjax._numerics import as_float
 from hintjax.losses import factor_loss
 from hintjax.method import PREPARED, Method, Pairs, hints_of
@@ -52,6 +52,7 @@ def factor_transfer(
         Kim, Park, Kwak 2018, Paraphrasing Complex Network: Network Compression via
         Factor Transfer.
     """
+    function("factor_transfer", loss=loss)
     before = paraphrase(pairs, rate=rate)
     student_wants, teacher_wants = hints_of("factor_transfer", pairs)
 
@@ -113,9 +114,8 @@ def paraphrase(pairs: Pairs, *, rate: float = 0.5) -> Method:
     References:
         Kim, Park, Kwak 2018.
     """
-    if not 0 < rate <= 1:
-        wanted = "a rate in (0, 1]"
-        raise ValueError(message("factor_transfer", wanted, f"{rate}"))
+    share = {"a rate": rate}
+    scalar("factor_transfer", "in (0, 1]", lambda r: 0 < r <= 1, **share)
     student_wants, teacher_wants = hints_of("factor_transfer", pairs)
 
     def init(key, student, teacher, data):

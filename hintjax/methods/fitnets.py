@@ -7,7 +7,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from hintjax import regressors
-from hintjax._checks import message
+from hintjax._checks import (
+    function,
+    integer,
+    mask,
+    not_negative,
+    rank,
+    same_shape,
+)
 from hintjax._numerics import as_float, keep, masked_mean
 from hintjax.losses import hint_loss
 from hintjax.method import Method, Pairs, hints_of
@@ -52,6 +59,7 @@ def fitnets(
     References:
         Romero et al. 2015, FitNets: Hints for Thin Deep Nets.
     """
+    function("fitnets", regressor=regressor, loss=loss)
     student_wants, teacher_wants = hints_of("fitnets", pairs)
     names = [f"{guided}->{hint}" for guided, hint in pairs]
 
@@ -120,9 +128,9 @@ def lambda_decay(
     References:
         Romero et al. 2015, section 3.1 and code (TeacherDecayOverEpoch).
     """
-    if min(initial, final) < 0:
-        got = f"{initial} to {final}"
-        raise ValueError(message("lambda_decay", "weights >= 0", got))
+    not_negative("lambda_decay", initial=initial, final=final)
+    integer("lambda_decay", 0, start=start, saturate=saturate)
+    integer("lambda_decay", 0, steps_per_epoch=steps_per_epoch)
     if saturate < start or steps_per_epoch < 1:
         raise ValueError(
             f"lambda_decay: expected start <= saturate and steps_per_epoch >= 1, got "
@@ -163,6 +171,9 @@ def explained_variance(
     (1.0, -0.09375)
     """
     predicted, target = as_float("r2", predicted), as_float("r2", target)
+    rank("r2", 1, "batch ...", target=target)
+    same_shape("r2", predicted=predicted, target=target)
+    mask("r2", where, *(target.shape[:n] for n in range(1, target.ndim + 1)))
     axes = tuple(range(target.ndim - 1))
     count = keep(jnp.ones_like(target), where).sum(axes, keepdims=True)
     mean = keep(target, where).sum(axes, keepdims=True) / jnp.maximum(count, 1)

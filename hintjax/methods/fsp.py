@@ -7,7 +7,7 @@ import jax
 from jaxtyping import Array, Float
 
 from hintjax import regressors
-from hintjax._checks import message
+from hintjax._checks import described, function, instance, message
 from hintjax.losses import fsp_matrix, fsp_matrix_loss
 from hintjax.method import Method, Pairs, hints_of, over_pairs
 
@@ -53,6 +53,15 @@ def fsp(
     References:
         Yim et al. 2017, A Gift from Knowledge Distillation.
     """
+    function("fsp", matrix=matrix, loss=loss)
+    if regressor is not None:
+        function("fsp", regressor=regressor)
+    instance("fsp", Sequence, pairs=pairs)
+    for pair in pairs:
+        if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2:
+            wanted = "each pair to be two flows"
+            raise ValueError(message("fsp", wanted, described(pair), "See flows."))
+        hints_of("fsp", pair)
     matched = list(
         dict.fromkeys(layers for pair in pairs for layers in zip(*pair, strict=True))
     )
@@ -108,6 +117,7 @@ def flows(pairs: Pairs) -> Flows:
     >>> flows([("stem", "conv"), ("a", "x"), ("b", "y")])
     [(('stem', 'a'), ('conv', 'x')), (('a', 'b'), ('x', 'y'))]
     """
+    hints_of("flows", pairs)
     if len(pairs) < 2:
         wanted = "at least two pairs, shallow to deep"
         raise ValueError(message("flows", wanted, f"{list(pairs)}"))

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Key
 
-from hintjax import regressors
-from hintjax._checks import message
+from hintjax import _checks, regressors
+from hintjax._checks import function, message, scalar, sizes
 from hintjax.losses import masked_generation_loss
 from hintjax.method import Method, Pairs, hints_of
 from hintjax.methods import _regressed
@@ -17,6 +17,9 @@ def masked_channels(
     key: Key[Array, ""], shape: tuple[int, int, int], rate: float
 ) -> Bool[Array, "1 1 c"]:
     """MGD's mask for classification: whole channels are hidden, each at the rate."""
+    _check_rate("masked_channels", rate)
+    sizes("masked_channels", 3, shape=shape)
+    _checks.key("masked_channels", 0, key=key)
     return jax.random.uniform(key, (1, 1, shape[-1])) >= rate
 
 
@@ -24,6 +27,9 @@ def masked_positions(
     key: Key[Array, ""], shape: tuple[int, int, int], rate: float
 ) -> Bool[Array, "h w 1"]:
     """MGD's mask for detection and segmentation: positions are hidden at the rate."""
+    _check_rate("masked_positions", rate)
+    sizes("masked_positions", 3, shape=shape)
+    _checks.key("masked_positions", 0, key=key)
     return jax.random.uniform(key, (*shape[:-1], 1)) >= rate
 
 
@@ -58,8 +64,8 @@ def masked_generation(
     References:
         Yang et al. 2022, Masked Generative Distillation.
     """
-    if not 0 <= rate < 1:
-        raise ValueError(message("masked_generation", "a rate in [0, 1)", f"{rate}"))
+    _check_rate("masked_generation", rate)
+    function("masked_generation", mask=mask)
     student_wants, teacher_wants = hints_of("masked_generation", pairs)
 
     def sizing(student, teacher):
@@ -87,3 +93,7 @@ def masked_generation(
         return total, memory, {}
 
     return Method(student_wants, teacher_wants, init, apply)
+
+
+def _check_rate(caller, rate):
+    scalar(caller, "in [0, 1)", lambda rate: 0 <= rate < 1, **{"a rate": rate})

@@ -1,6 +1,8 @@
 """MiniLM and MiniLMv2: relations between tokens (Wang et al. 2020, 2021)."""
 
-from hintjax._checks import positive_int, rank
+from collections.abc import Sequence
+
+from hintjax._checks import instance, positive_int, rank
 from hintjax._numerics import masked_mean
 from hintjax.losses import attention_distribution_loss, relation_loss
 from hintjax.method import Method, Pairs, hints_of, nothing
@@ -56,6 +58,7 @@ def minilm(
         Compressing Pretrained Transformers.
     """
     positive_int("minilm", heads=heads)
+    instance("minilm", Sequence, relations=relations, attention=attention)
     wants = hints_of("minilm", [*relations, *attention])
 
     def relation(student, teacher, where):

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from functools import partial
 
 from hintjax import regressors
-from hintjax._checks import message
+from hintjax._checks import function, instance, message
 from hintjax.losses import batch_norm_margin, margin_relu, partial_l2_loss
 from hintjax.method import Method, Pairs, hints_of
 from hintjax.methods import _regressed
@@ -46,7 +46,11 @@ def overhaul(
         Heo et al. 2019, A Comprehensive Overhaul of Feature Distillation.
     """
     student_wants, teacher_wants = hints_of("overhaul", pairs)
-    norms = tuple(teacher_wants.hints if norms is None else norms)
+    function("overhaul", regressor=regressor)
+    norms = teacher_wants.hints if norms is None else norms
+    instance("overhaul", Sequence, norms=norms)
+    instance("overhaul", str, **{f"norms[{i}]": path for i, path in enumerate(norms)})
+    norms = tuple(norms)
     if len(norms) != len(pairs):
         wanted = f"one of norms for each of {len(pairs)} pairs"
         raise ValueError(message("overhaul", wanted, f"{norms}"))

@@ -1,6 +1,6 @@
 """PKD: patient knowledge distillation (Sun et al. 2019)."""
 
-from hintjax._checks import message, rank
+from hintjax._checks import instance, message, rank
 from hintjax.losses import patient_loss
 from hintjax.method import Method, Pairs
 from hintjax.methods._compared import compared
@@ -28,6 +28,7 @@ def patient(pairs: Pairs, *, token: int = 0) -> Method:
     References:
         Sun et al. 2019, Patient Knowledge Distillation for BERT Model Compression.
     """
+    instance("patient", int, token=token)
 
     def loss(student, teacher, where):
         rank("patient", 3, "batch n c", student=student, teacher=teacher)

@@ -2,7 +2,7 @@
 
 import math
 
-from hintjax._checks import message
+from hintjax._checks import message, not_negative
 from hintjax._numerics import masked_mean
 from hintjax.losses import angle_loss, distance_loss
 from hintjax.method import Method, Pairs, hints_of, nothing
@@ -31,6 +31,7 @@ def relational(pairs: Pairs, *, distance: float = 25.0, angle: float = 50.0) -> 
         Park et al. 2019, Relational Knowledge Distillation.
     """
     weights = {"distance": distance, "angle": angle}
+    not_negative("relational", **weights)
     if not (0 <= min(weights.values()) and 0 < sum(weights.values()) < math.inf):
         wanted = "finite weights >= 0, one of them > 0"
         raise ValueError(message("relational", wanted, f"{weights}"))

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from hintjax import regressors
-from hintjax._checks import message, positive_int
+from hintjax._checks import function, message, not_negative, positive_int
 from hintjax._numerics import masked_mean
 from hintjax.losses import hierarchical_context_loss
 from hintjax.method import Method, Pairs, hints_of
@@ -51,6 +51,7 @@ def review(
     References:
         Chen et al. 2021, Distilling Knowledge via Knowledge Review.
     """
+    function("review", loss=loss)
     student_wants, teacher_wants = hints_of("review", pairs)
     names = [f"{guided}->{hint}" for guided, hint in pairs]
     if len(set(names)) < len(names):
@@ -130,6 +131,7 @@ def warm_up(
     References:
         Chen et al. 2021, code (`kd_warm_up`).
     """
+    not_negative("warm_up", weight=weight)
     positive_int("warm_up", epochs=epochs, steps_per_epoch=steps_per_epoch)
 
     def schedule(step):

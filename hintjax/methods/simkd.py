@@ -1,11 +1,13 @@
 """SimKD: the reused teacher classifier (Chen et al. 2022)."""
 
+from collections.abc import Mapping
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from hintjax import regressors
-from hintjax._checks import message
+from hintjax._checks import function, instance, message
 from hintjax._numerics import as_float, masked_mean
 from hintjax.losses import hint_loss
 from hintjax.method import Method, hints_of
@@ -47,6 +49,8 @@ def simkd(
     """
     pairs = [pair]
     student_wants, teacher_wants = hints_of("simkd", pairs)
+    instance("simkd", str, classifier=classifier)
+    function("simkd", regressor=regressor)
     teacher_wants = teacher_wants._replace(params=(classifier,))
 
     def init(key, student, teacher, data):
@@ -97,7 +101,15 @@ def reused_classifier(
     >>> reused_classifier(jnp.ones((1, 2, 2, 2)), {"kernel": kernel})
     Array([[2., 2.]], dtype=float32)
     """
+    instance("reused_classifier", Mapping, classifier=classifier)
+    if "kernel" not in classifier:
+        got = f"{sorted(map(str, classifier))}"
+        raise ValueError(message("reused_classifier", "a kernel", got))
     projected, kernel = as_float("reused_classifier", projected, classifier["kernel"])
+    if projected.ndim != 4 or kernel.shape[:-1] != projected.shape[-1:]:
+        wanted = "projected (batch, h, w, c) and a kernel (c, classes)"
+        got = f"{projected.shape} and {kernel.shape}"
+        raise ValueError(message("reused_classifier", wanted, got))
     pooled = projected.mean((1, 2))
     logits = jnp.matmul(pooled, kernel, precision=jax.lax.Precision.HIGHEST)
     if "bias" in classifier:

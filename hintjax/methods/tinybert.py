@@ -1,7 +1,9 @@
 """TinyBERT: hidden states and attention scores (Jiao et al. 2020)."""
 
+from collections.abc import Sequence
+
 from hintjax import regressors
-from hintjax._checks import message
+from hintjax._checks import function, instance, message
 from hintjax._numerics import masked_mean
 from hintjax.losses import attention_score_loss, hint_loss
 from hintjax.method import Method, Pairs, hints_of
@@ -46,6 +48,9 @@ def tinybert(
     References:
         Jiao et al. 2020, TinyBERT: Distilling BERT for Natural Language Understanding.
     """
+    lists = {"hidden_pairs": hidden_pairs, "attention_pairs": attention_pairs}
+    instance("tinybert", Sequence, **lists)
+    function("tinybert", regressor=regressor)
     wants = hints_of("tinybert", [*hidden_pairs, *attention_pairs])
 
     def sized(student, teacher):

@@ -6,11 +6,12 @@ from functools import partial
 import jax.numpy as jnp
 
 from hintjax import regressors
-from hintjax._checks import positive
+from hintjax._checks import function, scalar
 from hintjax.losses.variational import LEAST_VARIANCE, variance_of, variational_loss
 from hintjax.method import Method, Pairs, hints_of
 from hintjax.methods import _regressed
 
+MOST_VARIANCE = 700.0  # initially: expm1 of more is no number
 MEAN = partial(regressors.mlp, depth=2, bias=False)
 
 
@@ -44,7 +45,13 @@ def variational(
     References:
         Ahn et al. 2019, Variational Information Distillation for Knowledge Transfer.
     """
-    positive("variational", initial_variance=initial_variance - LEAST_VARIANCE)
+    function("variational", regressor=regressor)
+    scalar(
+        "variational",
+        f"to be > {LEAST_VARIANCE} and < {MOST_VARIANCE}",
+        lambda variance: LEAST_VARIANCE < variance < MOST_VARIANCE,
+        initial_variance=initial_variance,
+    )
     student_wants, teacher_wants = hints_of("variational", pairs)
     initial_scale = math.log(math.expm1(initial_variance - LEAST_VARIANCE))
 

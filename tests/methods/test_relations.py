@@ -146,11 +146,11 @@ def test_no_pairs_are_refused(name):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: hintjax.relational(PAIRS, distance=-1.0), "relational: .*weights"),
+        (lambda: hintjax.relational(PAIRS, distance=-1.0), "relational: .*distance to be >= 0"),
         (lambda: hintjax.relational(PAIRS, distance=0.0, angle=0.0), "one of them > 0"),
-        (lambda: hintjax.dist(beta=-1.0), "dist: expected weights >= 0"),
+        (lambda: hintjax.dist(beta=-1.0), "dist: expected beta to be >= 0"),
         (lambda: hintjax.dist(temperature=0.0), "dist: expected temperature"),
-        (lambda: hintjax.decoupled_kd(alpha=-1.0), "decoupled_kd: .*weights >= 0"),
+        (lambda: hintjax.decoupled_kd(alpha=-1.0), "decoupled_kd: .*alpha to be >= 0"),
         (lambda: hintjax.decoupled_kd(temperature=0.0), "decoupled_kd: .*temperature"),
         (lambda: hintjax.channel_wise(PAIRS, temperature=-1.0), "channel_wise: .*temp"),
         (
