@@ -6,6 +6,7 @@ of each `Network` and what it trains; a stage makes an optax update step of it.
 """
 
 from hintjax import losses, regressors
+from hintjax.debugging import checked
 from hintjax.method import (
     Adjustable,
     Context,
@@ -113,6 +114,7 @@ __all__ = [
     "at_head",
     "attention_transfer",
     "channel_wise",
+    "checked",
     "class_attention",
     "computed_in",
     "correlation_congruence",

@@ -31,6 +31,7 @@ from jax.interpreters.partial_eval import dce_jaxpr
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
+from hintjax import debugging
 from hintjax._checks import mask, message, positive_int
 from hintjax._numerics import as_float, either, masked_mean
 from hintjax.accumulation import micro_batches, stacked, summed, valid, weighed
@@ -392,7 +393,9 @@ def _stage(
         parts = micro_batches(shared(batch), accumulate)
         return stacked(partial(taught_by, variables), parts, layout)
 
-    def objective(params, model_state, memory, taught, batch, key, step, *, train):
+    def objective(
+        params, model_state, memory, taught, batch, key, step, *, train, number=None
+    ):
         n = jax.tree.leaves(inputs(batch))[0].shape[0]
         mask("batch", batch.get("where"), (n,))
         ours, theirs = jax.random.split(jax.random.fold_in(key, step))
@@ -404,7 +407,9 @@ def _stage(
             train=train,
             key=ours,
         )
-        values, memory, metrics = method.apply(
+        checks = number is not None and debugging.watching()
+        apply = debugging.watched(method, number) if checks else method.apply
+        values, memory, metrics = apply(
             params["regressors"],
             memory,
             shown,
@@ -470,12 +475,13 @@ def _stage(
     def learned(state, taught, batch, learn):
         """What `learn` finds in a batch, or the sum of what it finds in its parts.
 
-        `learn(weigh, *parts)` gives means, weighed, and the student's state and the
-        memory after them. Its arguments of the first part come along.
+        `learn(weigh, number, *parts)` gives means, weighed, and the student's state and
+        the memory after them; `number` is that of an example in the batch, from its
+        place in its part. The arguments of the first part come along.
         """
         if accumulate == 1:
             parts = parts_of(state, taught, batch)
-            found, after = learn(lambda mean: mean, *parts)
+            found, after = learn(_same_one, _same_one, *parts)
             return found, after, parts
         micro = micro_batches(shared(batch), accumulate)
         counts = valid(batch, accumulate)
@@ -490,7 +496,11 @@ def _stage(
 
         def one(carry, part):
             weigh = partial(weighed, valid=part[1], total=jnp.sum(counts))
-            found, after = learn(weigh, *arguments(carry, part))
+
+            def number(place):
+                return place * accumulate + part[0]
+
+            found, after = learn(weigh, number, *arguments(carry, part))
             return after, found
 
         carry = state.state, state.memory
@@ -500,17 +510,21 @@ def _stage(
         return found, after, arguments(carry, first)
 
     def step(state, taught, batch):
-        def learn(weigh, *parts):
+        def learn(weigh, number, *parts):
             def loss(*parts):
-                loss, (*after, metrics) = objective(*parts, train=True)
+                loss, (*after, metrics) = objective(*parts, train=True, number=number)
                 return weigh(loss), (tuple(after), jax.tree.map(weigh, metrics))
 
             grads, (after, metrics) = jax.grad(loss, has_aux=True)(*parts)
             return (grads, metrics), after
 
+        if debugging.watching():
+            debugging.finite("parameters", _by_layer(state.params, False), state.step)
         (grads, metrics), (model_state, memory), parts = learned(
             state, taught, batch, learn
         )
+        if debugging.watching():
+            debugging.finite("gradients", _by_layer(grads, False), state.step)
         transform, trained, kept = optimiser(objective, *parts)
         grads = placed(grads)
         updates, opt_state = transform.update(grads, state.opt_state, state.params)
@@ -591,11 +605,11 @@ def _stage(
 
     def evaluate(state, variables, batch):
         parts = parts_of(state, taught_by(variables, batch), batch)
-        _, (_, _, metrics) = objective(*parts, train=False)
+        _, (_, _, metrics) = objective(*parts, train=False, number=_same_one)
         return metrics
 
     def report(state, variables, batch):
-        def learn(weigh, params, *rest):
+        def learn(weigh, _, params, *rest):
             def losses(params):
                 _, (_, _, metrics) = objective(params, *rest, train=True)
                 terms = {n.split("/")[0]: x for n, x in metrics.items() if _is_term(n)}
@@ -667,7 +681,7 @@ class _Sharded:
     from the shapes of its first arguments."""
 
     def __init__(self, function, mesh, shardings, donated):
-        self._function, self._mesh, self._donated = function, mesh, donated
+        self.__wrapped__, self._mesh, self._donated = function, mesh, donated
         self._shardings, self._made = shardings, {}
 
     def __call__(self, state, variables, batch):
@@ -687,7 +701,7 @@ class _Sharded:
         if structure not in self._made:
             shardings = self._shardings(state, variables)
             self._made[structure] = jax.jit(
-                self._function, **shardings, **self._donated
+                self.__wrapped__, **shardings, **self._donated
             )
         return self._made[structure], (state, variables, batch)
 
@@ -702,6 +716,10 @@ def _reads(function: Callable, position: int, arguments: tuple) -> PyTree:
     _, used = dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
     tree = jax.tree.structure(arguments)
     return jax.tree.unflatten(tree, used)[position]
+
+
+def _same_one(x):
+    return x
 
 
 def _where(chosen: PyTree, new: PyTree, old: PyTree) -> PyTree:
