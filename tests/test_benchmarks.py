@@ -168,6 +168,25 @@ def test_pairs_measures_every_form_against_the_loop(script, tmp_path):
     assert file.with_suffix(".png").stat().st_size < 100_000
 
 
+def test_students_of_a_population_are_measured_against_one_alone(script, tmp_path):
+    population = script("population")
+    file = tmp_path / "results.json"
+    population.main(["--small", "--rounds", "6", "--out", str(file)])
+    record = json.loads(file.read_text())
+    assert set(record["networks"]) == set(population.NETWORKS) == {"cnn", "vit"}
+    for found in record["networks"].values():
+        assert positive(found["alone"]["step_seconds"])
+        assert set(found["students"]) == {"together 2", "apart 2", "mesh 2"}
+        for student in found["students"].values():
+            assert positive(student["cost"])
+        # The work of a teacher is shared; on two devices each has one student.
+        flops = {name: student["flops"] for name, student in found["students"].items()}
+        shared = 1 - found["teach"]["flops"] / found["alone"]["flops"] / 2
+        assert flops["together 2"] == pytest.approx(shared, rel=0.05)
+        assert flops["apart 2"] == pytest.approx(shared, rel=0.05)
+        assert flops["mesh 2"] == pytest.approx(shared / 2, rel=0.05)
+
+
 def test_crd_negatives_are_measured_against_none(script, tmp_path):
     crd_negatives = script("crd_negatives")
     file = tmp_path / "results.json"
