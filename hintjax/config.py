@@ -75,6 +75,8 @@ class Config:
     """Multiplies the rate of layers that the hint stage trained, after it."""
     weight_decay: float = 0.0
     """Decoupled for adam, L2 for sgd."""
+    spike_factor: float | None = None
+    """Skip steps whose gradient is so many times as long as usual."""
     cosine: bool = False
     """Let the learning rate of each stage fall to 0 along a cosine."""
     temperature: float | None = None
@@ -106,7 +108,7 @@ class Config:
     teacher_at_least: float = 0.5
     """The accuracy on the validation split below which a teacher is warned about."""
     debug: bool = False
-    """Check at every report that all numbers are finite."""
+    """Check every step: labels, features, losses and gradients; slower."""
 
 
 def check(config: Config) -> Config:
@@ -117,6 +119,9 @@ def check(config: Config) -> Config:
     """
     if config.temperature is not None:
         positive("config", temperature=config.temperature)
+    if config.spike_factor is not None and not config.spike_factor > 1:
+        wanted, got = "spike_factor to be > 1", f"{config.spike_factor}"
+        raise ValueError(message("config", wanted, got))
     for rate in (config.learning_rate, *config.rates):
         positive("config", learning_rate=rate)
     for name in ("epochs", "teacher_epochs", "batch_size", "seeds", "evaluate_every"):

@@ -45,6 +45,7 @@ from hintjax.processes import told
 from hintjax.recipes import Recipe, Step, backprop
 from hintjax.rundir import owned, read_json, write_text
 from hintjax.sharding import Layout, make_mesh, over_batch, place, shares, spread
+from hintjax.spikes import SpikeGuard
 from hintjax.stages import distillation_stage, hint_stage, student_variables
 from hintjax.train import (
     Fitted,
@@ -539,14 +540,15 @@ def _phase(setting, step, config, per_epoch):
 def _stage(setting, step, config, per_epoch):
     optimiser = _optimiser(config, step.epochs * per_epoch)
     networks = (setting.student, setting.teacher, step.method, optimiser)
+    factor = config.spike_factor
+    how = {
+        "mesh": setting.layout,
+        "accumulate": config.accumulate,
+        "spikes": None if factor is None else SpikeGuard(factor),
+    }
     if step.hints_only:
-        return hint_stage(*networks, mesh=setting.layout, accumulate=config.accumulate)
-    return distillation_stage(
-        *networks,
-        rates=step.rates,
-        mesh=setting.layout,
-        accumulate=config.accumulate,
-    )
+        return hint_stage(*networks, **how)
+    return distillation_stage(*networks, rates=step.rates, **how)
 
 
 def _optimiser(config, steps):

@@ -45,6 +45,7 @@ from hintjax.data import (
     stream,
     take,
 )
+from hintjax.debugging import checked, raising
 from hintjax.method import Data
 from hintjax.metrics import open_metrics, read_metrics
 from hintjax.networks import Variables
@@ -349,9 +350,10 @@ def fit(
         harmless: names in `identity` of what may differ; it is said, not refused.
         dispatch: steps in one dispatch; by default 1 on a CPU, about a second's on an
             accelerator.
-        debug: check at every report that parameters and metrics are finite.
-        give_up: after so many updates in a row that were skipped because a number was
-            not finite; looked at when reports are due.
+        debug: check every step by itself, and every evaluation (`hintjax.checked`), and
+            at every report that parameters and metrics are finite.
+        give_up: after so many updates in a row that were skipped, because a number was
+            not finite or for a spike; looked at when reports are due.
         show: `(steps done, metrics, phase)`, called at every report.
 
     Returns:
@@ -360,7 +362,7 @@ def fit(
     Raises:
         ValueError: if a resumed run has another identity, with all differences; or if
             another process owns the run directory, or several processes train it that
-            were not told the same.
+            were not told the same; or, with debug, for a value that is wrong.
         OSError: if a checkpoint could not be written, at the next step.
         FloatingPointError: if it gave up; the first batch of the run says which terms
             and layers are not finite.
@@ -374,6 +376,8 @@ def fit(
         "teachers": [fingerprint(phase.teacher) for phase in phases],
     }
     agree("settings", identity)
+    if debug:
+        phases = [phase._replace(program=_checked(phase.program)) for phase in phases]
     several = jax.process_count() > 1
     report_every = report_every or min(feed.per_epoch, 100)
     evaluate_every, checkpoint_every = (
@@ -494,7 +498,7 @@ def fit(
                 while now.at < stop:
                     heed(state, now, meet=most is not None and calls % most == 0)
                     start = time.perf_counter()
-                    count = now.dispatch or 1
+                    count = 1 if debug else now.dispatch or 1
                     count = count if now.at + count <= stop else 1
                     state, metrics = feed.advance(
                         phase.program, state, phase.teacher, now.at, count
@@ -561,6 +565,12 @@ def _beside(new, old):
     return spread(new, old.sharding) if getattr(old, "committed", False) else new
 
 
+def _checked(program):
+    """The same program, with checks; one step at a time."""
+    one = raising(program.one.__wrapped__)
+    return program._replace(stage=checked(program.stage), one=one)
+
+
 def _give_up(phase, state, batch, at, in_a_row):
     """Raises, with what is not finite in the loss of a batch."""
     report = phase.program.stage.report(state, phase.teacher, batch)
@@ -568,6 +578,8 @@ def _give_up(phase, state, batch, at, in_a_row):
     found = f"On the run's first batch the terms {terms} and layers {layers} are not"
     if not terms and not layers:
         found = "On the run's first batch all is finite: look at the later ones"
+    if state.norms and state.norms.spikes > 0:
+        found += f"; {state.norms.spikes} updates were too long for the SpikeGuard"
     wanted = f"finite losses and gradients in phase {phase.name!r}"
     got = f"{in_a_row} skipped updates in a row at step {at}"
     raise FloatingPointError(message("fit", wanted, got, f"{found}."))

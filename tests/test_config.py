@@ -55,6 +55,7 @@ def test_every_field_can_be_read_back_from_its_default(tmp_path):
         ({"weight": 0, "task_weight": 0}, "expected a loss with a weight > 0"),
         ({"hint_epochs": 9}, "expected hint_epochs between 1 and epochs - 1 = 8"),
         ({"accumulate": 0}, "expected accumulate to be an integer >= 1, got 0"),
+        ({"spike_factor": 1.0}, "expected spike_factor to be > 1, got 1.0"),
         ({"limit": 0}, "expected limit to be an integer >= 1, got 0"),
     ],
 )

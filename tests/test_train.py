@@ -266,8 +266,44 @@ def test_debug_names_what_is_not_finite(world, tmp_path):
             params=jax.tree.map(lambda p: p * jnp.inf, state.params)
         ),
     )
-    with pytest.raises(AssertionError, match="loss"):
+    with pytest.raises(ValueError, match="step 0: expected finite parameters in regr"):
         train(world, tmp_path, phases=[phase], debug=True)
+
+
+def test_debug_changes_no_bit_of_a_run_that_is_right(world, whole, tmp_path):
+    fitted = train(world, tmp_path, debug=True)
+    for one, other in zip(
+        *(jax.tree.leaves(f.state._replace(key=None)) for f in (fitted, whole[1])),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_debug_names_a_label_that_is_no_class(world, tmp_path):
+    dataset = world["dataset"]
+    wrong = np.where(np.arange(dataset.train.n) == 5, 7, dataset.train.label)
+    split = Split(dataset.train.image, wrong.astype(np.int32))
+    feed = on_device(dataset._replace(train=split), BATCH, jax.random.key(3))
+    phase = Phase("kd", world["programs"]["distillation"], EPOCH + 1, world["teacher"])
+    with pytest.raises(
+        ValueError, match=r"expected labels in 0\.\.2, got 7 at example"
+    ):
+        train(world, tmp_path, phases=[phase, phase], feed=feed, debug=True)
+
+
+def test_a_run_of_spikes_alone_gives_up_and_says_so(world, tmp_path):
+    def lower(state):
+        norms = state.norms._replace(mean=jnp.float32(1e-9), count=jnp.int32(100))
+        return state._replace(norms=norms)
+
+    student = hj.linen(Net(4))
+    method = hj.objective(task=hj.task(optax.softmax_cross_entropy_with_integer_labels))
+    stage = hj.distillation_stage(
+        student, None, method, optax.sgd(0.1), spikes=hj.SpikeGuard()
+    )
+    phase = Phase("task", program(stage, BATCH), 8, adjust=lower)
+    with pytest.raises(FloatingPointError, match="4 updates were too long for the Spi"):
+        train(world, tmp_path, phases=[phase], report_every=2, give_up=3)
 
 
 def test_a_run_gives_up_after_updates_skipped_in_a_row_and_says_why(world, tmp_path):
