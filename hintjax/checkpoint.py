@@ -719,7 +719,9 @@ def _orbax() -> Iterator[ocp.Checkpointer]:
     try:
         mine = jax.process_index()
         alone = ocp.options.MultiprocessingOptions(
-            primary_host=mine, active_processes={mine}, barrier_sync_key_prefix="hintjax"
+            primary_host=mine,
+            active_processes={mine},
+            barrier_sync_key_prefix="hintjax",
         )
         handler = ocp.StandardCheckpointHandler(multiprocessing_options=alone)
         with ocp.Checkpointer(handler, multiprocessing_options=alone) as orbax:

@@ -23,7 +23,7 @@ from hintjax.rundir import owned
 
 TINY = (
     *("--student", "hintjax.models:plain_wide", "--batch-size", "16"),
-    *("--epochs", "4", "--teacher-epochs", "2"),
+    *("--epochs", "4", "--teacher-epochs", "2", "--devices", "1"),
 )
 
 
@@ -168,8 +168,15 @@ def test_doctor_names_versions_devices_and_disk(capsys):
         (["--weight", "0", "--task-weight", "0"], "a loss with a weight > 0"),
         (["--student", "hintjax.models:resnet21"], "resnet20"),
         (["--student", "nowhere.at:all"], "model: expected to import nowhere.at"),
-        (["--student", "resnet20"], "expected package.module:factory"),
+        (["--student", "resnet20"], "expected student as package.module:factory"),
         (["--batch-size", "5000"], "batch_size"),
+        (
+            ["--batch-size", "20"],
+            "batch_size that 8 devices can share evenly, got 20. ",
+        ),
+        (["--devices", "9"], "at most the devices that are here, got 9 of 8"),
+        (["--fsdp", "3"], "fsdp to divide the devices, got 3 with 8"),
+        (["--coordinator", "here:1"], "got no processes and no process"),
         (["--teacher", "no/such/run"], "expected a file"),
         (["--method", "fitnets", "--pairs", "conv99=conv2"], "Nearest: conv9"),
         (["--method", "fitnets", "--epochs", "1"], "one for each stage"),

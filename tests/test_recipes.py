@@ -61,7 +61,8 @@ RESNETS = {"student": "hintjax.models:resnet8", "teacher": "hintjax.models:resne
 
 @pytest.fixture(scope="module")
 def setting(corners):
-    return prepare(Config(method="kd", dataset=corners, **RESNETS), teach=True)
+    config = Config(method="kd", dataset=corners, devices=1, **RESNETS)
+    return prepare(config, teach=True)
 
 
 def test_every_method_has_a_name_in_the_command():
@@ -95,7 +96,8 @@ def test_the_table_of_methods_is_current(capsys):
 @pytest.fixture(scope="module")
 def transformers(corners):
     models = dict.fromkeys(("student", "teacher"), "hintjax.models:vit_micro")
-    return prepare(Config(method="kd", dataset=corners, **models), teach=True)
+    config = Config(method="kd", dataset=corners, devices=1, **models)
+    return prepare(config, teach=True)
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -117,7 +119,7 @@ def test_every_recipe_traces_and_attaches_where_its_authors_did(
 def test_tokens_are_compared_with_maps_on_their_grid(name, turned, corners):
     models = [f"hintjax.models:{model}" for model in ("vit_micro", "resnet8")]
     student, teacher = reversed(models) if turned else models
-    given = {"dataset": corners, "student": student, "teacher": teacher}
+    given = {"dataset": corners, "student": student, "teacher": teacher, "devices": 1}
     mixed = prepare(Config(method=name, **given), teach=True)
     assert mixed.places.class_tokens == ((0, 1) if turned else (1, 0))
     check(mixed, RECIPES[name])
@@ -147,6 +149,7 @@ def run(corners, run_dir, *options):
         [
             *("distill", "--dataset", corners, "--run-dir", str(run_dir)),
             *("--batch-size", "16", "--epochs", "2", "--teacher-epochs", "1"),
+            *("--devices", "1"),
             *("--student", RESNETS["student"], "--teacher", RESNETS["teacher"]),
             *options,
         ]
@@ -188,7 +191,9 @@ def test_a_student_with_parts_is_shipped_with_them(corners, teacher, tmp_path, c
     found = run(corners, path, "--method", "simkd", *teacher)
     main(["eval", str(path)])
     assert f"test accuracy: {found['test/accuracy']:.4f}" in capsys.readouterr().out
-    config = Config(method="simkd", dataset=corners, student=RESNETS["student"])
+    config = Config(
+        method="simkd", dataset=corners, student=RESNETS["student"], devices=1
+    )
     config = Config(**{**vars(config), "teacher": teacher[1]})
     setting = prepare(config, teach=True)
     network, variables = load_deployed(setting, path, RECIPES["simkd"])

@@ -81,6 +81,7 @@ def world(tmp_path_factory):
             student="tiny_networks:student",
             teacher="tiny_networks:teacher",
             batch_size=7,
+            devices=1,
             hint_epochs=1,
             negatives=4,
             pad=1,
