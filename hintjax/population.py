@@ -73,8 +73,8 @@ def population(
     byte arrives, gathering costs more than it spares.
 
     Args:
-        stage: the stage of one student, on one device. Its teacher must not depend on
-            the student.
+        stage: the stage of one student, on one device if there is a mesh here. Its
+            teacher must not depend on the student.
         n: how many students.
         together: all in one program (`jax.vmap`); or one program for the teacher and
             one that takes each student in turn. By default apart on CPUs, and together
@@ -88,8 +88,8 @@ def population(
         The population.
 
     Raises:
-        ValueError: if n < 1, there are not as many keys or students, or devices cannot
-            share them evenly.
+        ValueError: if n < 1, there are not as many keys or students, devices cannot
+            share them evenly, or the stage has a mesh, too.
     """
     positive_int("population", n=n)
     if together is None:
@@ -111,6 +111,11 @@ def population(
             stage.init(key, variables, teacher, batch, data)
             for key, variables in zip(keys, each, strict=True)
         ]
+        devices = len(members[0].step.sharding.device_set)
+        if mesh is not None and devices > 1:
+            do = "Leave out its mesh=: each device has whole students."
+            wanted, got = "a stage on one device", f"one on {devices}"
+            raise ValueError(message("population", wanted, got, do))
         if adjust is not None:
             members = [adjust(number, state) for number, state in enumerate(members)]
         if not stacked:

@@ -53,7 +53,7 @@ def double(tree):
     return jax.tree.map(one, tree)
 
 
-def made(weight):
+def made(weight, mesh=None):
     """The stage of one student, some students, and the teacher."""
     student, teacher = hj.linen(Net(4)), hj.linen(Net(WIDTH))
     image = images()["image"]
@@ -63,7 +63,7 @@ def made(weight):
         hint=hj.weighted(hj.fitnets([("norm", "norm")]), weight),
     )
     optimizer = optax.inject_hyperparams(optax.sgd)(learning_rate=0.1)
-    stage = hj.distillation_stage(student, teacher, method, optimizer)
+    stage = hj.distillation_stage(student, teacher, method, optimizer, mesh=mesh)
     ours = [double(student.init(jax.random.key(i), image)) for i in range(N)]
     return stage, ours, double(teacher.init(jax.random.key(9), image))
 
@@ -209,6 +209,11 @@ def test_devices_have_equal_shares_of_students_and_of_a_batch():
     short = {name: entry[:6] for name, entry in images().items()}
     with pytest.raises(ValueError, match="batch: .*Use a multiple of 8, such as 8"):
         crowd.update(members, theirs, short)
+    crowd = hj.population(made(1.0, mesh)[0], 8, mesh=mesh)
+    with pytest.raises(
+        ValueError, match="expected a stage on one device, got one on 8"
+    ):
+        crowd.init(keys(8), ours[0], theirs, images())
 
 
 @pytest.mark.quick
