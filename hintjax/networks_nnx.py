@@ -44,6 +44,8 @@ def nnx(
 
     Returns:
         The network. Its state is all that is neither `nnx.Param` nor a random stream.
+        (NNX makes a model whose axes have names only under `jax.set_mesh`, or without
+        `nnx.use_eager_sharding`.)
 
     Raises:
         TypeError: if the model takes other arguments and there is no `call`.

@@ -12,7 +12,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 import hintjax as hj
-from hintjax.checkpoint import open_checkpoints
+from hintjax.checkpoint import load_tree, open_checkpoints, save_tree
 from hintjax.sharding import Layout, check_rules, make_mesh, place, stored
 
 KEY = jax.random.key(0)
@@ -174,7 +174,15 @@ def test_students_and_checkpoints_are_what_flax_knows(tmp_path):
             *ours, images()["image"], wants=hj.Wants(params=("norm/scal",)), train=False
         )
 
-    checkpoints = open_checkpoints(tmp_path)
+    file = tmp_path / "student"
+    with pytest.raises(TypeError, match="save_tree: .*got Partitioned"):
+        save_tree(file, hj.join(shipped))
+    save_tree(file, nn.unbox(hj.join(shipped)))
+    jax.tree.map(
+        np.testing.assert_array_equal, load_tree(file), nn.unbox(hj.join(ours))
+    )
+
+    checkpoints = open_checkpoints(tmp_path / "run")
     checkpoints.save(1, state)
     again, _ = checkpoints.restore(state)
     checkpoints.close()
