@@ -95,9 +95,10 @@ def scalar(
     A number that 32 bits would make infinite is none that can be computed with.
     """
     for name, value in values.items():
-        if not isinstance(value, int | float) and not (
-            is_array(value) and value.ndim == 0 and jnp.isrealobj(value)
-        ):
+        real = is_array(value) and any(
+            jnp.issubdtype(value.dtype, kind) for kind in (jnp.floating, jnp.integer)
+        )
+        if not isinstance(value, int | float) and not (real and value.ndim == 0):
             do = "It is one number."
             raise ValueError(message(caller, f"{name} {wanted}", described(value), do))
         if isinstance(value, jax.core.Tracer):

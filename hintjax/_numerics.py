@@ -30,15 +30,22 @@ def as_float(caller: str, *arrays: Array) -> Array | list[Array]:
     Returns:
         The array, or the list of them if there were several.
     """
-    got = " and ".join(map(_checks.described, arrays))
+    raised = raise_float(caller, *arrays)
+    if not all(array.size for array in arrays):
+        got = " and ".join(map(_checks.described, arrays))
+        raise ValueError(_checks.message(caller, "arrays with entries", got))
+    return raised
+
+
+def raise_float(caller: str, *arrays: Array) -> Array | list[Array]:
+    """`as_float` of arrays that may have no entries."""
     if not all(
         _checks.is_array(array) and jnp.issubdtype(array.dtype, jnp.floating)
         for array in arrays
     ):
+        got = " and ".join(map(_checks.described, arrays))
         do = "Convert first, e.g. x.astype(jnp.float32)."
         raise TypeError(_checks.message(caller, "floating-point arrays", got, do))
-    if not all(array.size for array in arrays):
-        raise ValueError(_checks.message(caller, "arrays with entries", got))
     arrays = [jnp.asarray(array) for array in arrays]
     wide = any(array.dtype == jnp.float64 for array in arrays)
     arrays = [array.astype(jnp.float64 if wide else jnp.float32) for array in arrays]

@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int, Key, Num, ScalarLike
 
-from hintjax._checks import function, instance, message, scalar
+from hintjax._checks import described, function, instance, message, scalar
 from hintjax._numerics import as_float, either, masked_mean
 from hintjax.networks import Wants
 
@@ -370,7 +370,7 @@ def hints_of(caller: str, pairs: Pairs) -> tuple[Wants, Wants]:
         if not two or [type(path) for path in pair] != [str, str]:
             wanted = "each pair to be (guided layer, hint layer), two paths"
             do = 'For instance [("group2", "group2")].'
-            raise ValueError(message(caller, wanted, f"{pair!r}", do))
+            raise ValueError(message(caller, wanted, described(pair), do))
     guided, hints = zip(*pairs, strict=True)
     return Wants(hints=guided), Wants(hints=hints)
 

@@ -155,3 +155,12 @@ def test_max_pooling_gives_the_first_maximum_its_gradient(size):
     got, back = jax.vjp(lambda x: _numerics.adaptive_max_pool(x, size), jnp.array(x))
     np.testing.assert_array_equal(got, want)
     np.testing.assert_array_equal(back(jnp.ones_like(got))[0], gradient)
+
+
+def test_what_has_no_entries_has_no_mean(unchecked):
+    with pytest.raises(ValueError, match="loss: expected arrays with entries, got"):
+        _numerics.as_float("loss", jnp.zeros((4, 0)), jnp.zeros((4, 3)))
+    assert (
+        _numerics.raise_float("loss", jnp.zeros((4, 0), jnp.bfloat16)).dtype
+        == jnp.float32
+    )

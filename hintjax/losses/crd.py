@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, ScalarLike
 
 from hintjax import _checks
-from hintjax._numerics import as_float, keep
+from hintjax._numerics import as_float, keep, raise_float
 
 EPSILON = 1e-7  # the code's, added to K / n
 
@@ -116,7 +116,7 @@ def contrastive_scores_loss(
     Array([1.26746], dtype=float32)
     """
     caller = "contrastive_scores_loss"
-    positive, negatives = as_float(caller, positive, negatives)
+    positive, negatives = raise_float(caller, positive, negatives)
     _check_scores(caller, positive, negatives, valid, where)
     _checks.positive(caller, temperature=temperature, size=size)
     known = "to be a number"
@@ -176,7 +176,7 @@ def contrastive_log_constant(
         Discrimination, 2018, section 3.2; Tian et al. 2020, code.
     """
     caller = "contrastive_log_constant"
-    positive, negatives = as_float(caller, positive, negatives)
+    positive, negatives = raise_float(caller, positive, negatives)
     _check_scores(caller, positive, negatives, valid, where)
     _checks.positive(caller, temperature=temperature, size=size)
     positive, negatives = jax.lax.stop_gradient((positive, negatives))
