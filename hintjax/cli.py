@@ -156,10 +156,14 @@ def _said(config):
 
 
 def keep_compiled(folder: Path) -> None:
-    """What is compiled is kept for a run that goes on, unless JAX was told where."""
+    """What is compiled is kept for a run that goes on, unless JAX was told where.
+
+    All of it: what compiles in less than a second is hundreds of programs together.
+    """
     there = first() or folder.parent.exists()
     if there and jax.config.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", str(folder))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 
 def _distill(config, run_dir, arms, used, resume):
@@ -181,7 +185,8 @@ def _distill(config, run_dir, arms, used, resume):
         if not arms:
             (recipe,) = used
             how = {"teacher": variables, "resume": resume, "show": begin("student")}
-            run(setting, run_dir, recipe, **how)
+            fitted, _ = run(setting, run_dir, recipe, **how)
+            print(fitted.account())
             return
         found = compare(setting, run_dir, arms, variables, begin=begin)
     baselines = [arm.name for arm in arms if arm.baseline] or [arms[0].name]

@@ -57,6 +57,7 @@ from hintjax.stages import Stage, State, not_finite, student_variables
 
 Batch = Mapping[str, Array]
 _BEHIND = 1.0  # seconds of work that a signal may have to wait for
+_OVERHEAD = ("checkpoints", "data", "lost")  # seconds that train nobody
 _MEASURED = 8  # single steps that say how long a step takes on this accelerator
 
 
@@ -104,6 +105,7 @@ class Feed(NamedTuple):
         per_epoch: steps in an epoch.
         position: what a checkpoint must hold to go on from here; JSON.
         seek: goes to such a position.
+        waited: seconds in which steps waited for a batch, since it was asked last.
     """
 
     advance: Callable[..., tuple[State, Mapping[str, Array]]]
@@ -112,6 +114,7 @@ class Feed(NamedTuple):
     per_epoch: int
     position: Callable[[], Any]
     seek: Callable[[Any], None]
+    waited: Callable[[], float] = lambda: 0.0
 
 
 class Fitted(NamedTuple):
@@ -119,9 +122,26 @@ class Fitted(NamedTuple):
 
     state: State
     steps: int
-    seconds: float  # of training: evaluation, compilation and saving are not in it
+    seconds: float  # of steps: what is in `spent` is not in it
     boundaries: tuple[int, ...]  # the global step at which each phase ended
     spent: Mapping[str, float]  # seconds that went elsewhere, and into lost steps
+
+    @property
+    def goodput(self) -> float:
+        """The share of steps and evaluations in all seconds but those of compilation.
+
+        Lost are the steps after a checkpoint that a resumed run has made again, as far
+        as a report told of them; the start of a process is in none of the seconds.
+        """
+        useful = self.seconds + self.spent.get("evaluation", 0.0)
+        others = sum(self.spent.get(name, 0.0) for name in _OVERHEAD)
+        return useful / max(useful + others, 1e-9)
+
+    def account(self) -> str:
+        """Where the time went, in one line."""
+        shown = {"steps": self.seconds, **self.spent}
+        parts = ", ".join(f"{name} {s:.1f} s" for name, s in sorted(shown.items()))
+        return f"goodput {self.goodput:.1%}, less compilation ({parts})"
 
 
 def program(
@@ -246,8 +266,16 @@ def streamed(
         process_count=processes,
     )
 
+    dispatched, seconds = [], 0.0
+
     def following():
+        nonlocal seconds
+        start = time.perf_counter()
         batch = next(batches)
+        # While an earlier step still runs, a batch that is late holds up nothing. If
+        # that step ended in the meantime, all of the wait counts.
+        if all(array.is_ready() for array in dispatched):
+            seconds += time.perf_counter() - start
         return batch if mesh is None else from_process(batch, mesh)
 
     start = batches.get_state()
@@ -257,7 +285,13 @@ def streamed(
     def advance(program, state, teacher, at, count):
         for _ in range(count):
             state, metrics = program.stage.update(state, teacher, following())
+            dispatched[:] = jax.tree.leaves(metrics)
         return state, metrics
+
+    def waited():
+        nonlocal seconds
+        since, seconds = seconds, 0.0
+        return since
 
     return Feed(
         advance=advance,
@@ -266,6 +300,7 @@ def streamed(
         per_epoch=steps_per_epoch(train.n, batch_size),
         position=batches.get_state,
         seek=batches.set_state,
+        waited=waited,
     )
 
 
@@ -400,7 +435,8 @@ def fit(
 
     def save(state, now, owed=None):
         """A step that is there already was saved by the run that this one resumes."""
-        if now.at <= (checkpoints.latest() or 0):
+        start = time.perf_counter()
+        if now.at <= (checkpoints.latest() or 0):  # waits for a save in flight
             return now
         lowest = now.found is not None and (
             now.lowest is None or now.found < now.lowest
@@ -408,7 +444,6 @@ def fit(
         now = now._replace(lowest=now.found if lowest else now.lowest)
         extra = {"now": now._asdict(), "position": feed.position(), "of": identity}
         extra |= {"owed": _packed(owed), "time": time.time()}
-        start = time.perf_counter()
         checkpoints.save(now.at, state, extra, best=lowest)
         return now.spend("checkpoints", time.perf_counter() - start)
 
@@ -432,13 +467,21 @@ def fit(
         return begin(number, student, template(number - 1) if carry else None)
 
     def restore():
+        start, made = time.perf_counter(), 0.0
+
         def like(extra):
+            nonlocal made
             _check_identity(run_dir, extra["of"], identity, harmless)
-            return template(extra["now"]["phase"])
+            begun = time.perf_counter()
+            state = template(extra["now"]["phase"])
+            made += time.perf_counter() - begun
+            return state
 
         state, extra = checkpoints.restore(like)
         feed.seek(extra["position"])
         now, saved = _Now(**extra["now"]), extra["time"]
+        now = now.spend("compilation", made)
+        now = now.spend("checkpoints", time.perf_counter() - start - made)
 
         def lost():
             """What it did after this checkpoint, as far as it said, is done again."""
@@ -511,6 +554,7 @@ def fit(
                         jax.block_until_ready(ahead.popleft())
                     if timer is None:  # that was compilation
                         jax.block_until_ready(metrics)
+                        feed.waited()  # for its batch, in the same seconds
                         timer = _Timer()
                         now = now.spend("compilation", time.perf_counter() - start)
                     elif most is None:
@@ -524,7 +568,9 @@ def fit(
                     continue
                 owed = jax.device_get(metrics)
                 ahead.clear()
-                now = now._replace(seconds=now.seconds + timer.seconds())
+                waited = feed.waited()
+                seconds = now.seconds + timer.seconds() - waited
+                now = now._replace(seconds=seconds).spend("data", waited)
                 heed(state, now, owed)
             now, owed = report(lines, state, owed, now), None
             if over(now) or now.at % checkpoint_every == 0:

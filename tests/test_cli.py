@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -70,7 +71,9 @@ def test_a_teacher_can_be_an_earlier_run(finished, corners, tmp_path, capsys):
     main(["distill", "--method", "kd", "--teacher", str(finished), *common])
     assert not (run_dir / "teacher").exists()
     main(["eval", str(run_dir)])
-    assert "test accuracy:" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "test accuracy:" in said
+    assert re.search(r"goodput \d+\.\d%, less compilation \(checkpoints .*steps", said)
     result = json.loads((run_dir / "result.json").read_text())
     assert {"test/kd", "test/task/accuracy", "validation/loss"} <= set(result)
 
@@ -214,15 +217,20 @@ def test_foreign_and_unwritable_run_directories_are_refused(tmp_path, capsys):
 
 @pytest.mark.quick
 def test_programs_are_kept_in_the_run_directory_unless_jax_was_told_where(tmp_path):
-    told = jax.config.jax_compilation_cache_dir
-    keep_compiled(tmp_path / "run")
-    assert jax.config.jax_compilation_cache_dir == told
+    names = "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs"
+    before = [getattr(jax.config, name) for name in names]
     try:
-        jax.config.update("jax_compilation_cache_dir", None)
+        jax.config.update(names[1], 7.0)
         keep_compiled(tmp_path / "run")
-        assert jax.config.jax_compilation_cache_dir == str(tmp_path / "run")
+        assert [getattr(jax.config, name) for name in names] == [before[0], 7.0]
+        jax.config.update(names[0], None)
+        keep_compiled(tmp_path / "run")
+        assert [getattr(jax.config, name) for name in names] == [
+            *(str(tmp_path / "run"), 0.0),
+        ]
     finally:
-        jax.config.update("jax_compilation_cache_dir", told)
+        for name, value in zip(names, before, strict=True):
+            jax.config.update(name, value)
 
 
 @pytest.mark.quick

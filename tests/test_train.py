@@ -22,9 +22,16 @@ import hintjax as hj
 from hintjax import metrics
 from hintjax import train as loop
 from hintjax.checkpoint import DamageError, fingerprint, open_checkpoints
-from hintjax.data import Augment, Dataset, Split, evaluation_batches, statistics
+from hintjax.data import (
+    Augment,
+    Dataset,
+    Split,
+    evaluation_batches,
+    statistics,
+    stream,
+)
 from hintjax.metrics import read_metrics
-from hintjax.train import Phase, evaluate, fit, on_device, program, streamed
+from hintjax.train import Fitted, Phase, evaluate, fit, on_device, program, streamed
 
 BATCH, EPOCH = 8, 4  # examples in a step, steps in an epoch
 
@@ -529,10 +536,46 @@ def test_where_the_time_went_is_told_over_all_attempts(world, tmp_path, monkeypa
         # The save of step 4, the lines of steps 5, 6 and 7: thirty seconds for naught.
         fitted = train(world, tmp_path, resume=True)
     assert fitted.spent["lost"] == 30.0
+    assert fitted.spent.pop("data") == 0  # all of it is on the device
     assert {*fitted.spent} == {"checkpoints", "compilation", "evaluation", "lost"}
     assert min(fitted.spent.values()) > 0 and fitted.seconds > 0
     again = train(world, tmp_path, resume=True)
     assert again.spent["evaluation"] == fitted.spent["evaluation"]
+
+
+def test_what_trains_nobody_counts_against_goodput():
+    spent = {"evaluation": 5.0, "checkpoints": 1.0, "data": 1.5, "lost": 2.5}
+    fitted = Fitted(None, 10, 90.0, (10,), spent | {"compilation": 60.0})
+    assert fitted.goodput == 0.95
+    assert fitted.account() == (
+        "goodput 95.0%, less compilation (checkpoints 1.0 s, compilation 60.0 s, "
+        "data 1.5 s, evaluation 5.0 s, lost 2.5 s, steps 90.0 s)"
+    )
+
+
+def test_steps_that_wait_for_data_are_told(world, tmp_path, monkeypatch):
+    class Slow:
+        def __init__(self, batches):
+            self.get_state, self.set_state = batches.get_state, batches.set_state
+            self.batches = batches
+
+        def __next__(self):
+            time.sleep(0.04)
+            return next(self.batches)
+
+    monkeypatch.setattr(loop, "stream", lambda *a, **k: Slow(stream(*a, **k)))
+    fitted = train(world, tmp_path, feed=streamed(world["dataset"], BATCH, seed=0))
+    # Of sixteen steps, the first of each phase waits among its compilation.
+    assert fitted.spent["data"] >= 14 * 0.04 and fitted.goodput < 1
+    # While an earlier step still runs, its successor's batch may be late.
+    busy = types.SimpleNamespace(is_ready=lambda: False)
+    update = types.SimpleNamespace(update=lambda state, *rest: (state, {"loss": busy}))
+    runs, feed = types.SimpleNamespace(stage=update), streamed(world["dataset"], 8, 0)
+    feed.waited()
+    feed.advance(runs, None, None, 0, 1)
+    assert feed.waited() >= 0.04
+    feed.advance(runs, None, None, 1, 2)
+    assert feed.waited() == 0
 
 
 def test_long_steps_do_not_queue_up_before_a_signal(world, tmp_path, monkeypatch):
