@@ -187,6 +187,18 @@ def test_students_of_a_population_are_measured_against_one_alone(script, tmp_pat
         assert flops["mesh 2"] == pytest.approx(shared / 2, rel=0.05)
 
 
+def test_micro_batches_are_measured_against_the_whole_batch(script, tmp_path):
+    accumulation = script("accumulation")
+    file = tmp_path / "results.json"
+    accumulation.main(["--small", "--rounds", "6", "--out", str(file)])
+    record = json.loads(file.read_text())
+    assert set(record["programs"]) == set(record["ratios"]) == {"1", "2"}
+    one, two = (record["programs"][count] for count in ("1", "2"))
+    assert positive(one["step_seconds"])
+    assert two["flops"] == pytest.approx(one["flops"], rel=0.05)
+    assert positive(record["ratios"]["2"])
+
+
 def test_crd_negatives_are_measured_against_none(script, tmp_path):
     crd_negatives = script("crd_negatives")
     file = tmp_path / "results.json"
