@@ -89,6 +89,7 @@ def _interval(found):
 CAMPAIGN = "tests/reliability/test_campaign.py::"
 RESUME = "tests/reliability/test_resume.py::"
 DATA = "tests/reliability/test_data_exact.py::"
+LOOP, COMMAND = "tests/test_train.py::", "tests/test_cli.py::"
 SECURITY = "tests/reliability/test_security.py::"
 LONG = f"{CAMPAIGN}test_the_long_campaign"
 SHORT = f"{CAMPAIGN}test_goodput_is_measured_in_parts"
@@ -188,6 +189,24 @@ PROMISES = (
             ("on_device", "data on the device"),
             ("streamed", "data read by Grain"),
         )
+    ),
+    Promise(
+        "A run of the command ends by saying its goodput, and the seconds of steps, "
+        "evaluation, compilation, checkpoints, waits for data and lost steps, over all "
+        "attempts.",
+        (
+            f"{LOOP}test_where_the_time_went_is_told_over_all_attempts",
+            f"{LOOP}test_what_trains_nobody_counts_against_goodput",
+            f"{LOOP}test_steps_that_wait_for_data_are_told",
+            f"{COMMAND}test_a_teacher_can_be_an_earlier_run",
+        ),
+    ),
+    Promise(
+        "What the command has compiled is kept in the run directory for a restart, "
+        "unless JAX was told where.",
+        (
+            f"{COMMAND}test_programs_are_kept_in_the_run_directory_unless_jax_was_told_where",
+        ),
     ),
     Promise(
         f"A save keeps the training thread for at most {BLOCKED:.0%} of a step at the "
