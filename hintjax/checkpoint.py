@@ -526,7 +526,10 @@ def _stage(caller: str, staging: Path, target: Path, host: list[np.ndarray]) -> 
     if not any(array.size for array in host):
         raise ValueError(message(caller, "a tree with arrays in it", "none"))
     shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
+    try:
+        staging.mkdir(parents=True)
+    except OSError as error:
+        raise unwritten(caller, target, _size(host), error) from error
     if shutil.disk_usage(staging).free < _size(host):
         staging.rmdir()
         full = OSError(errno.ENOSPC, "the disk is full")

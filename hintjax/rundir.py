@@ -157,7 +157,8 @@ def unwritten(caller: str, target: Path, needed: int, error: Exception) -> OSErr
     code = getattr(error, "errno", None) or errno.EIO
     if code == errno.ENOSPC or "No space left" in str(error):  # as tensorstore words it
         reason, code = "the disk is full", errno.ENOSPC
-    free = shutil.disk_usage(target.parent).free
+    there = next(path for path in target.parents if os.path.exists(path))
+    free = shutil.disk_usage(there).free
     text = (
         f"{caller}: nothing was written, {reason}; {needed} bytes are needed and "
         f"{free} are free. What was there before is as it was"
