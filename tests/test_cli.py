@@ -19,6 +19,8 @@ import pytest
 from hintjax import models
 from hintjax.checkpoint import fingerprint, load_tree
 from hintjax.cli import keep_compiled, main
+from hintjax.config import Config
+from hintjax.experiment import check_teacher, load_student, prepare
 from hintjax.metrics import read_metrics
 from hintjax.rundir import owned
 
@@ -84,6 +86,20 @@ def test_every_method_runs_by_name(method, finished, corners, tmp_path):
     teacher = ("--teacher", str(finished / "teacher"))
     main(["distill", "--method", method, *teacher, *common])
     assert (tmp_path / "run" / "result.json").exists()
+
+
+def test_a_teacher_that_knows_little_is_named(finished, corners):
+    config = Config(dataset=corners, teacher=str(finished), devices=1)
+    setting = prepare(config, teach=True)
+    trained = load_student(finished)[1]
+    assert check_teacher(setting, trained) == 1.0  # and warns of nothing
+    # As if it had been trained on inputs of another scale and sign.
+    other = setting.dataset.standardize._replace(
+        std=-100 * setting.dataset.standardize.std
+    )
+    wrong = setting._replace(dataset=setting.dataset._replace(standardize=other))
+    with pytest.warns(UserWarning, match=r"a run: .* less than 50 %.*standardised"):
+        assert check_teacher(wrong, trained) < 0.5
 
 
 def test_the_comparison_shows_a_table_and_a_picture(corners, tmp_path, capsys):
