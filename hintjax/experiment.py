@@ -115,7 +115,24 @@ def factory(name: str) -> Callable[..., Any]:
         do = f"Nearest: {near}."
         wanted = f"a factory in {module_name}"
         raise ValueError(message("model", wanted, attribute, do))
-    return getattr(module, attribute)
+    made = getattr(module, attribute)
+    parameters = _parameters(made)
+    missing = [
+        parameter.name
+        for parameter in parameters.values()
+        if parameter.default is parameter.empty
+        and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+        and parameter.name not in ("self", "classes", "rngs")
+    ]
+    kinds = {parameter.kind for parameter in parameters.values()}
+    if missing or not {"classes", inspect.Parameter.VAR_KEYWORD} & {
+        *parameters,
+        *kinds,
+    }:
+        got = f"one that wants {', '.join(missing)}" if missing else "another thing"
+        wanted = f"{name} to be a factory, called as {attribute}(classes=...)"
+        raise ValueError(message("model", wanted, got))
+    return made
 
 
 def network(name: str, classes: int) -> Network:
@@ -155,9 +172,17 @@ def _attribute(name, classes, attribute, missing):
 
 
 def _takes_rngs(made):
+    return "rngs" in _parameters(made)
+
+
+def _parameters(made):
+    """What a factory is called with; nothing, if it cannot be called or does not say."""
     # The class of an NNX model hides the parameters of its __init__.
     called = made.__init__ if isinstance(made, type) else made
-    return "rngs" in inspect.signature(called).parameters
+    try:
+        return inspect.signature(called).parameters
+    except (TypeError, ValueError):
+        return {}
 
 
 def prepare(config: Config, *, teach: bool = False) -> Setting:
