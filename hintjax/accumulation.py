@@ -13,27 +13,28 @@ from jaxtyping import Array, Float, Int, PyTree
 from hintjax.sharding import Layout
 
 
-def micro_batches(batch: PyTree, count: int) -> PyTree:
-    """The examples of a batch, which `count` divides, in micro-batches.
+def micro_batch(batch: PyTree, i: Int[Array, ""] | int, count: int) -> PyTree:
+    """The i-th of `count` micro-batches, which divide the batch; it alone is copied.
 
-    >>> micro_batches(jnp.arange(6), 2).tolist()
-    [[0, 2, 4], [1, 3, 5]]
+    >>> micro_batch(jnp.arange(6), 1, 2).tolist()
+    [1, 3, 5]
     """
+    return jax.tree.map(lambda leaf: entry(_cut(leaf, count), i, 1), batch)
 
-    def cut(leaf):
-        size = leaf.shape[0] // count
-        return leaf.reshape(size, count, *leaf.shape[1:]).swapaxes(0, 1)
 
-    return jax.tree.map(cut, batch)
+def entry(tree: PyTree, i: Int[Array, ""] | int, axis: int = 0) -> PyTree:
+    """The i-th entry of every array, along an axis."""
+    return jax.tree.map(
+        lambda leaf: jax.lax.dynamic_index_in_dim(leaf, i, axis, keepdims=False), tree
+    )
 
 
 def valid(batch: PyTree, count: int) -> Int[Array, " count"]:
     """How many examples count in each micro-batch."""
     where = batch.get("where")
     if where is not None:
-        return jnp.sum(micro_batches(where, count), 1)
-    size = jax.tree.leaves(batch)[0].shape[0]
-    return jnp.full(count, size // count)
+        return jnp.sum(_cut(where, count), 0)
+    return jnp.full(count, jax.tree.leaves(batch)[0].shape[0] // count)
 
 
 def weighed(
@@ -45,17 +46,17 @@ def weighed(
 
 
 def summed(
-    learn: Callable[[PyTree, PyTree], tuple[PyTree, PyTree]],
+    learn: Callable[[PyTree, Int[Array, ""] | int], tuple[PyTree, PyTree]],
     carry: PyTree,
-    parts: PyTree,
+    count: int,
     layout: Layout | None,
 ) -> tuple[PyTree, PyTree]:
     """The sum of what each micro-batch gives.
 
     Args:
-        learn: `(carry, part) -> (carry, what is summed)`.
+        learn: `(carry, i) -> (carry, what is summed)`, for the i-th micro-batch.
         carry: what goes from each micro-batch to the next.
-        parts: arrays whose first axis is that of the micro-batches.
+        count: how many there are.
         layout: of the stage.
 
     Returns:
@@ -63,30 +64,32 @@ def summed(
     """
     if unrolled(layout):
         total = None
-        for i in range(_count(parts)):
-            carry, found = learn(carry, _part(parts, i + _nothing(total)))
+        for i in range(count):
+            carry, found = learn(carry, i + _nothing(total))
             total = found if total is None else jax.tree.map(jnp.add, total, found)
         return carry, total
 
-    def one(before, part):
+    def one(before, i):
         carry, total = before
-        carry, found = learn(carry, part)
+        carry, found = learn(carry, i)
         return (carry, jax.tree.map(jnp.add, total, found)), None
 
-    _, shapes = jax.eval_shape(learn, carry, _part(parts, 0))
+    _, shapes = jax.eval_shape(learn, carry, 0)
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-    (carry, total), _ = jax.lax.scan(one, (carry, zeros), parts)
+    (carry, total), _ = jax.lax.scan(one, (carry, zeros), jnp.arange(count))
     return carry, total
 
 
 def stacked(
-    function: Callable[[PyTree], PyTree], parts: PyTree, layout: Layout | None
+    function: Callable[[Int[Array, ""] | int], PyTree],
+    count: int,
+    layout: Layout | None,
 ) -> PyTree:
     """What a function makes of each micro-batch, along a new first axis."""
     if unrolled(layout):
-        found = [function(_part(parts, i)) for i in range(_count(parts))]
+        found = map(function, range(count))
         return jax.tree.map(lambda *leaves: jnp.stack(leaves), *found)
-    return jax.lax.map(function, parts)
+    return jax.lax.map(function, jnp.arange(count))
 
 
 def unrolled(layout: Layout | None) -> bool:
@@ -100,14 +103,8 @@ def unrolled(layout: Layout | None) -> bool:
     return layout.mesh.devices.flat[0].platform == "cpu"
 
 
-def _count(parts):
-    return jax.tree.leaves(parts)[0].shape[0]
-
-
-def _part(parts, i):
-    return jax.tree.map(
-        lambda leaf: jax.lax.dynamic_index_in_dim(leaf, i, keepdims=False), parts
-    )
+def _cut(leaf, count):
+    return leaf.reshape(leaf.shape[0] // count, count, *leaf.shape[1:])
 
 
 def _nothing(total):

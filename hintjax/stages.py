@@ -34,7 +34,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 from hintjax import debugging
 from hintjax._checks import mask, message, positive_int
 from hintjax._numerics import as_float, either, masked_mean
-from hintjax.accumulation import micro_batches, stacked, summed, valid, weighed
+from hintjax.accumulation import entry, micro_batch, stacked, summed, valid, weighed
 from hintjax.method import PREPARED, Context, Method, one_per_example
 from hintjax.networks import Features, Network, Variables, Wants
 from hintjax.sharding import (
@@ -390,8 +390,12 @@ def _stage(
     def teach(state, variables, batch):
         if accumulate == 1:
             return taught_by(variables, batch)
-        parts = micro_batches(shared(batch), accumulate)
-        return stacked(partial(taught_by, variables), parts, layout)
+        batch = shared(batch)
+
+        def one(i):
+            return taught_by(variables, micro_batch(batch, i, accumulate))
+
+        return stacked(one, accumulate, layout)
 
     def objective(
         params, model_state, memory, taught, batch, key, step, *, train, number=None
@@ -483,31 +487,28 @@ def _stage(
             parts = parts_of(state, taught, batch)
             found, after = learn(_same_one, _same_one, *parts)
             return found, after, parts
-        micro = micro_batches(shared(batch), accumulate)
+        batch = shared(batch)
         counts = valid(batch, accumulate)
         params = gathered(state.params)
 
-        def arguments(carry, part):
-            number, _, taught, batch = part
+        def arguments(carry, i):
             model_state, memory = carry
-            key = jax.random.fold_in(state.key, number)
-            batch = split(batch)
-            return params, model_state, memory, taught, batch, key, state.step
+            shown, part = entry(taught, i), split(micro_batch(batch, i, accumulate))
+            key = jax.random.fold_in(state.key, i)
+            return params, model_state, memory, shown, part, key, state.step
 
-        def one(carry, part):
-            weigh = partial(weighed, valid=part[1], total=jnp.sum(counts))
+        def one(carry, i):
+            weigh = partial(weighed, valid=counts[i], total=jnp.sum(counts))
 
             def number(place):
-                return place * accumulate + part[0]
+                return place * accumulate + i
 
-            found, after = learn(weigh, number, *arguments(carry, part))
+            found, after = learn(weigh, number, *arguments(carry, i))
             return after, found
 
         carry = state.state, state.memory
-        each = jnp.arange(accumulate), counts, taught, micro
-        after, found = summed(one, carry, each, layout)
-        first = jax.tree.map(lambda leaf: leaf[0], each)
-        return found, after, arguments(carry, first)
+        after, found = summed(one, carry, accumulate, layout)
+        return found, after, arguments(carry, 0)
 
     def step(state, taught, batch):
         def learn(weigh, number, *parts):
