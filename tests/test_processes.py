@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import signal
 import socket
 import subprocess
@@ -78,8 +79,39 @@ def test_one_process_asks_nobody():
     processes.agree("settings", {"a": object()})  # not even looked at
 
 
+# A loop of one's own making, on data that is read by Grain.
+STREAMED = """
+import jax, jax.numpy as jnp, numpy as np, optax
+import hintjax as hj
+from hintjax import data, train
+
+def run(folder, mesh):
+    random = np.random.default_rng(0)
+    image = random.integers(0, 256, (48, 4, 4, 1), dtype=np.uint8)
+    split = data.Split(image, np.arange(48, dtype=np.int32) % 3)
+    scale = data.statistics(split)
+    dataset = data.Dataset("drawn", 3, split, split, split, scale, ("a", "b", "c"))
+
+    def apply(params, state, x, train, key):
+        x = x.reshape(x.shape[0], -1)
+        return jnp.tanh(x @ params["in"]) @ params["out"], {}, state
+
+    params = {"in": random.normal(size=(16, 8)), "out": random.normal(size=(8, 3))}
+    params = jax.tree.map(lambda array: jnp.asarray(array, jnp.float32), params)
+    method = hj.task(optax.softmax_cross_entropy_with_integer_labels)
+    layout = hj.Layout(mesh, at_least=1)
+    network = hj.function(apply)
+    sgd = optax.sgd(0.1)
+    stage = hj.distillation_stage(network, None, method, sgd, mesh=layout)
+    feed = train.streamed(dataset, 8, 5, data.Augment(pad=1, flip=True), mesh)
+    phase = train.Phase("task", train.program(stage, 8, mesh=mesh), 15)
+    fitted = train.fit(folder, [phase], feed, hj.Variables(params, {}),
+                       key=jax.random.key(0), report_every=3)
+    return fitted.state.params["student"]
+"""
+
 TOGETHER = """
-import json, sys
+import json, runpy, sys
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from hintjax import data, processes, sharding
@@ -124,6 +156,11 @@ for _ in range(3):
     whole.append(processes.gather(batch["index"]).tolist())
 found |= {"mine": mine, "whole": whole}
 
+try:
+    sharding.check_spans({"image": np.zeros((8, 4, 4, 1))}, mesh)
+except ValueError as error:
+    found["spans"] = str(error)
+
 # A state in shares, of which no process has all.
 rows = NamedSharding(mesh, PartitionSpec("fsdp"))
 apart = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
@@ -150,6 +187,10 @@ with open_checkpoints(here + "/checkpoints") as checkpoints:
 save_tree(here + "/student", {"params": {"w": state["rows"]}, "empty": {}})
 student = load_tree(here + "/student")
 found["student"] = [student["params"]["w"].tolist(), student["empty"]]
+run = runpy.run_path(folder + "/streamed.py")["run"]
+student = run(here + "/run", mesh)
+found["shares"] = [str(student[name].sharding.spec) for name in ("in", "out")]
+found["streamed"] = {name: processes.gather(w).tolist() for name, w in student.items()}
 print("FOUND" + json.dumps(found))
 """
 
@@ -159,6 +200,7 @@ def together(tmp_path_factory):
     folder, port = tmp_path_factory.mktemp("together"), free_port()
     script = folder / "script.py"
     script.write_text(TOGETHER)
+    (folder / "streamed.py").write_text(STREAMED)
     both = [spawn((script, folder, process), port) for process in range(2)]
     said, codes = ended(both)
     assert codes == [0, 0], said
@@ -189,9 +231,25 @@ def test_processes_read_disjoint_parts_of_the_same_batches(together):
     first, second = together[1]
     assert sorted(first["mine"] + second["mine"]) == list(range(24))
     assert first["whole"] == second["whole"]
+    assert "'image', which is this process' own" in first["spans"]
+    assert "from_process" in first["spans"]
     for i, batch in enumerate(first["whole"]):
         part = slice(4 * i, 4 * i + 4)
         assert batch == first["mine"][part] + second["mine"][part]
+
+
+def test_processes_that_each_read_a_part_train_one_student(together):
+    folder, (first, second) = together
+    assert first["streamed"] == second["streamed"]
+    assert all("fsdp" in spec for spec in first["shares"])
+    run = runpy.run_path(str(folder / "streamed.py"))["run"]
+    alone = run(folder / "alone", sharding.make_mesh(devices=jax.devices()[:1]))
+    for name, weights in alone.items():
+        np.testing.assert_allclose(weights, first["streamed"][name], atol=1e-5)
+    steps = [
+        [line["step"] for line in read_metrics(folder / r)] for r in ("run", "alone")
+    ]
+    assert steps[0] == steps[1] == [3, 6, 9, 12, 15]
 
 
 def test_a_checkpoint_of_two_processes_is_read_by_both_and_by_one(together):
@@ -312,12 +370,3 @@ def test_a_comparison_needs_one_process(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         main(["distill", "--run-dir", str(tmp_path / "run")])
     assert "expected one method in several processes" in capsys.readouterr().err
-
-
-def test_a_batch_of_one_process_is_refused_on_a_mesh_of_several():
-    class Mesh:
-        is_multi_process = True
-
-    batch = {"image": np.zeros((8, 4, 4, 1), np.float32)}
-    with pytest.raises(ValueError, match=r"'image', which is this .* from_process"):
-        sharding.check_spans(batch, Mesh())
