@@ -145,7 +145,11 @@ PROMISES = (
         (LONG,),
         "full disk",
         lambda found: found["tried"] and "bytes are needed" in found["error"],
-        lambda found: f"left: the checkpoints {' '.join(found['left'])}",
+        lambda found: (
+            f"left: the checkpoints {' '.join(found['left'])}"
+            if found["tried"]
+            else "this machine gives no file system to fill"
+        ),
     ),
     Promise(
         "A second run on one directory is refused, and told who has it.",

@@ -356,6 +356,9 @@ def test_the_page_of_reliability_says_what_was_found(script):
     promised, _, _ = text.partition("## Not promised")
     assert promised.count("campaign *SIGKILL*") == 1
     kills = record["SIGKILL"] | {"committed steps lost": 1}
+    untried = {"machine": record["SIGKILL"]["machine"], "tried": False}
+    promised, _, others = page.page({"full disk": untried}).partition("## Not prom")
+    assert "full disk ends" not in promised and "no file system to fill" in others
     for changed in ({**record, "SIGKILL": kills}, {}):
         promised, _, others = page.page(changed).partition("## Not promised")
         assert "campaign *SIGKILL*" not in promised and "is killed at any" in others
