@@ -19,7 +19,6 @@ A batch is a dict: the inputs as "image" (or whatever `inputs` selects), what th
 objective reads ("label", "index"), and optionally "where", the examples that count.
 """
 
-import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import NamedTuple
@@ -27,16 +26,18 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.interpreters.partial_eval import dce_jaxpr
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
-from hintjax import debugging
+from hintjax import debugging, reports
 from hintjax._checks import mask, message, positive_int
-from hintjax._numerics import as_float, either, masked_mean
+from hintjax._numerics import either, masked_mean
 from hintjax.accumulation import entry, micro_batch, stacked, summed, valid, weighed
-from hintjax.method import PREPARED, Context, Method, one_per_example
+from hintjax.carry import carried, copied
+from hintjax.feeding import multiplied, only_what_feeds
+from hintjax.method import Context, Method, one_per_example
 from hintjax.networks import Features, Network, Variables, Wants
+from hintjax.reports import Report
 from hintjax.sharding import (
     Layout,
     alike,
@@ -56,7 +57,6 @@ from hintjax.spikes import check as check_guard
 
 Batch = Mapping[str, Array]
 Metrics = dict[str, Float[Array, ""]]
-Report = dict[str, dict]  # see Stage.report
 
 
 class Skipped(NamedTuple):
@@ -204,22 +204,7 @@ def hint_stage(
             "student's output. Train it in a distillation_stage."
         )
 
-    def optimiser(objective, *parts):
-        def loss(*parts, train):
-            return objective(*parts, train=train)[0]
-
-        learning = partial(loss, train=True)
-        trained = _reads(learning, 0, parts)
-        labels = jax.tree.map(lambda t: "trained" if t else "frozen", trained)
-        transforms = {"trained": optimizer, "frozen": optax.set_to_zero()}
-        # While training BatchNorm reads no statistics: evaluation says which count.
-        kept = jax.tree.map(
-            lambda *read: any(read),
-            _reads(learning, 1, parts),
-            _reads(partial(loss, train=False), 1, parts),
-        )
-        return optax.partition(transforms, labels), trained, kept
-
+    optimiser = partial(only_what_feeds, optimizer)
     seen = inputs, teacher_inputs
     more = mesh, accumulate, spikes
     return _stage(student, teacher, method, optimiser, *seen, *more)
@@ -287,30 +272,7 @@ def distillation_stage(
             f"distillation_stage: expected rates >= 0, got {rates}. Use 0 to freeze."
         )
 
-    def optimiser(objective, params, model_state, memory, taught, batch, key, step):
-        def feeds(path):
-            def hint(weights, model_state, batch, key):
-                wants = Wants(hints=(path,))
-                shown, _ = student.apply(
-                    weights,
-                    model_state,
-                    inputs(batch),
-                    wants=wants,
-                    train=True,
-                    key=key,
-                )
-                return shown.hints[path]
-
-            parts = (params["student"], model_state, batch, key)
-            nowhere = jax.tree.map(lambda _: False, params)
-            return {**nowhere, "student": _reads(hint, 0, parts)}
-
-        multipliers = [
-            optax.masked(optax.scale(rate), feeds(path)) for path, rate in rates.items()
-        ]
-        everything = jax.tree.map(lambda _: True, (params, model_state))
-        return optax.chain(optimizer, *multipliers), *everything
-
+    optimiser = partial(multiplied, optimizer, student, inputs, rates)
     seen = inputs, teacher_inputs
     more = mesh, accumulate, spikes
     return _stage(student, teacher, method, optimiser, *seen, *more)
@@ -319,29 +281,6 @@ def distillation_stage(
 def student_variables(state: State) -> Variables:
     """The student alone: what is shipped, or where the next stage starts."""
     return Variables(state.params["student"], state.state)
-
-
-def not_finite(report: Report) -> tuple[list[str], list[str]]:
-    """The terms whose loss or gradient is not finite, and the layers of such gradients.
-
-    Args:
-        report: what `Stage.report` gave.
-
-    Returns:
-        Names of terms and names of layers.
-
-    >>> terms = {"kd": {"loss": 1.0, "norm": math.inf, "share": math.nan}}
-    >>> not_finite({"terms": terms, "layers": {"student/head": 2.0}})
-    (['kd'], [])
-    """
-    report = jax.device_get(report)
-    terms = [
-        name
-        for name, term in report["terms"].items()
-        if not (math.isfinite(term["loss"]) and math.isfinite(term["norm"]))
-    ]
-    layers = report["layers"].items()
-    return terms, [name for name, norm in layers if not math.isfinite(norm)]
 
 
 def _stage(
@@ -520,19 +459,21 @@ def _stage(
             return (grads, metrics), after
 
         if debugging.watching():
-            debugging.finite("parameters", _by_layer(state.params, False), state.step)
+            debugging.finite(
+                "parameters", reports.by_layer(state.params, False), state.step
+            )
         (grads, metrics), (model_state, memory), parts = learned(
             state, taught, batch, learn
         )
         if debugging.watching():
-            debugging.finite("gradients", _by_layer(grads, False), state.step)
+            debugging.finite("gradients", reports.by_layer(grads, False), state.step)
         transform, trained, kept = optimiser(objective, *parts)
         grads = placed(grads)
         updates, opt_state = transform.update(grads, state.opt_state, state.params)
         moved = optax.apply_updates(state.params, updates)
         good, norms = _finite((metrics["loss"], grads)), state.norms
         if spikes is not None:
-            norm = _norm(grads)
+            norm = reports.norm(grads)
             good, norms = judge(spikes, norms, norm, good)
             total = norms.spikes.astype(norm.dtype)
             metrics = {**metrics, "norm": norm, "spikes": total}
@@ -568,9 +509,9 @@ def _stage(
         )
         shapes = jax.eval_shape(lambda *features: features, shown, taught)
         own, theirs = jax.random.split(key)
-        regressors, memory = _copied(method.init(theirs, *shapes, data))
+        regressors, memory = copied(method.init(theirs, *shapes, data))
         if carry is not None:
-            regressors, memory = _carried((regressors, memory), carry)
+            regressors, memory = carried((regressors, memory), carry)
         params = {"student": params, "regressors": regressors}
         zero = jnp.zeros((), jnp.int32)
         state = State(params, model_state, memory, (), zero, own, None)
@@ -583,9 +524,9 @@ def _stage(
                 "stage: expected carry=, the state of the stage before, got None. "
                 "Train method.prepare in a hint_stage first."
             )
-        variables = Variables(*_copied(tuple(student_variables)))
+        variables = Variables(*copied(tuple(student_variables)))
         if carry is not None:
-            carry = _copied((carry.params["regressors"], carry.memory))
+            carry = copied((carry.params["regressors"], carry.memory))
         regressors, memory, opt_state, step, key = fresh(
             key, variables, teacher_variables, batch, data, carry
         )
@@ -613,8 +554,7 @@ def _stage(
         def learn(weigh, _, params, *rest):
             def losses(params):
                 _, (_, _, metrics) = objective(params, *rest, train=True)
-                terms = {n.split("/")[0]: x for n, x in metrics.items() if _is_term(n)}
-                return jax.tree.map(weigh, {**terms, "loss": metrics["loss"]})
+                return jax.tree.map(weigh, reports.losses_by_term(metrics))
 
             def gradient(name):
                 # One loss at a time: as cotangents of the others, zeros times nan would
@@ -628,24 +568,9 @@ def _stage(
 
         taught = teach(state, variables, batch)
         found, _, _ = learned(state, taught, batch, learn)
-        found = {name: (loss, placed(grads)) for name, (loss, grads) in found.items()}
-        terms = [name for name in found if name != "loss"]
-        norms = {name: _norm(found[name][1]) for name in terms or ["loss"]}
-        total = sum(norms.values())
-        return {
-            "terms": {
-                name: {
-                    "loss": found[name][0],
-                    "norm": norm,
-                    "share": norm / jnp.where(total == 0, 1, total),
-                }
-                for name, norm in norms.items()
-            },
-            "layers": {
-                name: _norm(leaves)
-                for name, leaves in _by_layer(found["loss"][1], bool(terms)).items()
-            },
-        }
+        return reports.report(
+            {name: (loss, placed(grads)) for name, (loss, grads) in found.items()}
+        )
 
     def compiled(function, moves):
         """The jit of a function of (state, teacher, batch); one that moves the state
@@ -707,18 +632,6 @@ class _Sharded:
         return self._made[structure], (state, variables, batch)
 
 
-def _reads(function: Callable, position: int, arguments: tuple) -> PyTree:
-    """For each leaf of one argument, whether the function's result depends on it.
-
-    Read off the traced program after the elimination of dead code, so that a leaf
-    which only feeds something beside the result does not count.
-    """
-    jaxpr = jax.make_jaxpr(function)(*arguments).jaxpr
-    _, used = dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
-    tree = jax.tree.structure(arguments)
-    return jax.tree.unflatten(tree, used)[position]
-
-
 def _same_one(x):
     return x
 
@@ -732,80 +645,3 @@ def _finite(tree: PyTree) -> Bool[Array, ""]:
     """Whether every number is."""
     every = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]
     return jnp.all(jnp.stack(every))
-
-
-def _is_term(metric: str) -> bool:
-    """Whether a metric is the weighted loss of a term of the (outermost) objective."""
-    return metric.endswith("/weighted") and metric.count("/") == 1
-
-
-def _norm(tree: PyTree) -> Float[Array, ""]:
-    """Euclidean norm of all leaves, finite where they are: squares do not overflow."""
-    leaves = [jnp.abs(as_float("report", leaf)) for leaf in jax.tree.leaves(tree)]
-    largest = jnp.max(jnp.stack([jnp.max(leaf, initial=0) for leaf in leaves]))
-    scale = jnp.where(largest == 0, 1, largest)
-    return scale * jnp.sqrt(sum(jnp.sum(jnp.square(leaf / scale)) for leaf in leaves))
-
-
-def _by_layer(params: dict[str, PyTree], named: bool) -> dict[str, list[Array]]:
-    """Leaves by outermost layer of the student, or by regressor (of a term)."""
-    found = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        depth = 3 if named and path[0].key == "regressors" else 2
-        name = jax.tree_util.keystr(path[:depth], simple=True, separator="/")
-        found.setdefault(name, []).append(leaf)
-    return found
-
-
-def _copied(tree: PyTree) -> PyTree:
-    """Arrays of our own, which donation may delete; never weakly typed, since what
-    comes out of an update is not, and would be compiled for once more."""
-
-    def copied(leaf):
-        leaf = jnp.array(leaf)
-        return jnp.array(leaf, dtype=leaf.dtype)
-
-    return jax.tree.map(copied, tree)
-
-
-def _carried(fresh: tuple[dict, dict], earlier: tuple[dict, dict]) -> list[dict]:
-    """The earlier stage's regressors and memory, of the terms that both have."""
-    if PREPARED in fresh[1]:  # a method alone, without names of terms
-        return list(_term("the method", fresh, earlier))
-    names = [name for name in fresh[0] if name in earlier[0]]
-    missing = [n for n, own in fresh[1].items() if PREPARED in own and n not in names]
-    if not names or missing:
-        raise ValueError(
-            f"carry: expected a term of both stages, got {list(earlier[0])} in the "
-            f"earlier stage and {missing or list(fresh[0])} here. Name the term the "
-            f"same in an objective of each stage."
-        )
-    carried = [dict(part) for part in fresh]
-    for name in names:
-        ours, theirs = ([part[name] for part in parts] for parts in (fresh, earlier))
-        for part, value in zip(carried, _term(repr(name), ours, theirs), strict=True):
-            part[name] = value
-    return carried
-
-
-def _term(name, fresh, earlier):
-    """The parameters and memory of one term, from the same term of another stage."""
-    params, memory = fresh
-    if PREPARED in memory and PREPARED not in earlier[1]:  # it was the stage before
-        _same(name, memory[PREPARED], earlier[0])
-        return params, {**memory, PREPARED: earlier[0]}
-    _same(name, fresh, earlier)
-    return earlier
-
-
-def _same(name, fresh, earlier):
-    ours, theirs = (
-        jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)
-        for tree in (fresh, earlier)
-    )
-    if ours != theirs:
-        raise ValueError(
-            f"carry: expected the term {name} to be the same in both stages, got "
-            f"{theirs} from the earlier stage and {ours} here. Use the same pairs "
-            f"and regressors, or another name."
-        )

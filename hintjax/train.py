@@ -50,10 +50,11 @@ from hintjax.method import Data
 from hintjax.metrics import open_metrics, read_metrics
 from hintjax.networks import Variables
 from hintjax.processes import agree, largest, told
+from hintjax.reports import not_finite
 from hintjax.rundir import owned
 from hintjax.sharding import from_process, over_batch, replicated, spread
 from hintjax.signals import stoppable
-from hintjax.stages import Stage, State, not_finite, student_variables
+from hintjax.stages import Stage, State, student_variables
 
 Batch = Mapping[str, Array]
 _BEHIND = 1.0  # seconds of work that a signal may have to wait for

@@ -20,7 +20,8 @@ ORDER = (
     *("method", "views"),
     *("teachers", "methods"),
     *("pairing", "balance"),
-    *("accumulation", "spikes", "debugging", "stages", "population"),
+    *("accumulation", "carry", "feeding", "reports", "spikes", "debugging"),
+    *("stages", "population"),
     *("processes", "rundir", "signals"),
     *("cache", "checkpoint"),
     *("models", "weights", "metrics", "config", "data", "viz", "export"),
@@ -32,7 +33,7 @@ MODELS = MATHEMATICS | {"flax", "numpy"}
 TRAINING = MODELS | {"chex", "optax"}
 # What each may import from outside, besides the standard library.
 OUTSIDE = {
-    "_checks": MATHEMATICS,
+    "_checks": MATHEMATICS | {"numpy"},
     "_numerics": MATHEMATICS | {"numpy"},
     "losses": MATHEMATICS,
     "memory": MATHEMATICS,
@@ -49,6 +50,9 @@ OUTSIDE = {
     "balance": MODELS,
     "sharding": MODELS,
     "accumulation": MATHEMATICS,
+    "carry": MATHEMATICS,
+    "feeding": TRAINING,
+    "reports": MATHEMATICS,
     "spikes": MATHEMATICS,
     "debugging": MODELS,
     "stages": TRAINING,

@@ -12,6 +12,7 @@ import pytest
 
 import hintjax as hj
 from hintjax.networks import linen
+from hintjax.reports import not_finite
 
 CROSS_ENTROPY = optax.softmax_cross_entropy_with_integer_labels
 KEY = jax.random.key(0)
@@ -1064,7 +1065,7 @@ def test_a_term_of_weight_0_has_no_share():
 @pytest.mark.quick
 def test_a_report_names_what_is_not_finite():
     report = reported(line(np.nan, 1))
-    assert hj.stages.not_finite(report) == (
+    assert not_finite(report) == (
         ["hint"],
         ["regressors/hint/first->first", "student/first"],
     )
@@ -1075,7 +1076,7 @@ def test_a_report_names_what_is_not_finite():
 def test_norms_of_a_report_do_not_overflow():
     """Gradients of 8e37, whose square is no float32, are finite."""
     report = reported(line(-1e37, 1))
-    assert hj.stages.not_finite(report) == (["hint"], [])  # only its loss overflows
+    assert not_finite(report) == (["hint"], [])  # only its loss overflows
     norm = report["terms"]["hint"]["norm"]
     np.testing.assert_allclose(norm, np.hypot(8e37, 4e37), rtol=1e-5)
 

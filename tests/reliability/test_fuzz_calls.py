@@ -223,10 +223,7 @@ NOT_FUZZED = {
         LATER,
     ),
     stages: dict.fromkeys(
-        (
-            *("distillation_stage", "hint_stage", "image", "not_finite"),
-            "student_variables",
-        ),
+        (*("distillation_stage", "hint_stage", "image", "student_variables"),),
         LATER,
     ),
     networks_nnx: dict.fromkeys(("nnx", "nnx_update"), LATER),
