@@ -198,6 +198,7 @@ def hint_stage(
     References:
         Romero et al. 2015, FitNets, stage 1 (Eq. 3).
     """
+    _check_kinds("hint_stage", method, optimizer)
     if method.student.output:
         raise ValueError(
             "hint_stage: expected a method of hints alone, got one that wants the "
@@ -266,6 +267,7 @@ def distillation_stage(
     References:
         Romero et al. 2015, FitNets, stage 2 (Eq. 2).
     """
+    _check_kinds("distillation_stage", method, optimizer)
     rates = dict(rates or {})
     if any(not rate >= 0 for rate in rates.values()):
         raise ValueError(
@@ -276,6 +278,17 @@ def distillation_stage(
     seen = inputs, teacher_inputs
     more = mesh, accumulate, spikes
     return _stage(student, teacher, method, optimiser, *seen, *more)
+
+
+def _check_kinds(caller, method, optimizer):
+    """Raises if what has no checks of its own is another thing, or out of order."""
+    for name, value, kind in (
+        ("method", method, Method),
+        ("optimizer", optimizer, optax.GradientTransformation),
+    ):
+        if not isinstance(value, kind):
+            wanted = f"{name} to be a {kind.__name__}"
+            raise TypeError(message(caller, wanted, type(value).__name__))
 
 
 def student_variables(state: State) -> Variables:

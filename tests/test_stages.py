@@ -1353,3 +1353,15 @@ def test_shapes_are_enough_to_begin():
         stage.init(KEY, ours, theirs, shapes)._replace(key=None),
         stage.init(KEY, ours, theirs, images())._replace(key=None),
     )
+
+
+@pytest.mark.parametrize("make", [hj.hint_stage, hj.distillation_stage])
+def test_arguments_out_of_order_are_named(make):
+    network = linen(Net(4))
+    method, optimizer = hints(), optax.sgd(0.1)
+    with pytest.raises(TypeError, match=r"method to be a Method, got .*Gradient"):
+        make(network, network, optimizer, method)
+    with pytest.raises(TypeError, match=r"method to be a Method, got Weighted"):
+        make(network, network, hj.weighted(method, 2.0), optimizer)
+    with pytest.raises(TypeError, match=r"optimizer to be a Grad.*, got float"):
+        make(network, network, method, 0.1)
