@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hintjax._checks import (
-    LARGEST,
+    LARGEST_FLOAT,
     described,
     integer,
     message,
@@ -19,6 +19,7 @@ from hintjax._checks import (
     not_negative,
     positive,
     positive_int,
+    scalar,
 )
 from hintjax.rundir import write_text
 
@@ -99,6 +100,8 @@ class Config:
     """Epochs between two evaluations on the validation split."""
     checkpoint_every: int = 5
     """Epochs between two checkpoints."""
+    checkpoint_seconds: float | None = 60.0
+    """Seconds after which a report saves one, too, however long an epoch is."""
     dispatch: int | None = None
     """Steps in one dispatch; 1 on a CPU and about a second's on accelerators."""
     devices: int | None = None
@@ -117,19 +120,19 @@ def check(config: Config) -> Config:
     Raises:
         ValueError: naming the first field that is wrong.
     """
-    if config.temperature is not None:
-        positive("config", temperature=config.temperature)
-    if config.spike_factor is not None and not config.spike_factor > 1:
-        wanted, got = "spike_factor to be > 1", f"{config.spike_factor}"
-        raise ValueError(message("config", wanted, got))
+    for name in ("temperature", "checkpoint_seconds"):
+        if getattr(config, name) is not None:
+            positive("config", **{name: getattr(config, name)})
+    if config.spike_factor is not None:
+        factor = config.spike_factor
+        scalar("config", "to be > 1", lambda x: x > 1, spike_factor=factor)
     for rate in (config.learning_rate, *config.rates):
         positive("config", learning_rate=rate)
-    for name in ("epochs", "teacher_epochs", "batch_size", "seeds", "evaluate_every"):
+    for name in (
+        *("epochs", "teacher_epochs", "batch_size", "accumulate", "seeds"),
+        *("evaluate_every", "checkpoint_every", "negatives", "fsdp"),
+    ):
         positive_int("config", **{name: getattr(config, name)})
-    positive_int("config", checkpoint_every=config.checkpoint_every)
-    positive_int("config", negatives=config.negatives)
-    positive_int("config", accumulate=config.accumulate)
-    positive_int("config", fsdp=config.fsdp)
     for name in ("limit", "size", "patience", "dispatch", "devices"):
         if getattr(config, name) is not None:
             positive_int("config", **{name: getattr(config, name)})
@@ -247,7 +250,7 @@ def _typed(name, value, wanted):
             item, _ = typing.get_args(option)
             if isinstance(value, (list, tuple)):
                 return tuple(_typed(name, one, item) for one in value)
-        elif option is float and type(value) is int and abs(value) <= LARGEST:
+        elif option is float and type(value) is int and abs(value) <= LARGEST_FLOAT:
             return float(value)
         elif type(value) is option:  # so that a bool is no int
             return value

@@ -67,7 +67,10 @@ _ELSEWHERE = (
     *("compare", "data_dir", "rates", "seeds"),
     *("teacher", "teacher_at_least", "teacher_epochs"),
 )
-_HARMLESS = ("checkpoint_every", "debug", "devices", "dispatch", "fsdp")
+_HARMLESS = (
+    *("checkpoint_every", "checkpoint_seconds"),
+    *("debug", "devices", "dispatch", "fsdp"),
+)
 
 
 class Setting(NamedTuple):
@@ -471,6 +474,7 @@ def _run(setting, config, run_dir, recipe, teacher, hints, initial, **how):
         validation=validation,
         evaluate_every=config.evaluate_every,
         checkpoint_every=config.checkpoint_every,
+        checkpoint_seconds=config.checkpoint_seconds,
         identity={
             name: value
             for name, value in dataclasses.asdict(config).items()

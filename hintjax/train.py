@@ -355,6 +355,7 @@ def fit(
     validation: Callable[[], Iterable[Batch]] | None = None,
     evaluate_every: int = 1,
     checkpoint_every: int = 1,
+    checkpoint_seconds: float | None = None,
     report_every: int | None = None,
     resume: bool = False,
     identity: Mapping[str, Any] | None = None,
@@ -379,6 +380,7 @@ def fit(
         validation: gives the batches that are evaluated, never trained on.
         evaluate_every: epochs between evaluations.
         checkpoint_every: epochs between checkpoints; each phase also ends with one.
+        checkpoint_seconds: if the last one is so old at a report, one is saved, too.
         report_every: steps between reports; by default an epoch, at most 100 steps.
         resume: go on from the newest checkpoint that is whole, if there is one.
         identity: what must be equal for a resume to make sense; JSON. Key, teachers,
@@ -434,9 +436,16 @@ def fit(
         # What is adjusted stays where it was: elsewhere it would be another program.
         return jax.tree.map(_beside, phase.adjust(state), state)
 
+    last = time.perf_counter()  # when something was saved, or nothing yet to lose
+
+    def late():
+        age = time.perf_counter() - last
+        return checkpoint_seconds is not None and age > checkpoint_seconds
+
     def save(state, now, owed=None):
         """A step that is there already was saved by the run that this one resumes."""
-        start = time.perf_counter()
+        nonlocal last
+        start = last = time.perf_counter()
         if now.at <= (checkpoints.latest() or 0):  # waits for a save in flight
             return now
         lowest = now.found is not None and (
@@ -574,7 +583,7 @@ def fit(
                 now = now._replace(seconds=seconds).spend("data", waited)
                 heed(state, now, owed)
             now, owed = report(lines, state, owed, now), None
-            if over(now) or now.at % checkpoint_every == 0:
+            if over(now) or now.at % checkpoint_every == 0 or told(late):
                 now = save(state, now)
             heed(state, now)
             timer = timer and _Timer()

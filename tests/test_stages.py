@@ -1356,7 +1356,7 @@ def test_shapes_are_enough_to_begin():
 
 
 @pytest.mark.parametrize("make", [hj.hint_stage, hj.distillation_stage])
-def test_arguments_out_of_order_are_named(make):
+def test_arguments_out_of_order_are_named(make, unchecked):
     network = linen(Net(4))
     method, optimizer = hints(), optax.sgd(0.1)
     with pytest.raises(TypeError, match=r"method to be a Method, got .*Gradient"):

@@ -263,6 +263,28 @@ def test_evaluation_counts_every_example_once(world):
         evaluate(stage, state, world["teacher"], [])
 
 
+def test_an_old_checkpoint_is_followed_by_one_at_the_next_report(world, tmp_path):
+    """However long an epoch is; and what is trained are the same bits."""
+    often, seldom = (
+        train(
+            world,
+            tmp_path / name,
+            checkpoint_every=1000,
+            checkpoint_seconds=seconds,
+            report_every=1,
+        )
+        for name, seconds in (("often", 1e-9), ("seldom", 1e9))
+    )
+    assert fingerprint(often.state) == fingerprint(seldom.state)
+    found = []
+    for name in ("often", "seldom"):
+        with open_checkpoints(tmp_path / name / "checkpoints") as checkpoints:
+            found.append(checkpoints.steps())
+    assert found[0][-2:] == [15, 16]
+    assert found[1][-2:] == [8, 16]
+
+
+
 def test_debug_names_what_is_not_finite(world, tmp_path):
     phase = Phase(
         "hint",
