@@ -16,11 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ScalarLike
 
-LARGEST = float(np.finfo(np.float32).max)
+LARGEST_FLOAT = float(np.finfo(np.float32).max)
+LARGEST_INT = np.iinfo(np.int32).max
 _SHORT = reprlib.Repr()
 _SHORT.maxlevel = 3
 _SHORT.maxstring = _SHORT.maxother = 80
-MOST = np.iinfo(np.int32).max
 
 
 def message(caller: str, wanted: str, got: str, do: str = "") -> str:
@@ -57,7 +57,7 @@ def rank(caller: str, least: int, layout: str, **arrays: Array) -> None:
 def labels(caller: str, batch: tuple[int, ...] | None, **arrays: Array) -> None:
     """Raise unless every array is of integers, one for each example.
 
-    Without a `batch`, its one axis is that of the array.
+    Without `batch`, the examples are as many as there are integers.
     """
     for name, array in arrays.items():
         integers = is_array(array) and jnp.issubdtype(array.dtype, jnp.integer)
@@ -95,19 +95,18 @@ def scalar(
     A number that 32 bits would make infinite is none that can be computed with.
     """
     for name, value in values.items():
-        real = is_array(value) and any(
-            jnp.issubdtype(value.dtype, kind) for kind in (jnp.floating, jnp.integer)
-        )
-        if not isinstance(value, int | float) and not (real and value.ndim == 0):
+        if not _is_number(value):
             do = "It is one number."
             raise ValueError(message(caller, f"{name} {wanted}", described(value), do))
         if isinstance(value, jax.core.Tracer):
             continue
-        most = MOST if isinstance(value, int) else LARGEST
-        if most < abs(value) < math.inf:
+        # On the host: while something else is traced, JAX would trace this, too.
+        number = np.asarray(value).item() if is_array(value) else value
+        most = LARGEST_INT if isinstance(number, int) else LARGEST_FLOAT
+        if most < abs(number) < math.inf:
             wanted = f"{name} to fit in 32 bits"
             raise ValueError(message(caller, wanted, described(value)))
-        if not holds(value):
+        if not holds(number):
             raise ValueError(message(caller, f"{name} {wanted}", f"{value}"))
 
 
@@ -125,9 +124,9 @@ def integer(caller: str, least: int, **values: int) -> None:
     """Raise unless every number is an integer and not below the least."""
     for name, value in values.items():
         whole = isinstance(value, int) and not isinstance(value, bool)
-        if not whole or not least <= value <= MOST:
+        if not whole or not least <= value <= LARGEST_INT:
             wanted = f"{name} to be an integer >= {least}"
-            wanted += " of 32 bits" if whole and value > MOST else ""
+            wanted += " of 32 bits" if whole and value > LARGEST_INT else ""
             raise ValueError(message(caller, wanted, described(value)))
 
 
@@ -146,7 +145,7 @@ def sizes(caller: str, axes: int, **shapes: Sequence[int]) -> None:
 
 
 def instance(
-    caller: str, kind: type | tuple[type, ...], *, do: str = "", **values: Any
+    caller: str, kind: type | tuple[type, ...], /, *, do: str = "", **values: Any
 ) -> None:
     """Raise unless every value is of this kind, or one of these kinds."""
     kinds = kind if isinstance(kind, tuple) else (kind,)
@@ -162,6 +161,14 @@ def function(caller: str, **values: Callable[..., Any]) -> None:
         if not callable(value):
             wanted = f"{name} to be a function"
             raise TypeError(message(caller, wanted, described(value)))
+
+
+def _is_number(value):
+    if is_array(value):
+        kinds = jnp.floating, jnp.integer
+        real = any(jnp.issubdtype(value.dtype, kind) for kind in kinds)
+        return real and value.ndim == 0
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def is_array(value: Any) -> bool:

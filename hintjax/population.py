@@ -62,7 +62,7 @@ def population(
     | | in turn | together |
     |---|---|---|
     | CNN | 0.68 [0.61, 1.03] | 3.5 [2.7, 4.3] |
-    | ViT | 0.73 [0.61, 0.84] | 0.93 [0.80, 1.70] |
+    | ViT | 0.73 [0.61, 0.83] | 0.93 [0.80, 1.70] |
 
     So `jax.vmap` over students does not pay on CPUs, least of all for convolutions, and
     is not the default there. A population of one pays nowhere.
@@ -133,7 +133,7 @@ def population(
     return Population(init, update, states)
 
 
-def reweighted(state: State, **weights: ScalarLike) -> State:
+def reweighted(state: State, /, **weights: ScalarLike) -> State:
     """The same state, with other weights of terms.
 
     Args:

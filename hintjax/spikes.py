@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from hintjax._checks import message, positive_int
+from hintjax._checks import positive_int, scalar
 
 
 class SpikeGuard(NamedTuple):
@@ -35,9 +35,8 @@ class Norms(NamedTuple):
 
 def check(caller: str, guard: SpikeGuard) -> None:
     """Raises, in the caller's name, unless a guard lets usual steps through."""
-    if not guard.factor > 1:
-        wanted = "a SpikeGuard with factor > 1"
-        raise ValueError(message(caller, wanted, f"{guard.factor}"))
+    long = {"a SpikeGuard with factor": guard.factor}
+    scalar(caller, "> 1", lambda factor: factor > 1, **long)
     positive_int(caller, window=guard.window)
 
 

@@ -64,11 +64,24 @@ def test_nearest_is_best_first_and_never_empty():
 
 
 @pytest.mark.parametrize(
-    "value", ["", "2", None, 1j, [1.0], {}, jnp.ones(2), jnp.zeros((0,)), object()]
+    "value",
+    ["", "2", None, True, 1j, [1.0], {}, jnp.ones(2), jnp.zeros((0,)), object()],
 )
 def test_what_is_no_number_is_described(unchecked, value):
     with pytest.raises(ValueError, match=r"loss: expected T to be > 0, got .+"):
         _checks.positive("loss", T=value)
+
+
+def test_a_number_from_outside_of_a_trace_is_checked_in_it(unchecked):
+    good, bad = jnp.asarray([2.0, -2.0])
+
+    def scaled(x, by):
+        _checks.positive("loss", T=by)
+        return x * by
+
+    assert jax.jit(lambda x: scaled(x, good))(1.0) == 2
+    with pytest.raises(ValueError, match="loss: expected T to be > 0, got -2.0"):
+        jax.jit(lambda x: scaled(x, bad))(1.0)
 
 
 @pytest.mark.parametrize("value", [10**400, 10**30, 1e300])
@@ -90,7 +103,7 @@ def test_a_mask_is_an_array(unchecked, value):
 
 
 def test_kinds_and_functions(unchecked):
-    _checks.instance("f", (str, int), name="a", other=1)
+    _checks.instance("f", (str, int), name="a", kind=1)
     with pytest.raises(TypeError, match="f: expected name to be str or int, got None"):
         _checks.instance("f", (str, int), name=None)
     _checks.function("f", view=abs)
