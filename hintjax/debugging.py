@@ -8,6 +8,7 @@ not `checked`.
 
 import contextlib
 import contextvars
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -29,8 +30,8 @@ def checked(stage: AnyStage) -> AnyStage:
 
     Checked are: labels, which have to be among the classes of the outputs; what a batch
     holds, parameters, features and outputs of both networks, outputs of regressors, the
-    losses of all terms and the gradient, which have to be finite; and features, which
-    must not be all 0 in an example, where methods that normalise find no direction.
+    losses of all terms and the gradient, which have to be finite; and features, of which
+    no example may have only zeros: methods that normalise find no direction there.
     Examples that "where" leaves out may be anything.
 
     Every step waits for its checks. The state is not donated, so that the one before
@@ -64,15 +65,16 @@ def raising(function: Callable[..., Any]) -> Callable[..., Any]:
         The function, which raises ValueError after a step with a wrong value.
     """
 
-    def watched(*arguments):
+    def with_checks(*arguments):
         before = _watching.set(True)
         try:
             return function(*arguments)
         finally:
             _watching.reset(before)
 
-    compiled = jax.jit(checkify.checkify(watched))
+    compiled = jax.jit(checkify.checkify(with_checks))
 
+    @functools.wraps(function)
     def call(*arguments):
         error, result = compiled(*arguments)
         if sentence := error.get():
@@ -95,6 +97,9 @@ def watched(
     Args:
         method: the method.
         number: of an example in its batch, from its place in what the method sees.
+
+    Raises:
+        ValueError: if the method splits its memory over a mesh.
     """
     if method.split is not None:
         wanted = "a method whose memory every device has"

@@ -214,6 +214,13 @@ def test_a_memory_that_is_split_is_refused_with_a_sentence():
     stage.update(state, theirs, batch())
 
 
+def test_what_is_checked_twice_has_the_checks_once():
+    stage, _, _ = begun()
+    twice = hj.checked(hj.checked(stage))
+    assert twice.update.__wrapped__ is stage.update.__wrapped__
+    assert twice.evaluate.__wrapped__ is stage.evaluate.__wrapped__
+
+
 def test_one_output_is_of_two_classes():
     check = debugging.raising(
         lambda label, output: debugging._Check(
