@@ -11,7 +11,9 @@ from hintjax._checks import (
     function,
     integer,
     mask,
+    message,
     not_negative,
+    positive_int,
     rank,
     same_shape,
 )
@@ -130,13 +132,10 @@ def lambda_decay(
     """
     not_negative("lambda_decay", initial=initial, final=final)
     integer("lambda_decay", 0, start=start, saturate=saturate)
-    integer("lambda_decay", 0, steps_per_epoch=steps_per_epoch)
-    if saturate < start or steps_per_epoch < 1:
-        raise ValueError(
-            f"lambda_decay: expected start <= saturate and steps_per_epoch >= 1, got "
-            f"start {start}, saturate {saturate}, steps_per_epoch {steps_per_epoch}. "
-            f"Give the epochs in their order."
-        )
+    positive_int("lambda_decay", steps_per_epoch=steps_per_epoch)
+    if saturate < start:
+        got, do = f"{start} and {saturate}", "Give the epochs in their order."
+        raise ValueError(message("lambda_decay", "start <= saturate", got, do))
     drop = (initial - final) / (saturate - start + 1)
 
     def schedule(step):
@@ -170,10 +169,11 @@ def explained_variance(
     >>> float(explained_variance(t, t)), float(explained_variance(t * 0 + 2.5, t))
     (1.0, -0.09375)
     """
-    predicted, target = as_float("r2", predicted), as_float("r2", target)
-    rank("r2", 1, "batch ...", target=target)
-    same_shape("r2", predicted=predicted, target=target)
-    mask("r2", where, *(target.shape[:n] for n in range(1, target.ndim + 1)))
+    caller = "explained_variance"
+    predicted, target = as_float(caller, predicted), as_float(caller, target)
+    rank(caller, 1, "batch ...", target=target)
+    same_shape(caller, predicted=predicted, target=target)
+    mask(caller, where, *(target.shape[:n] for n in range(1, target.ndim + 1)))
     axes = tuple(range(target.ndim - 1))
     count = keep(jnp.ones_like(target), where).sum(axes, keepdims=True)
     mean = keep(target, where).sum(axes, keepdims=True) / jnp.maximum(count, 1)

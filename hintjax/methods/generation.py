@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Key
 
 from hintjax import _checks, regressors
-from hintjax._checks import function, message, scalar, sizes
+from hintjax._checks import function, message
 from hintjax.losses import masked_generation_loss
 from hintjax.method import Method, Pairs, hints_of
 from hintjax.methods import _regressed
@@ -17,9 +17,7 @@ def masked_channels(
     key: Key[Array, ""], shape: tuple[int, int, int], rate: float
 ) -> Bool[Array, "1 1 c"]:
     """MGD's mask for classification: whole channels are hidden, each at the rate."""
-    _check_rate("masked_channels", rate)
-    sizes("masked_channels", 3, shape=shape)
-    _checks.key("masked_channels", 0, key=key)
+    _check("masked_channels", key, shape, rate)
     return jax.random.uniform(key, (1, 1, shape[-1])) >= rate
 
 
@@ -27,9 +25,7 @@ def masked_positions(
     key: Key[Array, ""], shape: tuple[int, int, int], rate: float
 ) -> Bool[Array, "h w 1"]:
     """MGD's mask for detection and segmentation: positions are hidden at the rate."""
-    _check_rate("masked_positions", rate)
-    sizes("masked_positions", 3, shape=shape)
-    _checks.key("masked_positions", 0, key=key)
+    _check("masked_positions", key, shape, rate)
     return jax.random.uniform(key, (*shape[:-1], 1)) >= rate
 
 
@@ -95,5 +91,11 @@ def masked_generation(
     return Method(student_wants, teacher_wants, init, apply)
 
 
+def _check(caller, key, shape, rate):
+    _check_rate(caller, rate)
+    _checks.sizes(caller, 3, shape=shape)
+    _checks.key(caller, 0, key=key)
+
+
 def _check_rate(caller, rate):
-    scalar(caller, "in [0, 1)", lambda rate: 0 <= rate < 1, **{"a rate": rate})
+    _checks.scalar(caller, "in [0, 1)", lambda rate: 0 <= rate < 1, **{"a rate": rate})
