@@ -132,7 +132,7 @@ def _options(arguments):
     add("--counts", type=int, nargs="+", default=[1, 2, 4, 8], help="of micro-batches")
     add("--batch", type=int, default=64)
     add("--size", type=int, default=32, help="height and width of the images")
-    add("--rounds", type=int, default=14)
+    add("--rounds", type=int, default=10)
     on_cpu = jax.default_backend() == "cpu"
     add("--steps", type=int, default=1 if on_cpu else 20, help="steps in a round")
     add("--small", action="store_true", help="a tiny case: does it run at all")

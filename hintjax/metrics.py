@@ -70,8 +70,9 @@ class MetricsWriter(contextlib.AbstractContextManager):
 def open_metrics(
     run_dir: str | os.PathLike, *, resume: int | None = None, tensorboard: bool = True
 ) -> MetricsWriter:
-    """Opens the metrics of a run for appending; of several processes, the first's are
-    kept.
+    """Opens the metrics of a run for appending.
+
+    Of several processes only the first keeps what it writes.
 
     Args:
       run_dir: the directory of the run; made when it is not there.

@@ -119,8 +119,10 @@ def inside(root: Path, name: str) -> Path:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replaces a file by one of that text, whole or not at all; of several processes,
-    the first does."""
+    """Replaces a file by one of that text, whole or not at all.
+
+    Of several processes the first does it.
+    """
     told(partial(_write_text, path, text))
 
 
