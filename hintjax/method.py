@@ -168,19 +168,17 @@ def objective(**terms: Weighted | Method) -> Method:
         name: term if isinstance(term, Weighted) else Weighted(term, 1.0)
         for name, term in terms.items()
     }
-    do = "Give the term another name."
-    taken = ("loss", "norm", "skipped", "spikes")
+    # What stages report, and what is kept beside the terms' memories.
+    taken = ("loss", "norm", "skipped", "spikes", ADJUSTABLE, PREPARED)
     if named.keys() & {*taken}:
-        wanted = f"no term with a name among {taken}, which stages report"
+        do = "Give the term another name."
+        wanted = f"no term with a name among {taken}"
         raise ValueError(message("objective", wanted, f"{list(named)}", do))
     adjustable = {
         name: term.weight.start
         for name, term in named.items()
         if isinstance(term.weight, Adjustable)
     }
-    if adjustable and ADJUSTABLE in named:
-        wanted = f"no term named {ADJUSTABLE!r}, where adjustable weights are"
-        raise ValueError(message("objective", wanted, f"{list(named)}", do))
     if all(term.weight == 0 for term in named.values()):
         got = f"the terms {list(named)} with weight 0" if named else "no terms"
         raise ValueError(message("objective", "a term with a weight > 0", got))

@@ -143,13 +143,6 @@ def test_adjustable_weights_are_whole_on_every_device_and_chosen_like_all_else()
     assert chosen["weights"] == {"a": 6}
 
 
-def test_no_term_takes_the_place_of_adjustable_weights():
-    one = weighted(constant(1.0), Adjustable(1.0))
-    with pytest.raises(ValueError, match="objective: expected no term named 'weights'"):
-        objective(weights=one)
-    assert objective(weights=constant(1.0)).apply
-
-
 def test_means_are_over_the_valid_examples():
     batch = {"where": jnp.array([True, False, True, False])}
     method = objective(a=weighted(constant(1.0, 50.0, 2.0, 70.0), 2.0))
@@ -175,8 +168,10 @@ def test_own_metrics_are_reported_under_the_name_of_the_term():
     assert metrics["outer/inner/train"] is False
 
 
-@pytest.mark.parametrize("name", ["loss", "norm", "skipped", "spikes"])
-def test_a_term_cannot_take_the_name_of_what_a_stage_reports(name):
+@pytest.mark.parametrize(
+    "name", ["loss", "norm", "skipped", "spikes", "weights", "prepared"]
+)
+def test_a_term_cannot_take_the_name_of_what_a_stage_reports_or_keeps(name):
     with pytest.raises(ValueError, match="no term with a name among"):
         objective(**{name: constant(1.0), "other": constant(2.0)})
 
