@@ -12,8 +12,9 @@ class SpikeGuard(NamedTuple):
     """Skip a step whose gradient is many times as long as usual.
 
     A skipped step changes nothing, as if its numbers were not finite, and does not
-    count as usual either. If the level has risen for good, all that follow are
-    skipped: `State.skipped.in_a_row` says so, and `fit` gives up.
+    count as usual either; nor does one whose gradient is 0. If the level has risen for
+    good, all that follow are skipped: `State.skipped.in_a_row` says so, and `fit` gives
+    up.
 
     Attributes:
         factor: how many times the mean norm is too long, > 1.
@@ -42,7 +43,7 @@ def check(caller: str, guard: SpikeGuard) -> None:
 
 def begin() -> Norms:
     """Before the first step."""
-    return Norms(jnp.zeros(()), *(jnp.zeros((), jnp.int32) for _ in range(2)))
+    return Norms(jnp.zeros(()), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
 
 
 def judge(
@@ -59,11 +60,12 @@ def judge(
     norm = norm.astype(norms.mean.dtype)
     long = (norms.count >= guard.window) & (norm > guard.factor * norms.mean)
     made = finite & ~long
+    usual = made & (norm > 0)  # of a mean of 0 all that follows would be a spike
     count = jnp.minimum(norms.count + 1, guard.window)
     # At first the mean of all, then one that forgets.
     mean = norms.mean + (norm - norms.mean) / count.astype(norm.dtype)
     return made, Norms(
-        mean=jnp.where(made, mean, norms.mean),
-        count=jnp.where(made, count, norms.count),
+        mean=jnp.where(usual, mean, norms.mean),
+        count=jnp.where(usual, count, norms.count),
         spikes=norms.spikes + jnp.where(finite & long, 1, 0),
     )

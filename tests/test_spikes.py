@@ -107,6 +107,15 @@ def test_before_there_are_so_many_steps_none_is_skipped():
     assert state.skipped == (0, 0)
 
 
+def test_steps_without_a_gradient_are_not_what_is_usual():
+    norms = spikes.begin()
+    for norm in [0.0] * 6 + [1.0] * 6:
+        made, norms = spikes.judge(GUARD, norms, jnp.asarray(norm), jnp.asarray(True))
+        assert made
+    assert norms == (1, 4, 0)
+    assert not spikes.judge(GUARD, norms, jnp.asarray(6.0), jnp.asarray(True))[0]
+
+
 def test_what_is_not_finite_is_no_spike():
     def broken(step):
         return batch(step, np.nan if step == SPIKE else 1.0)
