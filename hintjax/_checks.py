@@ -9,6 +9,7 @@ import difflib
 import math
 import reprlib
 from collections.abc import Callable, Iterable, Sequence
+from types import NoneType
 from typing import Any
 
 import jax
@@ -151,7 +152,8 @@ def instance(
     kinds = kind if isinstance(kind, tuple) else (kind,)
     for name, value in values.items():
         if not isinstance(value, kinds):
-            wanted = f"{name} to be {' or '.join(one.__name__ for one in kinds)}"
+            names = ("None" if one is NoneType else one.__name__ for one in kinds)
+            wanted = f"{name} to be {' or '.join(names)}"
             raise TypeError(message(caller, wanted, described(value), do))
 
 
