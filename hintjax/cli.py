@@ -36,7 +36,7 @@ from hintjax.experiment import (
     teacher_variables,
 )
 from hintjax.metrics import progress
-from hintjax.processes import agree, first, start, told
+from hintjax.processes import agree, first, leaving, start, told
 from hintjax.recipes import Recipe
 from hintjax.rundir import LOCK, inside, owned, write_text
 
@@ -387,6 +387,11 @@ def doctor() -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The entry point of the command."""
+    with leaving():
+        _main(argv)
+
+
+def _main(argv):
     import tyro
 
     argv = list(sys.argv[1:] if argv is None else argv)

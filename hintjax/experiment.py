@@ -13,6 +13,7 @@ import inspect
 import json
 import os
 import warnings
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from hintjax import config as configs
@@ -41,7 +43,7 @@ from hintjax.method import Data
 from hintjax.networks import Network, Variables, Wants, join, linen, split
 from hintjax.networks_nnx import nnx
 from hintjax.places import Places
-from hintjax.processes import told
+from hintjax.processes import agree, each, told
 from hintjax.recipes import Recipe, Step, backprop
 from hintjax.rundir import owned, read_json, write_text
 from hintjax.sharding import Layout, make_mesh, over_batch, place, shares, spread
@@ -198,13 +200,17 @@ def prepare(config: Config, *, teach: bool = False) -> Setting:
     Returns:
         The setting, with pairs as configured or else suggested by depth.
     """
-    dataset = load(
-        config.dataset, config.data_dir, limit=config.limit, size=config.size
+    dataset = each(
+        lambda: load(
+            config.dataset, config.data_dir, limit=config.limit, size=config.size
+        )
     )
+    if jax.process_count() > 1:
+        agree("data", _seen(dataset))
     steps_per_epoch(dataset.train.n, config.batch_size)  # raises
     layout = mesh_of(config)
     inputs = jnp.zeros((1, *dataset.train.shape), jnp.float32)
-    student = network(config.student, dataset.classes)
+    student = each(lambda: network(config.student, dataset.classes))
     teacher = teacher_network(config, dataset.classes) if teach else None
     factories = [config.student, *([_factory(config)] if teach else [])]
 
@@ -262,7 +268,21 @@ def teacher_network(config: Config, classes: int) -> Network:
     """The network of the configured teacher, whether it is trained yet or not."""
     if ":" not in config.teacher:
         load_student(config.teacher)  # raises if it is not finished, or no teacher
-    return network(_factory(config), classes)
+    name = _factory(config)
+    return each(lambda: network(name, classes))
+
+
+def _seen(dataset: Dataset) -> dict[str, Any]:
+    """What tells data sets apart; of what lies on a disk not every image is read."""
+    found = {
+        "classes": dataset.classes,
+        "mean and std": [array.tolist() for array in dataset.standardize],
+    }
+    for name in ("train", "validation", "test"):
+        split = getattr(dataset, name)
+        sums = map(np.ascontiguousarray, split) if isinstance(split, Split) else ()
+        found[name] = [split.n, *split.shape, *map(zlib.crc32, sums)]
+    return found
 
 
 def _factory(config):

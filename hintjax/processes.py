@@ -7,10 +7,17 @@ anyone acts on it. Every process calls these functions, in the same order. Where
 is only one process, they cost nothing.
 """
 
+import collections
+import contextlib
 import glob
 import importlib.util
 import json
-from collections.abc import Callable, Mapping, Sequence
+import os
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,6 +27,11 @@ from jax.experimental import multihost_utils
 from hintjax._checks import message
 
 _RAISED = (ValueError, TypeError, OSError)  # what is raised as what it was elsewhere
+# Seconds: until a silent process counts as lost (JAX's own 100 s are dear, and threads
+# of its own say that a process is there); until it is said what is waited for; that all
+# are waited for, at the start; and that others are, after an error.
+_LOST, _QUIET, _STARTING, _LEAVING = 30, 5, 300, 10
+_SAID = 2000  # bytes of an error that others repeat
 
 
 def start(
@@ -32,20 +44,23 @@ def start(
     On the hosts of a Cloud TPU nothing has to be said. One process on such a host,
     and any process elsewhere that is told nothing, stays alone.
 
+    If one is lost later, JAX ends the others within half a minute, and names it.
+
     Args:
         coordinator: host:port of the first process; the same in all.
         processes: how many there are.
         process: which this is, from 0.
 
     Raises:
-        ValueError: if only some of the three are given, or do not go together.
+        ValueError: if only some of the three are given, or do not go together; or if
+            processes differ in their number of devices.
     """
     given = {"coordinator": coordinator, "processes": processes, "process": process}
     missing = [name for name, value in given.items() if value is None]
     if len(missing) == 3:
         if _on_tpu():
             try:
-                jax.distributed.initialize()
+                jax.distributed.initialize(heartbeat_timeout_seconds=_LOST)
             except (ValueError, RuntimeError, OSError) as error:
                 print(f"one host: {str(error).partition(chr(10))[0]}")
         return
@@ -59,7 +74,65 @@ def start(
     if not 0 <= process < processes:
         wanted = f"process in 0..{processes - 1}"
         raise ValueError(message("processes", wanted, f"{process}"))
-    jax.distributed.initialize(coordinator, processes, process)
+    with _waiting(f"all {processes} at {coordinator}; this is process {process}"):
+        jax.distributed.initialize(
+            coordinator,
+            processes,
+            process,
+            initialization_timeout=_STARTING,
+            heartbeat_timeout_seconds=_LOST,
+        )
+    counts = collections.Counter(device.process_index for device in jax.devices())
+    if len(set(counts.values())) > 1:
+        got = f"{dict(sorted(counts.items()))}"
+        wanted = "as many devices in each process"
+        raise ValueError(message("processes", wanted, got))
+
+
+@contextlib.contextmanager
+def _waiting(what: str) -> Iterator[None]:
+    """Says what is waited for, if that takes long, and lets Ctrl-C end it."""
+
+    def say():
+        text = f"processes: waiting for {what}. After {_STARTING} s it gives up."
+        print(text, file=sys.stderr, flush=True)
+
+    timer = threading.Timer(_QUIET, say)
+    timer.daemon = True
+    timer.start()
+    main = threading.current_thread() is threading.main_thread()
+    # The wait is not in Python, whose own handler would be called after it only.
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL) if main else None
+    try:
+        yield
+    finally:
+        timer.cancel()
+        if main:
+            signal.signal(signal.SIGINT, before)
+
+
+@contextlib.contextmanager
+def leaving() -> Iterator[None]:
+    """Ends this process soon after an error in the block, though others may not know.
+
+    At its end JAX would wait minutes for the others, which may wait for this one.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if not jax.distributed.is_initialized():
+            raise
+        last = threading.Thread(target=jax.distributed.shutdown, daemon=True)
+        last.start()
+        last.join(_LEAVING)
+        if not last.is_alive():
+            raise
+        code = error.code if isinstance(error, SystemExit) else 1
+        if not isinstance(error, SystemExit):
+            traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code if isinstance(code, int) else 1)
 
 
 def _on_tpu() -> bool:
@@ -100,6 +173,41 @@ def told(find: Callable[[], Any], *kinds: type[Exception]) -> Any:
     if "found" in said:
         return said["found"]
     raise kinds[said["kind"]](said["error"])
+
+
+def each(find: Callable[[], Any]) -> Any:
+    """What this process finds; if one of them raises, all do.
+
+    Args:
+        find: called in every process; must not wait for others.
+
+    Raises:
+        Exception: what `find` raises, here.
+        ValueError: if it raises elsewhere, with what it said there.
+    """
+    if jax.process_count() == 1:
+        return find()
+    try:
+        found = find()
+    except Exception as error:
+        _gathered(str(error) or repr(error))
+        raise
+    for process, text in _gathered("").items():
+        wanted = f"process {process} to go on"
+        raise ValueError(message("processes", wanted, text.rstrip(".")))
+    return found
+
+
+def _gathered(text: str) -> dict[int, str]:
+    """What processes say, by their number, less those that say nothing."""
+    text, ours = text.encode()[:_SAID], np.zeros(_SAID, np.uint8)
+    ours[: len(text)] = np.frombuffer(text, np.uint8)
+    all_of_them = multihost_utils.process_allgather(ours).astype(np.uint8)
+    return {
+        process: said.tobytes().rstrip(b"\0").decode(errors="replace")
+        for process, said in enumerate(all_of_them)
+        if said.any()
+    }
 
 
 def _said(what: Any) -> Any:
@@ -158,24 +266,20 @@ def agree(what: str, ours: Mapping[str, Any]) -> None:
         ours: what this process has, by name; JSON.
 
     Raises:
-        ValueError: naming the processes that differ from the first, and in these what
-            differs.
+        ValueError: naming the processes that differ from the first, and what differs.
     """
     if jax.process_count() == 1:
         return
     ours = json.loads(json.dumps(dict(ours)))
     theirs = told(lambda: ours)
-    differ = multihost_utils.process_allgather(np.int32(ours != theirs))
-    if not differ.any():
-        return
-    others = ", ".join(str(i) for i in np.flatnonzero(differ))
-    got = f"another in process {others}"
-    if ours != theirs:
-        shown = [
-            f"{name}: {theirs.get(name)!r} in process 0, {ours.get(name)!r} here"
-            for name in {**ours, **theirs}
-            if ours.get(name) != theirs.get(name)
-        ]
-        got = "\n  ".join([f"{got}:", *shown]) + "\n"
-    do = "Start all processes with the same command."
-    raise ValueError(message("processes", f"the same {what} in all", got, do))
+    here = jax.process_index()
+    shown = "\n  ".join(
+        f"{name}: {theirs.get(name)!r} in process 0, {ours.get(name)!r} in {here}"
+        for name in {**ours, **theirs}
+        if ours.get(name) != theirs.get(name)
+    )
+    if said := _gathered(shown):
+        others = ", ".join(map(str, said))
+        got = f"another in process {others}:\n  " + "\n  ".join(said.values()) + "\n"
+        do = "Start all processes with the same command."
+        raise ValueError(message("processes", f"the same {what} in all", got, do))

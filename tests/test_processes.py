@@ -7,7 +7,9 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+import types
 from pathlib import Path
 
 import jax
@@ -76,7 +78,60 @@ def test_one_process_asks_nobody():
     assert processes.first()
     assert processes.told(lambda: {"a": 1}) == {"a": 1}
     assert processes.largest(3) == 3
+    assert processes.each(lambda: 4) == 4
     processes.agree("settings", {"a": object()})  # not even looked at
+
+
+class Ended(Exception):
+    pass
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    ("error", "code"), [(SystemExit(143), 143), (RuntimeError("a defect"), 1)]
+)
+def test_after_an_error_nobody_is_waited_for_long(error, code, monkeypatch, capsys):
+    """The others may be waiting for this process, for ever."""
+    never, codes = threading.Event(), []
+
+    def leave(code):
+        codes.append(code)
+        raise Ended
+
+    monkeypatch.setattr("jax.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("jax.distributed.shutdown", never.wait)
+    monkeypatch.setattr("hintjax.processes._LEAVING", 0.01)
+    monkeypatch.setattr("os._exit", leave)
+    with pytest.raises(Ended), processes.leaving():
+        raise error
+    assert codes == [code]
+    assert ("RuntimeError: a defect" in capsys.readouterr().err) == (code == 1)
+    never.set()  # all have left
+    monkeypatch.setattr("jax.distributed.shutdown", never.is_set)
+    with pytest.raises(type(error)), processes.leaving():
+        raise error
+    assert codes == [code]
+
+
+@pytest.mark.quick
+def test_a_start_says_what_it_waits_for_and_compares_devices(monkeypatch, capsys):
+    seen = []
+
+    def initialize(*args, **how):
+        seen.append((args, signal.getsignal(signal.SIGINT)))
+        assert how["heartbeat_timeout_seconds"] < 60
+        time.sleep(0.2)
+
+    devices = [types.SimpleNamespace(process_index=i) for i in (0, 1, 1)]
+    monkeypatch.setattr("jax.distributed.initialize", initialize)
+    monkeypatch.setattr("jax.devices", lambda: devices)
+    monkeypatch.setattr("hintjax.processes._QUIET", 0.01)
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(ValueError, match=r"as many devices in each .*0: 1, 1: 2"):
+        processes.start("host:1", 2, 1)
+    assert seen == [(("host:1", 2, 1), signal.SIG_DFL)]  # the wait is not in Python
+    assert signal.getsignal(signal.SIGINT) is before
+    assert "waiting for all 2 at host:1; this is process 1" in capsys.readouterr().err
 
 
 # A loop of one's own making, on data that is read by Grain.
@@ -136,6 +191,18 @@ except ValueError as error:
     found["agree"] = str(error)
 processes.agree("settings", {"rate": 0.1})
 found["largest"] = processes.largest(process)
+
+# What only one finds wrong, each in its own place.
+def look():
+    if process == 1:
+        raise OSError("no such file")
+    return "there"
+
+try:
+    found["each"] = processes.each(look)
+except (OSError, ValueError) as error:
+    found["each"] = f"{type(error).__name__}: {error}"
+assert processes.each(lambda: process) == process
 
 # Bit for bit, the sign of zero and what is no number too.
 odd = np.array([-0.0, np.nan, np.inf, 1e-45], np.float32)
@@ -222,9 +289,16 @@ def test_what_the_first_process_finds_is_found_by_all(together):
 
 def test_processes_that_were_told_otherwise_name_what_differs(together):
     first, second = (found["agree"] for found in together[1])
-    assert "another in process 1" in first
-    assert "seed: 0 in process 0, 1 here" in second
-    assert "rate" not in second
+    assert first == second
+    assert "another in process 1:\n  seed: 0 in process 0, 1 in 1\n" in first
+    assert "rate" not in first
+
+
+def test_what_one_process_finds_wrong_ends_all(together):
+    first, second = (found["each"] for found in together[1])
+    assert first.startswith("ValueError: processes: expected process 1 to go on, got ")
+    assert "no such file" in first
+    assert second == "OSError: no such file"
 
 
 def test_processes_read_disjoint_parts_of_the_same_batches(together):
