@@ -124,7 +124,7 @@ def not_negative(caller: str, **values: ScalarLike) -> None:
 def integer(caller: str, least: int, **values: int) -> None:
     """Raise unless every number is an integer and not below the least."""
     for name, value in values.items():
-        whole = isinstance(value, int) and not isinstance(value, bool)
+        whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
         if not whole or not least <= value <= LARGEST_INT:
             wanted = f"{name} to be an integer >= {least}"
             wanted += " of 32 bits" if whole and value > LARGEST_INT else ""

@@ -332,7 +332,7 @@ def picture(
     guided, hint = middle(setting.places)[-1]
     dataset = setting.dataset
     per_epoch = dataset.train.n // setting.config.batch_size
-    shown = np.arange(_SHOWN)
+    shown = np.arange(min(_SHOWN, dataset.test.n))
     images = _images(dataset.test, shown, dataset)
 
     ours, theirs = setting.places.class_tokens
@@ -340,7 +340,7 @@ def picture(
     def maps(network, path, class_tokens, variables):
         hints = _map(network, path, class_tokens)(variables, images)
         height, width = hints.shape[1:3]
-        return np.asarray(attention_map(hints)).reshape(_SHOWN, height, width)
+        return np.asarray(attention_map(hints)).reshape(-1, height, width)
 
     attention = {f"teacher {hint}": maps(setting.teacher, hint, theirs, teacher)}
     for name, arm in found.items():

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from hintjax import _checks
@@ -111,3 +112,9 @@ def test_kinds_and_functions(unchecked):
     _checks.function("f", view=abs)
     with pytest.raises(TypeError, match="f: expected view to be a function, got 3"):
         _checks.function("f", view=3)
+
+
+def test_numpys_integers_are_integers(unchecked):
+    _checks.positive_int("loss", n=np.int64(3))
+    with pytest.raises(ValueError, match="n to be an integer >= 1, got"):
+        _checks.positive_int("loss", n=np.int64(0))

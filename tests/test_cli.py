@@ -102,7 +102,10 @@ def test_a_teacher_that_knows_little_is_named(finished, corners):
         assert check_teacher(wrong, trained) < 0.5
 
 
-def test_the_comparison_shows_a_table_and_a_picture(corners, tmp_path, capsys):
+def test_the_comparison_shows_a_table_and_a_picture(
+    corners, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr("hintjax.compare._SHOWN", 25)  # test images; there are 24
     run_dir = tmp_path / "compare"
     common = ("--dataset", corners, *TINY, "--run-dir", str(run_dir))
     main(["distill", "--seeds", "2", "--rates", "0.001", *common])
