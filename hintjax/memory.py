@@ -6,11 +6,14 @@ embedded; `draw_*` choose candidates by class. All of it runs inside jit, on the
 Draws are uniform and *with* replacement (the published loader draws without). What is
 drawn for an example depends on the key and the example, not on its place in the batch.
 
-On a mesh the rows of a bank may be split over the devices that split the batch.
-`scores_by_rows` and `update` then bring embeddings to where rows live, never rows to
-embeddings; what they give equals what one device gives.
+On a mesh the rows of a bank may be split over the devices that split the batch. What a
+step sends then hardly grows with their number: an example's rows are asked for, and
+changed, only where they live (`batch_rows`, `update`); rows for all are summed
+(`shared_rows`); and where each anchor has its own candidates, anchors are scored where
+rows live (`scores_by_rows`). What they give equals what one device gives.
 """
 
+import math
 from functools import partial
 from types import NoneType
 from typing import NamedTuple
@@ -25,6 +28,7 @@ from hintjax._numerics import either, unit
 from hintjax.sharding import batch_axes, over_batch, shares
 
 HIGHEST = jax.lax.Precision.HIGHEST
+PIECES = 4  # of a device's anchors, scored one after another to save memory
 
 
 class MemoryBank(NamedTuple):
@@ -132,39 +136,105 @@ def update(
     _checks.mask("memory", where, index.shape)
     if mesh is not None:
         return _updated_by_rows(bank, index, student, teacher, momentum, where, mesh)
-    batch = jnp.arange(index.shape[0])
-    same = index[:, None] == index[None, :]
-    if where is not None:
-        same &= where[None, :]
-    # All of one example's rows write the same value; -1 (none counts) writes nowhere.
-    last = jnp.max(jnp.where(same, batch[None, :], -1), 1)
-    target = jnp.where(last < 0, bank.student.shape[0], index)
+    where = jnp.ones(index.shape, bool) if where is None else where
+    writes = _last(index, where, jnp.arange(index.shape[0]), index, where)
+    target = jnp.where(writes, index, bank.student.shape[0])
 
     def moved(vectors, embedded):
-        embedded = jax.lax.stop_gradient(embedded).astype(vectors.dtype)
-        rows = momentum * vectors[index] + (1 - momentum) * embedded[last]
-        return vectors.at[target].set(unit(rows), mode="drop")
+        rows = _mixed(vectors[index], embedded, momentum)
+        return vectors.at[target].set(rows, mode="drop")
 
     return bank._replace(
         student=moved(bank.student, student), teacher=moved(bank.teacher, teacher)
     )
 
 
-def _updated_by_rows(bank, index, student, teacher, momentum, where, mesh):
-    rows = over_batch(mesh).spec
-    homes = split_rows(bank, mesh)
+def _last(index, where, place, all_index, all_where):
+    """Whether an example counts, and is the last that does of those with its index."""
+    same = (index[:, None] == all_index[None, :]) & all_where[None, :]
+    places = jnp.arange(all_index.shape[0])[None, :]
+    return where & (jnp.max(jnp.where(same, places, -1), 1) == place)
 
-    @partial(jax.shard_map, mesh=mesh, in_specs=(homes, *[rows] * 4), out_specs=homes)
-    def local(bank, *batch):
+
+def _mixed(rows, embedded, momentum):
+    embedded = jax.lax.stop_gradient(embedded).astype(rows.dtype)
+    return unit(momentum * rows + (1 - momentum) * embedded)
+
+
+def _updated_by_rows(bank, index, student, teacher, momentum, where, mesh):
+    split, homes = over_batch(mesh).spec, split_rows(bank, mesh)
+
+    @partial(jax.shard_map, mesh=mesh, in_specs=(homes, *[split] * 4), out_specs=homes)
+    def local(bank, index, student, teacher, where):
         gather = partial(jax.lax.all_gather, axis_name=batch_axes(mesh), tiled=True)
-        index, student, teacher, where = map(gather, batch)
-        index, here = _mine(index, bank.student, mesh)
-        return update(
-            bank, index, student, teacher, momentum=momentum, where=where & here
-        )
+        batch = index.shape[0]
+        place = jax.lax.axis_index(batch_axes(mesh)) * batch + jnp.arange(batch)
+        writes = _last(index, where, place, gather(index), gather(where))
+        mail = _Mail(index, writes, bank.student.shape[0], mesh)
+
+        def deliver(turn, vectors):
+            row = mail.sent(turn, index, -1)
+            embedded = (mail.sent(turn, student, 0), mail.sent(turn, teacher, 0))
+            here, there = _mine(row, vectors[0], mesh)
+            target = jnp.where(there, here, vectors[0].shape[0])
+            return tuple(
+                old.at[target].set(_mixed(old[here], new, momentum), mode="drop")
+                for old, new in zip(vectors, embedded, strict=True)
+            )
+
+        rows = mail.rounds(deliver, (bank.student, bank.teacher))
+        return bank._replace(student=rows[0], teacher=rows[1])
 
     where = jnp.ones(index.shape, bool) if where is None else where
     return local(bank, index, student, teacher, where)
+
+
+class _Mail:
+    """Examples and the devices where their rows live, inside a `shard_map`.
+
+    Every device has the same room for letters to each other one: a few more than there
+    are on average. What finds no room goes in the next round, so that nothing is lost
+    however the rows are spread; of a shuffled batch hardly anything ever has to.
+    """
+
+    def __init__(self, index, chosen, size, mesh):
+        n = shares(mesh)
+        self.axes = batch_axes(mesh)
+        mean = index.shape[0] / n
+        self.room = min(index.shape[0], math.ceil(mean + 4 * mean**0.5 + 4))
+        self.box = n * self.room
+        self.home = index // size
+        self.chosen = chosen & (self.home >= 0) & (self.home < n)
+        same = self.chosen & (self.home[:, None] == self.home[None, :])
+        self.turn = jnp.sum(jnp.tril(same, -1), 1)
+        longest = jnp.max(jnp.where(self.chosen, self.turn + 1, 0))
+        self.needed = -(-jax.lax.pmax(longest, self.axes) // self.room)
+
+    def rounds(self, deliver, carried):
+        """As many as are needed, which is the same number on all devices."""
+        return jax.lax.fori_loop(0, self.needed, deliver, carried)
+
+    def sent(self, turn, values, empty):
+        """What the others sent here: (devices x room, ...)."""
+        shape = self.box, *values.shape[1:]
+        place, _ = self._place(turn)
+        box = jnp.full(shape, empty, values.dtype).at[place].set(values, mode="drop")
+        return self.exchanged(box)
+
+    def exchanged(self, box):
+        """Each device's part of the box, for what it has for this one."""
+        return jax.lax.all_to_all(box, self.axes, 0, 0, tiled=True)
+
+    def answered(self, turn, box, before):
+        """The answers, each to who asked, and what was there for who did not."""
+        place, now = self._place(turn)
+        answers = self.exchanged(box)[jnp.minimum(place, self.box - 1)]
+        return jnp.where(now[:, None], answers, before)
+
+    def _place(self, turn):
+        slot = self.turn - turn * self.room
+        now = self.chosen & (slot >= 0) & (slot < self.room)
+        return jnp.where(now, self.home * self.room + slot, self.box), now
 
 
 def select(
@@ -178,7 +248,8 @@ def select(
     """The bank after a step if that was good, else as before it, bit for bit.
 
     Only the rows that the step can have changed are written, in place: a select
-    between two whole banks would copy one.
+    between two whole banks would copy one. That is done where the batch is a quarter of
+    the bank or more.
 
     Args:
         good: whether the step counts.
@@ -199,6 +270,11 @@ def select(
     _check("memory", bank, index, mesh)
     if mesh is not None:
         return _selected_by_rows(good, bank, before, index, mesh)
+
+    if 4 * index.shape[0] >= bank.student.shape[0]:
+        return either(good, bank, before)  # cheaper than single rows of so short a bank
+    # In order: on a mesh every device then has all of them, and rows need not travel.
+    index = jnp.sort(index)
 
     def chosen(new, old):
         return new.at[index].set(jnp.where(good, new[index], old[index]))
@@ -235,94 +311,123 @@ def split_rows(bank: MemoryBank, mesh: Mesh) -> MemoryBank:
     )
 
 
+def batch_rows(
+    bank: MemoryBank, index: Int[Array, " batch"], *, mesh: Mesh | None = None
+) -> tuple[Float[Array, "batch features"], Float[Array, "batch features"]]:
+    """The two rows of each example of a batch: the student's and the teacher's.
+
+    Args:
+        bank: the bank.
+        index: one training example for each of the batch.
+        mesh: the bank's rows are split over it: they are sent by who has them.
+
+    Returns:
+        Rows, split like the batch.
+    """
+    if mesh is None:
+        return bank.student[index], bank.teacher[index]
+    split = over_batch(mesh).spec
+
+    @partial(jax.shard_map, mesh=mesh, in_specs=(split,) * 3, out_specs=(split,) * 2)
+    def local(student, teacher, index):
+        mail = _Mail(index, jnp.ones(index.shape, bool), student.shape[0], mesh)
+
+        def fetch(turn, found):
+            asked, _ = _mine(mail.sent(turn, index, 0), student, mesh)
+            return tuple(
+                mail.answered(turn, rows[asked], before)
+                for rows, before in zip((student, teacher), found, strict=True)
+            )
+
+        nothing = jnp.zeros((index.shape[0], student.shape[1]), student.dtype)
+        nothing = jax.lax.pcast(nothing, batch_axes(mesh), to="varying")
+        return mail.rounds(fetch, (nothing, nothing))
+
+    return local(bank.student, bank.teacher, index)
+
+
+def shared_rows(
+    bank: MemoryBank, index: Int[Array, " k"], *, mesh: Mesh | None = None
+) -> tuple[Float[Array, "k features"], Float[Array, "k features"]]:
+    """The two rows of each of some examples, for all devices the same.
+
+    Args:
+        bank: the bank.
+        index: the training examples.
+        mesh: the bank's rows are split over it: each device adds those that it has.
+
+    Returns:
+        The student's rows and the teacher's.
+    """
+    if mesh is None:
+        return bank.student[index], bank.teacher[index]
+    split, whole = over_batch(mesh).spec, PartitionSpec()
+
+    @partial(
+        jax.shard_map,
+        mesh=mesh,
+        in_specs=(split, split, whole),
+        out_specs=(whole, whole),
+    )
+    def local(student, teacher, index):
+        row, here = _mine(index, student, mesh)
+        found = tuple(jnp.where(here[:, None], v[row], 0) for v in (student, teacher))
+        return jax.lax.psum(found, batch_axes(mesh))
+
+    return local(bank.student, bank.teacher, index)
+
+
 def scores_by_rows(
     anchors: Float[Array, "batch features"],
     vectors: Float[Array, "rows features"],
-    *indices: Int[Array, "batch _"] | Int[Array, " _"],
+    index: Int[Array, "batch k"],
+    *,
     mesh: Mesh,
-) -> tuple[Float[Array, "batch _"], ...]:
-    """Inner products of anchors with rows that are split over a mesh.
+) -> Float[Array, "batch k"]:
+    """Inner products of anchors with candidates of their own, rows split over a mesh.
 
-    The anchors of each device visit all devices in a ring, with what was asked for
-    them. Where they are they get their scores with all rows that live there, in one
-    matrix product, and keep those that were asked for. No row leaves its device, none
-    is gathered, and a device never holds more than one device's scores. Gradients go
-    to the anchors, in a second round; the rows are stored state and get none.
+    Every device scores the anchors of all with the rows that it has, in a matrix
+    product, and sends each device the scores of its anchors. Of an anchor's scores with
+    the whole bank those that were asked for are kept. No row leaves its device, and the
+    scores that a device sends are as many on any number of devices; it holds those of a
+    quarter of its anchors at a time. Gradients go the same ways back, to the anchors;
+    the rows are stored state and get none.
 
     Args:
         anchors: embeddings, split like the batch.
         vectors: one of the bank's two arrays.
-        *indices: rows for each anchor, or for all anchors the same.
+        index: candidates of each anchor.
         mesh: the mesh.
 
     Returns:
-        For each of the indices, one score per anchor and row asked for.
+        One score per anchor and candidate; 0 for what is not in the bank.
     """
     split, axes = over_batch(mesh).spec, batch_axes(mesh)
-    each = tuple(split if index.ndim == 2 else PartitionSpec() for index in indices)
-    n = shares(mesh)
-    ring = [(device, (device + 1) % n) for device in range(n)]
-    varying = partial(jax.lax.pcast, axis_name=axes, to="varying")
 
-    def around(visit, carried):
-        """What was carried to all devices and has come home."""
+    @partial(jax.shard_map, mesh=mesh, in_specs=(split,) * 3, out_specs=split)
+    def local(anchors, vectors, index):
+        pieces = math.gcd(anchors.shape[0], PIECES)
+        some = (pieces, anchors.shape[0] // pieces)
+        size = vectors.shape[0]
 
-        def stay(carried, _):
-            carried = visit(carried)
-            return jax.tree.map(
-                lambda leaf: jax.lax.ppermute(leaf, axes, ring), carried
-            ), None
+        def of_some(anchors, index):
+            batch = anchors.shape[0]
+            anchors = jax.lax.all_gather(anchors, axes, tiled=True)
+            # Not with vectors.T, of which the gradient would keep a copy.
+            scores = jnp.einsum("bd,rd->br", anchors, vectors, precision=HIGHEST)
+            # From each device the block of these anchors, left as they come.
+            scores = jax.lax.all_to_all(scores, axes, 0, 0, tiled=True)
+            home, row = index // size, index % size
+            block = jnp.where(home < 0, shares(mesh), home) * batch
+            place = block + jnp.arange(batch)[:, None]
+            return scores.at[place, row].get(mode="fill", fill_value=0)
 
-        return jax.lax.scan(stay, carried, length=n)[0]
-
-    def rows_here(index, vectors):
-        index, here = _mine(index, vectors, mesh)
-        return (index if index.ndim == 2 else index[None, :]), here
-
-    @jax.custom_vjp
-    def scores(anchors, vectors, indices):
-        def visit(carried):
-            anchors, indices, found = carried
-            product = jnp.matmul(anchors, vectors.T, precision=HIGHEST)
-            return anchors, indices, tuple(map(partial(asked, product), indices, found))
-
-        def asked(product, index, found):
-            index, here = rows_here(index, vectors)
-            return found + jnp.where(here, jnp.take_along_axis(product, index, 1), 0)
-
-        indices = tuple(i if i.ndim == 2 else varying(i) for i in indices)
-        nothing = tuple(
-            varying(jnp.zeros((anchors.shape[0], index.shape[-1]), anchors.dtype))
-            for index in indices
+        pair = (x.reshape(*some, x.shape[1]) for x in (anchors, index))
+        return jax.lax.map(lambda pair: of_some(*pair), tuple(pair)).reshape(
+            index.shape
         )
-        return around(visit, (anchors, indices, nothing))[-1]
 
-    def forward(anchors, vectors, indices):
-        return scores(anchors, vectors, indices), (vectors, indices)
-
-    def backward(kept, gradients):
-        vectors, indices = kept
-
-        def visit(carried):
-            total, indices, gradients = carried
-            product = jnp.zeros((total.shape[0], vectors.shape[0]), total.dtype)
-            rows = jnp.arange(total.shape[0])[:, None]
-            for index, gradient in zip(indices, gradients, strict=True):
-                index, here = rows_here(index, vectors)
-                product = product.at[rows, index].add(jnp.where(here, gradient, 0))
-            total = total + jnp.matmul(product, vectors, precision=HIGHEST)
-            return total, indices, gradients
-
-        shape = gradients[0].shape[0], vectors.shape[1]
-        nothing = varying(jnp.zeros(shape, gradients[0].dtype))
-        indices = tuple(i if i.ndim == 2 else varying(i) for i in indices)
-        total, _, _ = around(visit, (nothing, indices, gradients))
-        return total, varying(jnp.zeros(vectors.shape, vectors.dtype)), None
-
-    scores.defvjp(forward, backward)
-    return jax.shard_map(
-        scores, mesh=mesh, in_specs=(split, split, each), out_specs=(split,) * len(each)
-    )(anchors, vectors, indices)
+    return local(anchors, jax.lax.stop_gradient(vectors), index)
 
 
 def _mine(index, vectors, mesh):

@@ -36,6 +36,67 @@ def test_without_a_bank_there_is_nothing_to_split():
         hj.crd(("a", "b"), negatives=hj.BatchNegatives(), mesh=make_mesh())
 
 
+ROWS = 512
+
+
+def banks_and_batch(batch, among):
+    """The same bank whole and split, and a batch of examples among its first ones."""
+    generator = np.random.default_rng(0)
+    index = jnp.asarray(generator.integers(0, among, batch), jnp.int32)
+    embeddings = jnp.asarray(generator.normal(size=(2, batch, 6)), jnp.float32)
+    mesh = make_mesh(data=2, fsdp=4)
+    plain, split = memory.init(KEY, ROWS, 6), memory.init(KEY, ROWS, 6, mesh)
+    return mesh, plain, split, index, embeddings
+
+
+def assert_alike(got, want):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), got, want)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("among", [ROWS, 40])
+def test_rows_are_found_and_written_however_a_batch_is_spread(among):
+    """If all examples live on one device, what has no room at first goes later."""
+    mesh, plain, split, index, (s, t) = banks_and_batch(256, among)
+    where = jnp.arange(256) % 3 > 0
+
+    @jax.jit
+    def by_rows(split, index):
+        after = memory.update(split, index, s, t, where=where, mesh=mesh)
+        return memory.batch_rows(split, index, mesh=mesh), after
+
+    found, after = by_rows(split, index)
+    assert_alike(found, memory.batch_rows(plain, index))
+    assert_alike(after, memory.update(plain, index, s, t, where=where))
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("batch", [8, 128])
+@pytest.mark.parametrize("good", [True, False])
+def test_a_bad_step_is_undone_where_rows_live(batch, good):
+    """For a batch much smaller than a device's share of the rows, and for a larger one."""
+    mesh, plain, split, index, (s, t) = banks_and_batch(batch, ROWS)
+
+    @jax.jit
+    def by_rows(split, index):
+        after = memory.update(split, index, s, t, mesh=mesh)
+        return memory.select(jnp.asarray(good), after, split, index, mesh=mesh)
+
+    assert_alike(
+        by_rows(split, index), memory.update(plain, index, s, t) if good else plain
+    )
+
+
+@pytest.mark.quick
+def test_what_is_not_in_the_bank_scores_nothing():
+    mesh, plain, split, index, (s, _) = banks_and_batch(16, ROWS)
+    asked = jnp.stack([index, jnp.full_like(index, -1), jnp.full_like(index, ROWS)], 1)
+    got = memory.scores_by_rows(s, split.teacher, asked, mesh=mesh)
+    want = jnp.sum(s * plain.teacher[index], -1)
+    np.testing.assert_allclose(got[:, 0], want, rtol=1e-4, atol=1e-6)
+    np.testing.assert_array_equal(got[:, 1:], 0)
+
+
 def temporary_bytes(mesh, method, split):
     """Of one step of CRD alone with its gradients, on each device."""
     hints = jax.ShapeDtypeStruct((BATCH, WIDTH), jnp.float32)

@@ -122,23 +122,25 @@ def hints(mesh):
 
 OBJECTIVES = {"uncoupled": uncoupled, "contrastive": contrastive, "hints": hints}
 HEAD = (8, CLASSES)
-# CRD's embeddings are brought to the rows of its bank that they change, with their
-# indices and whether they count. Before that they visit all rows in a ring, with the
-# indices of what is asked for; home come scores, or their sum weighted by gradients.
+# CRD's indices go to all devices, and so do its embeddings where each anchor has its
+# own negatives: scores come back, and for them the sums of gradients. What all anchors
+# share is summed. Other rows are asked of where they live, and sent there.
 NEGATIVES, SHARED, WIDTH = 5, 11, 6
+OWN, ROWS = BATCH // 8, -(-SIZE // 8)
 BROUGHT = {
     "uncoupled": set(),
     "hints": set(),
     "contrastive": {(BATCH,), (BATCH, WIDTH)},
 }
-VISIT = {
+SENT = {
     "uncoupled": set(),
     "hints": set(),
     "contrastive": {
-        *((BATCH // 8, count) for count in (1, NEGATIVES, SHARED, WIDTH)),
-        (SHARED,),
+        *(("all-to-all", (OWN, *shape)) for shape in ((), (WIDTH,), (ROWS,))),
+        ("reduce-scatter", (OWN, WIDTH)),
     },
 }
+TOGETHER = {"uncoupled": 0, "hints": 0, "contrastive": 2}
 
 
 class Ran(NamedTuple):
@@ -278,7 +280,7 @@ def test_weights_are_gathered_and_gradients_summed_and_no_more(runs, layout):
     trained = [leaf for leaf in jax.tree.leaves(state.params) if leaf.ndim > 1]
     if kind == "hints":
         trained = [leaf for leaf in trained if leaf.shape != HEAD]
-    assert summed == Counter(tuple(sorted(leaf.shape)) for leaf in trained)
-    expected = {("all-gather", shape) for shape in BROUGHT[kind]}
-    expected |= {("collective-permute", shape) for shape in VISIT[kind]}
-    assert others == expected
+    expected = Counter(tuple(sorted(leaf.shape)) for leaf in trained)
+    expected[tuple(sorted((SHARED, WIDTH)))] += TOGETHER[kind]
+    assert summed == +expected
+    assert others == SENT[kind] | {("all-gather", shape) for shape in BROUGHT[kind]}

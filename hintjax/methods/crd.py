@@ -137,11 +137,11 @@ def crd(
         relax: the positive is drawn from the anchor's class (the code's `relax`),
             instead of being the same example (`exact`, the default).
         mesh: the stage's mesh: the rows of the bank are split over the devices that
-            split the batch, and scores are computed where rows live. Without it
-            every device has the whole bank. This is for banks that do not fit: what
-            was asked for travels to all rows and back, so that the bytes that each
-            device sends grow with the whole batch times K, where a whole bank costs
-            the embeddings of the batch.
+            split the batch, and an example's are sent only where they live. Without
+            it every device has the whole bank, and gets and writes the embeddings of
+            the whole batch, which grows with the number of devices. By rows what a
+            device sends hardly grows: for shared negatives twice the K of each bank,
+            else the scores of its own anchors with both whole banks, twice.
 
     Returns:
         The method. It trains two heads, `student` and `teacher`; remembers the bank
@@ -206,8 +206,18 @@ def crd(
             elif mine is None:
                 mine = batch["index"]
             valid = drawn.valid
-            by_student = _scores(s, bank.teacher, t, mine, drawn.index, train, mesh)
-            by_teacher = _scores(t, bank.student, s, mine, drawn.index, train, mesh)
+            # In evaluation the examples are not in the bank: their own are as they are.
+            own, others = (s, t), (bank.student, bank.teacher)
+            index = drawn.index
+            if train and mesh is not None and index.ndim == 2:
+                own = None, None
+                index = jnp.concatenate([mine[:, None], index], 1)
+            elif train:
+                own = banks.batch_rows(bank, mine, mesh=mesh)
+            if index.ndim == 1:
+                others = banks.shared_rows(bank, index, mesh=mesh)
+            by_student = _scores(s, own[1], others[1], index, mesh)
+            by_teacher = _scores(t, own[0], others[0], index, mesh)
 
         values, constants = 0.0, []
         setting = {
@@ -317,21 +327,25 @@ def _within(student, teacher, label, where):
     return (own, scores), (own, scores.T), valid
 
 
-def _scores(anchors, vectors, live, mine, index, train, mesh):
+def _scores(anchors, positives, vectors, index, mesh):
     """Scores (positive, negatives) of anchors with the other network's embeddings.
 
-    `live` are that network's embeddings of the anchors themselves: the positives in
-    evaluation, whose examples are not in the bank.
+    Args:
+        anchors: one network's embeddings.
+        positives: the other's for each anchor; None if they are the first candidates.
+        vectors: the other's that all anchors share, or its whole bank.
+        index: (K,) of shared ones; or (batch, K), which ones of the bank.
+        mesh: the bank's rows are split over it.
     """
     vectors = vectors.astype(anchors.dtype)
-    if mesh is not None:
-        asked = (mine[:, None], index) if train else (index,)
-        *own, scores = banks.scores_by_rows(anchors, vectors, *asked, mesh=mesh)
-        return own[0][:, 0] if train else jnp.sum(anchors * live, -1), scores
-    others = vectors[mine] if train else live
-    own = jnp.sum(anchors * others, -1)
+    if positives is None:
+        scores = banks.scores_by_rows(anchors, vectors, index, mesh=mesh)
+        return scores[:, 0], scores[:, 1:]
+    own = jnp.sum(anchors * positives.astype(anchors.dtype), -1)
     if index.ndim == 1:
-        return own, jnp.matmul(anchors, vectors[index].T, precision=HIGHEST)
+        return own, jnp.matmul(anchors, vectors.T, precision=HIGHEST)
+    if mesh is not None:
+        return own, banks.scores_by_rows(anchors, vectors, index, mesh=mesh)
     if _all_scored(vectors.shape[0], index.shape[1]):
         scores = jnp.matmul(anchors, vectors.T, precision=HIGHEST)
         return own, jnp.take_along_axis(scores, index, 1)

@@ -204,7 +204,11 @@ LATER = "takes functions and trees, and sees what they are when a stage is initi
 PLACES = "takes meshes and devices, which are JAX's and say themselves what they miss"
 NOT_FUZZED = {
     memory: dict.fromkeys(
-        ("scores_by_rows", "select", "set_once", "split_rows"), MADE_INSIDE
+        (
+            *("batch_rows", "scores_by_rows", "select", "set_once", "shared_rows"),
+            "split_rows",
+        ),
+        MADE_INSIDE,
     ),
     method: dict.fromkeys(
         ("check_weight", "hints_of", "nothing", "one_per_example", "union"), MADE_INSIDE
