@@ -284,7 +284,6 @@ def test_an_old_checkpoint_is_followed_by_one_at_the_next_report(world, tmp_path
     assert found[1][-2:] == [8, 16]
 
 
-
 def test_debug_names_what_is_not_finite(world, tmp_path):
     phase = Phase(
         "hint",

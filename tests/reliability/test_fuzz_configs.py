@@ -295,6 +295,7 @@ def test_a_thousand_mutated_configs(unchecked, folder, tmp_path):
             teacher_epochs=1,
             teacher_at_least=0.0,
             devices=1,  # many would wait for each other on few cores
+            fsdp=1,
             seeds=1,
         )
         cli.distill(config, tmp_path / str(number))
