@@ -172,8 +172,9 @@ def check_spans(batch: PyTree, mesh: Mesh) -> None:
     if not mesh.is_multi_process:
         return
     for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
-        traced = isinstance(leaf, jax.core.Tracer)
-        if not traced and getattr(leaf, "is_fully_addressable", True):
+        # What is traced, or only a shape to compile for, has no place yet.
+        shape = isinstance(leaf, jax.core.Tracer | jax.ShapeDtypeStruct)
+        if not shape and getattr(leaf, "is_fully_addressable", True):
             wanted = "a batch on the devices of all processes"
             got = f"{_name(path)!r}, which is this process' own"
             do = "Make it one with hintjax.sharding.from_process."
