@@ -52,8 +52,9 @@ def start(
         process: which this is, from 0.
 
     Raises:
-        ValueError: if only some of the three are given, or do not go together; or if
-            processes differ in their number of devices.
+        ValueError: if only some of the three are given, or do not go together; if
+            something was computed before; or if processes differ in their number of
+            devices.
     """
     given = {"coordinator": coordinator, "processes": processes, "process": process}
     missing = [name for name, value in given.items() if value is None]
@@ -75,13 +76,17 @@ def start(
         wanted = f"process in 0..{processes - 1}"
         raise ValueError(message("processes", wanted, f"{process}"))
     with _waiting(f"all {processes} at {coordinator}; this is process {process}"):
-        jax.distributed.initialize(
-            coordinator,
-            processes,
-            process,
-            initialization_timeout=_STARTING,
-            heartbeat_timeout_seconds=_LOST,
-        )
+        try:
+            jax.distributed.initialize(
+                coordinator,
+                processes,
+                process,
+                initialization_timeout=_STARTING,
+                heartbeat_timeout_seconds=_LOST,
+            )
+        except RuntimeError as error:
+            wanted = "to start, once and before anything is computed"
+            raise ValueError(message("processes", wanted, f"{error}")) from error
     counts = collections.Counter(device.process_index for device in jax.devices())
     if len(set(counts.values())) > 1:
         got = f"{dict(sorted(counts.items()))}"

@@ -297,7 +297,11 @@ def from_process(batch: PyTree, mesh: Mesh | Layout) -> PyTree:
     Returns:
         The batch as the stage wants it, split over `data` and `fsdp`.
     """
-    sharding = over_batch(mesh.mesh if isinstance(mesh, Layout) else mesh)
+    mesh = mesh.mesh if isinstance(mesh, Layout) else mesh
+    sharding = over_batch(mesh)
+    # Of the parts of a batch, those that this process holds.
+    ours = max(shares(mesh) * mesh.local_mesh.size // mesh.size, 1)
+    check_even(batch, ours, f"the {ours} devices of a process")
     return jax.tree.map(
         partial(jax.make_array_from_process_local_data, sharding), batch
     )

@@ -600,6 +600,10 @@ def fit(
             on_cpu = jax.default_backend() == "cpu"
             now = _Now(dispatch=dispatch or (1 if on_cpu else None))
             state, owed = begin(0, student, None), None
+        if several and state.step.is_fully_addressable:
+            wanted = "stages on the devices of all processes"
+            do = "Make them with mesh=hintjax.make_mesh()."
+            raise ValueError(message("fit", wanted, "this process' own", do))
         # What is owed a report has not had its line yet.
         written = now.at - (owed is not None)
         with open_metrics(run_dir, resume=written if resume else None) as lines:

@@ -255,6 +255,15 @@ save_tree(here + "/student", {"params": {"w": state["rows"]}, "empty": {}})
 student = load_tree(here + "/student")
 found["student"] = [student["params"]["w"].tolist(), student["empty"]]
 run = runpy.run_path(folder + "/streamed.py")["run"]
+for name, wrong in {
+    "odd": lambda: sharding.from_process({"image": np.zeros((7, 4, 4, 1))}, mesh),
+    "own": lambda: run(here + "/own", sharding.make_mesh(devices=jax.local_devices())),
+    "twice": lambda: processes.start(coordinator, 2, process),
+}.items():
+    try:
+        wrong()
+    except ValueError as error:
+        found[name] = str(error)
 student = run(here + "/run", mesh)
 found["shares"] = [str(student[name].sharding.spec) for name in ("in", "out")]
 found["streamed"] = {name: processes.gather(w).tolist() for name, w in student.items()}
@@ -324,6 +333,14 @@ def test_processes_that_each_read_a_part_train_one_student(together):
         [line["step"] for line in read_metrics(folder / r)] for r in ("run", "alone")
     ]
     assert steps[0] == steps[1] == [3, 6, 9, 12, 15]
+
+
+def test_what_is_made_of_one_process_alone_is_refused(together):
+    for found in together[1]:
+        assert "the 2 devices of a process can share evenly" in found["odd"]
+        assert "Use a multiple of 2, such as 6 or 8" in found["odd"]
+        assert "fit: expected stages on the devices of all processes" in found["own"]
+        assert "processes: expected to start, once and before" in found["twice"]
 
 
 def test_a_checkpoint_of_two_processes_is_read_by_both_and_by_one(together):
