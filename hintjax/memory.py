@@ -138,14 +138,10 @@ def update(
         return _updated_by_rows(bank, index, student, teacher, momentum, where, mesh)
     where = jnp.ones(index.shape, bool) if where is None else where
     writes = _last(index, where, jnp.arange(index.shape[0]), index, where)
-    # Embeddings are put in order, so that every device of a mesh has all of them once.
-    # `select` reads the same rows in the same order: a bank then needs no copy.
-    order = jnp.argsort(index)
-    index = index[order]
-    target = jnp.where(writes[order], index, bank.student.shape[0])
+    target = jnp.where(writes, index, bank.student.shape[0])
 
     def moved(vectors, embedded):
-        rows = _mixed(vectors[index], embedded[order], momentum)
+        rows = _mixed(vectors[index], embedded, momentum)
         return vectors.at[target].set(rows, mode="drop")
 
     return bank._replace(
@@ -277,7 +273,6 @@ def select(
 
     if 4 * index.shape[0] >= bank.student.shape[0]:
         return either(good, bank, before)  # cheaper than single rows of so short a bank
-    index = index[jnp.argsort(index)]  # as `update` has them
 
     def chosen(new, old):
         return new.at[index].set(jnp.where(good, new[index], old[index]))
