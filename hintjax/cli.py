@@ -266,14 +266,19 @@ class Several:
     """Which of them this is, from 0."""
 
 
-def resume(run_dir: Path) -> None:
+def resume(run_dir: Path, devices: int | None = None, fsdp: int | None = None) -> None:
     """Goes on with a run, or a comparison, where it stopped.
 
     Args:
         run_dir: its run directory.
+        devices: another number of them than before.
+        fsdp: another number of shares than before.
     """
     path = run_dir.expanduser().resolve()
-    distill(run_config(path), path, resume=True)
+    given = {"devices": devices, "fsdp": fsdp}
+    changes = {name: number for name, number in given.items() if number is not None}
+    config = configs.check(dataclasses.replace(run_config(path), **changes))
+    distill(config, path, resume=True)
 
 
 def evaluate_run(run_dir: Path) -> None:
@@ -288,7 +293,8 @@ def evaluate_run(run_dir: Path) -> None:
         return
     config = configs.load(path)
     recipe = _recipe(config.method)
-    setting = prepare(config, teach=(path / DEPLOYED).exists())
+    here = dataclasses.replace(config, devices=1, fsdp=1)  # whatever it was trained on
+    setting = prepare(here, teach=(path / DEPLOYED).exists())
     student, variables = load_deployed(setting, path, recipe)
     dataset = setting.dataset
     for name in ("validation", "test"):
@@ -421,16 +427,21 @@ def _main(argv):
             distill(checked, path)
 
         def resume_command(
-            run_dir: Path, several: tyro.conf.OmitArgPrefixes[Several] = alone
+            run_dir: Path,
+            devices: int | None = None,
+            fsdp: int | None = None,
+            several: tyro.conf.OmitArgPrefixes[Several] = alone,
         ) -> None:
             """Goes on with a run, or a comparison, where it stopped.
 
             Args:
                 run_dir: its run directory.
+                devices: another number of them than before.
+                fsdp: another number of shares than before.
                 several: processes.
             """
             start(**dataclasses.asdict(several))
-            resume(run_dir)
+            resume(run_dir, devices, fsdp)
 
         tyro.extras.subcommand_cli_from_dict(
             {

@@ -29,10 +29,13 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
 from hintjax._checks import message, nearest, positive_int
+from hintjax.processes import agree
 
 BATCH = ("data", "fsdp")  # the axes that split batches
 NO_RULES: Mapping[str, PartitionSpec] = MappingProxyType({})
 Axes = str | tuple[str, ...] | None
+# Shapes of batches, with their mesh, that all processes have.
+_AGREED: set[tuple] = set()
 NO_NAMES: Mapping[str, Axes] = MappingProxyType({})
 
 
@@ -291,7 +294,8 @@ def from_process(batch: PyTree, mesh: Mesh | Layout) -> PyTree:
     """One batch of the whole mesh, of which each process has read its share.
 
     Args:
-        batch: this process' examples: of a batch of B, B / `jax.process_count()`.
+        batch: this process' examples: of a batch of B, B / `jax.process_count()`. Its
+            shapes change in all processes at once, if at all.
         mesh: the stage's.
 
     Returns:
@@ -302,6 +306,15 @@ def from_process(batch: PyTree, mesh: Mesh | Layout) -> PyTree:
     # Of the parts of a batch, those that this process holds.
     ours = max(shares(mesh) * mesh.local_mesh.size // mesh.size, 1)
     check_even(batch, ours, f"the {ours} devices of a process")
+    shapes = {
+        _name(path): tuple(leaf.shape)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(batch)
+    }
+    known = (mesh, *shapes.items())
+    if mesh.is_multi_process and known not in _AGREED:
+        # Each would compute with another batch, and none would notice.
+        agree("shapes of their batches", shapes)
+        _AGREED.add(known)
     return jax.tree.map(
         partial(jax.make_array_from_process_local_data, sharding), batch
     )

@@ -15,14 +15,14 @@ PACKAGE = Path(__file__).parent.parent / "hintjax"
 # Every file or folder of the package, from the ground up. Files of one folder may
 # import each other (Python itself refuses a circle); a folder counts as one entry.
 ORDER = (
-    *("_checks", "_numerics", "losses", "sharding", "memory"),
+    *("_checks", "_numerics", "losses", "processes", "sharding", "memory"),
     *("paths", "networks", "networks_nnx", "precision", "regressors"),
     *("method", "views"),
     *("teachers", "methods"),
     *("pairing", "balance"),
     *("accumulation", "carry", "feeding", "reports", "spikes", "debugging"),
     *("stages", "population"),
-    *("processes", "rundir", "signals"),
+    *("rundir", "signals"),
     *("cache", "checkpoint"),
     *("models", "weights", "metrics", "config", "data", "viz", "export"),
     *("train", "places", "recipes", "experiment", "compare", "cli"),

@@ -257,6 +257,7 @@ found["student"] = [student["params"]["w"].tolist(), student["empty"]]
 run = runpy.run_path(folder + "/streamed.py")["run"]
 for name, wrong in {
     "odd": lambda: sharding.from_process({"image": np.zeros((7, 4, 4, 1))}, mesh),
+    "sizes": lambda: sharding.from_process({"image": np.zeros(2 + 2 * process)}, mesh),
     "own": lambda: run(here + "/own", sharding.make_mesh(devices=jax.local_devices())),
     "twice": lambda: processes.start(coordinator, 2, process),
 }.items():
@@ -339,6 +340,8 @@ def test_what_is_made_of_one_process_alone_is_refused(together):
     for found in together[1]:
         assert "the 2 devices of a process can share evenly" in found["odd"]
         assert "Use a multiple of 2, such as 6 or 8" in found["odd"]
+        assert "the same shapes of their batches" in found["sizes"]
+        assert "image: [2] in process 0, [4] in 1" in found["sizes"]
         assert "fit: expected stages on the devices of all processes" in found["own"]
         assert "processes: expected to start, once and before" in found["twice"]
 
@@ -399,9 +402,11 @@ def wait_for_step(run_dir, step, both):
     raise AssertionError(ended(both))
 
 
-def test_a_run_moves_from_two_processes_to_one_and_back(corners, tmp_path, monkeypatch):
+def test_a_run_moves_from_two_processes_to_one_and_back(
+    corners, tmp_path, monkeypatch, capsys
+):
     """Stopped in the hint stage by a signal to one of two processes, gone on with in
-    one process with eight devices, stopped there, and finished by two again: the
+    one process with four shares, stopped there, and finished by two again: the
     student is the one of a run that was never stopped, but for rounding."""
     run_dir, whole = tmp_path / "moved", tmp_path / "whole"
     options = ("--dataset", corners, *OPTIONS)
@@ -434,7 +439,7 @@ def test_a_run_moves_from_two_processes_to_one_and_back(corners, tmp_path, monke
     with monkeypatch.context() as patch:
         patch.setattr("hintjax.cli._counting", stop_later)
         with pytest.raises(SystemExit) as ending:
-            main(["resume", str(run_dir)])
+            main(["resume", str(run_dir), "--devices", "4", "--fsdp", "4"])
     assert ending.value.code == 143
     assert seen[0] >= first  # its report may be what was owed
 
@@ -452,6 +457,12 @@ def test_a_run_moves_from_two_processes_to_one_and_back(corners, tmp_path, monke
     )
     steps = [line["step"] for line in read_metrics(run_dir)]
     assert steps == [line["step"] for line in read_metrics(whole)]
+
+    one = jax.devices()[:1]
+    monkeypatch.setattr(jax, "devices", lambda: one)  # fewer than shares
+    capsys.readouterr()
+    main(["eval", str(run_dir)])
+    assert f"{results[0]['test/accuracy']:.4f}" in capsys.readouterr().out
 
 
 @pytest.mark.quick
