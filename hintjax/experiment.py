@@ -63,6 +63,7 @@ from hintjax.train import (
 RESULT = "result.json"
 DEPLOYED = "deployed"  # what is shipped of a student that does not stand alone
 EVALUATION_BATCH = 500
+_JUDGED = 1000  # validation examples on which a teacher is judged, at most
 # Of a config: what says nothing of one run's training, or is known better otherwise
 # (a teacher by its fingerprint), and what may change when a run goes on.
 _ELSEWHERE = (
@@ -129,12 +130,10 @@ def factory(name: str) -> Callable[..., Any]:
         and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
         and parameter.name not in ("self", "classes", "rngs")
     ]
-    kinds = {parameter.kind for parameter in parameters.values()}
-    if missing or not {"classes", inspect.Parameter.VAR_KEYWORD} & {
-        *parameters,
-        *kinds,
-    }:
-        got = f"one that wants {', '.join(missing)}" if missing else "another thing"
+    any_name = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    if missing or not ("classes" in parameters or any_name):
+        takes = ", ".join(missing or parameters) or "nothing"
+        got = f"one that wants {takes}"
         wanted = f"{name} to be a factory, called as {attribute}(classes=...)"
         raise ValueError(message("model", wanted, got))
     return made
@@ -536,7 +535,8 @@ def _batches(setting, split):
 def check_teacher(setting: Setting, variables: Variables) -> float:
     """Warns about a teacher that knows little of the validation split.
 
-    Usually it was trained on inputs that were standardised otherwise, or on labels
+    It is looked at whenever a run begins or goes on, and so with a few examples, which
+    are spread over the split. Usually it was trained on inputs that were standardised otherwise, or on labels
     in another order; what its hints are worth is then doubtful.
 
     Args:
@@ -547,13 +547,14 @@ def check_teacher(setting: Setting, variables: Variables) -> float:
         Its accuracy.
     """
     config, dataset = setting.config, setting.dataset
-    found = accuracy(
-        setting.teacher, variables, dataset.validation, dataset.standardize
-    )
+    n = dataset.validation.n
+    few = np.linspace(0, n - 1, min(n, _JUDGED)).astype(int)
+    split = dataset.validation.read(few)
+    found = accuracy(setting.teacher, variables, split, dataset.standardize)
     if found < config.teacher_at_least:
         warnings.warn(
-            f"teacher {config.teacher}: {100 * found:.1f} % of the validation split is "
-            f"right, less than {100 * config.teacher_at_least:.0f} %. Was it trained "
+            f"teacher {config.teacher}: {100 * found:.1f} % of {split.n} validation "
+            f"examples are right, less than {100 * config.teacher_at_least:.0f} %. Was it trained "
             f"on inputs that were standardised in another way, or with other labels? "
             f"--teacher-at-least says what is enough.",
             stacklevel=2,
