@@ -402,6 +402,7 @@ def wait_for_step(run_dir, step, both):
     raise AssertionError(ended(both))
 
 
+@pytest.mark.filterwarnings("default:resume. .* goes on with changes")
 def test_a_run_moves_from_two_processes_to_one_and_back(
     corners, tmp_path, monkeypatch, capsys
 ):
