@@ -3,8 +3,13 @@
 import json
 from importlib import import_module
 from pathlib import Path
+from unittest import mock
 
+import jax
+import numpy as np
 import pytest
+
+from hintjax.sharding import check_spans
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 
@@ -88,6 +93,47 @@ def test_efficiency_is_that_of_the_smallest_slice_over_each(tpu_aot):
     assert found[large]["without overlap"] == pytest.approx(1.25 / 1.5)
     assert found[large]["with overlap"] == 1
     assert found[large]["with hops"] == pytest.approx(1.5 / 2)
+
+
+@pytest.mark.quick
+def test_a_batch_of_shapes_is_that_of_all_processes():
+    """So that steps are compiled for slices of several hosts, of which none is here."""
+    slices = mock.Mock(spec=jax.sharding.Mesh, is_multi_process=True)
+    check_spans({"image": jax.ShapeDtypeStruct((8, 2), np.float32)}, slices)
+    with pytest.raises(ValueError, match="expected a batch on the devices of all"):
+        check_spans({"image": np.zeros((8, 2), np.float32)}, slices)
+
+
+@pytest.mark.quick
+def test_the_matrix_has_all_core_methods_on_every_generation(tpu_aot):
+    record = json.loads((FOLDER / "results" / "tpu_aot.json").read_text())
+    programs = {tpu_aot._case(row) for row in record["programs"]}
+    assert programs == set(tpu_aot.cases())
+    for name in tpu_aot.CORE:
+        found = {case.chip for case in programs if case.method == name}
+        assert found == set(tpu_aot.CHIPS)
+
+
+@pytest.mark.quick
+def test_the_page_says_what_the_record_has(tpu_aot):
+    """The table of efficiencies, and that all but what is named there holds the bar."""
+    record = json.loads((FOLDER / "results" / "tpu_aot.json").read_text())
+    page = (FOLDER / "results" / "README.md").read_text()
+    found = {
+        case: value["without overlap"]
+        for case, value in tpu_aot.efficiencies(record).items()
+        if case.sides == (16, 16)
+    }
+    assert len(found) == len(tpu_aot.CORE) + 2
+    for case, value in found.items():
+        assert f"| {case.pair} | `{case.method}` | {value:.3f} |" in page
+    low = {case.method for case, value in found.items() if value < 0.95}
+    assert low == {"crd_shared", "crd_by_rows"}
+    hint, cut = (
+        next(row["flops"] for row in record["programs"] if row["method"] == name)
+        for name in ("hint_stage", "hint_stage_cut")
+    )
+    assert hint == pytest.approx(cut, rel=0.02)
 
 
 def test_a_program_is_compiled_and_told_of(tpu_aot, tmp_path, capsys):
