@@ -346,7 +346,10 @@ def test_a_parameter_is_wanted_by_the_path_of_a_module_or_of_itself():
     wants = Wants(params=("block1/conv", "block2/norm/scale"))
     features, _ = network.apply(*variables, X, wants=wants, train=False)
     params = variables.params
-    assert features.params["block1/conv"] is params["block1"]["conv"]
+    found = features.params["block1/conv"]
+    assert found.keys() == params["block1"]["conv"].keys()
+    for name, array in params["block1"]["conv"].items():
+        assert found[name] is array
     assert features.params["block2/norm/scale"] is params["block2"]["norm"]["scale"]
 
 
@@ -775,7 +778,8 @@ def test_the_state_of_a_function_moves_in_training_only():
     features, state = network.apply(*variables, TOKENS, wants=wants, train=False)
     assert state is variables.state
     assert features.params["layers/0/w"] is variables.params["layers"][0]["w"]
-    assert features.params["layers/1"] is variables.params["layers"][1]
+    assert features.params["layers/1"].keys() == {"w"}
+    assert features.params["layers/1"]["w"] is variables.params["layers"][1]["w"]
     _, state = network.apply(*variables, TOKENS, wants=wants, train=True)
     assert state["mean"].any()
     with pytest.raises(ValueError, match=r"got 'layers/2'\. Nearest: layers/"):
