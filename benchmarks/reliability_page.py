@@ -13,8 +13,8 @@ TOP = """\
 Every row of the first table is one promise, with the tests and the campaign that show
 it, and what the campaign found. The tests run with `./test.sh`, the long ones with
 `./test.sh --long`; `python benchmarks/reliability.py --out FILE.json` reruns the
-campaigns, for an hour, and writes this page. Nothing else is promised: all was done by
-one process on one machine, on CPUs and a local file system.
+campaigns, for an hour, and writes this page. Nothing else is promised: all was done on
+one machine, on CPUs and a local file system, and the campaigns by one process.
 """
 NOT_SHOWN = """\
 ## Not promised
@@ -90,6 +90,10 @@ CAMPAIGN = "tests/reliability/test_campaign.py::"
 RESUME = "tests/reliability/test_resume.py::"
 DATA = "tests/reliability/test_data_exact.py::"
 LOOP, COMMAND = "tests/test_train.py::", "tests/test_cli.py::"
+FILES, STAGES = "tests/test_checkpoint.py::", "tests/test_stages.py::"
+PROCESSES = "tests/test_processes.py::"
+READ_ONLY = "tests/reliability/test_read_only.py::"
+FUZZ = "tests/reliability/test_fuzz_"
 SECURITY = "tests/reliability/test_security.py::"
 LONG = f"{CAMPAIGN}test_the_long_campaign"
 SHORT = f"{CAMPAIGN}test_goodput_is_measured_in_parts"
@@ -113,6 +117,63 @@ PROMISES = (
         (
             f"{RESUME}test_a_run_that_is_stopped_at_every_step_ends_in_the_same_bits",
             f"{RESUME}test_a_run_that_is_stopped_at_any_one_step_ends_in_the_same_bits",
+        ),
+    ),
+    Promise(
+        "A run may go on with other devices and in another number of processes; the "
+        "student is the same but for rounding.",
+        (
+            f"{PROCESSES}test_a_run_moves_from_two_processes_to_one_and_back",
+            f"{PROCESSES}test_a_checkpoint_of_two_processes_is_read_by_both_and_by_one",
+        ),
+    ),
+    Promise(
+        "However long an epoch is, the command saves at the first report after a minute.",
+        (f"{LOOP}test_an_old_checkpoint_is_followed_by_one_at_the_next_report",),
+    ),
+    Promise(
+        "The two newest checkpoints stay, and the best by validation.",
+        (f"{FILES}test_the_latest_and_the_best_stay",),
+    ),
+    Promise(
+        "What an earlier version wrote, from this one on, is read.",
+        (f"{FILES}test_what_earlier_versions_wrote_is_read_for_ever",),
+    ),
+    Promise(
+        "Another tree, shape, dtype, teacher or config is refused at a restore, with the "
+        "differences; nothing is restored in part, and nothing is cast.",
+        (
+            f"{FILES}test_another_tree_is_refused_with_both_shapes",
+            f"{LOOP}test_another_teacher_or_identity_is_refused_on_resume",
+            f"{COMMAND}test_a_changed_config_is_refused_with_its_difference",
+        ),
+    ),
+    Promise(
+        "A step whose loss or gradient is not finite changes nothing but its number, "
+        "bit for bit; it is counted, and after 20 in a row the run ends and names terms "
+        "and layers.",
+        (
+            f"{STAGES}test_a_step_that_is_not_finite_changes_nothing_but_its_number",
+            f"{STAGES}test_a_report_names_what_is_not_finite",
+            f"{LOOP}test_a_run_gives_up_after_updates_skipped_in_a_row_and_says_why",
+        ),
+    ),
+    Promise(
+        "A config that cannot be run is refused in a sentence, and one that is accepted "
+        "trains; a public function gives a result or refuses in a sentence.",
+        (
+            f"{FUZZ}configs.py::test_a_thousand_mutated_configs",
+            f"{FUZZ}configs.py::test_mutated_configs_are_accepted_or_refused_in_a_sentence",
+            f"{FUZZ}configs.py::test_damaged_yaml_is_refused_in_a_sentence",
+            f"{FUZZ}calls.py::test_a_function_refuses_in_a_sentence_what_it_cannot_take",
+        ),
+    ),
+    Promise(
+        "What cannot be written is said before anything is trained; what is read-only "
+        "can be read.",
+        (
+            f"{READ_ONLY}test_a_run_directory_that_cannot_be_written_is_refused_at_once",
+            f"{READ_ONLY}test_what_is_read_only_can_be_read_and_stays_as_it_is",
         ),
     ),
     Promise(
