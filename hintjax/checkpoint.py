@@ -54,7 +54,8 @@ _STAGING = ".hintjax-tmp"
 _DAMAGED = ".damaged"
 _SHOWN = 10  # differences that an error lists
 _LARGEST_RECORD = 2**28  # bytes that are read of what may be anything
-_BLOCK, _TOGETHER = 2**20, 4  # bytes of a file, and files, that are summed at once
+_BLOCK = 2**20  # bytes of a file that are summed at once
+_TOGETHER, _EACH = 4, 2**25  # threads that sum, at most, and bytes that are worth one
 
 # Saves whose outcome nobody has been told yet.
 _UNTOLD: set[Future] = set()
@@ -568,7 +569,9 @@ def _sums(paths: Sequence[Path]) -> list[list[int]]:
                 size, crc32 = size + len(block), zlib.crc32(block, crc32)
         return [size, crc32]
 
-    with ThreadPoolExecutor(_TOGETHER, "hintjax-checksums") as threads:
+    total = sum(path.stat().st_size for path in paths)
+    most = min(_TOGETHER, 1 + total // _EACH)
+    with ThreadPoolExecutor(most, "hintjax-checksums") as threads:
         return list(threads.map(one, paths))
 
 
