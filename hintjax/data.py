@@ -805,6 +805,7 @@ class _Part:
         self._process, self._processes = process, processes
 
     def __len__(self) -> int:
+        # Endless, but for what still fits when Grain and `drawn` count in examples.
         return sys.maxsize // self._processes // 2
 
     def __getitem__(self, at: SupportsIndex) -> dict[str, Any]:

@@ -536,8 +536,9 @@ def check_teacher(setting: Setting, variables: Variables) -> float:
     """Warns about a teacher that knows little of the validation split.
 
     It is looked at whenever a run begins or goes on, and so with a few examples, which
-    are spread over the split. Usually it was trained on inputs that were standardised otherwise, or on labels
-    in another order; what its hints are worth is then doubtful.
+    are spread over the split. Usually such a teacher was trained on inputs that were
+    standardised otherwise, or on labels in another order; what its hints are worth is
+    then doubtful.
 
     Args:
         setting: of the run.
