@@ -3,7 +3,7 @@
 #
 #   ./test.sh                        ruff and pytest, and on Python 3.13 a quick subset
 #   ./test.sh --long                 the long campaigns too
-#   ./test.sh tests/test_viz.py -x   pytest's own arguments; without the quick subset
+#   ./test.sh tests/losses/test_kd.py -x   pytest's own arguments; without the quick subset
 set -euo pipefail
 
 # shellcheck source=setup.sh

@@ -45,7 +45,7 @@ import reliability_data
 import reliability_goodput
 import reliability_page
 
-from hintjax.checkpoint import DamageError, open_checkpoints
+from hintjax.training import DamageError, open_checkpoints
 
 RUN = Path(__file__).parent / "reliability_run.py"
 DATA_RUN = Path(__file__).parent / "reliability_data.py"

@@ -24,7 +24,7 @@ from reliability_run import noise, speak, tell
 
 import hintjax as hj
 from hintjax.data import Augment, Dataset, statistics
-from hintjax.train import Feed, Phase, fit, on_device, program, streamed
+from hintjax.training import Feed, Phase, fit, on_device, program, streamed
 
 BATCH, SHAPE = 4, (4, 4, 1)
 EVERY = 2  # steps between two saves

@@ -36,8 +36,8 @@ import numpy as np
 import optax
 
 import hintjax as hj
-from hintjax import checkpoint, models
-from hintjax.checkpoint import open_checkpoints
+from hintjax import models
+from hintjax.training import Checkpoints, open_checkpoints, sealed
 
 COMMAND = Path(__file__).parent / "reliability_timed.py"
 FEEDS = ("on_device", "streamed")
@@ -301,11 +301,11 @@ def saves(folder: Path, rounds: int, batch_size: int = 32) -> dict[str, Any]:
         return metrics
 
     jax.block_until_ready(step())
-    write, sums = checkpoint.Checkpoints._write, checkpoint._sums
+    write, sums = Checkpoints._write, sealed._sums
     with (
         open_checkpoints(folder / "saves") as checkpoints,
-        mock.patch.object(checkpoint, "_sums", clocked("checksums", sums)),
-        mock.patch.object(checkpoint.Checkpoints, "_write", clocked("save", write)),
+        mock.patch.object(sealed, "_sums", clocked("checksums", sums)),
+        mock.patch.object(Checkpoints, "_write", clocked("save", write)),
     ):
         for at in range(rounds):
             clocked("step", step)()

@@ -22,10 +22,16 @@ import numpy as np
 import optax
 
 import hintjax as hj
-from hintjax import checkpoint
-from hintjax.checkpoint import Checkpoints, fingerprint
 from hintjax.data import Augment, Dataset, Split, evaluation_batches, statistics
-from hintjax.train import Phase, fit, on_device, program
+from hintjax.training import (
+    Checkpoints,
+    Phase,
+    checkpoints,
+    fingerprint,
+    fit,
+    on_device,
+    program,
+)
 
 BATCH, EPOCH = 8, 2  # examples in a step, steps in an epoch and between two saves
 
@@ -51,7 +57,7 @@ def tell(*words: object) -> None:
 
 def speak() -> None:
     """Makes saves and restores tell of themselves."""
-    save, restore, commit = Checkpoints.save, Checkpoints.restore, checkpoint._commit
+    save, restore, commit = Checkpoints.save, Checkpoints.restore, checkpoints.commit
 
     def telling_save(self, step, tree, *rest, **more):
         tell("saving", int(step), fingerprint(tree))
@@ -69,7 +75,7 @@ def speak() -> None:
         tell("committed", target.name)
 
     Checkpoints.save, Checkpoints.restore = telling_save, telling_restore
-    checkpoint._commit = telling_commit
+    checkpoints.commit = telling_commit
 
 
 def noise(seed: int, n: int) -> Split:

@@ -19,9 +19,10 @@ import jax
 import tensorboardX
 import tyro
 
-from hintjax import checkpoint, cli, experiment, train
-from hintjax.checkpoint import Checkpoints
-from hintjax.metrics import MetricsWriter
+from hintjax import cli
+from hintjax.experiments import run
+from hintjax.training import Checkpoints, checkpoints, feeds, loop, sealed
+from hintjax.training.metrics import MetricsWriter
 
 LATE = (grain, tensorboardX, tyro)
 
@@ -82,12 +83,12 @@ def listen(log: Log, feed: str) -> None:
         ("restore", Checkpoints, "restore"),
         ("latest", Checkpoints, "latest"),  # waits for a save that is in flight
         ("save", Checkpoints, "save"),
-        ("writing", checkpoint, "_commit"),  # on its own thread
-        ("checksums", checkpoint, "_sums"),
-        ("evaluation", train, "evaluate"),
+        ("writing", checkpoints, "commit"),  # on its own thread
+        ("checksums", sealed, "_sums"),
+        ("evaluation", loop, "evaluate"),
     ):
         setattr(owner, attribute, log.timed(name, getattr(owner, attribute)))
-    stream, write, fits = train.stream, MetricsWriter.write, experiment.fits_on_device
+    stream, write, fits = feeds.stream, MetricsWriter.write, run.fits_on_device
 
     def telling_write(self, step, *rest):
         write(self, step, *rest)
@@ -100,11 +101,11 @@ def listen(log: Log, feed: str) -> None:
         waiting.append(Waiting(stream(*rest, **how), log))
         return waiting[-1]
 
-    train.stream = telling_stream
+    feeds.stream = telling_stream
     if feed == "streamed":
-        experiment.fits_on_device = lambda split: fits(split, limit=0)
+        run.fits_on_device = lambda split: fits(split, limit=0)
     for name in ("on_device", "streamed"):
-        setattr(experiment, name, _followed(getattr(experiment, name), log, waiting))
+        setattr(run, name, _followed(getattr(run, name), log, waiting))
 
 
 def _followed(make, log, waiting):

@@ -91,7 +91,7 @@ from jax.experimental import topologies
 import hintjax as hj
 from hintjax import memory
 from hintjax.models import VisionTransformer, vit_small, wrn_16_2, wrn_40_2
-from hintjax.precision import computed_in
+from hintjax.networks import computed_in
 
 EXAMPLES = 50_000
 HOP = 1e-6

@@ -6,18 +6,7 @@ of each `Network` and what it trains; a stage makes an optax update step of it.
 """
 
 from hintjax import losses, regressors
-from hintjax.debugging import checked
-from hintjax.method import (
-    Adjustable,
-    Context,
-    Data,
-    Method,
-    Weighted,
-    objective,
-    over_pairs,
-    task,
-    weighted,
-)
+from hintjax.method import Context, Data, Method, over_pairs
 from hintjax.methods import (
     AnchorNegatives,
     BatchNegatives,
@@ -65,19 +54,21 @@ from hintjax.networks import (
     Network,
     Variables,
     Wants,
+    computed_in,
     function,
     join,
     linen,
     split,
 )
+from hintjax.objective import Adjustable, Weighted, objective, task, weighted
 from hintjax.pairing import suggest_pairs
 from hintjax.population import Population, population, reweighted
-from hintjax.precision import computed_in
 from hintjax.sharding import Layout, data_mesh, make_mesh
-from hintjax.spikes import SpikeGuard
 from hintjax.stages import (
+    SpikeGuard,
     Stage,
     State,
+    checked,
     distillation_stage,
     hint_stage,
     student_variables,
@@ -182,6 +173,6 @@ def __getattr__(name: str) -> object:
     """`nnx` and `nnx_update` are imported when used: `flax.nnx` is heavy."""
     if name not in ("nnx", "nnx_update"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from hintjax import networks_nnx
+    from hintjax.networks import nnx as networks_nnx
 
     return getattr(networks_nnx, name)

@@ -10,8 +10,8 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, ScalarLike
 
 from hintjax._checks import message, nearest, positive_int
-from hintjax.method import ADJUSTABLE, check_weight
 from hintjax.networks import Variables
+from hintjax.objective import ADJUSTABLE, check_weight
 from hintjax.sharding import check_batch, over_batch, replicated, shares, spread
 from hintjax.stages import Stage, State
 

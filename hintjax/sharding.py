@@ -11,7 +11,7 @@ Metadata are the names that `nn.with_partitioning`, `nn.with_logical_partitionin
 `nnx.with_partitioning` give the axes of a parameter. Such parameters stay in the boxes
 that Flax's `init` puts them in, in a stage's state and its optimiser's, too: that is
 what `module.apply` and `nn.get_partition_spec` take. `nn.unbox` takes the arrays out,
-for an export (`hintjax.checkpoint.save_tree`).
+for an export (`hintjax.training.save_tree`).
 """
 
 import math

@@ -17,12 +17,14 @@ import orbax.checkpoint as ocp
 import pytest
 
 from hintjax import models
-from hintjax.checkpoint import fingerprint, load_tree
-from hintjax.cli import keep_compiled, main
-from hintjax.config import Config
-from hintjax.experiment import check_teacher, load_student, prepare
-from hintjax.metrics import read_metrics
-from hintjax.rundir import owned
+from hintjax.cli import main
+from hintjax.experiments.config import Config
+from hintjax.experiments.distill import keep_compiled
+from hintjax.experiments.finished import load_student
+from hintjax.experiments.setting import prepare
+from hintjax.experiments.teacher import check_teacher
+from hintjax.training import fingerprint, load_tree, read_metrics
+from hintjax.training.run_directory import owned
 
 TINY = (
     *("--student", "hintjax.models:plain_wide", "--batch-size", "16"),
@@ -105,7 +107,9 @@ def test_a_teacher_that_knows_little_is_named(finished, corners):
 def test_the_comparison_shows_a_table_and_a_picture(
     corners, tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr("hintjax.compare._SHOWN", 25)  # test images; there are 24
+    monkeypatch.setattr(
+        "hintjax.experiments.comparison_picture._SHOWN", 25
+    )  # test images; there are 24
     run_dir = tmp_path / "compare"
     common = ("--dataset", corners, *TINY, "--run-dir", str(run_dir))
     main(["distill", "--seeds", "2", "--rates", "0.001", *common])
@@ -260,7 +264,7 @@ def test_sigint_is_a_sentence_and_130(tmp_path, monkeypatch, capsys):
     def stopped(*_, **__):
         raise KeyboardInterrupt("step 3 is saved")
 
-    monkeypatch.setattr("hintjax.cli.prepare", stopped)
+    monkeypatch.setattr("hintjax.experiments.distill.prepare", stopped)
     with pytest.raises(SystemExit) as ended:
         main(["distill", "--method", "kd", "--run-dir", str(tmp_path / "run")])
     assert ended.value.code == 130

@@ -22,8 +22,9 @@ import optax
 import pytest
 
 from hintjax import losses, methods, regressors, sharding, stages
-from hintjax.method import Context, Data, Method, objective, task
+from hintjax.method import Context, Data, Method
 from hintjax.networks import Features, Network, Variables
+from hintjax.objective import objective, task
 
 pytestmark = pytest.mark.usefixtures("strict")
 

@@ -6,10 +6,10 @@ import optax
 import pytest
 
 import hintjax as hj
-from hintjax.checkpoint import load_tree, save_tree
 from hintjax.export import deployed, deployed_variables
 from hintjax.models import PlainCNN
 from hintjax.networks import Wants
+from hintjax.training import load_tree, save_tree
 
 KEY = jax.random.key(0)
 

@@ -1,4 +1,8 @@
-"""The order of the house: a file imports only files above it, and only what it may."""
+"""The house: which room may import which, and what each may import from outside.
+
+Nothing below `training/` imports it, and nothing below `experiments/` imports it. The
+order of all chapters is `ORDER`.
+"""
 
 import ast
 import os
@@ -12,68 +16,54 @@ pytestmark = pytest.mark.quick
 
 PACKAGE = Path(__file__).parent.parent / "hintjax"
 
-# Every file or folder of the package, from the ground up. Files of one folder may
-# import each other (Python itself refuses a circle); a folder counts as one entry.
+# Every entry of `ls hintjax`, from the ground up. A folder counts as one entry: its
+# files may import each other (Python itself refuses a circle).
 ORDER = (
-    *("_checks", "_numerics", "losses", "processes", "sharding", "memory"),
-    *("paths", "networks", "networks_nnx", "precision", "regressors"),
-    *("method", "views"),
-    *("teachers", "methods"),
-    *("pairing", "balance"),
-    *("accumulation", "carry", "feeding", "reports", "spikes", "debugging"),
-    *("stages", "population"),
-    *("rundir", "signals"),
-    *("cache", "checkpoint"),
-    *("models", "weights", "metrics", "config", "data", "viz", "export"),
-    *("train", "places", "recipes", "experiment", "compare", "cli"),
+    *("_checks", "_numerics", "losses"),  # mathematics
+    *("networks", "regressors"),  # models as pure functions
+    *("processes", "sharding", "memory"),  # where arrays live
+    *("method", "objective", "views", "teachers", "methods", "pairing"),  # methods
+    *("stages", "population", "export"),  # update steps
+    *("models", "weights"),  # networks that are ready to use
+    "data",
+    "training",
+    *("experiments", "cli"),  # the application
 )
+APPLICATION = ("training", "experiments", "cli")
 
 MATHEMATICS = {"jax", "jaxtyping"}
 MODELS = MATHEMATICS | {"flax", "numpy"}
-TRAINING = MODELS | {"chex", "optax"}
-# What each may import from outside, besides the standard library.
+UPDATES = MODELS | {"optax"}
+# What each chapter of the library may import from outside, besides Python's own.
 OUTSIDE = {
     "_checks": MATHEMATICS | {"numpy"},
     "_numerics": MATHEMATICS | {"numpy"},
     "losses": MATHEMATICS,
-    "memory": MATHEMATICS,
-    "paths": MATHEMATICS,
     "networks": MODELS,
-    "networks_nnx": MODELS,
-    "precision": MODELS,
     "regressors": MODELS,
+    "processes": MATHEMATICS | {"numpy"},
+    "sharding": MODELS,
+    "memory": MATHEMATICS,
     "method": MODELS,
+    "objective": MODELS,
     "views": MODELS,
     "teachers": MODELS,
     "methods": MODELS,
     "pairing": MODELS,
-    "balance": MODELS,
-    "sharding": MODELS,
-    "accumulation": MATHEMATICS,
-    "carry": MATHEMATICS,
-    "feeding": TRAINING,
-    "reports": MATHEMATICS,
-    "spikes": MATHEMATICS,
-    "debugging": MODELS,
-    "stages": TRAINING,
-    "population": TRAINING,
-    "processes": MATHEMATICS | {"numpy"},
-    "rundir": MATHEMATICS,
-    "signals": MATHEMATICS,
-    "cache": TRAINING,
-    "checkpoint": TRAINING | {"orbax"},
+    "stages": UPDATES,
+    "population": UPDATES,
+    "export": MODELS,
     "models": MODELS,
     "weights": MODELS,
-    "metrics": MODELS | {"rich", "tensorboardX"},
-    "config": {"yaml"},
 }
-# The others may import anything but this, which has one place (or none).
+# Packages and modules that only one file may import (or none). The packages that
+# OUTSIDE does not restrict may be imported by data, training, experiments and cli.
 ONLY_IN = {
-    "flax.nnx": "networks_nnx",
-    "matplotlib": "viz",
-    "matplotlib.pyplot": "nothing: its state is global",
-    "orbax": "checkpoint",
-    "tensorflow": "nothing: it is not installed with hintjax",
+    "flax.nnx": ("networks.nnx",),
+    "matplotlib": ("experiments.pictures",),
+    "matplotlib.pyplot": (),  # its state is global
+    "orbax": ("training.checkpoints", "training.sealed"),
+    "tensorflow": (),  # it is not installed with hintjax
 }
 
 
@@ -117,32 +107,52 @@ def room(module):
 
 
 def complaints(module, source):
-    """What a file imports and may not, in words."""
-    mine = room(module)
+    """The imports of a file that break a rule, in words."""
+    mine, file = room(module), module.partition(".")[2]
     for name in imports(module, source):
         top = name.partition(".")[0]
         if top != "hintjax":
             if top not in OUTSIDE.get(mine, {top}) | sys.stdlib_module_names:
                 yield f"{module} may not import {top}"
-            for reserved, place in ONLY_IN.items():
-                if mine != place and f"{name}.".startswith(f"{reserved}."):
-                    yield f"{module} may not import {name}: only in {place}"
+            for reserved, places in ONLY_IN.items():
+                if file not in places and f"{name}.".startswith(f"{reserved}."):
+                    yield f"{module} may not import {name}: only {places} may"
             continue
         other = room(name)
         if other not in ORDER:
-            yield f"{module} imports {name}: from a file above it instead"
+            yield f"{module} imports {name}, which has no place in ORDER"
         elif other != mine and ORDER.index(other) > ORDER.index(mine):
-            yield f"{module} may not import {name}: it stands below {mine}"
+            yield f"{module} may not import {name}: it is below {other}"
 
 
-def test_every_file_has_its_place():
-    rooms = {room(module) for module in MODULES} - {""}
-    assert rooms <= set(ORDER), f"not in ORDER: {sorted(rooms - set(ORDER))}"
-    assert set(OUTSIDE) <= set(ORDER) and len(ORDER) == len(set(ORDER))
+def entries():
+    """What `ls hintjax` shows of Python: files and folders."""
+    found = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"}
+    return found | {path.parent.name for path in PACKAGE.glob("*/*.py")}
+
+
+def test_every_entry_has_one_place_and_every_place_an_entry():
+    assert entries() == set(ORDER) and len(ORDER) == len(set(ORDER))
+    assert set(ORDER) - set(OUTSIDE) == {"data", *APPLICATION}
+    reserved = {file for places in ONLY_IN.values() for file in places}
+    assert {f"hintjax.{file}" for file in reserved} <= set(MODULES)
+
+
+@pytest.mark.parametrize("floor", ["training", "experiments"])
+def test_nothing_below_a_floor_of_the_application_imports_it(floor):
+    below = ORDER[: ORDER.index(floor)]
+    wrong = {
+        module: name
+        for module, path in MODULES.items()
+        if room(module) in below
+        for name in imports(module, path.read_text(encoding="utf-8"))
+        if f"{name}.".startswith(f"hintjax.{floor}.")
+    }
+    assert wrong == {}
 
 
 @pytest.mark.parametrize("module", sorted(set(MODULES) - {"hintjax"}))
-def test_a_file_imports_only_what_is_above_it(module):
+def test_a_file_imports_only_what_is_below_it(module):
     source = MODULES[module].read_text(encoding="utf-8")
     assert list(complaints(module, source)) == []
 
@@ -160,20 +170,22 @@ def test_the_table_of_contents_imports_only_hintjax():
         ("hintjax.losses.kd", "import numpy as np"),
         ("hintjax.losses.kd", "def f():\n    import optax"),
         ("hintjax.methods.kd", "from optax import adam"),
-        ("hintjax.stages", "import orbax.checkpoint as ocp"),
-        ("hintjax.data", "import tensorflow as tf"),
+        ("hintjax.stages.update", "import orbax.checkpoint as ocp"),
+        ("hintjax.training.loop", "import orbax.checkpoint as ocp"),
+        ("hintjax.data.records", "import tensorflow as tf"),
         ("hintjax.cli", "from matplotlib.figure import Figure"),
-        ("hintjax.viz", "import matplotlib.pyplot as plt"),
-        ("hintjax.networks", "from flax import nnx"),
-        ("hintjax.metrics", "import importlib\nimportlib.import_module('wandb')"),
+        ("hintjax.experiments.pictures", "import matplotlib.pyplot as plt"),
+        ("hintjax.networks.linen", "from flax import nnx"),
+        ("hintjax.stages", "import importlib\nimportlib.import_module('wandb')"),
         ("hintjax.losses.kd", "from hintjax.methods import kd"),
         ("hintjax.losses.kd", "from hintjax import stages"),
         ("hintjax.losses.kd", "from ..stages import Stage"),
-        ("hintjax.stages", "from hintjax import hint_loss"),
-        ("hintjax.method", "def f():\n    from hintjax.train import fit"),
+        ("hintjax.stages.hint", "from hintjax import hint_loss"),
+        ("hintjax.method", "def f():\n    from hintjax.training import fit"),
+        ("hintjax.training.loop", "from hintjax.experiments import config"),
     ],
 )
-def test_what_is_not_allowed_is_seen(module, line):
+def test_an_import_that_breaks_a_rule_is_seen(module, line):
     assert list(complaints(module, line))
 
 
@@ -182,11 +194,12 @@ def test_what_is_not_allowed_is_seen(module, line):
     [
         ("hintjax.losses.kd", "from hintjax import _checks\nimport math"),
         ("hintjax.losses.kd", "from .hint import hint_loss"),
-        ("hintjax.stages", "import optax\nfrom .method import Method"),
+        ("hintjax.stages.update", "import optax\nfrom ..method import Method"),
         ("hintjax.methods", "from hintjax.methods.kd import kd"),
+        ("hintjax.training.sealed", "import orbax.checkpoint as ocp"),
     ],
 )
-def test_what_is_allowed_is_let_through(module, line):
+def test_an_import_that_keeps_the_rules_is_let_through(module, line):
     assert not list(complaints(module, line))
 
 

@@ -7,18 +7,9 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec
 
-from hintjax.method import (
-    Adjustable,
-    Context,
-    Method,
-    Weighted,
-    objective,
-    over_pairs,
-    task,
-    union,
-    weighted,
-)
+from hintjax.method import Context, Method, over_pairs, union
 from hintjax.networks import Features, Wants
+from hintjax.objective import Adjustable, Weighted, objective, task, weighted
 
 pytestmark = [pytest.mark.quick, pytest.mark.usefixtures("strict")]
 

@@ -12,8 +12,8 @@ import optax
 import pytest
 
 import hintjax as hj
-from hintjax.checkpoint import open_checkpoints
 from hintjax.sharding import place
+from hintjax.training import open_checkpoints
 
 N, STEPS, BATCH, CLASSES = 4, 2, 8, 3
 RATES = (0.01, 0.1, 0.2, 0.1)

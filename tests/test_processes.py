@@ -18,9 +18,9 @@ import numpy as np
 import pytest
 
 from hintjax import processes, sharding
-from hintjax.checkpoint import load_tree, open_checkpoints
 from hintjax.cli import main
-from hintjax.metrics import read_metrics
+from hintjax.experiments import launch
+from hintjax.training import load_tree, open_checkpoints, read_metrics
 
 PATIENCE = 300  # seconds, on a machine that is very busy
 
@@ -70,7 +70,7 @@ def ended(both):
 )
 def test_what_does_not_go_together_is_refused_before_anything_starts(given, sentence):
     with pytest.raises(ValueError, match=f"processes: expected .*{sentence}"):
-        processes.start(**given)
+        launch.start(**given)
 
 
 @pytest.mark.quick
@@ -100,15 +100,15 @@ def test_after_an_error_nobody_is_waited_for_long(error, code, monkeypatch, caps
 
     monkeypatch.setattr("jax.distributed.is_initialized", lambda: True)
     monkeypatch.setattr("jax.distributed.shutdown", never.wait)
-    monkeypatch.setattr("hintjax.processes._LEAVING", 0.01)
+    monkeypatch.setattr("hintjax.experiments.launch._LEAVING", 0.01)
     monkeypatch.setattr("os._exit", leave)
-    with pytest.raises(Ended), processes.leaving():
+    with pytest.raises(Ended), launch.leaving():
         raise error
     assert codes == [code]
     assert ("RuntimeError: a defect" in capsys.readouterr().err) == (code == 1)
     never.set()  # all have left
     monkeypatch.setattr("jax.distributed.shutdown", never.is_set)
-    with pytest.raises(type(error)), processes.leaving():
+    with pytest.raises(type(error)), launch.leaving():
         raise error
     assert codes == [code]
 
@@ -125,10 +125,10 @@ def test_a_start_says_what_it_waits_for_and_compares_devices(monkeypatch, capsys
     devices = [types.SimpleNamespace(process_index=i) for i in (0, 1, 1)]
     monkeypatch.setattr("jax.distributed.initialize", initialize)
     monkeypatch.setattr("jax.devices", lambda: devices)
-    monkeypatch.setattr("hintjax.processes._QUIET", 0.01)
+    monkeypatch.setattr("hintjax.experiments.launch._QUIET", 0.01)
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(ValueError, match=r"as many devices in each .*0: 1, 1: 2"):
-        processes.start("host:1", 2, 1)
+        launch.start("host:1", 2, 1)
     assert seen == [(("host:1", 2, 1), signal.SIG_DFL)]  # the wait is not in Python
     assert signal.getsignal(signal.SIGINT) is before
     assert "waiting for all 2 at host:1; this is process 1" in capsys.readouterr().err
@@ -138,7 +138,7 @@ def test_a_start_says_what_it_waits_for_and_compares_devices(monkeypatch, capsys
 STREAMED = """
 import jax, jax.numpy as jnp, numpy as np, optax
 import hintjax as hj
-from hintjax import data, train
+from hintjax import data, training as train
 
 def run(folder, mesh):
     random = np.random.default_rng(0)
@@ -170,10 +170,11 @@ import json, runpy, sys
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from hintjax import data, processes, sharding
-from hintjax.checkpoint import DamageError, load_tree, open_checkpoints, save_tree
+from hintjax.experiments import launch
+from hintjax.training import DamageError, load_tree, open_checkpoints, save_tree
 
 folder, process, coordinator = sys.argv[1], int(sys.argv[2]), sys.argv[3]
-processes.start(coordinator, 2, process)
+launch.start(coordinator, 2, process)
 mesh = sharding.make_mesh(fsdp=2)
 found = {}
 
@@ -259,7 +260,7 @@ for name, wrong in {
     "odd": lambda: sharding.from_process({"image": np.zeros((7, 4, 4, 1))}, mesh),
     "sizes": lambda: sharding.from_process({"image": np.zeros(2 + 2 * process)}, mesh),
     "own": lambda: run(here + "/own", sharding.make_mesh(devices=jax.local_devices())),
-    "twice": lambda: processes.start(coordinator, 2, process),
+    "twice": lambda: launch.start(coordinator, 2, process),
 }.items():
     try:
         wrong()
@@ -438,7 +439,7 @@ def test_a_run_moves_from_two_processes_to_one_and_back(
         return begin
 
     with monkeypatch.context() as patch:
-        patch.setattr("hintjax.cli._counting", stop_later)
+        patch.setattr("hintjax.experiments.distill._counting", stop_later)
         with pytest.raises(SystemExit) as ending:
             main(["resume", str(run_dir), "--devices", "4", "--fsdp", "4"])
     assert ending.value.code == 143
@@ -469,7 +470,7 @@ def test_a_run_moves_from_two_processes_to_one_and_back(
 @pytest.mark.quick
 def test_a_comparison_needs_one_process(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    monkeypatch.setattr("hintjax.cli.told", lambda find: find())
+    monkeypatch.setattr("hintjax.experiments.distill.told", lambda find: find())
     with pytest.raises(SystemExit):
         main(["distill", "--run-dir", str(tmp_path / "run")])
     assert "expected one method in several processes" in capsys.readouterr().err

@@ -12,8 +12,8 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 import hintjax as hj
-from hintjax.checkpoint import load_tree, open_checkpoints, save_tree
 from hintjax.sharding import Layout, check_rules, make_mesh, place, stored
+from hintjax.training import load_tree, open_checkpoints, save_tree
 
 KEY = jax.random.key(0)
 P = PartitionSpec

@@ -18,23 +18,23 @@ import pytest
 
 import hintjax
 from hintjax import (
-    debugging,
     losses,
     memory,
     method,
     methods,
     networks,
-    networks_nnx,
     pairing,
-    precision,
     regressors,
     sharding,
     stages,
     teachers,
     views,
 )
+from hintjax.networks import nnx as networks_nnx
+from hintjax.stages import debugging
 
-# The function of this name hides its module.
+# The functions of these names hide their modules.
+objective = importlib.import_module("hintjax.objective")
 population = importlib.import_module("hintjax.population")
 
 SENTENCE = re.compile(r"[\w. ]+: expected .+, got ", re.DOTALL)
@@ -156,8 +156,10 @@ VALID = {
         "warm_up": {"weight": 1.0, "epochs": 3, "steps_per_epoch": 10},
     },
     method: {
-        "objective": {"one": METHOD},
         "over_pairs": {"loss": losses.hint_loss},
+    },
+    objective: {
+        "objective": {"one": METHOD},
         "task": {"loss": optax.softmax_cross_entropy_with_integer_labels},
         "weighted": {"method": METHOD, "weight": 1.0},
     },
@@ -186,7 +188,7 @@ VALID = {
         "init": {"key": KEY, "size": 8},
         "update": {"bank": BANK, "index": LABEL, **both(a(4, 6))},
     },
-    precision: {"computed_in": {"network": NETWORK, "dtype": "bfloat16"}},
+    networks: {"computed_in": {"network": NETWORK, "dtype": "bfloat16"}},
     teachers: {
         "from_teacher": {"method": METHOD, "name": "big"},
         "moving_average": both(VARIABLES),
@@ -211,8 +213,9 @@ NOT_FUZZED = {
         MADE_INSIDE,
     ),
     method: dict.fromkeys(
-        ("check_weight", "hints_of", "nothing", "one_per_example", "union"), MADE_INSIDE
+        ("hints_of", "nothing", "one_per_example", "union"), MADE_INSIDE
     ),
+    objective: {"check_weight": MADE_INSIDE},
     regressors: dict.fromkeys(("apply", "init"), MADE_INSIDE),
     views: {"through": MADE_INSIDE},
     networks: dict.fromkeys(("function", "join", "linen", "split"), LATER),
@@ -227,7 +230,7 @@ NOT_FUZZED = {
         LATER,
     ),
     stages: dict.fromkeys(
-        (*("distillation_stage", "hint_stage", "image", "student_variables"),),
+        ("checked", "distillation_stage", "hint_stage", "image", "student_variables"),
         LATER,
     ),
     networks_nnx: dict.fromkeys(("nnx", "nnx_update"), LATER),

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import yaml
 
-from hintjax import cli, experiment
-from hintjax import config as configs
+from hintjax.experiments import config as configs
+from hintjax.experiments import distill, phases, setting
 from hintjax.models.blocks import GlobalAveragePool
 
 SENTENCE = re.compile(r"[\w. ]+: expected .+, got ", re.DOTALL)  # as the command's
@@ -230,11 +230,11 @@ def mutated(number):
 def followed(path):
     """A config on the way that the command goes, up to the first step of training."""
     config = configs.load(path)
-    arms = cli._arms(config) if config.method is None else []
-    used = [arm.recipe for arm in arms] or [cli._recipe(config.method)]
-    setting = experiment.prepare(config, teach=config.method != "backprop")
+    arms = distill._arms(config) if config.method is None else []
+    used = [arm.recipe for arm in arms] or [distill._recipe(config.method)]
+    prepared = setting.prepare(config, teach=config.method != "backprop")
     for recipe in used:
-        experiment.check(setting, recipe)
+        phases.check(prepared, recipe)
     return config
 
 
@@ -298,4 +298,4 @@ def test_a_thousand_mutated_configs(unchecked, folder, tmp_path):
             fsdp=1,
             seeds=1,
         )
-        cli.distill(config, tmp_path / str(number))
+        distill.distill(config, tmp_path / str(number))

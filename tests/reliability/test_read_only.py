@@ -9,8 +9,8 @@ from pathlib import Path
 import jax.numpy as jnp
 import pytest
 
-from hintjax.checkpoint import load_tree, open_checkpoints, save_tree
 from hintjax.cli import main
+from hintjax.training import load_tree, open_checkpoints, save_tree
 
 pytestmark = pytest.mark.quick
 NOBODY = 65534

@@ -12,12 +12,12 @@ import jax
 import numpy as np
 import pytest
 
-from hintjax import experiment, recipes
-from hintjax.checkpoint import fingerprint
-from hintjax.config import Config
-from hintjax.metrics import read_metrics
+from hintjax.experiments import recipes
+from hintjax.experiments import run as experiment
+from hintjax.experiments.config import Config
+from hintjax.experiments.setting import prepare
 from hintjax.models.blocks import GlobalAveragePool
-from hintjax.train import on_device
+from hintjax.training import fingerprint, on_device, read_metrics
 
 # Before each, FitNets' hint stage; FSP and FitNets have a stage of their own.
 METHODS = {
@@ -88,7 +88,7 @@ def world(tmp_path_factory):
             flip=True,
             checkpoint_every=1,
         )
-        setting = experiment.prepare(config, teach=True)
+        setting = prepare(config, teach=True)
         assert setting.dataset.train.n // config.batch_size == EPOCH
         yield setting, setting.teacher.init(jax.random.key(1), setting.inputs)
 

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hintjax import config
-from hintjax.checkpoint import DamageError, load_tree, open_checkpoints, save_tree
 from hintjax.cli import main
+from hintjax.experiments import config
+from hintjax.training import DamageError, load_tree, open_checkpoints, save_tree
 
 pytestmark = pytest.mark.quick
 

@@ -1,0 +1,161 @@
+"""Batches cut out of a split inside jit."""
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int32, Integer, PRNGKeyArray
+
+from hintjax._checks import message
+from hintjax.data.images import PLAIN, AnyArray, Augment, Placed, Split, Standardize
+from hintjax.data.records import Records
+from hintjax.data.standardize import standardized
+from hintjax.sharding import spread
+
+# On the device.
+
+
+def place(
+    split: Split, device: jax.Device | jax.sharding.Sharding | None = None
+) -> Placed:
+    """Puts a split on the device, or on all devices of a (replicated) sharding.
+
+    One row per image, because a TPU keeps [n h w c] with n innermost: gathering from
+    that first copies the whole set, at every step (four times CIFAR-10's 154 MB).
+    """
+    pixels = split.image.reshape(split.n, -1)
+    if isinstance(device, jax.sharding.Sharding):
+        pixels, label = spread((pixels, split.label), device)
+    else:
+        pixels, label = jax.device_put((pixels, split.label), device)
+    return Placed(pixels, label, split.shape)
+
+
+def steps_per_epoch(n: int, batch_size: int) -> int:
+    """How many whole batches one epoch has; what is left over waits for the next order.
+
+    >>> steps_per_epoch(1293, 64)
+    20
+    """
+    if not 0 < batch_size <= n:
+        wanted = f"batch_size in 1..{n}, the size of the split"
+        do = "Change the batch size, or keep more examples (limit=)."
+        raise ValueError(message("steps_per_epoch", wanted, str(batch_size), do))
+    return n // batch_size
+
+
+@partial(jax.jit, static_argnums=1)
+def order(key: PRNGKeyArray, n: int) -> Int32[Array, " n"]:
+    """The order of one epoch: call it once per epoch, on fold_in(key, epoch)."""
+    return jax.random.permutation(key, jnp.arange(n, dtype=jnp.int32))
+
+
+def take(
+    split: Placed | Split,
+    index: Integer[AnyArray, " batch"],
+    standardize: Standardize,
+    *,
+    key: PRNGKeyArray | None = None,
+    augment: Augment = PLAIN,
+) -> dict[str, Array]:
+    """Cuts one batch out of a split that is on the device; to be called inside jit.
+
+    image = (augmented / 255 - mean) / std
+
+    Args:
+      split: by `place`. An argument of the jitted function: a constant there would be
+        compiled into it.
+      index: positions in the split, such as a part of `order`.
+      standardize: of the training split, for every split.
+      key: of this step; needed when `augment` does anything.
+      augment: a Python constant.
+
+    Returns:
+      {"image": float32 [batch h w c], "label": int32 [batch], "index": int32 [batch]}
+
+    >>> split = Split(np.zeros((9, 4, 4, 1), np.uint8), np.arange(9, dtype=np.int32))
+    >>> batch = jax.jit(take)(place(split), jnp.array([3, 5]), statistics(split))
+    >>> batch["image"].shape, batch["label"].tolist()
+    ((2, 4, 4, 1), [3, 5])
+    """
+    index = jnp.asarray(index, jnp.int32)
+    image, label = split.read(index)
+    if augment.pad or augment.flip:
+        if key is None:
+            do = "Pass key=, a new one at every step."
+            raise ValueError(message("take", f"a key for {augment}", "None", do))
+        shift_key, flip_key = jax.random.split(key)
+        n, end = len(index), 2 * augment.pad + 1
+        shift = jax.random.randint(shift_key, (n, 2), 0, end, jnp.int32)
+        flip = jax.random.bernoulli(flip_key, 0.5, (n,))
+        image = augmented(jnp, image, shift, flip, augment)
+    image = standardized(jnp, image, standardize)
+    return {"image": image, "label": label, "index": index}
+
+
+def augmented(xp: Any, image: Any, shift: Any, flip: Any, augment: Augment) -> Any:
+    """Crops and flips by index, with jax.numpy and numpy alike."""
+    # One gather of rows, one of columns, the flip within it: on two CPU cores ten times
+    # faster than a select of reversed images, which XLA fuses into the gathers.
+    height, width = image.shape[1:3]
+    rows = _crop_index(xp, shift[:, 0], height, augment)[:, :, None, None]
+    columns = _crop_index(xp, shift[:, 1], width, augment)
+    if augment.flip:
+        columns = xp.where(flip[:, None], columns[:, ::-1], columns)
+    columns = columns[:, None, :, None]
+    if augment.pad:
+        image = xp.take_along_axis(image, xp.clip(rows, 0, height - 1), axis=1)
+    image = xp.take_along_axis(image, xp.clip(columns, 0, width - 1), axis=2)
+    if augment.pad and not augment.reflect:
+        inside = (rows >= 0) & (rows < height) & (columns >= 0) & (columns < width)
+        image = xp.where(inside, image, xp.zeros_like(image))
+    return image
+
+
+def _crop_index(xp: Any, shift: Any, length: int, augment: Augment) -> Any:
+    if augment.reflect and augment.pad >= length:
+        wanted = f"a reflecting pad below the image's {length} pixels"
+        raise ValueError(message("take", wanted, str(augment.pad), "Lower it."))
+    index = shift[:, None] + xp.arange(length, dtype=xp.int32) - augment.pad
+    if augment.reflect:  # -1 reads 1, and length reads length - 2
+        index = length - 1 - xp.abs(length - 1 - xp.abs(index))
+    return index
+
+
+# Evaluation, and sets that do not fit.
+
+
+def evaluation_batches(
+    source: Placed | Split | Records, batch_size: int, standardize: Standardize
+) -> Iterator[dict[str, Array | np.ndarray]]:
+    """Every example once, in order, in batches of one shape.
+
+    Args:
+      source: a split, on the device or on the host, or Records.
+      batch_size: may be larger than the split.
+      standardize: of the training split.
+
+    Yields:
+      Batches as `take` gives them, with "where" (bool [batch]). The last batch is
+      filled with repeats of the last example, where "where" is False.
+    """
+    if batch_size < 1 or not source.n:
+        wanted = "a batch size above 0 and a split with examples"
+        got = f"{batch_size} and {source.n}"
+        raise ValueError(message("evaluation_batches", wanted, got))
+    for start in range(0, source.n, batch_size):
+        index = np.arange(start, start + batch_size, dtype=np.int32)
+        where = index < source.n
+        index = np.minimum(index, source.n - 1)
+        if isinstance(source, Placed):
+            batch = _taken(source, index, standardize)
+        else:
+            split = source.read(index)
+            batch = _taken(split, np.arange(batch_size), standardize)
+        yield {**batch, "index": index, "where": where}
+
+
+_taken = jax.jit(take)

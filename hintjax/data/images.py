@@ -1,0 +1,76 @@
+"""Images on the host and on the device."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float32, Int32, Integer, UInt8
+
+AnyArray = Array | np.ndarray
+
+
+class Split(NamedTuple):
+    """Decoded images and their labels, on the host."""
+
+    image: UInt8[AnyArray, "n h w c"]
+    label: Int32[AnyArray, " n"]
+
+    @property
+    def n(self) -> int:
+        return self.image.shape[0]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.image.shape[1:]
+
+    def read(self, index: Sequence[int] | Integer[AnyArray, " batch"]) -> "Split":
+        """The examples at these positions."""
+        return Split(self.image[index], self.label[index])
+
+    def labels(self, index: Sequence[int] | Integer[AnyArray, " batch"]) -> AnyArray:
+        """Their labels alone."""
+        return self.label[index]
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("pixels", "label"),
+    meta_fields=("shape",),
+)
+@dataclass(frozen=True)
+class Placed:
+    """A Split on the device, one row per image. Made by `place`."""
+
+    pixels: UInt8[Array, "n pixels"]
+    label: Int32[Array, " n"]
+    shape: tuple[int, ...]
+
+    @property
+    def n(self) -> int:
+        return self.pixels.shape[0]
+
+    def read(self, index: Integer[AnyArray, " batch"]) -> Split:
+        """The examples at these positions."""
+        image = self.pixels[index].reshape(-1, *self.shape)
+        return Split(image, self.label[index])
+
+
+class Standardize(NamedTuple):
+    """What `take` subtracts and divides by, per channel, of images in [0, 1]."""
+
+    mean: Float32[AnyArray, " c"]
+    std: Float32[AnyArray, " c"]
+
+
+class Augment(NamedTuple):
+    """Crops after padding by `pad` pixels (black, or mirrored), and left-right flips."""
+
+    pad: int = 0
+    flip: bool = False
+    reflect: bool = False
+
+
+PLAIN = Augment()

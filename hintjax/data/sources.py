@@ -1,0 +1,245 @@
+"""An image classification set from its name."""
+
+import os
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from hintjax._checks import message
+from hintjax.data.images import Split, Standardize
+from hintjax.data.records import (
+    MODES,
+    ONE_SHAPE,
+    Records,
+    builder_of,
+    cropped,
+    optional_module,
+    pillow,
+    records,
+)
+from hintjax.data.splits import carved, checked_split, stratified
+from hintjax.data.standardize import statistics
+
+ON_DEVICE = 2 * 2**30  # bytes: a set up to this size is kept on the device
+IN_MEMORY = 16 * 2**30  # bytes: a set above this size stays on disk
+TEST = 0.2  # the share of a set that brings no test split which becomes one
+_SAVE = "Write it with numpy.savez(path, image=..., label=...)."
+
+
+class Dataset(NamedTuple):
+    """An image classification set in three disjoint splits, decoded or on disk."""
+
+    name: str
+    classes: int
+    train: "Split | Records"
+    validation: "Split | Records"
+    test: "Split | Records"
+    standardize: Standardize
+    class_names: tuple[str, ...]
+
+
+# From disk.
+
+
+def load(
+    name: str,
+    data_dir: str | os.PathLike[str] | None = None,
+    *,
+    validation: float = 0.1,
+    limit: int | None = None,
+    size: int | None = None,
+    seed: int = 0,
+) -> Dataset:
+    """Reads an image classification set, into memory as uint8 if it fits there.
+
+    A set with its own "validation" and "test" splits keeps them. Without "test", its
+    "validation" is the test split, or else a fifth of "train", which is the same for
+    every seed. Without "validation", a part of "train" is. Splits are cut by class.
+
+    Args:
+      name: "digits" (scikit-learn's, embedded), a path that ends in .npz, or a set of
+        TensorFlow Datasets prepared as array_record: "mnist", "emnist/letters",
+        "cifar10:3.0.2". An .npz file holds `image` (uint8, [n h w] or [n h w c]) and
+        `label` (integers), and may hold `image_test`, `label_test` and `class_names`.
+      data_dir: where prepared sets are; by default TFDS_DATA_DIR, or
+        ~/tensorflow_datasets.
+      validation: share of "train" that becomes the validation split, in (0, 1).
+      limit: how many training examples are kept; a smaller limit keeps a subset of a
+        larger one's. Validation, test and `standardize` do not depend on it.
+      size: images are scaled and cut at the centre to size x size. None keeps them.
+      seed: of the validation split and of the limit.
+
+    Returns:
+      A Dataset of numpy arrays; or, above IN_MEMORY, of Records, which stay on disk and
+      are cut by per cent instead of by class. `standardize` is that of "train" before `limit`, so
+      that a student with few labels sees its teacher's inputs.
+
+    >>> digits = load("digits", limit=500)
+    >>> digits.train.image.shape, digits.validation.n, digits.test.n, digits.classes
+    ((500, 8, 8, 1), 144, 359, 10)
+    """
+    if not 0 < validation < 1:
+        do = "It is the share of train that is kept for choosing between runs."
+        raise ValueError(message("load", "validation in (0, 1)", str(validation), do))
+    if name == "digits":
+        splits, names = _digits()
+    elif name.endswith(".npz"):
+        splits, names = _npz(Path(name).expanduser())
+    else:
+        splits, names = _tfds(name, data_dir, size)
+    if "test" not in splits and "validation" in splits:
+        splits["test"] = splits.pop("validation")
+    if isinstance(splits["train"], Records):
+        if sum(map(_nbytes, splits.values())) > IN_MEMORY:
+            return _on_disk(splits, names, data_dir, size, validation, limit)
+        splits = {key: split.read(range(split.n)) for key, split in splits.items()}
+    if size is not None:
+        splits = {key: _resized(split, size) for key, split in splits.items()}
+    train = splits["train"]
+    if "test" not in splits:
+        # Not by `seed`: a student must never train on what its teacher is tested on.
+        splits["test"], train = carved("test", train, round(TEST * train.n), seed=0)
+    if "validation" not in splits:
+        count = round(validation * train.n)
+        splits["validation"], train = carved("validation", train, count, seed)
+    standardize = statistics(train)
+    if limit is not None:
+        if not 0 < limit <= train.n:
+            wanted = f"limit in 1..{train.n}, the size of train of {name!r}"
+            raise ValueError(message("load", wanted, str(limit), "Lower it."))
+        train = train.read(stratified(train.label, limit, seed))
+    for key, split in {**splits, "train": train}.items():
+        if split.shape != train.shape:
+            got = f"{train.shape} in train and {split.shape} in {key} of {name!r}"
+            raise ValueError(message("load", ONE_SHAPE, got, "Pass size=."))
+    validation_split, test = splits["validation"], splits["test"]
+    return Dataset(
+        name, len(names), train, validation_split, test, standardize, tuple(names)
+    )
+
+
+def _digits() -> tuple[dict[str, Split], Sequence[str]]:
+    bunch = optional_module("sklearn.datasets").load_digits()
+    image = np.round(bunch.images * (255 / 16)).astype(np.uint8)
+    names = [str(name) for name in bunch.target_names]
+    return {"train": checked_split("digits", image, bunch.target, len(names))}, names
+
+
+def _npz(path: Path) -> tuple[dict[str, Split], Sequence[str]]:
+    wanted = ("image", "label", "image_test", "label_test", "class_names")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {key: file[key] for key in wanted if key in file.files}
+            found = file.files
+    except (OSError, EOFError, TypeError, ValueError, zipfile.BadZipFile) as error:
+        wanted = f"{path} to be an .npz file of plain arrays"
+        raise ValueError(message("load", wanted, str(error), _SAVE)) from error
+    pairs = {"train": ("image", "label")}
+    if "image_test" in arrays or "label_test" in arrays:
+        pairs["test"] = ("image_test", "label_test")
+    missing = sorted({key for pair in pairs.values() for key in pair} - set(arrays))
+    if missing:
+        wanted = f"{path} to hold {' and '.join(missing)}"
+        got = f"only {', '.join(sorted(found)) or 'nothing'}"
+        raise ValueError(message("load", wanted, got, _SAVE))
+    labels = np.concatenate([arrays[label].ravel() for _, label in pairs.values()])
+    if "class_names" in arrays:
+        names = [str(name) for name in arrays["class_names"].ravel()]
+    elif np.issubdtype(labels.dtype, np.integer):
+        # More classes than examples are stray labels, such as -1 kept as unsigned.
+        names = [
+            str(i) for i in range(min(int(labels.max(initial=0)) + 1, len(labels)))
+        ]
+    else:
+        names = []  # `_checked` says what is wrong
+    splits = {
+        key: checked_split(
+            f"{image} of {path.name}", arrays[image], arrays[label], len(names)
+        )
+        for key, (image, label) in pairs.items()
+    }
+    return splits, names
+
+
+def _tfds(
+    name: str, data_dir: str | os.PathLike[str] | None, size: int | None
+) -> tuple[dict[str, "Records"], Sequence[str]]:
+    splits = {
+        key: records(name, data_dir, key, size=size)
+        for key in builder_of(name, data_dir).info.splits
+        if key in ("train", "validation", "test")
+    }
+    if "train" not in splits:
+        do = "Read it by records(name, data_dir, split)."
+        raise ValueError(message("load", f"a train split of {name!r}", "none", do))
+    test = splits.get("test")
+    if test is not None and test.labels([0])[0] < 0:
+        del splits["test"]  # published without labels, as ImageNet's
+    return splits, splits["train"].class_names
+
+
+def _on_disk(
+    splits: dict[str, "Records"],
+    names: Sequence[str],
+    data_dir: str | os.PathLike[str] | None,
+    size: int | None,
+    validation: float,
+    limit: int | None,
+) -> Dataset:
+    """The splits of a set that is too large to decode, as Records."""
+    train = splits["train"]
+    if limit is not None:
+        wanted = f"no limit for {train.name!r}, which stays on disk"
+        raise ValueError(message("load", wanted, str(limit), "Pass a smaller size=."))
+
+    def part(of, where):
+        return records(train.name, data_dir, f"{of}[{where}]", size=size)
+
+    # By per cent of the file: TFDS shuffles when it prepares a set.
+    if "test" not in splits:
+        kept = 100 - round(100 * TEST)
+        splits["test"] = part("train", f"{kept}%:")
+    else:
+        kept = 100
+    if "validation" not in splits:
+        cut = round(kept * (1 - validation))
+        splits["validation"] = part("train", f"{cut}%:{kept}%")
+        kept = cut
+    train = part("train", f":{kept}%")
+    return Dataset(
+        train.name,
+        len(names),
+        train,
+        splits["validation"],
+        splits["test"],
+        statistics(train),
+        tuple(names),
+    )
+
+
+def _resized(split: Split, size: int) -> Split:
+    if split.shape[:2] == (size, size):
+        return split
+    if split.n * size * size * split.shape[-1] > IN_MEMORY:
+        wanted = f"a size at which {split.n} images fit into {IN_MEMORY} bytes"
+        raise ValueError(message("load", wanted, str(size), "Lower it."))
+    if split.shape[-1] not in MODES:
+        wanted = "images of 1, 3 or 4 channels to resize"
+        do = "Leave size= out."
+        raise ValueError(message("load", wanted, str(split.shape), do))
+    channels = split.shape[-1]
+    flat = split.image[..., 0] if channels == 1 else split.image
+    image = np.stack([cropped(pillow().fromarray(one), size) for one in flat])
+    return split._replace(image=image.reshape(-1, size, size, channels))
+
+
+def _nbytes(source: Split | Records) -> int:
+    return source.n * int(np.prod(source.shape))
+
+
+def fits_on_device(*sources: Split | Records, limit: int = ON_DEVICE) -> bool:
+    """Whether these splits, decoded to uint8, take at most `limit` bytes together."""
+    return sum(map(_nbytes, sources)) <= limit

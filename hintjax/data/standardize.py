@@ -1,0 +1,45 @@
+"""Mean and standard deviation of each channel."""
+
+from typing import Any
+
+import numpy as np
+
+from hintjax.data.images import Split, Standardize
+from hintjax.data.records import CHUNK, Records
+
+
+def statistics(source: Split | Records, *, sample: int = 4096) -> Standardize:
+    """Mean and standard deviation of each channel, of pixels in [0, 1].
+
+    Args:
+      source: the training split. Records are sampled, a Split is counted whole.
+      sample: how many Records, evenly spaced, are decoded.
+
+    Returns:
+      Standardize. A channel that never changes has 1/255, so that it becomes 0.
+
+    >>> image = np.zeros((2, 1, 1, 1), np.uint8)
+    >>> image[1] = 255
+    >>> statistics(Split(image, np.zeros(2, np.int32)))
+    Standardize(mean=array([0.5], dtype=float32), std=array([0.5], dtype=float32))
+    """
+    if isinstance(source, Records):
+        at = np.linspace(0, source.n - 1, min(sample, source.n)).astype(int)
+        source = source.read(at)
+    # Counting the 256 values is exact, and four times faster than summing floats.
+    counts = np.zeros((source.shape[-1], 256))
+    for start in range(0, source.n, CHUNK):
+        chunk = source.image[start : start + CHUNK]
+        for channel, count in enumerate(counts):
+            count += np.bincount(chunk[..., channel].ravel(), minlength=256)
+    value = np.arange(256) / 255
+    share = counts / counts.sum(axis=1, keepdims=True)
+    mean = share @ value
+    std = np.sqrt(np.maximum(share @ value**2 - mean**2, 0.0))
+    std = np.where(std > 1e-6, std, 1 / 255)
+    return Standardize(mean.astype(np.float32), std.astype(np.float32))
+
+
+def standardized(xp: Any, image: Any, standardize: Standardize) -> Any:
+    mean, std = (xp.asarray(x, dtype=xp.float32) for x in standardize)
+    return (image.astype(xp.float32) / xp.float32(255) - mean) / std

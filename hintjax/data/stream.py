@@ -1,0 +1,114 @@
+"""Batches of a set that does not fit on the device, read by Grain."""
+
+import importlib
+import operator
+import sys
+from collections.abc import Iterator
+from functools import partial
+from typing import Any, SupportsIndex
+
+import numpy as np
+
+from hintjax._checks import message
+from hintjax.data.batches import augmented, steps_per_epoch
+from hintjax.data.images import PLAIN, Augment, Split, Standardize
+from hintjax.data.records import Records, optional_module
+from hintjax.data.standardize import standardized
+
+
+def stream(
+    source: Split | Records,
+    batch_size: int,
+    standardize: Standardize,
+    *,
+    augment: Augment = PLAIN,
+    seed: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+    workers: int = 0,
+) -> Iterator[dict[str, np.ndarray]]:
+    """Endless shuffled batches of a set that does not fit on the device, by Grain.
+
+    The examples form one sequence, in a new order each epoch and each example once per
+    epoch; a batch may reach over the end of an epoch. Process p of P takes the p-th part
+    of every batch, so that the processes' batches together are the same batches, with
+    the same crops and flips, whatever P is, and so is the position in them.
+
+    Args:
+      source: Records, or a Split on the host.
+      batch_size: of this process.
+      standardize: of the training split.
+      augment: as for `take`, drawn and done in numpy.
+      seed: of the order, the crops and the flips.
+      process_index: this process, as jax.process_index().
+      process_count: of all processes.
+      workers: how many worker processes decode; the batches do not depend on it. The
+        program then has to start under `if __name__ == "__main__":`. 0 decodes in a
+        background thread.
+
+    Returns:
+      Grain's iterator of batches as `take` gives them, of numpy arrays. Its
+      `get_state()` is plain JSON; `set_state` of an equal stream continues from there.
+      `close()` ends its workers.
+    """
+    steps_per_epoch(source.n, batch_size * process_count)  # raises
+    if not 0 <= process_index < process_count:
+        wanted = f"process_index in 0..{process_count - 1}"
+        do = "Pass jax.process_index() and jax.process_count()."
+        raise ValueError(message("stream", wanted, str(process_index), do))
+    grain = optional_module("grain")
+    standardize = Standardize(*map(np.asarray, standardize))  # workers have no device
+    if isinstance(source, Split):
+        source = Split(*map(np.asarray, source))
+    # Grain carries positions; a batch is read in one go, which is twice as fast as
+    # example by example. Crops are drawn before the split by process.
+    positions = grain.MapDataset.range(source.n).seed(seed).shuffle().repeat()
+    drawn = positions.random_map(partial(_drawn, augment=augment))
+    part = _Part(drawn, batch_size, process_index, process_count)
+    batches = grain.MapDataset.source(part).batch(batch_size)
+    batches = batches.map(partial(_read, source, standardize, augment))
+    threads = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
+    ready = batches.to_iter_dataset(threads)
+    if workers:
+        flags = importlib.import_module("absl.flags").FLAGS
+        if not flags.is_parsed():  # Grain's workers read absl's flags
+            flags.mark_as_parsed()
+        ready = ready.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
+    return iter(ready)
+
+
+class _Part:
+    """What one process reads of an endless sequence of batches, by position."""
+
+    def __init__(self, drawn: Any, size: int, process: int, processes: int):
+        self._drawn, self._size = drawn, size
+        self._process, self._processes = process, processes
+
+    def __len__(self) -> int:
+        # Endless, but for what still fits when Grain and `drawn` count in examples.
+        return sys.maxsize // self._processes // 2
+
+    def __getitem__(self, at: SupportsIndex) -> dict[str, Any]:
+        batch, i = divmod(operator.index(at), self._size)
+        return self._drawn[(batch * self._processes + self._process) * self._size + i]
+
+
+def _drawn(
+    index: int, random: np.random.Generator, *, augment: Augment
+) -> dict[str, Any]:
+    end = 2 * augment.pad + 1
+    *shift, flip = random.integers(0, (end, end, 2))
+    return {"index": np.int32(index), "shift": np.array(shift), "flip": flip == 1}
+
+
+def _read(
+    source: Split | Records,
+    standardize: Standardize,
+    augment: Augment,
+    drawn: dict[str, np.ndarray],
+) -> dict[str, np.ndarray]:
+    image, label = source.read(drawn["index"])
+    if augment.pad or augment.flip:
+        image = augmented(np, image, drawn["shift"], drawn["flip"], augment)
+    image = standardized(np, image, standardize)
+    return {"image": image, "label": label, "index": drawn["index"]}

@@ -1,0 +1,1 @@
+"""The application: runs, comparisons and reports that the command is made of."""

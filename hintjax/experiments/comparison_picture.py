@@ -1,0 +1,91 @@
+"""A comparison as one picture."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hintjax.experiments.attachment import middle
+from hintjax.experiments.explained import images_of, map_of
+from hintjax.experiments.finished import RESULT, load_student
+from hintjax.experiments.setting import Setting
+from hintjax.losses import attention_map
+from hintjax.networks import Variables
+from hintjax.training import read_metrics
+
+_SHOWN = 6  # images in the picture
+
+
+def picture(
+    setting: Setting,
+    run_dir: Path,
+    teacher: Variables,
+    report: Mapping[str, Any],
+    found: Mapping[str, Mapping[str, Any]],
+) -> Path:
+    """Draws comparison.png: curves, accuracies, and attention maps side by side.
+
+    Args:
+        setting: see `compare`.
+        run_dir: where the runs are, and the picture goes.
+        teacher: its variables.
+        report: what `table` made.
+        found: what `compare` returned.
+
+    Returns:
+        The path of the picture.
+    """
+    from hintjax.experiments import pictures as viz
+
+    guided, hint = middle(setting.places)[-1]
+    dataset = setting.dataset
+    per_epoch = dataset.train.n // setting.config.batch_size
+    shown = np.arange(min(_SHOWN, dataset.test.n))
+    images = images_of(dataset.test, shown, dataset)
+
+    ours, theirs = setting.places.class_tokens
+
+    def maps(network, path, class_tokens, variables):
+        hints = map_of(network, path, class_tokens)(variables, images)
+        height, width = hints.shape[1:3]
+        return np.asarray(attention_map(hints)).reshape(-1, height, width)
+
+    attention = {f"teacher {hint}": maps(setting.teacher, hint, theirs, teacher)}
+    for name, arm in found.items():
+        student = load_student(run_dir / arm["runs"][0], hints_only=True)[1]
+        attention[f"{name} {guided}"] = maps(setting.student, guided, ours, student)
+    figure = viz.comparison(
+        {
+            name: [_history(run_dir / path, per_epoch) for path in arm["runs"]]
+            for name, arm in found.items()
+        },
+        dataset.test.read(shown).image,
+        attention,
+        accuracies={name: arm["test"] for name, arm in found.items()},
+        reference=("teacher", report["teacher"]["accuracy"]),
+        title=f"{report['dataset']}: {report['compression']:.0f} times fewer parameters",
+        chance=report["chance"],
+    )
+    path = run_dir / "comparison.png"
+    figure.savefig(path)
+    return path
+
+
+def _history(run_dir, per_epoch):
+    from hintjax.experiments import pictures as viz
+
+    accuracies = [
+        (line["step"], value)
+        for line in read_metrics(run_dir)
+        for name, value in line.items()
+        if name.startswith("validation/") and name.endswith("/accuracy")
+    ]
+    at, accuracy = zip(*accuracies, strict=True)
+    *before, _ = json.loads((run_dir / RESULT).read_text())["boundaries"]
+    return viz.History(
+        at=[step / per_epoch for step in at],
+        accuracy=accuracy,
+        boundary=before[-1] / per_epoch if before else None,
+    )

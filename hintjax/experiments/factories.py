@@ -1,0 +1,110 @@
+"""Networks from the names of their factories."""
+
+import functools
+import importlib
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+
+from hintjax._checks import message
+from hintjax.experiments import config as configs
+from hintjax.networks import Network, linen
+from hintjax.networks.nnx import nnx
+
+
+def factory(name: str) -> Callable[..., Any]:
+    """What `package.module:name` names.
+
+    Raises:
+        ValueError: if there is no such factory.
+    """
+    module_name, colon, attribute = name.partition(":")
+    if not (module_name and colon and attribute):
+        do = "For instance hintjax.models:resnet20."
+        raise ValueError(message("model", "package.module:factory", repr(name), do))
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            message("model", f"to import {module_name}", f"{error}")
+        ) from None
+    if not hasattr(module, attribute):
+        near = ", ".join(configs.nearest(attribute, dir(module)))
+        do = f"Nearest: {near}."
+        wanted = f"a factory in {module_name}"
+        raise ValueError(message("model", wanted, attribute, do))
+    made = getattr(module, attribute)
+    parameters = _parameters(made)
+    missing = [
+        parameter.name
+        for parameter in parameters.values()
+        if parameter.default is parameter.empty
+        and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+        and parameter.name not in ("self", "classes", "rngs")
+    ]
+    any_name = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    if missing or not ("classes" in parameters or any_name):
+        takes = ", ".join(missing or parameters) or "nothing"
+        got = f"one that wants {takes}"
+        wanted = f"{name} to be a factory, called as {attribute}(classes=...)"
+        raise ValueError(message("model", wanted, got))
+    return made
+
+
+def network(name: str, classes: int) -> Network:
+    """The network that a factory makes.
+
+    Args:
+        name: of the factory, which is called as factory(classes=...) and makes a Flax
+            Linen module or a `Network`; or as factory(classes=..., rngs=...), if it
+            takes `rngs`, and makes a Flax NNX model.
+        classes: of the data set.
+
+    Returns:
+        The network.
+
+    Raises:
+        ValueError: if there is no such factory, or it makes something else.
+    """
+    made = factory(name)
+    if _takes_rngs(made):
+        return nnx(functools.partial(made, classes=classes))
+    made = made(classes=classes)
+    if isinstance(made, Network):
+        return made
+    if isinstance(made, nn.Module):
+        return linen(made)
+    wanted = f"{name} to make a Flax Linen module or a hintjax.Network"
+    do = "A factory of NNX models takes rngs."
+    raise ValueError(message("model", wanted, type(made).__name__, do))
+
+
+def attribute_of(name, classes, attribute, missing):
+    """What a factory's module says of itself, such as its preactivations."""
+    made = factory(name)
+    if _takes_rngs(made):
+        return missing
+    return getattr(made(classes=classes), attribute, missing)
+
+
+def _takes_rngs(made):
+    return "rngs" in _parameters(made)
+
+
+def _parameters(made):
+    """What a factory is called with; nothing, if it cannot be called or does not say."""
+    # The class of an NNX model hides the parameters of its __init__.
+    called = made.__init__ if isinstance(made, type) else made
+    try:
+        return inspect.signature(called).parameters
+    except (TypeError, ValueError):
+        return {}
+
+
+def layers(network: Network, inputs: jax.Array) -> dict[str, jax.ShapeDtypeStruct]:
+    """The layers of a network for such inputs, found without computing anything."""
+    variables = jax.eval_shape(network.init, jax.random.key(0), inputs)
+    return network.layers(*variables, inputs)

@@ -1,0 +1,72 @@
+"""What a finished run has left: its student, its config, its accuracy."""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+import jax
+
+from hintjax._checks import message
+from hintjax.data import Split, Standardize, evaluation_batches
+from hintjax.experiments import config as configs
+from hintjax.experiments.config import Config
+from hintjax.experiments.factories import network
+from hintjax.networks import Network, Variables, Wants, split
+from hintjax.processes import told
+from hintjax.training import load_tree
+
+RESULT = "result.json"
+DEPLOYED = "deployed"  # what is shipped of a student that does not stand alone
+EVALUATION_BATCH = 500
+
+
+def load_student(
+    run_dir: str | os.PathLike[str], *, hints_only: bool = False
+) -> tuple[Network, Variables]:
+    """The student that a finished run left, with its network.
+
+    Args:
+        run_dir: of the run.
+        hints_only: take also a student whose own output was not trained, since it is
+            deployed with other parts; see `load_deployed`.
+
+    Raises:
+        ValueError: if the run has none.
+    """
+    path = Path(run_dir).expanduser()
+    config = run_config(path)
+
+    def classes():
+        if not (path / "student").exists():
+            do = f"Finish it with `hintjax resume {path}`."
+            raise ValueError(message("teacher", f"a student in {path}", "none", do))
+        if (path / DEPLOYED).exists() and not hints_only:
+            wanted = f"a student in {path} that stands alone"
+            got = f"one of {config.method}, which is deployed with other parts"
+            raise ValueError(message("teacher", wanted, got))
+        return json.loads((path / RESULT).read_text())["classes"]
+
+    made = network(config.student, told(classes))
+    return made, split(load_tree(path / "student"))
+
+
+def run_config(run_dir: Path) -> Config:
+    """The config of a run directory, in all processes."""
+    return configs.from_dict(told(lambda: dataclasses.asdict(configs.load(run_dir))))
+
+
+def accuracy(
+    network: Network, variables: Variables, split: Split, standardize: Standardize
+) -> float:
+    """The share of a split that a network gets right."""
+    apply = jax.jit(
+        lambda variables, images: network.apply(
+            *variables, images, wants=Wants(output=True), train=False
+        )[0].output.argmax(-1)
+    )
+    right = 0
+    for batch in evaluation_batches(split, EVALUATION_BATCH, standardize):
+        found = apply(variables, batch["image"]) == batch["label"]
+        right += int((found & batch["where"]).sum())
+    return right / split.n

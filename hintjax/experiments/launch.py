@@ -1,0 +1,133 @@
+"""The start and the end of one process among several."""
+
+import collections
+import contextlib
+import glob
+import importlib.util
+import os
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Iterator
+
+import jax
+
+from hintjax._checks import message
+
+# Seconds: until a silent process counts as lost (JAX's own 100 s are dear, and threads
+# of its own say that a process is there); until it is said what is waited for; that all
+# are waited for, at the start; and that others are, after an error.
+_LOST, _QUIET, _STARTING, _LEAVING = 30, 5, 300, 10
+
+
+def start(
+    coordinator: str | None = None,
+    processes: int | None = None,
+    process: int | None = None,
+) -> None:
+    """Makes this process one of several, before anything is computed in it.
+
+    On the hosts of a Cloud TPU nothing has to be said. One process on such a host,
+    and any process elsewhere that is told nothing, stays alone.
+
+    If one is lost later, JAX ends the others within half a minute, and names it.
+
+    Args:
+        coordinator: host:port of the first process; the same in all.
+        processes: how many there are.
+        process: which this is, from 0.
+
+    Raises:
+        ValueError: if only some of the three are given, or do not go together; if
+            something was computed before; or if processes differ in their number of
+            devices.
+    """
+    given = {"coordinator": coordinator, "processes": processes, "process": process}
+    missing = [name for name, value in given.items() if value is None]
+    if len(missing) == 3:
+        if _on_tpu():
+            try:
+                jax.distributed.initialize(heartbeat_timeout_seconds=_LOST)
+            except (ValueError, RuntimeError, OSError) as error:
+                print(f"one host: {str(error).partition(chr(10))[0]}")
+        return
+    if missing:
+        got = f"no {' and no '.join(missing)}"
+        raise ValueError(message("processes", "all of " + ", ".join(given), got))
+    host, colon, port = coordinator.rpartition(":")
+    if not (host and colon and port.isdecimal()):
+        wanted = "coordinator as host:port"
+        raise ValueError(message("processes", wanted, repr(coordinator)))
+    if not 0 <= process < processes:
+        wanted = f"process in 0..{processes - 1}"
+        raise ValueError(message("processes", wanted, f"{process}"))
+    with _waiting(f"all {processes} at {coordinator}; this is process {process}"):
+        try:
+            jax.distributed.initialize(
+                coordinator,
+                processes,
+                process,
+                initialization_timeout=_STARTING,
+                heartbeat_timeout_seconds=_LOST,
+            )
+        except RuntimeError as error:
+            wanted = "to start, once and before anything is computed"
+            raise ValueError(message("processes", wanted, f"{error}")) from error
+    counts = collections.Counter(device.process_index for device in jax.devices())
+    if len(set(counts.values())) > 1:
+        got = f"{dict(sorted(counts.items()))}"
+        wanted = "as many devices in each process"
+        raise ValueError(message("processes", wanted, got))
+
+
+@contextlib.contextmanager
+def _waiting(what: str) -> Iterator[None]:
+    """Says what is waited for, if that takes long, and lets Ctrl-C end it."""
+
+    def say():
+        text = f"processes: waiting for {what}. After {_STARTING} s it gives up."
+        print(text, file=sys.stderr, flush=True)
+
+    timer = threading.Timer(_QUIET, say)
+    timer.daemon = True
+    timer.start()
+    main = threading.current_thread() is threading.main_thread()
+    # The wait is not in Python, whose own handler would be called after it only.
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL) if main else None
+    try:
+        yield
+    finally:
+        timer.cancel()
+        if main:
+            signal.signal(signal.SIGINT, before)
+
+
+@contextlib.contextmanager
+def leaving() -> Iterator[None]:
+    """Ends this process soon after an error in the block, though others may not know.
+
+    At its end JAX would wait minutes for the others, which may wait for this one.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if not jax.distributed.is_initialized():
+            raise
+        last = threading.Thread(target=jax.distributed.shutdown, daemon=True)
+        last.start()
+        last.join(_LEAVING)
+        if not last.is_alive():
+            raise
+        code = error.code if isinstance(error, SystemExit) else 1
+        if not isinstance(error, SystemExit):
+            traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code if isinstance(code, int) else 1)
+
+
+def _on_tpu() -> bool:
+    """Whether this host has TPUs; looked up without starting them."""
+    devices = glob.glob("/dev/accel[0-9]*") + glob.glob("/dev/vfio/[0-9]*")
+    return bool(devices) and importlib.util.find_spec("libtpu") is not None

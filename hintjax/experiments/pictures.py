@@ -1,0 +1,555 @@
+"""Pictures of a run: curves, accuracies and attention maps, as matplotlib figures.
+
+Every function returns a new `matplotlib.figure.Figure` and touches no global state:
+no pyplot, no window. `figure.savefig("name.png")` writes it; a notebook shows it.
+"""
+
+import colorsys
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple, SupportsFloat
+
+import matplotlib.colors
+import numpy as np
+from jaxtyping import Array, Num
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
+from matplotlib.textpath import TextPath
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from hintjax._checks import message
+from hintjax.experiments.statistics import Numbers, summary
+
+# Okabe and Ito's colours and Tol's, told apart with any colour vision; the line style
+# changes every five arms, so that no two arms differ by hue alone.
+_COLOURS = (
+    *("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00"),
+    *("#332288", "#56B4E9", "#882255", "#999933", "#777777"),
+)
+_STYLES = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)))
+_DPI = 100
+_INK, _GREY, _PALE = "#222222", "#777777", "#DDDDDD"
+_SMALL, _TITLE = 9, 11  # font sizes, in points
+_POINTS = "(dot: one seed, tick: mean, bar: its 95 % interval)"
+_LARGEST = 180  # the side of an attention map, in pixels
+_BRIGHTEST = 3.0  # the end of the colour scale, in root mean squares of a map
+
+Box = tuple[float, float, float, float]  # left, bottom, width, height of the figure
+
+
+class History(NamedTuple):
+    """The validation accuracy of one run (one arm, one seed).
+
+    `at` holds the steps or epochs of the measurements, `accuracy` is between 0 and 1,
+    and `boundary` is where the hint stage ended, None when there was none.
+    """
+
+    at: Numbers
+    accuracy: Numbers
+    boundary: SupportsFloat | None = None
+
+
+Histories = Mapping[str, Sequence[History]]
+Images = Num[Array | np.ndarray, "n h w c"]
+Maps = Mapping[str, Num[Array | np.ndarray, "n _ _"]]
+
+
+def curves(
+    histories: Histories, *, xlabel: str = "epoch", chance: float | None = None
+) -> Figure:
+    """Validation accuracy of every arm: a line for the mean, a thin line per seed.
+
+    Args:
+      histories: one `History` per seed, by the name of the arm.
+      xlabel: what `History.at` counts.
+      chance: the accuracy of guessing, drawn as a dotted line.
+
+    Returns:
+      A figure of 1000 x 560 pixels.
+    """
+    figure = Figure(figsize=(10, 5.6), dpi=_DPI)
+    _draw_curves(figure, (0.02, 0.02, 0.96, 0.96), histories, xlabel, chance)
+    return figure
+
+
+def accuracy_points(
+    accuracies: Mapping[str, Numbers],
+    *,
+    xlabel: str = "test accuracy",
+    reference: tuple[str, SupportsFloat] | None = None,
+) -> Figure:
+    """Accuracy of every arm: a dot per seed, the mean and its 95 % t-interval.
+
+    Args:
+      accuracies: one accuracy (0 to 1) per seed, by the name of the arm.
+      xlabel: what the accuracies are.
+      reference: a name and an accuracy to compare with, such as ("teacher", 0.99).
+
+    Returns:
+      A figure 1000 pixels wide, higher with more arms.
+    """
+    figure = Figure(figsize=(10, 1.6 + 0.36 * len(accuracies)), dpi=_DPI)
+    _draw_points(figure, (0.02, 0.03, 0.96, 0.94), accuracies, xlabel, reference)
+    return figure
+
+
+def attention_maps(
+    images: Images,
+    maps: Maps,
+) -> Figure:
+    """Input | teacher | each student's attention map, side by side for every image.
+
+    Maps of any resolution are comparable: each is divided by its own root mean square
+    (a flat map is 1 everywhere), and all of them share one colour scale.
+
+    Args:
+      images: the inputs, uint8 or float of any scale; 1 or 3 channels.
+      maps: non-negative attention maps of these images by the network's name, in the
+        order to show. Their sizes may differ; they are enlarged by nearest neighbour.
+
+    Returns:
+      A figure. Up to six networks are columns; more, or long names, are rows.
+    """
+    _check_maps("attention_maps", images, maps)
+    tile, stacked = 115, _stacked(maps, 800)
+    if stacked:
+        width, rows = tile * len(images) + 220, len(maps) + 1
+    else:
+        width = max(tile, _pixels_of(_headers(maps)) + 8) * (len(maps) + 1) / 0.95
+        rows = len(images)
+    size = (width / _DPI, (tile * rows + 180) / _DPI)
+    figure = Figure(figsize=size, dpi=_DPI)
+    _draw_maps(figure, (0.02, 0.02, 0.96, 0.96), images, maps)
+    return figure
+
+
+def comparison(
+    histories: Histories,
+    images: Images,
+    maps: Maps,
+    *,
+    accuracies: Mapping[str, Numbers] | None = None,
+    reference: tuple[str, SupportsFloat] | None = None,
+    title: str = "",
+    xlabel: str = "epoch",
+    chance: float | None = None,
+) -> Figure:
+    """The one picture of a comparison: curves, accuracies and attention maps.
+
+    Args:
+      histories: see `curves`.
+      images: see `attention_maps`; six to eight of them fill the picture.
+      maps: see `attention_maps`.
+      accuracies: see `accuracy_points`; None leaves that panel out.
+      reference: see `accuracy_points`.
+      title: one line above everything.
+      xlabel: what `History.at` counts.
+      chance: the accuracy of guessing.
+
+    Returns:
+      A figure of 1600 x 900 pixels.
+    """
+    _check_maps("comparison", images, maps)
+    figure = Figure(figsize=(16, 9), dpi=_DPI)
+    top = 0.97
+    if title:
+        _write(figure, 0.015, 0.965, title, fontsize=15, va="center", weight="bold")
+        top = 0.93
+    left, right = (0.015, 0.535), (0.57, 0.415)
+    split = 0.03
+    if accuracies is not None:
+        # Rows of 36 pixels while the curves keep half of the height.
+        split = min(0.13 + 0.04 * len(accuracies), 0.5)
+        box = (left[0], 0.02, left[1], split - 0.03)
+        _draw_points(figure, box, accuracies, "test accuracy", reference)
+    box = (left[0], split + 0.015, left[1], top - split - 0.015)
+    _draw_curves(figure, box, histories, xlabel, chance)
+    _draw_maps(figure, (right[0], 0.02, right[1], top - 0.02), images, maps)
+    return figure
+
+
+def _draw_curves(
+    figure: Figure, box: Box, histories: Histories, xlabel: str, chance: float | None
+) -> None:
+    names = {arm: _short(arm, 28) for arm in histories}
+    right = _pixels_of(names.values()) + 34
+    axes = _axes(figure, _inside(figure, box, 62, 52, right, 50))
+    _heading(figure, box, "Validation accuracy (thin: each seed, thick: their mean)")
+    if chance is not None:
+        axes.axhline(chance, color=_GREY, linewidth=1, linestyle=":", zorder=1)
+    ends = {}
+    for number, (arm, runs) in enumerate(histories.items()):
+        runs = [_finite(run) for run in runs]
+        runs = [run for run in runs if len(run.at)]
+        if not runs:
+            continue
+        line = {"color": _colour(number), "linestyle": _style(number)}
+        for run in runs:
+            axes.plot(run.at, run.accuracy, **line, linewidth=0.8, alpha=0.35)
+        at, mean = _mean(runs)
+        axes.plot(at, mean, **line, linewidth=2.2, zorder=3)
+        ends[arm] = (at[-1], mean[-1], number)
+        own = [run.boundary for run in runs if run.boundary is not None]
+        if own:
+            where = float(np.median(own))
+            height = np.interp(where, at, mean)
+            # Accuracy is often first measured after the hint stage, which trains none.
+            joined = {"color": line["color"], "linestyle": ":", "zorder": 4}
+            axes.plot([where, max(where, at[0])], [height] * 2, **joined)
+            axes.plot(where, height, "o", color=line["color"], markersize=6, zorder=4)
+    axes.margins(x=0.0, y=0.05)
+    axes.set_xlabel(xlabel, fontsize=_SMALL, color=_INK)
+    axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+    axes.yaxis.set_major_formatter(FuncFormatter(_percent))
+    axes.grid(axis="y", color=_PALE, linewidth=0.7)
+    boundaries = [
+        [float(run.boundary) for run in runs if run.boundary is not None]
+        for runs in histories.values()
+    ]
+    if any(boundaries):
+        _mark_boundaries(axes, [own for own in boundaries if own])
+    if chance is not None:
+        offset = {"xytext": (4, 2), "textcoords": "offset points"}
+        spot = axes.get_yaxis_transform()
+        _note(axes, "chance", (0.0, chance), spot, ha="left", va="bottom", **offset)
+    _label_ends(figure, axes, ends, names)
+
+
+def _mark_boundaries(axes: Axes, boundaries: Sequence[Numbers]) -> None:
+    """A line between the stages of each arm; a pale span where its runs disagree."""
+    lines = sorted({float(np.median(own)) for own in boundaries})
+    for own in boundaries:
+        axes.axvspan(min(own), max(own), color=_PALE, alpha=0.6, linewidth=0)
+    for at in lines:
+        axes.axvline(at, color=_INK, linewidth=1, linestyle=(0, (4, 3)), zorder=2)
+    low, high = axes.get_xlim()
+    part = (lines[0] - low) / (high - low)
+    side = "left" if part < 0.3 else "right" if part > 0.7 else "center"
+    text = "● the hint stage ends, the distillation stage begins"
+    place = {"xytext": (0, 4), "textcoords": "offset points"}
+    spot = axes.get_xaxis_transform()
+    _note(axes, text, (lines[0], 1.0), spot, ha=side, va="bottom", **place)
+
+
+def _label_ends(figure: Figure, axes: Axes, ends: Mapping, names: Mapping) -> None:
+    """Names every line at its right end; labels that would overlap move apart."""
+    arms = sorted(ends, key=lambda arm: ends[arm][1])
+    (low, high), bounds = axes.get_ylim(), axes.get_position()
+    per_pixel = (high - low) / (bounds.height * _pixels(figure)[1])
+    right = axes.get_xlim()[1]
+    sizes = [(13.5 * (names[arm].count("\n") + 1) + 2) * per_pixel for arm in arms]
+    places = _apart([ends[arm][1] for arm in arms], sizes, low, high)
+    for arm, place in zip(arms, places, strict=True):
+        x, y, number = ends[arm]
+        # In three pieces: along the curve's height, to the label's, along the label.
+        edge = bounds.width * _pixels(figure)[0]
+        steps = [x, right, right + (right - axes.get_xlim()[0]) * 22 / edge]
+        axes.plot(
+            *(steps, [y, y, place]),
+            color=_colour(number),
+            linewidth=1,
+            alpha=0.7,
+            clip_on=False,
+        )
+        axes.annotate(
+            names[arm],
+            (steps[-1], place),
+            xytext=(4, 0),
+            textcoords="offset points",
+            color=_darker(_colour(number)),
+            fontsize=_SMALL,
+            va="center",
+            linespacing=1.05,
+            annotation_clip=False,
+            parse_math=False,
+        )
+    axes.set_xlim(axes.get_xlim()[0], right)
+    axes.set_ylim(low, high)
+
+
+def _draw_points(
+    figure: Figure,
+    box: Box,
+    accuracies: Mapping[str, Numbers],
+    xlabel: str,
+    reference: tuple[str, SupportsFloat] | None,
+) -> None:
+    names = [_short(arm, 40) for arm in accuracies]
+    left = _pixels_of(names) + 16
+    axes = _axes(figure, _inside(figure, box, left, 44, 104, 44))
+    _heading(figure, box, f"{xlabel.capitalize()} {_POINTS}")
+    low, high = 1.0, 0.0
+    for row, (arm, values) in enumerate(accuracies.items()):
+        values = np.asarray(values, float)
+        colour, result = _colour(row), summary(values)
+        ends = np.clip([result.low, result.high], 0, 1)
+        if np.isfinite(result.low):
+            axes.plot(ends, [row, row], color=colour, linewidth=5, alpha=0.3, zorder=2)
+        axes.plot(result.mean, row, "|", color=colour, markersize=15, mew=2.6)
+        axes.plot(values, np.full(values.shape, row), "o", color=colour, markersize=5)
+        spread = f" ± {100 * result.std:.1f}" if result.count > 1 else ""
+        text = f"{100 * result.mean:.1f}{spread} %"
+        place = {"xytext": (10, 0), "textcoords": "offset points"}
+        spot = axes.get_yaxis_transform()
+        _note(axes, text, (1.0, row), spot, va="center", **place)
+        low, high = min(low, *values), max(high, *values)
+    if reference is not None:
+        name, value = reference
+        axes.axvline(value, color=_INK, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
+        low, high = min(low, value), max(high, value)
+        side = "right" if value > (low + high) / 2 else "left"
+        place = {"xytext": (0, 4), "textcoords": "offset points"}
+        text = f"{name} {100 * value:.1f} %"
+        spot = axes.get_xaxis_transform()
+        _note(axes, text, (value, 1.0), spot, ha=side, va="bottom", **place)
+    place = {"xytext": (10, 4), "textcoords": "offset points"}
+    _note(axes, "mean ± std", (1.0, 1.0), "axes fraction", va="bottom", **place)
+    room = max(0.06 * (high - low), 0.01)
+    axes.set_xlim(low - room, high + room)
+    axes.set_ylim(len(names) - 0.4, -0.6)
+    axes.set_yticks(range(len(names)), names, parse_math=False, linespacing=1.0)
+    axes.tick_params(axis="y", length=0)
+    axes.xaxis.set_major_locator(MaxNLocator(6))
+    axes.xaxis.set_major_formatter(FuncFormatter(_percent))
+    axes.grid(axis="x", color=_PALE, linewidth=0.7)
+    axes.spines["left"].set_visible(False)
+
+
+def _draw_maps(figure: Figure, box: Box, images, maps: Mapping) -> None:
+    images = np.asarray(images)
+    width, height = _pixels(figure)
+    room = (box[2] * width, box[3] * height - 120)
+    stacked = _stacked(maps, room[0])
+    if stacked:
+        names = [_short(name, 24) for name in ("input", *maps)]
+        left, top = _pixels_of(names) + 16, 34
+        across, down = len(images), len(names)
+    else:
+        names = _headers(maps)
+        left, top = 0, 36 + 13.5 * max(name.count("\n") + 1 for name in names)
+        across, down = len(names), len(images)
+    size = min((room[0] - left) / across, room[1] / down, _LARGEST)
+    # A column is at least as wide as its header.
+    step = size if stacked else max(size, _pixels_of(names) + 8)
+    # One axes for the whole grid, in pixels, its origin at the top left.
+    area = (
+        box[0] + left / width,
+        box[1] + box[3] - (top + size * down) / height,
+        step * across / width,
+        size * down / height,
+    )
+    axes = figure.add_axes(area)
+    axes.set_axis_off()
+    gap = 3
+    for column, row, name, image in _tiles(images, maps, stacked):
+        x, y = column * step + (step - size) / 2, row * size
+        where = (x, x + size - gap, y + size - gap, y)
+        if name is None:
+            shown = axes.imshow(_picture(images[image]), extent=where, cmap="gray")
+        else:
+            tile = _unit(np.asarray(maps[name][image], float))
+            shown = axes.imshow(
+                tile, extent=where, cmap="magma", vmin=0, vmax=_BRIGHTEST
+            )
+        shown.set_interpolation("nearest")
+    axes.set_aspect("equal")
+    axes.set_xlim(0, step * across)
+    axes.set_ylim(size * down, 0)
+    for number, name in enumerate(names):
+        middle = (number + 0.5) * (size if stacked else step) - gap / 2
+        spot = (-8, middle) if stacked else (middle, -6)
+        side = {"ha": "right", "va": "center"} if stacked else {"ha": "center"}
+        _note(axes, name, spot, axes.transData, linespacing=1.05, **side)
+    _heading(figure, box, "Attention maps")
+    # The last map made the scale, and every map has the same one.
+    bar = figure.add_axes(
+        (area[0], area[1] - 28 / height, min(area[2], 300 / width), 9 / height)
+    )
+    scale = figure.colorbar(shown, cax=bar, orientation="horizontal")
+    scale.outline.set_visible(False)
+    scale.set_ticks([0, 1, 2, _BRIGHTEST], labels=["0", "1", "2", f"≥ {_BRIGHTEST:g}"])
+    scale.ax.tick_params(labelsize=8, length=2, colors=_INK)
+    scale.set_label("attention / its root mean square", fontsize=8, color=_INK)
+
+
+def _headers(maps: Mapping) -> list[str]:
+    return [_short(name, 16, lines=4) for name in ("input", *maps)]
+
+
+def _stacked(maps: Mapping, room: SupportsFloat) -> bool:
+    """Whether the networks are rows, as they are too many or too long for columns."""
+    names = _headers(maps)
+    return len(names) > 7 or (_pixels_of(names) + 8) * len(names) > room
+
+
+def _tiles(images, maps: Mapping, stacked: bool):
+    for number, name in enumerate([None, *maps]):
+        for image in range(len(images)):
+            column, row = (image, number) if stacked else (number, image)
+            yield column, row, name, image
+
+
+def _check_maps(where: str, images, maps: Mapping) -> None:
+    shape = np.shape(images)
+    if len(shape) != 4 or shape[0] == 0 or not maps:
+        raise ValueError(
+            message(
+                where,
+                "images [n, h, w, c] and at least one network's maps",
+                f"images {shape} and {len(maps)} networks",
+                "Pass a batch of images.",
+            )
+        )
+    for name, value in maps.items():
+        if np.ndim(value) != 3 or np.shape(value)[0] != shape[0]:
+            raise ValueError(
+                message(
+                    where,
+                    f"maps [n, h, w] of the same {shape[0]} images",
+                    f"shape {np.shape(value)} for {name!r}",
+                    "Sum over channels, for these images only.",
+                )
+            )
+
+
+def _picture(image: np.ndarray) -> np.ndarray:
+    """An image as matplotlib wants it: [h w] or [h w 3], between 0 and 1."""
+    if image.dtype == np.uint8:
+        image = image / 255.0
+    else:
+        image = image.astype(float)
+        low, high = np.nanmin(image), np.nanmax(image)
+        image = (image - low) / max(high - low, 1e-12)
+    return image if image.shape[-1] == 3 else image.mean(-1)
+
+
+def _unit(tile: np.ndarray) -> np.ndarray:
+    return tile / max(float(np.sqrt(np.mean(np.square(tile)))), 1e-12)
+
+
+def _finite(run: History) -> History:
+    at, accuracy = np.asarray(run.at, float), np.asarray(run.accuracy, float)
+    if at.shape != accuracy.shape or at.ndim != 1:
+        raise ValueError(
+            message(
+                "curves",
+                "as many accuracies as steps",
+                f"shapes {at.shape} and {accuracy.shape}",
+                "Give History(at, accuracy) two lists of one length.",
+            )
+        )
+    keep = np.isfinite(accuracy)
+    return History(at[keep], accuracy[keep], run.boundary)
+
+
+def _mean(runs: Sequence[History]) -> tuple[np.ndarray, np.ndarray]:
+    """The mean over the steps that all seeds have reached."""
+    at = np.unique(np.concatenate([run.at for run in runs]))
+    at = at[(at >= max(r.at[0] for r in runs)) & (at <= min(r.at[-1] for r in runs))]
+    if not len(at):
+        return runs[0].at, runs[0].accuracy
+    return at, np.mean([np.interp(at, run.at, run.accuracy) for run in runs], 0)
+
+
+def _apart(wanted: Numbers, sizes: Numbers, low, high) -> np.ndarray:
+    """The places nearest to those wanted (ascending) that leave each its size.
+
+    Least squares under "each at least so far above the one before": after taking the
+    distances off, that is isotonic regression, solved by pooling neighbours.
+    """
+    sizes = np.asarray(sizes, float)
+    shift = np.concatenate([[0.0], np.cumsum((sizes[1:] + sizes[:-1]) / 2)])[
+        : len(sizes)
+    ]
+    pools: list[list[float]] = []
+    for value in np.asarray(wanted, float) - shift:
+        pools.append([value])
+        while len(pools) > 1 and np.mean(pools[-2]) > np.mean(pools[-1]):
+            pools[-2:] = [pools[-2] + pools[-1]]
+    places = np.array([np.mean(pool) for pool in pools for _ in pool])
+    if len(places):
+        top = high - shift[-1] - sizes[-1] / 2
+        places = np.clip(places, min(low + sizes[0] / 2, top), top)
+    return places + shift
+
+
+def _axes(figure: Figure, box: Box) -> Axes:
+    axes = figure.add_axes(box)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(_GREY)
+    axes.tick_params(labelsize=_SMALL, color=_GREY, labelcolor=_INK)
+    axes.set_axisbelow(True)
+    return axes
+
+
+def _inside(figure: Figure, box: Box, left, bottom, right, top) -> Box:
+    """The box without margins, given in pixels."""
+    width, height = _pixels(figure)
+    return (
+        box[0] + left / width,
+        box[1] + bottom / height,
+        box[2] - (left + right) / width,
+        box[3] - (bottom + top) / height,
+    )
+
+
+def _pixels(figure: Figure) -> tuple[float, float]:
+    width, height = figure.get_size_inches() * _DPI
+    return float(width), float(height)
+
+
+def _heading(figure: Figure, box: Box, text: str) -> None:
+    top = box[1] + box[3]
+    _write(figure, box[0], top, text, fontsize=_TITLE, va="top", weight="bold")
+
+
+def _write(figure: Figure, x, y, text: str, **style) -> None:
+    figure.text(x, y, text, color=_INK, parse_math=False, **style)
+
+
+def _note(axes: Axes, text: str, spot: tuple, coordinates, **style) -> None:
+    axes.annotate(
+        text,
+        spot,
+        xycoords=coordinates,
+        color=_INK,
+        fontsize=_SMALL,
+        annotation_clip=False,
+        parse_math=False,
+        # Readable where it crosses a line.
+        path_effects=[withStroke(linewidth=2.5, foreground="white")],
+        **style,
+    )
+
+
+def _short(name: str, width: int, lines: int = 2) -> str:
+    wrapped = textwrap.wrap(str(name), width, max_lines=lines, placeholder="…")
+    return "\n".join(wrapped)
+
+
+def _pixels_of(names: Iterable[str]) -> float:
+    """The width of the longest line among the names."""
+    # A dollar sign would start a formula.
+    lines = [line.replace("$", "S") for name in names for line in name.split("\n")]
+    size = _SMALL * _DPI / 72
+    widths = [TextPath((0, 0), line, size=size).get_extents().width for line in lines]
+    return float(max(widths, default=0.0))
+
+
+def _colour(number: int) -> str:
+    return _COLOURS[number % len(_COLOURS)]
+
+
+def _style(number: int):
+    return _STYLES[number // 5 % len(_STYLES)]
+
+
+def _darker(colour: str) -> tuple[float, float, float]:
+    """The colour as text: dark enough to read on white."""
+    hue, light, saturation = colorsys.rgb_to_hls(*matplotlib.colors.to_rgb(colour))
+    return colorsys.hls_to_rgb(hue, min(light, 0.32), saturation)
+
+
+def _percent(value: SupportsFloat, position=None) -> str:
+    return f"{100 * value:.4g} %"

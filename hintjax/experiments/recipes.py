@@ -1,0 +1,386 @@
+"""Recipes: the published way to train with each method, as phases of a run.
+
+A recipe says where its method attaches to two networks (`attachment`), with which
+weight, in which stages. It sees the shapes of layers, never data.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import flax.linen as nn
+import optax
+
+from hintjax import regressors
+from hintjax._checks import message
+from hintjax.experiments.attachment import (
+    Places,
+    before_relu,
+    but_last,
+    classifier,
+    first_and_stages,
+    hidden_and_scores,
+    inside,
+    last_maps,
+    last_relations,
+    last_stage,
+    middle,
+    middle_stage,
+    on_grids,
+    one,
+    outputs,
+    pooled,
+    stages,
+    stages_and_pooled,
+)
+from hintjax.experiments.config import Config
+from hintjax.method import Method, Pairs
+from hintjax.methods import (
+    AnchorNegatives,
+    BatchNegatives,
+    SharedNegatives,
+    activation_boundary,
+    attention_transfer,
+    channel_wise,
+    class_attention,
+    correlation_congruence,
+    cosine,
+    crd,
+    crd_bytes,
+    decoupled_kd,
+    dist,
+    factor_transfer,
+    fitnets,
+    flows,
+    fsp,
+    kd,
+    lambda_decay,
+    masked_generation,
+    minilm,
+    overhaul,
+    patient,
+    probability_transfer,
+    relational,
+    review,
+    selectivity,
+    similarity_preserving,
+    simkd,
+    soft_targets,
+    standardized_kd,
+    tinybert,
+    variational,
+    warm_up,
+)
+from hintjax.objective import Weight, objective, task, weighted
+
+
+class Step(NamedTuple):
+    """One phase of a recipe: a method in a stage, for a share of the epochs.
+
+    Attributes:
+        name: of the phase, in the metrics.
+        method: what is trained.
+        epochs: how long.
+        hints_only: whether it is a hint stage.
+        carry: see `hintjax.training.Phase`.
+        rates: see `distillation_stage`.
+        note: what to tell the user before it starts.
+    """
+
+    name: str
+    method: Method
+    epochs: int
+    hints_only: bool = False
+    carry: bool = False
+    rates: Mapping[str, float] = {}
+    note: str = ""
+
+
+# (config, places, steps in an epoch, epochs) -> the phases of a run.
+Recipe = Callable[..., Sequence[Step]]
+Where = Callable[[Places], Pairs]
+Make = Callable[[Config, Places], Method]
+
+
+# The three ways to train
+
+
+def cross_entropy() -> Method:
+    """The task of image classification."""
+    return task(optax.softmax_cross_entropy_with_integer_labels)
+
+
+def backprop(
+    config: Config, places: Places, per_epoch: int, epochs: int | None = None
+) -> list[Step]:
+    """The recipe of the task alone; also how a teacher is trained."""
+    return [Step("backprop", objective(task=cross_entropy()), epochs or config.epochs)]
+
+
+class Grown(NamedTuple):
+    """A weight that grows over a twelfth of the epochs; 20 of 240 as published."""
+
+    weight: float
+
+    def __call__(self, epochs: int, per_epoch: int) -> Weight:
+        """The schedule."""
+        return warm_up(self.weight, max(1, epochs // 12), per_epoch)
+
+    def __str__(self):
+        return f"{self.weight:g}, grown"
+
+
+class Falling(NamedTuple):
+    """FitNets' lambda, which falls over all epochs of its stage."""
+
+    first: float
+    last: float
+
+    def __call__(self, epochs: int, per_epoch: int) -> Weight:
+        """The schedule."""
+        return lambda_decay(self.first, self.last, 0, epochs, per_epoch)
+
+    def __str__(self):
+        return f"{self.first:g}, falling to {self.last:g}"
+
+
+class Beside(NamedTuple):
+    """The recipe of a method beside the task, after its `prepare` if it has one.
+
+    `config.weight`, `config.task_weight` and `config.kd_weight` (KD as a third term)
+    override the published weights.
+
+    Attributes:
+        method: of `hintjax.methods`; its name is the term's and the phase's.
+        where: it attaches.
+        weight: its published weight.
+        make: the method as a run trains it; by default of the pairs alone.
+        task_weight: of the task.
+        note: see `Step`.
+        name: instead of the method's.
+    """
+
+    method: Callable[..., Method]
+    where: Where
+    weight: float | Grown | Falling
+    make: Make | None = None
+    task_weight: float = 1.0
+    note: Callable[[Config, Places], str] = lambda config, places: ""
+    name: str = ""
+
+    def __call__(self, config, places, per_epoch, epochs=None) -> list[Step]:
+        """The phases."""
+        epochs = epochs or config.epochs
+        method = _made(self, config, places)
+        before = 0 if method.prepare is None else _share(config, 9)
+        rest = epochs - before
+        usual = self.weight
+        if not isinstance(usual, float):
+            usual = usual(rest, per_epoch)
+        name = self.name or self.method.__name__
+        terms = {
+            "task": weighted(
+                cross_entropy(), _or(config.task_weight, self.task_weight)
+            ),
+            name: weighted(method, _or(config.weight, usual)),
+        }
+        if config.kd_weight:
+            term = kd(_or(config.temperature, 4.0))
+            terms["logits"] = weighted(term, config.kd_weight)
+        whole, note = objective(**terms), self.note(config, places)
+        if not before:
+            return [Step(name, whole, epochs, note=note)]
+        return [
+            Step(f"before {name}", whole.prepare, before, hints_only=True),
+            Step(name, whole, rest, carry=True, note=note),
+        ]
+
+
+class BeforeTask(NamedTuple):
+    """The recipe of a hint stage with the method alone, then another recipe.
+
+    Attributes:
+        method: see `Beside`.
+        where: see `Beside`.
+        make: see `Beside`.
+        after: the recipe that follows, from the student so initialised.
+        part: the hint stage has this part of all epochs, unless the config says
+            otherwise; 30 of 270 in the CRD benchmark.
+    """
+
+    method: Callable[..., Method]
+    where: Where
+    make: Make | None = None
+    after: Recipe = backprop
+    part: int = 9
+
+    def __call__(self, config, places, per_epoch, epochs=None) -> list[Step]:
+        """The phases."""
+        before = _share(config, self.part)
+        name = self.method.__name__
+        method = objective(**{name: _made(self, config, places)})
+        rates = {}
+        if config.hinted_rate != 1:
+            rates = {path: config.hinted_rate for path in method.student.hints}
+        rest = (epochs or config.epochs) - before
+        return [
+            Step(name, method, before, hints_only=True),
+            *(
+                step._replace(rates=rates)
+                for step in self.after(config, places, per_epoch, rest)
+            ),
+        ]
+
+
+class Alone(NamedTuple):
+    """The recipe of a method without the task.
+
+    Attributes:
+        method: see `Beside`.
+        where: see `Beside`.
+        make: see `Beside`.
+    """
+
+    method: Callable[..., Method]
+    where: Where
+    make: Make | None = None
+
+    def __call__(self, config, places, per_epoch, epochs=None) -> list[Step]:
+        """The phases."""
+        name = self.method.__name__
+        method = objective(**{name: _made(self, config, places)})
+        return [Step(name, method, epochs or config.epochs)]
+
+
+def _made(recipe, config, places):
+    if recipe.make is None:
+        method = recipe.method(recipe.where(places))
+    else:
+        method = recipe.make(config, places)
+    return on_grids(method, places)
+
+
+def _share(config, part):
+    """Epochs of the stage before."""
+    first = config.hint_epochs or max(1, config.epochs // part)
+    if first >= config.epochs:
+        wanted = f"epochs >= 2 of {config.method}, one for each stage"
+        raise ValueError(message("config", wanted, f"{config.epochs}"))
+    return first
+
+
+def _or(value: float | None, usual: Weight) -> Weight:
+    return usual if value is None else value
+
+
+# The recipes of the published methods
+
+
+def _softened(method, temperature):
+    """Of outputs, at the config's temperature or the published one."""
+
+    def make(config, places):
+        return method(temperature=_or(config.temperature, temperature))
+
+    return make
+
+
+def _hints_jointly(config, places):
+    sizing = functools.partial(regressors.conv, batch_norm=True, activation=nn.relu)
+    return fitnets(middle_stage(places), regressor=sizing)
+
+
+def _flows(config, places):
+    pairs = first_and_stages(places)
+    known = [
+        (places.student[guided].shape[-1], places.teacher[hint].shape[-1])
+        for guided, hint in pairs
+        if guided in places.student and hint in places.teacher
+    ]
+    unequal = any(ours != theirs for ours, theirs in known)
+    return fsp(flows(pairs), regressor=regressors.linear if unequal else None)
+
+
+def _contrastive(name, negatives):
+    def kind(config, places):
+        return negatives(min(config.negatives, places.examples))
+
+    def make(config, places):
+        return crd(one(pooled(places)), negatives=kind(config, places))
+
+    def note(config, places):
+        size, drawn = places.examples, kind(config, places)
+        needs = crd_bytes(drawn, size=size, batch=config.batch_size)
+        bank, step = (needs[part] / 2**20 for part in ("bank", "step"))
+        return f"{name}: {bank:.1f} MiB for the memory bank, {step:.1f} MiB in a step"
+
+    return Beside(crd, pooled, 0.8, make, note=note, name=name)
+
+
+def _overhaul(config, places):
+    norms = [places.norms.get(hint, hint) for _, hint in stages(places)]
+    return overhaul(before_relu(places), norms)
+
+
+def _class_attention(config, places):
+    heads = classifier(places.student), classifier(places.teacher)
+    return class_attention(one(last_maps(places)), heads)
+
+
+def _tinybert(config, places):
+    hidden = stages(places)
+    return tinybert(hidden, inside(places, hidden, "scores"))
+
+
+def _minilm(config, places):
+    relations = last_relations(places)
+    widths = [
+        math.prod(layers[path].shape[2:])
+        for layers, path in zip((places.student, places.teacher), relations[0])
+    ]
+    # 48 heads between widths of 384 and 768, as published.
+    return minilm(relations, heads=max(1, math.gcd(*widths) // 8))
+
+
+def _reused(config, places):
+    return simkd(one(last_maps(places)), classifier(places.teacher))
+
+
+def _channels(config, places):
+    return channel_wise(last_stage(places), regressor=regressors.fit)
+
+
+SOFT = Beside(soft_targets, outputs, Falling(4.0, 1.0), _softened(soft_targets, 3.0))
+FITNETS = BeforeTask(fitnets, middle, after=SOFT, part=2)
+HINTS_THEN_TASK = BeforeTask(fitnets, middle, part=2)
+FITNETS_JOINTLY = Beside(
+    fitnets, middle_stage, 100.0, _hints_jointly, name="fitnets_jointly"
+)
+KD = Beside(kd, outputs, 0.9, _softened(kd, 4.0), task_weight=0.1)
+STANDARDIZED_KD = Beside(standardized_kd, outputs, 9.0, _softened(standardized_kd, 2.0))
+DKD = Beside(decoupled_kd, outputs, Grown(1.0), _softened(decoupled_kd, 4.0))
+DIST = Beside(dist, outputs, 1.0, _softened(dist, 1.0))
+AT = Beside(attention_transfer, stages, 1000.0)
+FSP = BeforeTask(fsp, first_and_stages, _flows)
+CRD = _contrastive("crd", AnchorNegatives)
+CRD_SHARED = _contrastive("crd_shared", SharedNegatives)
+CRD_IN_BATCH = _contrastive("crd_in_batch", lambda number: BatchNegatives())
+REVIEW = Beside(review, stages_and_pooled, Grown(5.0))
+SP = Beside(similarity_preserving, last_stage, 3000.0)
+RKD = Beside(relational, pooled, 1.0)
+PKT = Beside(probability_transfer, pooled, 30000.0)
+VID = Beside(variational, stages, 1.0)
+NST = Beside(selectivity, stages, 50.0)
+AB = BeforeTask(activation_boundary, before_relu)
+FT = Beside(factor_transfer, last_stage, 200.0)
+CC = Beside(correlation_congruence, pooled, 0.02)
+OFD = Beside(overhaul, before_relu, 1e-3, _overhaul)
+SIMKD = Alone(simkd, last_maps, _reused)
+CAT_KD = Beside(class_attention, last_maps, 400.0, _class_attention)
+MGD = Beside(masked_generation, last_stage, 7e-5)
+TINYBERT = BeforeTask(tinybert, hidden_and_scores, _tinybert, SOFT, part=2)
+MINILM = BeforeTask(minilm, last_relations, _minilm, part=2)
+PKD = Beside(patient, but_last, 250.0)  # 500 in all: a plain network has two such ends
+COSINE = Beside(cosine, last_stage, 1.0)
+CWD = Beside(channel_wise, last_stage, 5.0, _channels)

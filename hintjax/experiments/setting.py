@@ -1,0 +1,151 @@
+"""What the runs of a config share: data, networks, mesh, compiled programs."""
+
+import zlib
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hintjax._checks import message
+from hintjax.data import Dataset, Split, evaluation_batches, load, steps_per_epoch
+from hintjax.experiments import config as configs
+from hintjax.experiments.attachment import Places
+from hintjax.experiments.config import Config
+from hintjax.experiments.factories import attribute_of, layers, network
+from hintjax.experiments.finished import EVALUATION_BATCH, load_student, run_config
+from hintjax.networks import Network
+from hintjax.processes import agree, each
+from hintjax.sharding import Layout, make_mesh, over_batch, shares, spread
+from hintjax.training import Program
+
+
+class Setting(NamedTuple):
+    """What runs share.
+
+    Attributes:
+        config: the run's, or the comparison's.
+        dataset: decoded, on the host.
+        inputs: one image, for shapes.
+        student: the network.
+        teacher: the network; None if no teacher is needed.
+        places: where methods attach to the networks.
+        layout: the mesh that they train on; None for a single device.
+        programs: compiled stages by name, epochs and kind; filled as they are used.
+    """
+
+    config: Config
+    dataset: Dataset
+    inputs: jax.Array
+    student: Network
+    teacher: Network | None
+    places: Places
+    layout: Layout | None
+    programs: dict[Any, Program]
+
+
+def prepare(config: Config, *, teach: bool = False) -> Setting:
+    """Reads the data and builds the networks of a run; trains nothing.
+
+    Args:
+        config: the run's.
+        teach: whether it needs a teacher.
+
+    Returns:
+        The setting, with pairs as configured or else suggested by depth.
+    """
+    dataset = each(
+        lambda: load(
+            config.dataset, config.data_dir, limit=config.limit, size=config.size
+        )
+    )
+    if jax.process_count() > 1:
+        agree("data", _seen(dataset))
+    steps_per_epoch(dataset.train.n, config.batch_size)  # raises
+    layout = mesh_of(config)
+    inputs = jnp.zeros((1, *dataset.train.shape), jnp.float32)
+    student = each(lambda: network(config.student, dataset.classes))
+    teacher = teacher_network(config, dataset.classes) if teach else None
+    factories = [config.student, *([_factory(config)] if teach else [])]
+
+    def said(attribute, missing):
+        return tuple(
+            attribute_of(name, dataset.classes, attribute, missing)
+            for name in factories
+        )
+
+    places = Places(
+        student=layers(student, inputs),
+        teacher=layers(teacher, inputs) if teach else {},
+        pairs=tuple(map(configs.parse_pair, config.pairs)),
+        preactivations=said("preactivations", {}),
+        norms=said("norms", {})[-1],
+        class_tokens=said("class_tokens", 0),
+        examples=dataset.train.n,
+    )
+    return Setting(config, dataset, inputs, student, teacher, places, layout, {})
+
+
+def mesh_of(config: Config) -> Layout | None:
+    """The mesh that a config asks for; None if that is one device.
+
+    Raises:
+        ValueError: if there are not so many devices, or they cannot share a batch.
+    """
+    devices = jax.devices()
+    wanted = config.devices or len(devices)
+    if wanted > len(devices) or (jax.process_count() > 1 and wanted < len(devices)):
+        least = "at most" if jax.process_count() == 1 else "all"
+        got = f"{wanted} of {jax.device_count()}"
+        raise ValueError(message("config", f"{least} the devices that are here", got))
+    if wanted % config.fsdp:
+        got = f"{config.fsdp} with {wanted} devices"
+        raise ValueError(message("config", "fsdp to divide the devices", got))
+    if config.batch_size % wanted:
+        low = config.batch_size // wanted * wanted
+        sizes = " or ".join(str(n) for n in (low, low + wanted) if n)
+        do = f"Use {sizes}, or fewer --devices."
+        text = f"a batch_size that {wanted} devices can share evenly"
+        raise ValueError(message("config", text, f"{config.batch_size}", do))
+    if wanted == 1:
+        return None
+    shares = {"fsdp": config.fsdp} if config.fsdp > 1 else {}
+    return Layout(make_mesh(**shares, devices=devices[:wanted]))
+
+
+def teacher_network(config: Config, classes: int) -> Network:
+    """The network of the configured teacher, whether it is trained yet or not."""
+    if ":" not in config.teacher:
+        load_student(config.teacher)  # raises if it is not finished, or no teacher
+    name = _factory(config)
+    return each(lambda: network(name, classes))
+
+
+def _seen(dataset: Dataset) -> dict[str, Any]:
+    """What tells data sets apart; of what lies on a disk not every image is read."""
+    found = {
+        "classes": dataset.classes,
+        "mean and std": [array.tolist() for array in dataset.standardize],
+    }
+    for name in ("train", "validation", "test"):
+        split = getattr(dataset, name)
+        sums = map(np.ascontiguousarray, split) if isinstance(split, Split) else ()
+        found[name] = [split.n, *split.shape, *map(zlib.crc32, sums)]
+    return found
+
+
+def _factory(config):
+    """The factory of the configured teacher."""
+    if ":" in config.teacher:
+        return config.teacher
+    return run_config(Path(config.teacher)).student
+
+
+def batches_of(setting, split):
+    """A split to evaluate on, in batches that all devices can share."""
+    mesh = setting.layout and setting.layout.mesh
+    parts = 1 if mesh is None else shares(mesh)
+    size = -(-EVALUATION_BATCH // parts) * parts
+    found = evaluation_batches(split, size, setting.dataset.standardize)
+    return found if mesh is None else (spread(b, over_batch(mesh)) for b in found)

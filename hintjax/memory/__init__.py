@@ -1,0 +1,30 @@
+"""The memory bank of contrastive distillation (CRD): its state, rows and draws."""
+
+from hintjax.memory.bank import init, select, set_once, update
+from hintjax.memory.draws import Classes, by_class, draw_others, draw_same, draw_shared
+from hintjax.memory.rows import (
+    HIGHEST,
+    MemoryBank,
+    batch_rows,
+    scores_by_rows,
+    shared_rows,
+    split_rows,
+)
+
+__all__ = [
+    "HIGHEST",
+    "Classes",
+    "MemoryBank",
+    "batch_rows",
+    "by_class",
+    "draw_others",
+    "draw_same",
+    "draw_shared",
+    "init",
+    "scores_by_rows",
+    "select",
+    "set_once",
+    "shared_rows",
+    "split_rows",
+    "update",
+]

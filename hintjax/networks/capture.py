@@ -1,0 +1,163 @@
+"""Networks of modules: how the activations that are wanted are picked by path."""
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+from jaxtyping import PyTree
+
+from hintjax._checks import message
+from hintjax.networks.network import Features, Network, Variables
+from hintjax.networks.paths import (
+    activations,
+    at,
+    find_call,
+    in_order,
+    parse_path,
+    take,
+    traced,
+    unknown_path,
+)
+
+
+def watched(
+    name: str, init: Callable[..., Variables], run: Callable[..., Any], hidden: str
+) -> Network:
+    """A network of modules, whose activations have paths.
+
+    Args:
+        name: of the model, for errors.
+        init: `Network.init`.
+        run: `(params, state, inputs, train, key, watch, given) -> (output, captured,
+            state)`. `watch(scope, method)` says whose outputs are captured, the set
+            `given` whose inputs; captured is a nested dict by scope, of tuples with
+            an entry for each call, by "method" or "method:in". With `watch=False`
+            nothing is.
+        hidden: what to do about a module that is there while nothing is captured.
+
+    Returns:
+        The network.
+    """
+
+    def apply(params, state, inputs, *, wants, train, key=None):
+        paths = {path: parse_path(path) for path in wants.hints}
+        kept = {(p.scope, p.method) for p in paths.values() if not p.side}
+        given = {(p.scope, p.method) for p in paths.values() if p.side}
+        watch = bool(paths) and (lambda scope, method: (scope, method) in kept)
+
+        def ran(params, state, inputs):
+            return run(params, state, inputs, train, key, watch, given)
+
+        output, captured, changed = ran(params, state, inputs)
+
+        @functools.cache
+        def origins():
+            return traced(lambda *parts: ran(*parts)[1], params, state, inputs)[1]
+
+        def pick(path, parsed):
+            def missing():
+                return unknown(path, parsed, params, state, inputs)
+
+            keys = find_call(captured, path, parsed, missing)
+            return take(captured, path, keys, parsed.items, origins, missing)
+
+        hints = {path: pick(path, parsed) for path, parsed in paths.items()}
+        features = features_of(name, output, hints, params, wants)
+        return features, changed if train else state
+
+    def listed(params, state, inputs, methods):
+        """All activations, and of which modules' methods there could be any."""
+        seen = set()
+
+        def watch(scope, method):
+            if methods(method):
+                seen.add((scope, method))
+            return methods(method)
+
+        def captured(params, state, inputs):
+            key = jax.random.key(0)
+            return run(params, state, inputs, False, key, watch, set())[1]
+
+        shapes, origins = traced(captured, params, state, inputs)
+        found = (
+            (path, at(shapes, keys), at(origins, keys))
+            for path, keys in activations(shapes, seen)
+        )
+        return in_order(found), seen
+
+    def unknown(path, parsed, params, state, inputs):
+        known, seen = listed(params, state, inputs, _public)
+        one = (parsed.scope, parsed.method)
+        if one in seen and one not in {parse_path(k)[:2] for k in known}:
+            wanted = f"{path!r} to show an activation"
+            return ValueError(message(name, wanted, "a module that shows none", hidden))
+        return unknown_path(name, path, known)
+
+    def layers(params, state, inputs):
+        return listed(params, state, inputs, lambda method: method == "__call__")[0]
+
+    return Network(init, apply, layers)
+
+
+def default_call(where: str, module: Any) -> Callable[[Any, PyTree, bool], PyTree]:
+    """How a module is called that takes the inputs, and maybe `train`."""
+    name = type(module).__name__
+    if not callable(module):
+        do = (
+            "Say how it is called, e.g. call=lambda module, x, train: module.encode(x)."
+        )
+        raise TypeError(message(where, f"{name} to have __call__", "none", do))
+    parameters = list(inspect.signature(type(module).__call__).parameters.values())[1:]
+    names = [p.name for p in parameters]
+    if "train" in names:
+        return lambda bound, inputs, train: bound(inputs, train=train)
+    kinds = [p.kind for p in parameters]
+    if len(names) == 1 or kinds[:1] == [inspect.Parameter.VAR_POSITIONAL]:
+        return lambda bound, inputs, train: bound(inputs)
+    raise TypeError(
+        f"{where}: expected {name}.__call__ to take the inputs alone or the inputs and "
+        f"train=, got ({', '.join(names)}). Say how it is called, e.g. "
+        f"call=lambda module, x, train: module(x, deterministic=not train)."
+    )
+
+
+def _public(method: str) -> bool:
+    return method == "__call__" or not (method.startswith("_") or method == "setup")
+
+
+def features_of(name, output, hints, params, wants):
+    params = nn.unbox(params)  # methods see arrays, whatever their axes are named
+    return Features(
+        output=output if wants.output else None,
+        hints=hints,
+        params={path: _subtree(params, path, name) for path in wants.params},
+    )
+
+
+def _subtree(params, path, name):
+    node = params
+    for part in path.split("/"):
+        children = _children(node)
+        if part not in children:
+            raise unknown_path(name, path, _prefixes(params))
+        node = children[part]
+    return node
+
+
+def _children(node):
+    """What is directly below a node of any pytree, by name."""
+    below = jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda n: n is not node)
+    return {
+        jax.tree_util.keystr(keys, simple=True): child
+        for keys, child in below[0]
+        if keys
+    }
+
+
+def _prefixes(tree, scope=""):
+    for name, node in _children(tree).items():
+        yield scope + name
+        yield from _prefixes(node, f"{scope}{name}/")

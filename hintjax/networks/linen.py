@@ -1,0 +1,86 @@
+"""A Flax Linen module as a `Network`."""
+
+from collections.abc import Callable
+
+import flax.linen as nn
+from jaxtyping import Array, Key, PyTree
+
+from hintjax.networks.capture import default_call, watched
+from hintjax.networks.network import Network, Variables, split
+
+_COLLECTION = "intermediates"
+
+
+def linen(
+    module: nn.Module,
+    *,
+    call: Callable[[nn.Module, PyTree, bool], PyTree] | None = None,
+) -> Network:
+    """A Flax Linen module as a `Network`.
+
+    Hints are exposed by Linen's own `capture_intermediates` with a filter for the
+    paths that are wanted; under jit, whatever does not feed what is returned is
+    not computed.
+
+    Args:
+        module: the module, unbound.
+        call: `(module, inputs, train) -> output`, for a module that is called in
+            its own way. By default `module(inputs, train=train)`, or
+            `module(inputs)` for a module that takes nothing else.
+
+    Returns:
+        The network.
+
+    Raises:
+        TypeError: if the module takes other arguments and there is no `call`.
+
+    >>> net = linen(nn.Sequential([nn.Dense(4), nn.relu, nn.Dense(2)]))
+    >>> x = jax.numpy.ones((1, 3))
+    >>> params, state = net.init(jax.random.key(0), x)
+    >>> list(net.layers(params, state, x))
+    ['layers_0', 'layers_2']
+    >>> wants = Wants(output=True, hints=("layers_0",))
+    >>> features, _ = net.apply(params, state, x, wants=wants, train=False)
+    >>> features.output.shape, features.hints["layers_0"].shape
+    ((1, 2), (1, 4))
+    """
+    call = call or default_call("linen", module)
+
+    # Not jitted: equal layers share their compiled operations, and compiling the
+    # initialisation of a deep network at once takes five times as long.
+    def init(key: Key[Array, ""], inputs: PyTree) -> Variables:
+        return split(module.init(key, inputs, False, method=call))
+
+    def run(params, state, inputs, train, key, watch, given):
+        collections = [*(state if train else ()), *([_COLLECTION] if watch else ())]
+        with nn.intercept_methods(_sowing(given)):
+            output, changed = module.apply(
+                {"params": params, **state},
+                inputs,
+                train,
+                method=call,
+                rngs=key,
+                mutable=collections,
+                # A filter even where only sown values are wanted: it opens the
+                # collection.
+                capture_intermediates=watch and (lambda m, name: watch(m.path, name)),
+            )
+        changed = dict(changed)
+        captured = changed.pop(_COLLECTION, {})
+        return output, captured, {**state, **changed}
+
+    do = "Give nn.scan or nn.vmap variable_axes={'intermediates': 0}."
+    return watched(type(module).__name__, init, run, hidden=do)
+
+
+def _sowing(wanted):
+    """An interceptor that sows what the wanted submodules were given."""
+
+    def sow(call_next, args, kwargs, context):
+        if (context.module.path, context.method_name) in wanted:
+            given = (*args, *kwargs.values())
+            value = given[0] if len(given) == 1 else given
+            context.module.sow(_COLLECTION, context.method_name + ":in", value)
+        return call_next(*args, **kwargs)
+
+    return sow

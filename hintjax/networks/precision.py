@@ -1,0 +1,62 @@
+"""Precision of a network's computations; parameters and losses stay as they are."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import DTypeLike, PyTree
+
+from hintjax._checks import described, instance, message
+from hintjax.networks.network import Network
+
+
+def computed_in(network: Network, dtype: DTypeLike) -> Network:
+    """The network, computing in another precision: on TPU, bfloat16.
+
+    Parameters are kept and updated in their own precision, and cast on their way into
+    every pass; so are floating inputs. On a mesh, XLA may sum gradients over devices in
+    the lower precision, before it casts them back (on TPU it does). Statistics of
+    BatchNorm stay as they are, and Flax sums them in float32. Losses raise what they are given to
+    float32. Teacher and student are chosen separately:
+    `hint_stage(student, computed_in(teacher, jnp.bfloat16), ...)`.
+
+    Args:
+        network: the network.
+        dtype: a floating dtype.
+
+    Returns:
+        The network, with the same parameters and state.
+
+    Raises:
+        ValueError: if the dtype is not a floating one.
+    """
+    instance("computed_in", Network, network=network)
+    wanted = "a floating dtype"
+    try:
+        # An array, or what NumPy would make a record of, is no dtype.
+        instance("computed_in", (str, type, np.dtype), dtype=dtype)
+        dtype = jnp.dtype(dtype)
+    except TypeError:
+        raise TypeError(message("computed_in", wanted, described(dtype))) from None
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(message("computed_in", wanted, f"{jnp.dtype(dtype)}"))
+
+    def apply(params, state, inputs, *, wants, train, key=None):
+        shown, after = network.apply(
+            _cast(params, dtype),
+            state,
+            _cast(inputs, dtype),
+            wants=wants,
+            train=train,
+            key=key,
+        )
+        return shown, jax.tree.map(lambda new, old: new.astype(old.dtype), after, state)
+
+    return network._replace(apply=apply)
+
+
+def _cast(tree: PyTree, dtype: DTypeLike) -> PyTree:
+    def cast(leaf):
+        floating = jnp.issubdtype(leaf.dtype, jnp.floating)
+        return leaf.astype(dtype) if floating else leaf
+
+    return jax.tree.map(cast, tree)

@@ -1,0 +1,281 @@
+"""The modules that are trained beside the student."""
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+from jaxtyping import Array, Bool, Float, Key, PyTree
+
+from hintjax._numerics import adaptive_average_pool, nearest_resize, unit
+from hintjax.regressors.grids import to_grid, to_tokens
+
+Shape = tuple[int, ...]
+Sizing = Callable[[Shape, Shape], nn.Module]
+
+
+class Regressor(nn.Module):
+    """Layers in a row, then optionally BatchNorm, a non-linearity and maxout.
+
+    Attributes:
+        layers: the linear layers.
+        batch_norm: normalise their output, over the batch and all positions.
+        activation: the hint layer's non-linearity, or None.
+        pieces: channels are reduced by the maximum over this many pieces, which
+            is the non-linearity of a maxout hint layer; 1 reduces nothing.
+    """
+
+    layers: tuple[nn.Module, ...]
+    batch_norm: bool = False
+    activation: Callable[[Array], Array] | None = None
+    pieces: int = 1
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "batch ..."], train: bool = False
+    ) -> Float[Array, "batch ..."]:
+        for layer in self.layers:
+            x = layer(x)
+        if self.batch_norm:
+            # Two-pass variance: E[x^2] - E[x]^2 cancels for large means.
+            x = nn.BatchNorm(
+                use_running_average=not train,
+                momentum=0.9,
+                epsilon=1e-5,
+                use_fast_variance=False,
+            )(x)
+        if self.pieces > 1:
+            x = x.reshape(*x.shape[:-1], -1, self.pieces).max(-1)
+        return x if self.activation is None else self.activation(x)
+
+
+class Resampled(nn.Module):
+    """Maps, or tokens on a square grid, averaged to another grid, then a regressor.
+
+    Attributes:
+        size: height and width of the grid of the hint.
+        keep: how many tokens stand before the grid; they are not averaged.
+        regressor: what follows.
+    """
+
+    size: tuple[int, int]
+    keep: int
+    regressor: nn.Module
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "batch ..."], train: bool = False
+    ) -> Float[Array, "batch ..."]:
+        if x.ndim == 4:
+            x = adaptive_average_pool(x, self.size)
+        else:
+            grid = adaptive_average_pool(to_grid(x, drop=self.keep), self.size)
+            x = jax.numpy.concatenate([x[:, : self.keep], to_tokens(grid)], 1)
+        return self.regressor(x, train)
+
+
+class ABF(nn.Module):
+    """Attention based fusion (ABF) of ReviewKD: a stage joined by the deeper ones.
+
+    With the reduced map x = BN(conv1x1(map)) and the deeper fusion y, resized to it::
+
+        z = sigmoid(conv1x1([x, y]))        two maps of weights
+        fusion = z_0 x + z_1 y              x alone at the deepest stage
+        output = BN(conv3x3(fusion))
+
+    The fusion is resized to the hint map's size before the last convolution if it has
+    another. All resizing is torch's `nearest`.
+
+    Attributes:
+        mid: channels of the fusion, the same at all stages.
+        features: channels of the hint map.
+        size: height and width of the hint map.
+    """
+
+    mid: int
+    features: int
+    size: tuple[int, int]
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "batch h w c"],
+        deeper: Float[Array, "batch h2 w2 mid"] | None = None,
+        train: bool = False,
+    ) -> tuple[
+        Float[Array, "batch height width features"],
+        Float[Array, "batch height width mid"],
+    ]:
+        """The output, to compare with the hint, and the fusion, for the next ABF."""
+
+        def norm(name):
+            return nn.BatchNorm(
+                use_running_average=not train,
+                momentum=0.9,
+                epsilon=1e-5,
+                use_fast_variance=False,
+                name=name,
+            )
+
+        # The published initialisations: U(+-sqrt(3 / fan_in)) around the fusion and
+        # torch's own, U(+-sqrt(1 / fan_in)), for the attention.
+        wide = nn.initializers.variance_scaling(1, "fan_in", "uniform")
+        usual = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
+        def usual_bias(key, shape, dtype=jax.numpy.float32):
+            bound = (2 * self.mid) ** -0.5
+            return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+        x = nn.Conv(self.mid, (1, 1), use_bias=False, kernel_init=wide, name="reduce")(
+            x
+        )
+        x = norm("reduce_norm")(x)
+        if deeper is not None:
+            y = nearest_resize(deeper, x.shape[1:3])
+            weigh = nn.Conv(
+                2, (1, 1), kernel_init=usual, bias_init=usual_bias, name="attention"
+            )
+            z = nn.sigmoid(weigh(jax.numpy.concatenate([x, y], -1)))
+            x = x * z[..., :1] + y * z[..., 1:]
+        x = nearest_resize(x, self.size)
+        expand = nn.Conv(
+            self.features,
+            (3, 3),
+            padding=1,
+            use_bias=False,
+            kernel_init=wide,
+            name="expand",
+        )
+        return norm("expand_norm")(expand(x)), x
+
+
+class Embedding(nn.Module):
+    """CRD's embedding head: a linear map of the pooled features, of norm 1.
+
+    Maps and tokens are averaged over their positions first.
+
+    Attributes:
+        features: size of the embedding.
+    """
+
+    features: int = 128
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "batch ..."], train: bool = False
+    ) -> Float[Array, "batch features"]:
+        x = x.mean(tuple(range(1, x.ndim - 1)))
+        return unit(nn.Dense(self.features, name="linear")(x))
+
+
+class Coder(nn.Module):
+    """Three 3x3 convolutions with leaky ReLUs: FT's translator, and its paraphraser.
+
+    Attributes:
+        channels: of each convolution.
+        batch_norm: normalise before each non-linearity, as the translator does.
+    """
+
+    channels: tuple[int, ...]
+    batch_norm: bool = False
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "batch h w c"], train: bool = False
+    ) -> Float[Array, "batch h w k"]:
+        for features in self.channels:
+            x = nn.Conv(features, (3, 3), padding=1)(x)
+            if self.batch_norm:
+                x = _batch_norm(train)(x)
+            x = nn.leaky_relu(x, 0.1)
+        return x
+
+
+class Generator(nn.Module):
+    """MGD's generation of a hint map from a guided map of which a part is masked.
+
+    The guided map is aligned to the hint's channels (a 1x1 convolution, where they
+    differ), masked, and sent through two 3x3 convolutions with a ReLU between them.
+
+    Attributes:
+        features: channels of the hint map.
+    """
+
+    features: int
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "batch h w c"],
+        train: bool = False,
+        mask: Bool[Array, "batch _ _ _"] | None = None,
+    ) -> Float[Array, "batch h w features"]:
+        if x.shape[-1] != self.features:
+            x = nn.Conv(self.features, (1, 1), name="align")(x)
+        x = x if mask is None else jax.numpy.where(mask, x, 0)
+        x = nn.relu(nn.Conv(self.features, (3, 3), padding=1, name="hidden")(x))
+        return nn.Conv(self.features, (3, 3), padding=1, name="generate")(x)
+
+
+class Bottleneck(nn.Module):
+    """SimKD's projector: 1x1, 3x3 and 1x1 convolutions, each with BatchNorm and ReLU.
+
+    Attributes:
+        hidden: channels of the first two convolutions.
+        features: channels of the hint map.
+    """
+
+    hidden: int
+    features: int
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "batch h w c"], train: bool = False
+    ) -> Float[Array, "batch h w features"]:
+        for features, kernel in (
+            (self.hidden, 1),
+            (self.hidden, 3),
+            (self.features, 1),
+        ):
+            x = nn.Conv(features, 2 * (kernel,), padding=kernel // 2, use_bias=False)(x)
+            x = nn.relu(_batch_norm(train)(x))
+        return x
+
+
+def init(
+    regressor: nn.Module, key: Key[Array, ""], shape: Shape
+) -> tuple[PyTree, PyTree]:
+    """Parameters and state of a regressor.
+
+    Args:
+        regressor: the module.
+        key: for its initialisation.
+        shape: the guided layer's, batch included.
+
+    Returns:
+        `(params, state)`; state holds BatchNorm's statistics, or is empty.
+    """
+    variables = dict(regressor.init(key, jax.numpy.zeros(shape)))
+    return variables.pop("params", {}), variables
+
+
+def apply(
+    regressor: nn.Module,
+    params: PyTree,
+    state: PyTree,
+    x: Float[Array, "batch ..."],
+    train: bool,
+) -> tuple[Float[Array, "batch ..."], PyTree]:
+    """Applies a regressor; the state moves only while training."""
+    y, changed = regressor.apply(
+        {"params": params, **state}, x, train, mutable=list(state) if train else []
+    )
+    return y, {**state, **changed}
+
+
+def _batch_norm(train):
+    return nn.BatchNorm(
+        use_running_average=not train,
+        momentum=0.9,
+        epsilon=1e-5,
+        use_fast_variance=False,
+    )

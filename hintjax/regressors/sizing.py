@@ -1,0 +1,353 @@
+"""Regressors: from the guided layer's output to the hint layer's shape.
+
+A regressor is a small Flax module, `module(x, train)`, whose parameters live in a
+tree of their own, never inside the student. A method is given a *sizing* function,
+
+    sizing(student_shape, teacher_shape) -> module
+
+(shapes of one example, channels last), so that nobody types channels or strides.
+Options are bound with `functools.partial`::
+
+    partial(regressors.conv, batch_norm=True, activation=nn.relu)
+
+Every regressor treats each example alone, and takes any batch size after
+initialisation. BatchNorm, where asked for, is the one exception while training.
+
+Maps (h, w, c) and tokens (n, c) do not meet in a regressor: one of the two is first
+seen as the other, by `to_grid` or `to_tokens`, and `hintjax.viewed` makes a method see
+its hints so. That holds for the hint as well, whose class token no map can predict.
+"""
+
+from collections.abc import Callable
+
+import flax.linen as nn
+from jaxtyping import Array
+
+from hintjax._checks import function, instance, integer, message
+from hintjax.regressors.grids import check_shapes, grid_of, same_positions
+from hintjax.regressors.modules import Bottleneck, Regressor, Resampled, Shape, Sizing
+
+
+def bottleneck(student: Shape, teacher: Shape, *, factor: int = 2) -> Bottleneck:
+    """SimKD's projector between two maps of one size; see `Bottleneck`.
+
+    Args:
+        student: shape of the guided layer, one example: `(h, w, c)`.
+        teacher: shape of the hint layer, with the same positions.
+        factor: the hint's channels are divided by it in the middle.
+
+    Returns:
+        A module `(batch, h, w, c) -> (batch, h, w, channels)`.
+
+    Raises:
+        ValueError: if either is not a map, or the positions differ.
+
+    >>> bottleneck((8, 8, 16), (8, 8, 64)).hidden
+    32
+
+    References:
+        Chen et al. 2022, Knowledge Distillation with the Reused Teacher Classifier.
+    """
+    _maps("regressors.bottleneck", student, teacher)
+    same_positions("regressors.bottleneck", student, teacher)
+    integer("regressors.bottleneck", 1, factor=factor)
+    return Bottleneck(max(1, teacher[-1] // factor), teacher[-1])
+
+
+def identity(student: Shape, teacher: Shape) -> Regressor:
+    """No regressor: for layers of equal shape, when this is what you want.
+
+    Args:
+        student: shape of the guided layer, one example.
+        teacher: shape of the hint layer, one example.
+
+    Returns:
+        A module without parameters.
+
+    Raises:
+        ValueError: if the shapes differ.
+
+    References:
+        FitNets' code adds none where shapes agree; later work found that a
+        trained projector helps even there, so it is not the default.
+    """
+    check_shapes("regressors.identity", student, teacher)
+    if student != teacher:
+        raise ValueError(
+            f"regressors.identity: expected equal shapes, got student {student} and "
+            f"teacher {teacher}. Use regressors.linear or regressors.conv."
+        )
+    return Regressor(layers=())
+
+
+def linear(
+    student: Shape,
+    teacher: Shape,
+    *,
+    batch_norm: bool = False,
+    activation: Callable[[Array], Array] | None = None,
+    pieces: int = 1,
+    bias: bool = True,
+) -> Regressor:
+    """One linear map of the channels, the same at every position.
+
+    A 1x1 convolution on maps, a dense layer on vectors and on tokens.
+
+    Args:
+        student: shape of the guided layer, one example: `(*positions, c)`.
+        teacher: shape of the hint layer, with the same positions.
+        batch_norm: see `Regressor`.
+        activation: see `Regressor`.
+        pieces: see `Regressor`.
+        bias: add one; it has no effect in front of a BatchNorm.
+
+    Returns:
+        A module `(batch, *positions, c) -> (batch, *positions, channels)`.
+
+    Raises:
+        ValueError: if the positions differ.
+
+    >>> module = linear((7, 7, 8), (7, 7, 32))
+    >>> module.layers[0].features
+    32
+    """
+    same_positions("regressors.linear", student, teacher)
+    _options("regressors.linear", activation, pieces=pieces)
+    layer = nn.Dense(teacher[-1] * pieces, use_bias=bias)
+    return Regressor((layer,), batch_norm, activation, pieces)
+
+
+def mlp(
+    student: Shape,
+    teacher: Shape,
+    *,
+    hidden: int | None = None,
+    depth: int = 1,
+    bias: bool = True,
+    batch_norm: bool = False,
+    activation: Callable[[Array], Array] | None = None,
+) -> Regressor:
+    """Hidden layers with ReLU, the same at every position.
+
+    Args:
+        student: shape of the guided layer, one example: `(*positions, c)`.
+        teacher: shape of the hint layer, with the same positions.
+        hidden: width of a hidden layer; by default the hint layer's channels.
+        depth: how many hidden layers; VID's mean has 2, without biases.
+        bias: add one in every layer.
+        batch_norm: see `Regressor`.
+        activation: see `Regressor`.
+
+    Returns:
+        A module `(batch, *positions, c) -> (batch, *positions, channels)`.
+
+    Raises:
+        ValueError: if the positions differ.
+    """
+    same_positions("regressors.mlp", student, teacher)
+    width = teacher[-1] if hidden is None else hidden
+    _options("regressors.mlp", activation, hidden=width)
+    integer("regressors.mlp", 0, depth=depth)
+    layers = [
+        nn.Sequential([nn.Dense(width, use_bias=bias), nn.relu]) for _ in range(depth)
+    ]
+    last = nn.Dense(teacher[-1], use_bias=bias)
+    return Regressor((*layers, last), batch_norm, activation)
+
+
+def conv(
+    student: Shape,
+    teacher: Shape,
+    *,
+    batch_norm: bool = False,
+    activation: Callable[[Array], Array] | None = None,
+    pieces: int = 1,
+) -> Regressor:
+    """A convolution sized for any two maps, axis by axis.
+
+    For a guided map of n positions and a hint map of m along an axis::
+
+        n = m        kernel 1
+        n = r m      kernel 2r - 1, stride r, padding r - 1
+        n > m        kernel n - m + 1, VALID
+        m = r n      transposed, kernel r + 2, stride r, padding 1 (torch's)
+        m > n        transposed, kernel m - n + 1, stride 1, padding 0
+
+    If the map shrinks along one axis and grows along the other, a convolution is
+    followed by a transposed one.
+
+    Args:
+        student: shape of the guided layer, one example: `(h, w, c)`.
+        teacher: shape of the hint layer, one example: `(h, w, c)`.
+        batch_norm: see `Regressor`.
+        activation: see `Regressor`.
+        pieces: see `Regressor`.
+
+    Returns:
+        A module `(batch, h, w, c) -> (batch, *teacher)`.
+
+    Raises:
+        ValueError: if either is not a map.
+
+    Convention:
+        For r = 2, VALID and equal sizes this is ConvReg of the CRD benchmark,
+        which adds `batch_norm=True, activation=nn.relu`. Behind a BatchNorm that
+        uses batch statistics the bias has no gradient; it is kept as published.
+
+    >>> module = conv((8, 8, 16), (4, 4, 32))
+    >>> module.layers[0].kernel_size, module.layers[0].strides
+    ((3, 3), (2, 2))
+
+    References:
+        Romero et al. 2015, FitNets (the VALID form); Tian et al. 2020, CRD, code
+        (ConvReg).
+    """
+    _maps("regressors.conv", student, teacher)
+    _options("regressors.conv", activation, pieces=pieces)
+    features = teacher[-1] * pieces
+    extents = list(zip(student[:-1], teacher[:-1], strict=True))
+    grows = [m > n for n, m in extents]
+    layers = []
+    if not all(grows):
+        kernel, strides, padding = zip(*map(_shrink, extents), strict=True)
+        layers.append(nn.Conv(features, kernel, strides, padding))
+    if any(grows):
+        kernel, strides, padding = zip(*map(_grow, extents), strict=True)
+        # Torch's layout and padding p: flax pads the dilated input by k - 1 - p.
+        layers.append(
+            nn.ConvTranspose(features, kernel, strides, padding, transpose_kernel=True)
+        )
+    return Regressor(tuple(layers), batch_norm, activation, pieces)
+
+
+def valid_conv(
+    student: Shape,
+    teacher: Shape,
+    *,
+    batch_norm: bool = False,
+    activation: Callable[[Array], Array] | None = None,
+    pieces: int = 1,
+) -> Regressor:
+    """FitNets' own regressor: VALID, with kernel n - m + 1 along each axis.
+
+    Args:
+        student: shape of the guided layer, one example: `(h, w, c)`.
+        teacher: shape of the hint layer, no larger than the guided one.
+        batch_norm: see `Regressor`.
+        activation: the hint layer's non-linearity; the paper uses the same.
+        pieces: see `Regressor`; 2 for the paper's maxout hints.
+
+    Returns:
+        A module `(batch, h, w, c) -> (batch, *teacher)`.
+
+    Raises:
+        ValueError: if either is not a map, or the hint map is the larger one.
+
+    >>> valid_conv((8, 8, 16), (5, 5, 32)).layers[0].kernel_size
+    (4, 4)
+
+    References:
+        Romero et al. 2015, section 2.2.
+    """
+    _maps("regressors.valid_conv", student, teacher)
+    _options("regressors.valid_conv", activation, pieces=pieces)
+    kernel = tuple(n - m + 1 for n, m in zip(student[:-1], teacher[:-1], strict=True))
+    if min(kernel) < 1:
+        raise ValueError(
+            f"regressors.valid_conv: expected a guided map at least as large as the "
+            f"hint map, got student {student} and teacher {teacher}. Use "
+            f"regressors.conv, which transposes."
+        )
+    layer = nn.Conv(teacher[-1] * pieces, kernel, padding="VALID")
+    return Regressor((layer,), batch_norm, activation, pieces)
+
+
+def resampled(
+    student: Shape,
+    teacher: Shape,
+    *,
+    keep: int = 0,
+    sizing: Sizing = linear,
+) -> Resampled:
+    """The guided layer averaged to the hint's grid, then a regressor of equal positions.
+
+    Between two maps, or two sequences of tokens, of which the first `keep` (class
+    tokens) stay as they are and the others form a square grid. A grid that grows repeats
+    its entries, or averages neighbours.
+
+    Args:
+        student: shape of the guided layer, one example: `(h, w, c)` or `(n, c)`.
+        teacher: shape of the hint layer, of the same kind.
+        keep: how many tokens both sequences begin with that are not on the grid.
+        sizing: sizes the regressor that follows.
+
+    Returns:
+        A module `(batch, *student) -> (batch, *teacher)`.
+
+    Raises:
+        ValueError: if one is a map and the other is not, or if tokens form no grid.
+
+    Convention:
+        The averages are those of torch's `adaptive_avg_pool2d`.
+
+    >>> module = resampled((1 + 8 * 8, 32), (1 + 4 * 4, 64), keep=1)
+    >>> module.size, module.regressor.layers[0].features
+    ((4, 4), 64)
+    """
+    where = "regressors.resampled"
+    check_shapes(where, student, teacher)
+    instance(where, int, keep=keep)
+    function(where, sizing=sizing)
+    kinds = len(student), len(teacher)
+    if kinds not in ((2, 2), (3, 3)) or (keep and kinds == (3, 3)):
+        wanted = "two maps (h, w, c) and keep=0, or two sequences of tokens (n, c)"
+        got = f"student {student} and teacher {teacher} with keep={keep}"
+        do = "View tokens as maps with hintjax.viewed and regressors.to_grid."
+        raise ValueError(message(where, wanted, got, do))
+    if kinds == (3, 3):
+        return Resampled(teacher[:2], 0, sizing((*teacher[:2], student[-1]), teacher))
+    grid_of(where, student[0], keep, "keep")
+    size = grid_of(where, teacher[0], keep, "keep")
+    return Resampled(size, keep, sizing((teacher[0], student[-1]), teacher))
+
+
+def fit(student: Shape, teacher: Shape) -> Regressor:
+    """The default: `conv` between two maps, `linear` between anything else."""
+    check_shapes("regressors.fit", student, teacher)
+    maps = len(student) == len(teacher) == 3
+    return conv(student, teacher) if maps else linear(student, teacher)
+
+
+def _shrink(extent):
+    n, m = extent
+    if m >= n:
+        return 1, 1, (0, 0)
+    if n % m == 0:
+        ratio = n // m
+        return 2 * ratio - 1, ratio, (ratio - 1, ratio - 1)
+    return n - m + 1, 1, (0, 0)
+
+
+def _grow(extent):
+    n, m = extent
+    if m <= n:
+        return 1, 1, (0, 0)
+    if m % n == 0:
+        ratio = m // n
+        return ratio + 2, ratio, (ratio, ratio)
+    return m - n + 1, 1, (m - n, m - n)
+
+
+def _options(where, activation, **counts):
+    integer(where, 1, **counts)
+    if activation is not None:
+        function(where, activation=activation)
+
+
+def _maps(where, student, teacher):
+    check_shapes(where, student, teacher)
+    if len(student) != 3 or len(teacher) != 3:
+        raise ValueError(
+            f"{where}: expected two maps (h, w, c), got student {student} and teacher "
+            f"{teacher}. Use regressors.linear between vectors or tokens."
+        )

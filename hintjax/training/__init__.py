@@ -1,0 +1,32 @@
+"""The training loop: batches through stages, with reports, checkpoints and resume."""
+
+from hintjax.training.checkpoints import Checkpoints, open_checkpoints
+from hintjax.training.evaluation import evaluate
+from hintjax.training.feeds import Feed, Program, on_device, program, streamed
+from hintjax.training.ledger import Fitted
+from hintjax.training.loop import Phase, fit
+from hintjax.training.metrics import open_metrics, read_metrics
+from hintjax.training.progress import progress
+from hintjax.training.sealed import DamageError
+from hintjax.training.trees import fingerprint, load_tree, save_tree
+
+__all__ = [
+    "Checkpoints",
+    "DamageError",
+    "Feed",
+    "Fitted",
+    "Phase",
+    "Program",
+    "evaluate",
+    "fingerprint",
+    "fit",
+    "load_tree",
+    "on_device",
+    "open_checkpoints",
+    "open_metrics",
+    "program",
+    "progress",
+    "read_metrics",
+    "save_tree",
+    "streamed",
+]

@@ -1,0 +1,220 @@
+"""Where batches come from: the device, or Grain."""
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Key
+
+from hintjax._checks import message
+from hintjax.data import Augment, Dataset, order, place, steps_per_epoch, stream, take
+from hintjax.method import Data
+from hintjax.sharding import from_process, over_batch, replicated, spread
+from hintjax.stages import Stage, State
+
+Batch = Mapping[str, Array]
+
+
+class Program(NamedTuple):
+    """A stage compiled together with the making of its batches.
+
+    Share one program between runs: seeds and initial values are arguments.
+    """
+
+    stage: Stage
+    one: Callable[..., tuple[State, Mapping[str, Array]]]
+    many: Callable[..., tuple[State, Mapping[str, Array]]]
+
+
+class Feed(NamedTuple):
+    """Where batches come from.
+
+    Attributes:
+        advance: `(program, state, teacher, at, count) -> (state, metrics)`: the steps
+            `at` to `at + count` of the run.
+        example: one batch, for its shapes.
+        data: size and labels of the training set.
+        per_epoch: steps in an epoch.
+        position: what a checkpoint must hold to go on from here; JSON.
+        seek: goes to such a position.
+        waited: seconds in which steps waited for a batch, since it was asked last.
+    """
+
+    advance: Callable[..., tuple[State, Mapping[str, Array]]]
+    example: Batch
+    data: Data
+    per_epoch: int
+    position: Callable[[], Any]
+    seek: Callable[[Any], None]
+    waited: Callable[[], float] = lambda: 0.0
+
+
+def program(
+    stage: Stage,
+    batch_size: int,
+    augment: Augment | None = None,
+    mesh: Mesh | None = None,
+) -> Program:
+    """Compiles a stage together with `take`, for data that is on the device.
+
+    Args:
+        stage: the stage.
+        batch_size: of a step.
+        augment: crops and flips.
+        mesh: the stage's mesh, if it has one.
+
+    Returns:
+        The program; nothing is compiled before its first call.
+    """
+    augment = augment or Augment()
+
+    def body(state, teacher, train, standardize, epoch, key, at, position):
+        index = jax.lax.dynamic_slice(epoch, (position * batch_size,), (batch_size,))
+        key = jax.random.fold_in(key, at)
+        batch = take(train, index, standardize, key=key, augment=augment)
+        if mesh is not None:
+            batch = jax.lax.with_sharding_constraint(batch, over_batch(mesh))
+        return stage.step(state, stage.teach(state, teacher, batch), batch)
+
+    def many(state, teacher, train, standardize, epoch, key, at, position, count):
+        def one(state, i):
+            return body(
+                state, teacher, train, standardize, epoch, key, at + i, position + i
+            )
+
+        state, metrics = jax.lax.scan(one, state, jnp.arange(count))
+        return state, jax.tree.map(lambda leaf: leaf[-1], metrics)
+
+    return Program(
+        stage,
+        jax.jit(body, donate_argnums=0),
+        jax.jit(many, donate_argnums=0, static_argnames="count"),
+    )
+
+
+def on_device(
+    dataset: Dataset, batch_size: int, key: Key[Array, ""], mesh: Mesh | None = None
+) -> Feed:
+    """Batches of a training split that is kept on the device as uint8.
+
+    Shuffled anew every epoch; where the run stands follows from its step.
+
+    Args:
+        dataset: decoded.
+        batch_size: of a step.
+        key: of the order and of crops and flips.
+        mesh: the split is replicated over it.
+
+    Returns:
+        The feed.
+    """
+    n, per_epoch = dataset.train.n, steps_per_epoch(dataset.train.n, batch_size)
+    orders, crops = jax.random.split(key)
+    everywhere = None if mesh is None else replicated(mesh)
+    train = place(dataset.train, everywhere)
+    standardize = _on(mesh, replicated, dataset.standardize)
+    current: dict[int, Array] = {}
+
+    def advance(program, state, teacher, at, count):
+        epoch, position = divmod(at, per_epoch)
+        if epoch not in current:
+            current.clear()
+            shuffled = order(jax.random.fold_in(orders, epoch), n)
+            current[epoch] = _on(mesh, replicated, shuffled)
+        where = (train, standardize, current[epoch], crops, at, position)
+        if count == 1:
+            return program.one(state, teacher, *where)
+        return program.many(state, teacher, *where, count=count)
+
+    first = take(train, jnp.arange(batch_size), standardize)
+    return Feed(
+        advance=advance,
+        example=_on(mesh, over_batch, first),
+        data=Data(train.label),
+        per_epoch=per_epoch,
+        position=lambda: None,
+        seek=lambda position: None,
+    )
+
+
+def streamed(
+    dataset: Dataset,
+    batch_size: int,
+    seed: int,
+    augment: Augment | None = None,
+    mesh: Mesh | None = None,
+) -> Feed:
+    """Batches of a training split that does not fit on the device, by Grain.
+
+    Args:
+        dataset: its training split is read from the host, or from disk.
+        batch_size: of a step, of all processes together.
+        seed: of the order and of crops and flips.
+        augment: crops and flips, made on the host.
+        mesh: each process reads its own part of a batch, which is split over it.
+
+    Returns:
+        The feed; its position is Grain's own, and the same in all processes.
+    """
+    train, processes = dataset.train, jax.process_count()
+    if batch_size % processes:
+        do = f"Use a multiple of {processes}."
+        wanted = f"a batch size that {processes} processes can share"
+        raise ValueError(message("streamed", wanted, f"{batch_size}", do))
+    batches = stream(
+        train,
+        batch_size // processes,
+        dataset.standardize,
+        augment=augment or Augment(),
+        seed=seed,
+        process_index=jax.process_index(),
+        process_count=processes,
+    )
+
+    dispatched, seconds = [], 0.0
+
+    def following():
+        nonlocal seconds
+        start = time.perf_counter()
+        batch = next(batches)
+        # While an earlier step still runs, a batch that is late holds up nothing. If
+        # that step ended in the meantime, all of the wait counts.
+        if all(array.is_ready() for array in dispatched):
+            seconds += time.perf_counter() - start
+        return batch if mesh is None else from_process(batch, mesh)
+
+    start = batches.get_state()
+    example = following()
+    batches.set_state(start)
+
+    def advance(program, state, teacher, at, count):
+        for _ in range(count):
+            state, metrics = program.stage.update(state, teacher, following())
+            dispatched[:] = jax.tree.leaves(metrics)
+        return state, metrics
+
+    def waited():
+        nonlocal seconds
+        since, seconds = seconds, 0.0
+        return since
+
+    return Feed(
+        advance=advance,
+        example=example,
+        data=Data(train.labels(np.arange(train.n))),
+        per_epoch=steps_per_epoch(train.n, batch_size),
+        position=batches.get_state,
+        seek=batches.set_state,
+        waited=waited,
+    )
+
+
+def _on(mesh, where, arrays):
+    """Arrays where a mesh wants them; without one, on the device."""
+    if mesh is None:
+        return jax.device_put(arrays)
+    return spread(arrays, where(mesh))

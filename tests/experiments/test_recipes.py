@@ -1,0 +1,217 @@
+"""Every method by its name in the command: where it attaches, and in which stages."""
+
+import json
+from pathlib import Path
+
+import jax
+import pytest
+
+from hintjax import methods
+from hintjax.cli import main
+from hintjax.experiments import recipes
+from hintjax.experiments.config import Config
+from hintjax.experiments.finished import load_student
+from hintjax.experiments.methods_table import RECIPES, methods_table
+from hintjax.experiments.phases import check
+from hintjax.experiments.recipes import backprop
+from hintjax.experiments.run import load_deployed
+from hintjax.experiments.setting import prepare
+from hintjax.networks import Wants
+
+GROUPS = ("group1", "group2", "group3")
+SUMS = tuple(f"{group}/block1/sum" for group in GROUPS)
+POOL = ("pool",)
+MAPS = ("pool:in",)
+# The phases of a recipe, and what each wants to see of the student.
+PHASES = {
+    "ab": {"activation_boundary": SUMS, "backprop": ()},
+    "at": {"attention_transfer": GROUPS},
+    "backprop": {"backprop": ()},
+    "catkd": {"class_attention": MAPS},
+    "cc": {"correlation_congruence": POOL},
+    "crd": {"crd": POOL},
+    "crd_in_batch": {"crd_in_batch": POOL},
+    "crd_shared": {"crd_shared": POOL},
+    "cwd": {"channel_wise": GROUPS[2:]},
+    "dist": {"dist": ()},
+    "dkd": {"decoupled_kd": ()},
+    "fitnet": {"fitnets_jointly": GROUPS[1:2]},
+    "fitnets": {"fitnets": GROUPS[:1], "soft_targets": ()},
+    "fsp": {"fsp": ("stem", *GROUPS), "backprop": ()},
+    "ft": {"before factor_transfer": GROUPS[2:], "factor_transfer": GROUPS[2:]},
+    "kd": {"kd": ()},
+    "mgd": {"masked_generation": GROUPS[2:]},
+    "nst": {"selectivity": GROUPS},
+    "ofd": {"overhaul": SUMS},
+    "pkt": {"probability_transfer": POOL},
+    "review": {"review": (*GROUPS, *POOL)},
+    "rkd": {"relational": POOL},
+    "simkd": {"simkd": MAPS},
+    "soft": {"soft_targets": ()},
+    "sp": {"similarity_preserving": GROUPS[2:]},
+    "std_kd": {"standardized_kd": ()},
+    "vid": {"variational": GROUPS},
+}
+BLOCKS = ("block1", "block2", "block4")
+SCORES = tuple(f"{block}/attention/scores" for block in BLOCKS)
+RELATIONS = tuple(f"block4/attention/{name}" for name in ("query", "key", "value"))
+TRANSFORMERS = {
+    "cosine": {"cosine": BLOCKS[2:]},
+    "minilm": {"minilm": RELATIONS, "backprop": ()},
+    "pkd": {"patient": BLOCKS[:2]},
+    "tinybert": {"tinybert": (*BLOCKS, *SCORES), "soft_targets": ()},
+}
+RESNETS = {"student": "hintjax.models:resnet8", "teacher": "hintjax.models:resnet8"}
+
+
+@pytest.fixture(scope="module")
+def setting(corners):
+    config = Config(method="kd", dataset=corners, devices=1, **RESNETS)
+    return prepare(config, teach=True)
+
+
+def test_every_method_has_a_name_in_the_command():
+    makers = {
+        name for name in methods.__all__ if name.islower() and name not in HELPERS
+    }
+    named = {
+        recipe.method.__name__ for recipe in RECIPES.values() if recipe is not backprop
+    }
+    assert named == makers
+    assert set(PHASES) | set(TRANSFORMERS) == set(RECIPES)
+
+
+# What is exported beside methods: schedules, masks, sizes, parts of methods.
+HELPERS = {
+    *("crd_bytes", "explained_variance", "flows", "lambda_decay", "masked_channels"),
+    *("masked_positions", "paraphrase", "reused_classifier", "warm_up"),
+}
+
+
+def test_the_table_of_methods_is_current(capsys):
+    """Write it anew with `hintjax methods` when this fails."""
+    main(["methods"])
+    assert capsys.readouterr().out.strip() == methods_table()
+    file = Path(methods.__file__).parent / "README.md"
+    assert methods_table() in file.read_text()
+    cells = [line.strip("| ").split(" | ") for line in methods_table().splitlines()]
+    assert all(len(row) == len(cells[0]) and all(row) for row in cells)
+
+
+@pytest.fixture(scope="module")
+def transformers(corners):
+    models = dict.fromkeys(("student", "teacher"), "hintjax.models:vit_micro")
+    config = Config(method="kd", dataset=corners, devices=1, **models)
+    return prepare(config, teach=True)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_traces_and_attaches_where_its_authors_did(
+    name, setting, transformers
+):
+    setting = transformers if name in TRANSFORMERS else setting
+    steps = check(setting, RECIPES[name])
+    found = {step.name: step.method.student.hints for step in steps}
+    assert found == {**PHASES, **TRANSFORMERS}[name]
+    assert sum(step.epochs for step in steps) == setting.config.epochs
+    assert [step.hints_only for step in steps] == [False] * len(steps) or (
+        [step.hints_only for step in steps] == [True, False]
+    )
+
+
+@pytest.mark.parametrize("name", ["at", "fitnets"])
+@pytest.mark.parametrize("turned", [False, True])
+def test_tokens_are_compared_with_maps_on_their_grid(name, turned, corners):
+    models = [f"hintjax.models:{model}" for model in ("vit_micro", "resnet8")]
+    student, teacher = reversed(models) if turned else models
+    given = {"dataset": corners, "student": student, "teacher": teacher, "devices": 1}
+    mixed = prepare(Config(method=name, **given), teach=True)
+    assert mixed.places.class_tokens == ((0, 1) if turned else (1, 0))
+    check(mixed, RECIPES[name])
+
+
+def test_pairs_that_are_given_are_used(setting):
+    places = setting.places._replace(pairs=(("group2", "group3"),))
+    (step,) = recipes.AT(setting.config, places, 4)
+    assert step.method.student.hints == ("group2",)
+    assert step.method.teacher.hints == ("group3",)
+
+
+def test_layers_before_the_relu_must_be_known(setting):
+    places = setting.places._replace(preactivations=({}, {}))
+    with pytest.raises(ValueError, match=r"recipe: expected .*group1.* --pairs"):
+        recipes.AB(setting.config, places, 4)
+
+
+def test_one_pair_is_one(setting):
+    places = setting.places._replace(pairs=(("pool", "pool"), ("group1", "group1")))
+    with pytest.raises(ValueError, match="recipe: expected one pair"):
+        recipes.CRD(setting.config, places, 4)
+
+
+def run(corners, run_dir, *options):
+    main(
+        [
+            *("distill", "--dataset", corners, "--run-dir", str(run_dir)),
+            *("--batch-size", "16", "--epochs", "2", "--teacher-epochs", "1"),
+            *("--devices", "1"),
+            *("--student", RESNETS["student"], "--teacher", RESNETS["teacher"]),
+            *options,
+        ]
+    )
+    return json.loads((run_dir / "result.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def teacher(corners, tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("runs") / "kd"
+    run(corners, run_dir, "--method", "kd")
+    return ("--teacher", str(run_dir / "teacher"))
+
+
+@pytest.mark.parametrize("name", ["crd", "fsp", "ft", "review"])
+def test_methods_of_many_shapes_train_by_name(name, corners, teacher, tmp_path, capsys):
+    """With a memory bank; two stages; a stage on the teacher alone; many layers."""
+    found = run(corners, tmp_path / "run", "--method", name, *teacher)
+    assert 0 <= found["test/accuracy"] <= 1
+    shown = capsys.readouterr().out
+    assert ("MiB for the memory bank" in shown) == (name == "crd")
+    assert f"{RECIPES[name].method.__name__}: student " in shown
+    main(["eval", str(tmp_path / "run")])
+    assert f"test accuracy: {found['test/accuracy']:.4f}" in capsys.readouterr().out
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_method_trains_by_name(name, corners, teacher, tmp_path):
+    if name in TRANSFORMERS:
+        vit = "hintjax.models:vit_micro"
+        teacher = ("--student", vit, "--teacher", vit)
+    found = run(corners, tmp_path / "run", "--method", name, *teacher)
+    assert 0 <= found["test/accuracy"] <= 1
+
+
+def test_a_student_with_parts_is_shipped_with_them(corners, teacher, tmp_path, capsys):
+    path = tmp_path / "run"
+    found = run(corners, path, "--method", "simkd", *teacher)
+    main(["eval", str(path)])
+    assert f"test accuracy: {found['test/accuracy']:.4f}" in capsys.readouterr().out
+    config = Config(
+        method="simkd", dataset=corners, student=RESNETS["student"], devices=1
+    )
+    config = Config(**{**vars(config), "teacher": teacher[1]})
+    setting = prepare(config, teach=True)
+    network, variables = load_deployed(setting, path, RECIPES["simkd"])
+    shown, _ = network.apply(
+        *variables, jax.numpy.ones((2, 8, 8, 1)), wants=Wants(output=True), train=False
+    )
+    assert shown.output.shape == (2, 4)
+    with pytest.raises(ValueError, match="that stands alone, got one of simkd"):
+        load_student(path)
+
+
+def test_kd_can_be_one_more_term(setting):
+    config = Config(**{**vars(setting.config), "kd_weight": 1.0})
+    (step,) = recipes.CRD(config, setting.places, 4)
+    assert step.method.student.output
+    assert step.method.teacher.output
