@@ -6,6 +6,7 @@ of each `Network` and what it trains; a stage makes an optax update step of it.
 """
 
 from hintjax import losses, regressors
+from hintjax._checks import Refusal
 from hintjax.method import Context, Data, Method, over_pairs
 from hintjax.methods import (
     AnchorNegatives,
@@ -94,6 +95,7 @@ __all__ = [
     "Method",
     "Network",
     "Population",
+    "Refusal",
     "SharedNegatives",
     "SpikeGuard",
     "Stage",

@@ -24,8 +24,29 @@ _SHORT.maxlevel = 3
 _SHORT.maxstring = _SHORT.maxother = 80
 
 
+class Refusal(ValueError):
+    """Input that HintJAX cannot work with; one sentence says where and what to do.
+
+    Every check of the library raises a `Refusal`. So a program that passes on input
+    from its own users can show the sentence, and let every other error be a defect.
+
+    >>> raise Refusal(message("kd", "temperature to be > 0", "-1"))
+    Traceback (most recent call last):
+    ...
+    hintjax._checks.Refusal: kd: expected temperature to be > 0, got -1.
+    """
+
+
+class WrongType(Refusal, TypeError):
+    """A `Refusal` of an argument whose type is wrong."""
+
+
+class FileRefusal(OSError, Refusal):
+    """A `Refusal` of a file or directory that cannot be read or written."""
+
+
 def message(caller: str, wanted: str, got: str, do: str = "") -> str:
-    """The sentence that every error of the library is."""
+    """Returns the sentence of an error: where, wanted, got, do."""
     return f"{caller}: expected {wanted}, got {got}. {do}".rstrip()
 
 
@@ -35,7 +56,7 @@ def same_shape(caller: str, *, do: str = "", **arrays: Array) -> None:
     if len(set(shapes.values())) > 1:
         wanted = f"{' and '.join(shapes)} to have the same shape"
         got = " and ".join(f"{name} {shape}" for name, shape in shapes.items())
-        raise ValueError(message(caller, wanted, got, do))
+        raise Refusal(message(caller, wanted, got, do))
 
 
 def same_leading(caller: str, trailing: int, *, do: str = "", **arrays: Array) -> None:
@@ -44,7 +65,7 @@ def same_leading(caller: str, trailing: int, *, do: str = "", **arrays: Array) -
     if len({shape[: len(shape) - trailing] for shape in shapes.values()}) > 1:
         wanted = f"{' and '.join(shapes)} to agree on all but the last {trailing} axes"
         got = " and ".join(f"{name} {shape}" for name, shape in shapes.items())
-        raise ValueError(message(caller, wanted, got, do))
+        raise Refusal(message(caller, wanted, got, do))
 
 
 def rank(caller: str, least: int, layout: str, **arrays: Array) -> None:
@@ -52,7 +73,7 @@ def rank(caller: str, least: int, layout: str, **arrays: Array) -> None:
     for name, array in arrays.items():
         if array.ndim < least:
             wanted = f"{name} to have at least {least} axes ({layout})"
-            raise ValueError(message(caller, wanted, f"shape {tuple(array.shape)}"))
+            raise Refusal(message(caller, wanted, f"shape {tuple(array.shape)}"))
 
 
 def labels(caller: str, batch: tuple[int, ...] | None, **arrays: Array) -> None:
@@ -65,7 +86,7 @@ def labels(caller: str, batch: tuple[int, ...] | None, **arrays: Array) -> None:
         fits = integers and (array.ndim == 1 if batch is None else array.shape == batch)
         if not fits:
             wanted = f"{name} to be integer {'(batch,)' if batch is None else batch}"
-            raise ValueError(message(caller, wanted, described(array)))
+            raise Refusal(message(caller, wanted, described(array)))
 
 
 def key(caller: str, axes: int, **keys: Array) -> None:
@@ -76,7 +97,7 @@ def key(caller: str, axes: int, **keys: Array) -> None:
         raw = is_array(array) and array.dtype == jnp.uint32 and array.shape[-1:] != ()
         if not (typed or raw) or array.ndim != axes + (not typed):
             wanted = f"{name} to be {'keys' if axes else 'a key'} of jax.random"
-            raise TypeError(message(caller, wanted, described(array)))
+            raise WrongType(message(caller, wanted, described(array)))
 
 
 def mask(caller: str, where: Array | None, *shapes: tuple[int, ...]) -> None:
@@ -85,7 +106,7 @@ def mask(caller: str, where: Array | None, *shapes: tuple[int, ...]) -> None:
         return
     if not is_array(where) or where.dtype != bool or where.shape not in shapes:
         wanted = f"where to be bool {' or '.join(map(str, dict.fromkeys(shapes)))}"
-        raise ValueError(message(caller, wanted, described(where)))
+        raise Refusal(message(caller, wanted, described(where)))
 
 
 def scalar(
@@ -98,7 +119,7 @@ def scalar(
     for name, value in values.items():
         if not _is_number(value):
             do = "It is one number."
-            raise ValueError(message(caller, f"{name} {wanted}", described(value), do))
+            raise Refusal(message(caller, f"{name} {wanted}", described(value), do))
         if isinstance(value, jax.core.Tracer):
             continue
         # On the host: while something else is traced, JAX would trace this, too.
@@ -106,9 +127,9 @@ def scalar(
         most = LARGEST_INT if isinstance(number, int) else LARGEST_FLOAT
         if most < abs(number) < math.inf:
             wanted = f"{name} to fit in 32 bits"
-            raise ValueError(message(caller, wanted, described(value)))
+            raise Refusal(message(caller, wanted, described(value)))
         if not holds(number):
-            raise ValueError(message(caller, f"{name} {wanted}", f"{value}"))
+            raise Refusal(message(caller, f"{name} {wanted}", f"{value}"))
 
 
 def positive(caller: str, **values: ScalarLike) -> None:
@@ -128,7 +149,7 @@ def integer(caller: str, least: int, **values: int) -> None:
         if not whole or not least <= value <= LARGEST_INT:
             wanted = f"{name} to be an integer >= {least}"
             wanted += " of 32 bits" if whole and value > LARGEST_INT else ""
-            raise ValueError(message(caller, wanted, described(value)))
+            raise Refusal(message(caller, wanted, described(value)))
 
 
 def positive_int(caller: str, **values: int) -> None:
@@ -142,7 +163,7 @@ def sizes(caller: str, axes: int, **shapes: Sequence[int]) -> None:
         known = isinstance(shape, tuple | list) and len(shape) == (axes or len(shape))
         if not known or not all(type(n) is int and n > 0 for n in shape):
             wanted = f"{name} to be a shape{f' of {axes} axes' if axes else ''}"
-            raise ValueError(message(caller, wanted, described(shape)))
+            raise Refusal(message(caller, wanted, described(shape)))
 
 
 def instance(
@@ -154,7 +175,7 @@ def instance(
         if not isinstance(value, kinds):
             names = ("None" if one is NoneType else one.__name__ for one in kinds)
             wanted = f"{name} to be {' or '.join(names)}"
-            raise TypeError(message(caller, wanted, described(value), do))
+            raise WrongType(message(caller, wanted, described(value), do))
 
 
 def function(caller: str, **values: Callable[..., Any]) -> None:
@@ -162,7 +183,7 @@ def function(caller: str, **values: Callable[..., Any]) -> None:
     for name, value in values.items():
         if not callable(value):
             wanted = f"{name} to be a function"
-            raise TypeError(message(caller, wanted, described(value)))
+            raise WrongType(message(caller, wanted, described(value)))
 
 
 def _is_number(value):

@@ -4,7 +4,6 @@ import dataclasses
 import importlib.metadata
 import os
 import platform
-import re
 import shutil
 import sys
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import jax
 
+from hintjax._checks import Refusal
 from hintjax.experiments import config as configs
 from hintjax.experiments.config import Config
 from hintjax.experiments.distill import claim, distill, evaluate_run, resume
@@ -145,11 +145,8 @@ def _main(argv):
     except KeyboardInterrupt as stopped:
         print(f"hintjax: stopped. {stopped}".rstrip(), file=sys.stderr)
         sys.exit(130)
-    except (ValueError, TypeError, OSError) as error:
-        # What the library says about its input is for the person at the terminal;
-        # anything else is a defect, and its traceback is for whoever mends it.
-        if not re.match(r"[\w. ]+: expected .+, got ", str(error), re.DOTALL):
-            raise
+    except Refusal as error:
+        # Every other error is a defect, whose traceback helps to mend it.
         print(f"hintjax: {error}", file=sys.stderr)
         sys.exit(2)
 

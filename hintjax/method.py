@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
-from hintjax._checks import described, function, instance, message
+from hintjax._checks import Refusal, described, function, instance, message
 from hintjax.networks import Wants
 
 PREPARED = "prepared"  # the memory that holds what an earlier stage trained
@@ -99,7 +99,7 @@ def one_per_example(caller: str, who: str, values: Array, n: int | None) -> None
     if values.ndim != 1 or n not in (None, values.shape[0]):
         do = "Take no mean inside a loss: the objective divides by the valid examples."
         wanted = f"{who} to give one value per example, ({n or 'batch'},)"
-        raise ValueError(message(caller, wanted, f"{values.shape}", do))
+        raise Refusal(message(caller, wanted, f"{values.shape}", do))
 
 
 def hints_of(caller: str, pairs: Pairs) -> tuple[Wants, Wants]:
@@ -113,13 +113,13 @@ def hints_of(caller: str, pairs: Pairs) -> tuple[Wants, Wants]:
     if not pairs:
         do = "Find pairs with hintjax.suggest_pairs."
         wanted = "at least one pair (guided layer, hint layer)"
-        raise ValueError(message(caller, wanted, "none", do))
+        raise Refusal(message(caller, wanted, "none", do))
     for pair in pairs:
         two = isinstance(pair, Sequence) and not isinstance(pair, str)
         if not two or [type(path) for path in pair] != [str, str]:
             wanted = "each pair to be (guided layer, hint layer), two paths"
             do = 'For instance [("group2", "group2")].'
-            raise ValueError(message(caller, wanted, described(pair), do))
+            raise Refusal(message(caller, wanted, described(pair), do))
     guided, hints = zip(*pairs, strict=True)
     return Wants(hints=guided), Wants(hints=hints)
 

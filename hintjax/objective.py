@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Num, ScalarLike
 
-from hintjax._checks import function, instance, message, scalar
+from hintjax._checks import Refusal, function, instance, message, scalar
 from hintjax._numerics import as_float, either, masked_mean
 from hintjax.method import PREPARED, Method, nothing, one_per_example, union
 from hintjax.networks import Wants
@@ -105,7 +105,7 @@ def objective(**terms: Weighted | Method) -> Method:
     if named.keys() & {*taken}:
         do = "Give the term another name."
         wanted = f"no term with a name among {taken}"
-        raise ValueError(message("objective", wanted, f"{list(named)}", do))
+        raise Refusal(message("objective", wanted, f"{list(named)}", do))
     adjustable = {
         name: term.weight.start
         for name, term in named.items()
@@ -113,7 +113,7 @@ def objective(**terms: Weighted | Method) -> Method:
     }
     if all(term.weight == 0 for term in named.values()):
         got = f"the terms {list(named)} with weight 0" if named else "no terms"
-        raise ValueError(message("objective", "a term with a weight > 0", got))
+        raise Refusal(message("objective", "a term with a weight > 0", got))
 
     def init(key, student, teacher, data):
         made = {
@@ -220,7 +220,7 @@ def _deployed(terms):
     found = [name for name, term in terms.items() if term.method.deploy is not None]
     if len(found) > 1:
         wanted = "at most one term that says what is deployed"
-        raise ValueError(message("objective", wanted, f"{found}"))
+        raise Refusal(message("objective", wanted, f"{found}"))
     if not found:
         return None
     (name,) = found
@@ -251,7 +251,7 @@ def task(
     def apply(params, memory, student, teacher, batch, context):
         if label not in batch:
             got, do = f"{sorted(batch)}", "Name the labels with label=."
-            raise ValueError(message("task", f"{label!r} in the batch", got, do))
+            raise Refusal(message("task", f"{label!r} in the batch", got, do))
         output, labels = as_float("task", student.output), batch[label]
         metrics = {}
         if jnp.issubdtype(labels.dtype, jnp.integer):

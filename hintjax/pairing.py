@@ -8,6 +8,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from hintjax._checks import (
+    Refusal,
+    WrongType,
     described,
     instance,
     message,
@@ -175,7 +177,7 @@ def _check(caller, **networks):
         for path, layer in layers.items():
             if not hasattr(layer, "shape"):
                 wanted = f"the shape of layer {path!r}, as Network.layers gives it"
-                raise TypeError(message(caller, wanted, described(layer)))
+                raise WrongType(message(caller, wanted, described(layer)))
 
 
 def _evenly(paths):
@@ -208,7 +210,7 @@ def linearly_explained(
     for name, pair in {"fit": fit, "on": on}.items():
         if not isinstance(pair, tuple | list) or len(pair) != 2:
             wanted = f"{name} to be (guided, hint) activations"
-            raise TypeError(message(caller, wanted, described(pair)))
+            raise WrongType(message(caller, wanted, described(pair)))
     pairs = [as_float(caller, *pair) for pair in (fit, on)]
     for guided, hint in pairs:
         rank(caller, 2, "n ...", guided=guided, hint=hint)
@@ -217,7 +219,7 @@ def linearly_explained(
     same_leading(caller, 1, guided=new_guided, hint=new_hint)
     if guided.shape[-1] != new_guided.shape[-1] or hint.shape[-1] != new_hint.shape[-1]:
         got = f"{[tuple(x.shape for x in pair) for pair in (fit, on)]}"
-        raise ValueError(message(caller, "the same channels in both sets", got))
+        raise Refusal(message(caller, "the same channels in both sets", got))
     solution, *_ = jnp.linalg.lstsq(guided, hint)
     return explained_variance(new_guided @ solution, new_hint)
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, ScalarLike
 
-from hintjax._checks import message, nearest, positive_int
+from hintjax._checks import Refusal, message, nearest, positive_int
 from hintjax.networks import Variables
 from hintjax.objective import ADJUSTABLE, check_weight
 from hintjax.sharding import check_batch, over_batch, replicated, shares, spread
@@ -98,7 +98,7 @@ def population(
         parts = shares(mesh)
         wanted = f"n to be a multiple of the {parts} devices"
         do = f"Use {n + -n % parts}, or fewer devices."
-        raise ValueError(message("population", wanted, f"{n}", do))
+        raise Refusal(message("population", wanted, f"{n}", do))
     stacked = together or mesh is not None
 
     def init(keys, students, teacher, batch, data=None, adjust=None):
@@ -106,7 +106,7 @@ def population(
         each = [students] * n if alike else list(students)
         if len(keys) != n or len(each) != n:
             got = f"{len(keys)} keys and {len(each)} students"
-            raise ValueError(message("population", f"{n} of each", got))
+            raise Refusal(message("population", f"{n} of each", got))
         members = [
             stage.init(key, variables, teacher, batch, data)
             for key, variables in zip(keys, each, strict=True)
@@ -115,7 +115,7 @@ def population(
         if mesh is not None and devices > 1:
             do = "Leave out its mesh=: each device has whole students."
             wanted, got = "a stage on one device", f"one on {devices}"
-            raise ValueError(message("population", wanted, got, do))
+            raise Refusal(message("population", wanted, got, do))
         if adjust is not None:
             members = [adjust(number, state) for number, state in enumerate(members)]
         if not stacked:
@@ -154,7 +154,7 @@ def reweighted(state: State, /, **weights: ScalarLike) -> State:
             near = ", ".join(nearest(name, kept)) or "none"
             do = f"Nearest: {near}; give its weight as hintjax.Adjustable(start)."
             wanted = "terms whose weight is adjustable"
-            raise ValueError(message("reweighted", wanted, repr(name), do))
+            raise Refusal(message("reweighted", wanted, repr(name), do))
     new = {name: jnp.asarray(x, kept[name].dtype) for name, x in weights.items()}
     return state._replace(memory={**state.memory, ADJUSTABLE: {**kept, **new}})
 

@@ -15,9 +15,10 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from hintjax._checks import message
+from hintjax._checks import FileRefusal, Refusal, WrongType, message
 
-_RAISED = (ValueError, TypeError, OSError)  # what is raised as what it was elsewhere
+# Errors that other processes raise as the kind that they were in the first.
+_RAISED = (WrongType, FileRefusal, Refusal, ValueError, TypeError, OSError)
 _SAID = 2000  # bytes of an error that others repeat
 
 
@@ -74,7 +75,7 @@ def each(find: Callable[[], Any]) -> Any:
         raise
     for process, text in _gathered("").items():
         wanted = f"process {process} to go on"
-        raise ValueError(message("processes", wanted, text.rstrip(".")))
+        raise Refusal(message("processes", wanted, text.rstrip(".")))
     return found
 
 
@@ -162,4 +163,4 @@ def agree(what: str, ours: Mapping[str, Any]) -> None:
         others = ", ".join(map(str, said))
         got = f"another in process {others}:\n  " + "\n  ".join(said.values()) + "\n"
         do = "Start all processes with the same command."
-        raise ValueError(message("processes", f"the same {what} in all", got, do))
+        raise Refusal(message("processes", f"the same {what} in all", got, do))

@@ -28,7 +28,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
-from hintjax._checks import message, nearest, positive_int
+from hintjax._checks import Refusal, message, nearest, positive_int
 from hintjax.processes import agree
 
 BATCH = ("data", "fsdp")  # the axes that split batches
@@ -97,7 +97,7 @@ def make_mesh(
     if math.prod(sizes.values()) != len(devices):
         do = "Choose sizes whose product it is."
         wanted = f"axes that make up {len(devices)} devices"
-        raise ValueError(message("make_mesh", wanted, f"{sizes}", do))
+        raise Refusal(message("make_mesh", wanted, f"{sizes}", do))
     return jax.make_mesh(
         tuple(sizes.values()),
         tuple(sizes),
@@ -128,7 +128,7 @@ def batch_axes(mesh: Mesh) -> tuple[str, ...]:
     if not axes:
         do = "Make one with hintjax.make_mesh."
         wanted = f"a mesh with an axis {' or '.join(BATCH)}"
-        raise ValueError(message("mesh", wanted, f"{mesh.axis_names}", do))
+        raise Refusal(message("mesh", wanted, f"{mesh.axis_names}", do))
     return axes
 
 
@@ -167,7 +167,7 @@ def check_even(batch: PyTree, parts: int, those: str) -> None:
                 f"Use a multiple of {parts}, such as {' or '.join(sizes)}, or fill it "
                 f'up and say in "where" which examples count.'
             )
-            raise ValueError(message("batch", wanted, got, do))
+            raise Refusal(message("batch", wanted, got, do))
 
 
 def check_spans(batch: PyTree, mesh: Mesh) -> None:
@@ -181,7 +181,7 @@ def check_spans(batch: PyTree, mesh: Mesh) -> None:
             wanted = "a batch on the devices of all processes"
             got = f"{_name(path)!r}, which is this process' own"
             do = "Make it one with hintjax.sharding.from_process."
-            raise ValueError(message("batch", wanted, got, do))
+            raise Refusal(message("batch", wanted, got, do))
 
 
 def check_rules(layout: Layout, params: PyTree) -> None:
@@ -193,7 +193,7 @@ def check_rules(layout: Layout, params: PyTree) -> None:
             got = f"{rule!r}, which none does"
             do = f"The nearest are {nearest(rule, paths)}."
             wanted = "rules that match a parameter's path"
-            raise ValueError(message("layout", wanted, got, do))
+            raise Refusal(message("layout", wanted, got, do))
 
 
 def stored(layout: Layout, params: PyTree) -> PyTree:
@@ -372,7 +372,7 @@ def _annotated(layout, path, box):
             wanted = f"metadata of axes {axes} or of names in logical="
             near = ", ".join(nearest(name, known))
             do = f"Nearest: {near}; or add logical={{{name!r}: None}}."
-            raise ValueError(message("layout", wanted, f"{name!r} of {path!r}", do))
+            raise Refusal(message("layout", wanted, f"{name!r} of {path!r}", do))
     return nn.logical_to_mesh_axes(box.names, rules)
 
 
@@ -386,15 +386,15 @@ def _check_spec(caller, spec, path, shape, mesh):
     unknown = [n for entry in names for n in entry if n not in mesh.axis_names]
     if unknown:
         wanted = f"axes among {mesh.axis_names}"
-        raise ValueError(message(caller, wanted, f"{spec}"))
+        raise Refusal(message(caller, wanted, f"{spec}"))
     if len(names) > len(shape):
         wanted = f"at most the {len(shape)} axes of {path!r}"
-        raise ValueError(message(caller, wanted, f"{spec}"))
+        raise Refusal(message(caller, wanted, f"{spec}"))
     for size, entry in zip(shape, names, strict=False):
         parts = math.prod(mesh.shape[name] for name in entry)
         if size % parts:
             wanted = f"{spec} to divide {path!r} evenly"
-            raise ValueError(message(caller, wanted, f"{shape} over {parts} devices"))
+            raise Refusal(message(caller, wanted, f"{shape} over {parts} devices"))
 
 
 def _names(entry: str | Iterable[str] | None) -> tuple[str, ...]:

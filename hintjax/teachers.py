@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
-from hintjax._checks import function, instance, message, nearest, scalar
+from hintjax._checks import Refusal, function, instance, message, nearest, scalar
 from hintjax.method import Method, union
 from hintjax.networks import Features, Network, Variables, Wants
 from hintjax.views import through
@@ -38,7 +38,7 @@ def together(**networks: Network) -> Network:
             none of the names.
     """
     if not networks:
-        raise ValueError(message("together", "networks by name", "none"))
+        raise Refusal(message("together", "networks by name", "none"))
     instance("together", Network, **networks)
 
     def init(key, inputs):
@@ -57,7 +57,7 @@ def together(**networks: Network) -> Network:
                 near = ", ".join(nearest(first, networks))
                 do = f"Nearest: {near}; say from_teacher(method, name)."
                 wanted = "a path that begins with the name of a network"
-                raise ValueError(message("together", wanted, repr(path), do))
+                raise Refusal(message("together", wanted, repr(path), do))
         return tuple(p.removeprefix(f"{name}/") for p in paths if _is_of(name, p))
 
     def apply(params, state, inputs, *, wants, train, key=None):
@@ -226,7 +226,7 @@ def moving_average(
     if shapes[0] != shapes[1]:
         wanted = "teacher and student to be of one network"
         got = "other names or shapes"
-        raise ValueError(message(caller, wanted, got))
+        raise Refusal(message(caller, wanted, got))
 
     def one(theirs, ours):
         if not jnp.issubdtype(ours.dtype, jnp.floating):

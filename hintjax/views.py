@@ -6,7 +6,7 @@ from types import NoneType
 import jax
 from jaxtyping import Array
 
-from hintjax._checks import function, instance, message
+from hintjax._checks import Refusal, function, instance, message
 from hintjax.method import Method
 from hintjax.networks import Features, Wants
 
@@ -111,7 +111,7 @@ def at_head(
         if path is not None and not getattr(method, name).output:
             wanted = f"a method that reads the {name}'s output"
             do = "Name layers as hints in the method itself."
-            raise ValueError(message("at_head", wanted, "one that does not", do))
+            raise Refusal(message("at_head", wanted, "one that does not", do))
 
     def wants(of, path):
         if path is None:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int32, Integer, PRNGKeyArray
 
-from hintjax._checks import message
+from hintjax._checks import Refusal, message
 from hintjax.data.images import PLAIN, AnyArray, Augment, Placed, Split, Standardize
 from hintjax.data.records import Records
 from hintjax.data.standardize import standardized
@@ -43,7 +43,7 @@ def steps_per_epoch(n: int, batch_size: int) -> int:
     if not 0 < batch_size <= n:
         wanted = f"batch_size in 1..{n}, the size of the split"
         do = "Change the batch size, or keep more examples (limit=)."
-        raise ValueError(message("steps_per_epoch", wanted, str(batch_size), do))
+        raise Refusal(message("steps_per_epoch", wanted, str(batch_size), do))
     return n // batch_size
 
 
@@ -86,7 +86,7 @@ def take(
     if augment.pad or augment.flip:
         if key is None:
             do = "Pass key=, a new one at every step."
-            raise ValueError(message("take", f"a key for {augment}", "None", do))
+            raise Refusal(message("take", f"a key for {augment}", "None", do))
         shift_key, flip_key = jax.random.split(key)
         n, end = len(index), 2 * augment.pad + 1
         shift = jax.random.randint(shift_key, (n, 2), 0, end, jnp.int32)
@@ -118,7 +118,7 @@ def augmented(xp: Any, image: Any, shift: Any, flip: Any, augment: Augment) -> A
 def _crop_index(xp: Any, shift: Any, length: int, augment: Augment) -> Any:
     if augment.reflect and augment.pad >= length:
         wanted = f"a reflecting pad below the image's {length} pixels"
-        raise ValueError(message("take", wanted, str(augment.pad), "Lower it."))
+        raise Refusal(message("take", wanted, str(augment.pad), "Lower it."))
     index = shift[:, None] + xp.arange(length, dtype=xp.int32) - augment.pad
     if augment.reflect:  # -1 reads 1, and length reads length - 2
         index = length - 1 - xp.abs(length - 1 - xp.abs(index))
@@ -145,7 +145,7 @@ def evaluation_batches(
     if batch_size < 1 or not source.n:
         wanted = "a batch size above 0 and a split with examples"
         got = f"{batch_size} and {source.n}"
-        raise ValueError(message("evaluation_batches", wanted, got))
+        raise Refusal(message("evaluation_batches", wanted, got))
     for start in range(0, source.n, batch_size):
         index = np.arange(start, start + batch_size, dtype=np.int32)
         where = index < source.n

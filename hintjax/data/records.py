@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int32, Integer
 
-from hintjax._checks import message, nearest
+from hintjax._checks import Refusal, WrongType, message, nearest
 from hintjax.data.images import AnyArray, Split
 from hintjax.data.splits import check_labels
 
@@ -34,11 +34,11 @@ class Records:
         ):
             wanted = "an image classification set (an image and a class label)"
             got = f"{name!r} with {', '.join(sorted(features))}"
-            raise TypeError(message("records", wanted, got, _ARRAYS))
+            raise WrongType(message("records", wanted, got, _ARRAYS))
         if image.np_dtype != np.uint8 or image.shape[-1] not in MODES:
             got = f"{np.dtype(image.np_dtype)} of {image.shape[-1]} in {name!r}"
             wanted = "uint8 images of 1, 3 or 4 channels"
-            raise ValueError(message("records", wanted, got, _ARRAYS))
+            raise Refusal(message("records", wanted, got, _ARRAYS))
         # The bytes stay encoded here: Pillow decodes them in `read`, so that the same
         # pixels come out whether or not OpenCV, which TFDS prefers, is installed.
         encoded = [k for k, v in features.items() if isinstance(v, tfds.features.Image)]
@@ -50,11 +50,11 @@ class Records:
             wanted = f"{name!r} stored as array_record"
             got = f"{builder.info.file_format} in {builder.data_dir}"
             do = "Only TensorFlow reads that. " + _prepare(name, "another_data_dir")
-            raise ValueError(message("records", wanted, got, do)) from error
+            raise Refusal(message("records", wanted, got, do)) from error
         except ValueError as error:
             there = ", ".join(sorted(builder.info.splits))
             wanted = f"a split of {name!r} with examples ({there}, or a part of one)"
-            raise ValueError(message("records", wanted, repr(split))) from error
+            raise Refusal(message("records", wanted, repr(split))) from error
         self.name, self.split, self.n = name, split, len(self._source)
         self.class_names = tuple(label.names or map(str, range(label.num_classes)))
         self._keys, self._channels, self._size = keys, image.shape[-1], size
@@ -79,7 +79,7 @@ class Records:
             image = self._decode(i, example)
             if image.shape != self.shape:
                 got = f"{self.shape} and {image.shape} {self._where(i)}"
-                raise ValueError(message("records", ONE_SHAPE, got, "Pass size=."))
+                raise Refusal(message("records", ONE_SHAPE, got, "Pass size=."))
             images[at], labels[at] = image, example[self._keys[1]]
         check_labels(f"{self.split!r} of {self.name!r}", labels, len(self.class_names))
         return Split(images, labels)
@@ -102,7 +102,7 @@ class Records:
         except (OSError, SyntaxError) as error:  # Pillow raises both on broken files
             wanted = f"an image {self._where(i)}"
             do = "Prepare the set again."
-            raise ValueError(message("records", wanted, str(error), do)) from error
+            raise Refusal(message("records", wanted, str(error), do)) from error
         return pixels.reshape(*pixels.shape[:2], self._channels)
 
     def _where(self, i: int) -> str:
@@ -152,18 +152,18 @@ def builder_of(name: str, data_dir: str | os.PathLike[str] | None) -> Any:
         wanted = f"one configuration of {name!r}"
         got = f"a folder with {', '.join(sorted(configs))}"
         do = f"Write {base}/{min(configs)}."
-        raise ValueError(message("load", wanted, got, do))
+        raise Refusal(message("load", wanted, got, do))
     known = tfds.list_builders(with_community_datasets=False)
     if versions or base.split("/")[0] in known:
         there = ", ".join(path.name for path in versions.values()) or "nothing"
         wanted = f"{name!r} prepared in {data_dir}"
         do = _prepare(name, data_dir)
-        raise ValueError(message("load", wanted, f"{there} there", do))
+        raise Refusal(message("load", wanted, f"{there} there", do))
     prepared = {path.parts[-3] for path in data_dir.glob("*/*/features.json")}
     near = ", ".join(nearest(base, sorted({"digits", *prepared, *known})))
     got = f"{name!r}, neither in {data_dir} nor known to TensorFlow Datasets"
     do = f"The nearest names are {near}."
-    raise ValueError(message("load", "the name of a dataset", got, do))
+    raise Refusal(message("load", "the name of a dataset", got, do))
 
 
 def _prepare(name: str, data_dir: str | os.PathLike[str]) -> str:

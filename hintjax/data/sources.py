@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hintjax._checks import message
+from hintjax._checks import Refusal, message
 from hintjax.data.images import Split, Standardize
 from hintjax.data.records import (
     MODES,
@@ -83,7 +83,7 @@ def load(
     """
     if not 0 < validation < 1:
         do = "It is the share of train that is kept for choosing between runs."
-        raise ValueError(message("load", "validation in (0, 1)", str(validation), do))
+        raise Refusal(message("load", "validation in (0, 1)", str(validation), do))
     if name == "digits":
         splits, names = _digits()
     elif name.endswith(".npz"):
@@ -109,12 +109,12 @@ def load(
     if limit is not None:
         if not 0 < limit <= train.n:
             wanted = f"limit in 1..{train.n}, the size of train of {name!r}"
-            raise ValueError(message("load", wanted, str(limit), "Lower it."))
+            raise Refusal(message("load", wanted, str(limit), "Lower it."))
         train = train.read(stratified(train.label, limit, seed))
     for key, split in {**splits, "train": train}.items():
         if split.shape != train.shape:
             got = f"{train.shape} in train and {split.shape} in {key} of {name!r}"
-            raise ValueError(message("load", ONE_SHAPE, got, "Pass size=."))
+            raise Refusal(message("load", ONE_SHAPE, got, "Pass size=."))
     validation_split, test = splits["validation"], splits["test"]
     return Dataset(
         name, len(names), train, validation_split, test, standardize, tuple(names)
@@ -136,7 +136,7 @@ def _npz(path: Path) -> tuple[dict[str, Split], Sequence[str]]:
             found = file.files
     except (OSError, EOFError, TypeError, ValueError, zipfile.BadZipFile) as error:
         wanted = f"{path} to be an .npz file of plain arrays"
-        raise ValueError(message("load", wanted, str(error), _SAVE)) from error
+        raise Refusal(message("load", wanted, str(error), _SAVE)) from error
     pairs = {"train": ("image", "label")}
     if "image_test" in arrays or "label_test" in arrays:
         pairs["test"] = ("image_test", "label_test")
@@ -144,7 +144,7 @@ def _npz(path: Path) -> tuple[dict[str, Split], Sequence[str]]:
     if missing:
         wanted = f"{path} to hold {' and '.join(missing)}"
         got = f"only {', '.join(sorted(found)) or 'nothing'}"
-        raise ValueError(message("load", wanted, got, _SAVE))
+        raise Refusal(message("load", wanted, got, _SAVE))
     labels = np.concatenate([arrays[label].ravel() for _, label in pairs.values()])
     if "class_names" in arrays:
         names = [str(name) for name in arrays["class_names"].ravel()]
@@ -174,7 +174,7 @@ def _tfds(
     }
     if "train" not in splits:
         do = "Read it by records(name, data_dir, split)."
-        raise ValueError(message("load", f"a train split of {name!r}", "none", do))
+        raise Refusal(message("load", f"a train split of {name!r}", "none", do))
     test = splits.get("test")
     if test is not None and test.labels([0])[0] < 0:
         del splits["test"]  # published without labels, as ImageNet's
@@ -193,7 +193,7 @@ def _on_disk(
     train = splits["train"]
     if limit is not None:
         wanted = f"no limit for {train.name!r}, which stays on disk"
-        raise ValueError(message("load", wanted, str(limit), "Pass a smaller size=."))
+        raise Refusal(message("load", wanted, str(limit), "Pass a smaller size=."))
 
     def part(of, where):
         return records(train.name, data_dir, f"{of}[{where}]", size=size)
@@ -225,11 +225,11 @@ def _resized(split: Split, size: int) -> Split:
         return split
     if split.n * size * size * split.shape[-1] > IN_MEMORY:
         wanted = f"a size at which {split.n} images fit into {IN_MEMORY} bytes"
-        raise ValueError(message("load", wanted, str(size), "Lower it."))
+        raise Refusal(message("load", wanted, str(size), "Lower it."))
     if split.shape[-1] not in MODES:
         wanted = "images of 1, 3 or 4 channels to resize"
         do = "Leave size= out."
-        raise ValueError(message("load", wanted, str(split.shape), do))
+        raise Refusal(message("load", wanted, str(split.shape), do))
     channels = split.shape[-1]
     flat = split.image[..., 0] if channels == 1 else split.image
     image = np.stack([cropped(pillow().fromarray(one), size) for one in flat])

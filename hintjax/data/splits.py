@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from hintjax._checks import message
+from hintjax._checks import Refusal, WrongType, message
 from hintjax.data.images import Split
 
 # Splits.
@@ -14,14 +14,14 @@ def checked_split(
     if image.dtype != np.uint8:
         do = "Scale them to 0..255, round them and convert them."
         wanted = f"uint8 pixels in {where}"
-        raise TypeError(message("load", wanted, str(image.dtype), do))
+        raise WrongType(message("load", wanted, str(image.dtype), do))
     if image.ndim not in (3, 4) or label.shape != image.shape[:1]:
         wanted = f"images [n h w] or [n h w c] and labels [n] in {where}"
         got = f"{image.shape} and {label.shape}"
-        raise ValueError(message("load", wanted, got, "Reshape them."))
+        raise Refusal(message("load", wanted, got, "Reshape them."))
     if not label.size:
         wanted = f"at least one example in {where}"
-        raise ValueError(message("load", wanted, "an empty split"))
+        raise Refusal(message("load", wanted, "an empty split"))
     check_labels(where, label, classes)
     image = image[..., None] if image.ndim == 3 else image
     return Split(image, label.astype(np.int32))
@@ -30,14 +30,14 @@ def checked_split(
 def check_labels(where: str, label: np.ndarray, classes: int) -> None:
     if not np.issubdtype(label.dtype, np.integer):
         wanted = f"integer labels in {where}"
-        raise TypeError(message("load", wanted, str(label.dtype), "Convert them."))
+        raise WrongType(message("load", wanted, str(label.dtype), "Convert them."))
     wrong = np.flatnonzero((label < 0) | (label >= classes))
     if wrong.size:
         wanted = f"labels in 0..{classes - 1} in {where}"
         got = (
             f"{label[wrong[0]]} at {wrong[0]} ({wrong.size} of {label.size} are wrong)"
         )
-        raise ValueError(message("load", wanted, got, "Correct them."))
+        raise Refusal(message("load", wanted, got, "Correct them."))
 
 
 def stratified(label: np.ndarray, count: int, seed: int) -> np.ndarray:
@@ -57,7 +57,7 @@ def carved(name: str, split: Split, count: int, seed: int) -> tuple[Split, Split
     if not 0 < count < split.n:
         wanted = f"at least one example in {name} and in train"
         got = f"{count} and {split.n - count}"
-        raise ValueError(message("load", wanted, got, "The set is too small to cut."))
+        raise Refusal(message("load", wanted, got, "The set is too small to cut."))
     chosen = stratified(split.label, count, seed)
     rest = np.setdiff1d(np.arange(split.n), chosen)
     return split.read(chosen), split.read(rest)

@@ -9,7 +9,7 @@ from typing import Any, SupportsIndex
 
 import numpy as np
 
-from hintjax._checks import message
+from hintjax._checks import Refusal, message
 from hintjax.data.batches import augmented, steps_per_epoch
 from hintjax.data.images import PLAIN, Augment, Split, Standardize
 from hintjax.data.records import Records, optional_module
@@ -55,7 +55,7 @@ def stream(
     if not 0 <= process_index < process_count:
         wanted = f"process_index in 0..{process_count - 1}"
         do = "Pass jax.process_index() and jax.process_count()."
-        raise ValueError(message("stream", wanted, str(process_index), do))
+        raise Refusal(message("stream", wanted, str(process_index), do))
     grain = optional_module("grain")
     standardize = Standardize(*map(np.asarray, standardize))  # workers have no device
     if isinstance(source, Split):

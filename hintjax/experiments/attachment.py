@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 
 from hintjax import pairing, regressors
-from hintjax._checks import message
+from hintjax._checks import Refusal, message
 from hintjax.method import Method, Pairs
 from hintjax.views import viewed
 
@@ -85,7 +85,7 @@ def before_relu(places: Places) -> Pairs:
                 wanted = f"the model to say what {path} is before its ReLU"
                 got = f"{list(known)}"
                 do = "Name the layers with --pairs."
-                raise ValueError(message("recipe", wanted, got, do))
+                raise Refusal(message("recipe", wanted, got, do))
         found.append(tuple(map(dict.get, places.preactivations, pair)))
     return tuple(found)
 
@@ -110,7 +110,7 @@ def last_relations(places: Places) -> Pairs:
     if not found:
         wanted = "queries, keys and values as layers of the last blocks"
         got = f"{last} without them"
-        raise ValueError(message("recipe", wanted, got, "Name them with --pairs."))
+        raise Refusal(message("recipe", wanted, got, "Name them with --pairs."))
     return tuple(found)
 
 
@@ -164,7 +164,7 @@ def classifier(layers: Layers) -> str:
 def one(pairs: Pairs) -> tuple[str, str]:
     """The pair of a method that has but one."""
     if len(pairs) != 1:
-        raise ValueError(message("recipe", "one pair for this method", f"{pairs}"))
+        raise Refusal(message("recipe", "one pair for this method", f"{pairs}"))
     return pairs[0]
 
 

@@ -12,6 +12,9 @@ from typing import Any, Literal
 
 from hintjax._checks import (
     LARGEST_FLOAT,
+    FileRefusal,
+    Refusal,
+    WrongType,
     described,
     integer,
     message,
@@ -151,13 +154,13 @@ def check(config: Config) -> Config:
         if not re.fullmatch(r"\w+(\.\w+)*:\w+", model):
             wanted = f"{name} as package.module:factory"
             do = "For instance hintjax.models:resnet20."
-            raise ValueError(message("config", wanted, described(model), do))
+            raise Refusal(message("config", wanted, described(model), do))
     if config.weight == 0 and config.task_weight == 0:
         got = "weight 0 and task_weight 0"
-        raise ValueError(message("config", "a loss with a weight > 0", got))
+        raise Refusal(message("config", "a loss with a weight > 0", got))
     if config.hint_epochs is not None and not 0 < config.hint_epochs < config.epochs:
         wanted = f"hint_epochs between 1 and epochs - 1 = {config.epochs - 1}"
-        raise ValueError(message("config", wanted, f"{config.hint_epochs}"))
+        raise Refusal(message("config", wanted, f"{config.hint_epochs}"))
     for pair in config.pairs:
         parse_pair(pair)
     return config
@@ -171,7 +174,7 @@ def parse_pair(pair: str) -> tuple[str, str]:
     """
     guided, equal, hint = pair.partition("=")
     if not (guided and equal and hint):
-        raise ValueError(message("config", "pairs as guided=hint", described(pair)))
+        raise Refusal(message("config", "pairs as guided=hint", described(pair)))
     return guided, hint
 
 
@@ -191,7 +194,7 @@ def load(path: str | os.PathLike[str]) -> Config:
     """Reads a config from a YAML file or from a run directory.
 
     Raises:
-        FileNotFoundError: if there is none.
+        FileRefusal: if there is none.
         ValueError: for an unknown key (the nearest names are given), or a value of
             the wrong type or range.
         TypeError: if the file does not hold names and values.
@@ -202,21 +205,21 @@ def load(path: str | os.PathLike[str]) -> Config:
     path = path / FILE if path.is_dir() else path
     if not path.is_file():
         do = "Pass a run directory of hintjax, or a YAML file."
-        raise FileNotFoundError(message("config", f"a file {path}", "nothing", do))
+        raise FileRefusal(message("config", f"a file {path}", "nothing", do))
     try:
         text = path.read_text(encoding="utf-8")
         node, fields = yaml.compose(text, yaml.SafeLoader), yaml.safe_load(text)
     except (yaml.YAMLError, *_NO_YAML) as error:
         got = " ".join(str(error).split())[:300]
-        raise ValueError(message("config", f"plain YAML in {path}", got)) from None
+        raise Refusal(message("config", f"plain YAML in {path}", got)) from None
     if not isinstance(fields, Mapping):
         got = type(fields).__name__
-        raise TypeError(message("config", f"names and values in {path}", got))
+        raise WrongType(message("config", f"names and values in {path}", got))
     names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
     if len(set(names)) < len(names):
         wanted = f"each name once in {path}"
         got = described(max(names, key=names.count))
-        raise ValueError(message("config", wanted, f"{got} again"))
+        raise Refusal(message("config", wanted, f"{got} again"))
     return from_dict(fields)
 
 
@@ -235,7 +238,7 @@ def from_dict(fields: Mapping[str, Any]) -> Config:
     for name, value in fields.items():
         if name not in types_of:
             do = f"Nearest: {', '.join(nearest(str(name)[:80], types_of))}."
-            raise ValueError(message("config", "a known key", described(name), do))
+            raise Refusal(message("config", "a known key", described(name), do))
         given[name] = _typed(name, value, types_of[name])
     return check(Config(**given))
 
@@ -255,7 +258,7 @@ def _typed(name, value, wanted):
         elif type(value) is option:  # so that a bool is no int
             return value
     names = " or ".join(itertools.chain(*map(_names, options)))
-    raise ValueError(message("config", f"{name} to be {names}", described(value)))
+    raise Refusal(message("config", f"{name} to be {names}", described(value)))
 
 
 def _names(option):

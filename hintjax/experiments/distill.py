@@ -10,7 +10,7 @@ from pathlib import Path
 
 import jax
 
-from hintjax._checks import message, nearest
+from hintjax._checks import Refusal, message, nearest
 from hintjax.experiments import attachment as places
 from hintjax.experiments import config as configs
 from hintjax.experiments import recipes
@@ -74,7 +74,7 @@ def _attaches(recipe):
 def _recipe(name):
     if name not in RECIPES:
         do = f"Nearest: {', '.join(nearest(name, RECIPES))}."
-        raise ValueError(message("distill", "a method", repr(name), do))
+        raise Refusal(message("distill", "a method", repr(name), do))
     return RECIPES[name]
 
 
@@ -91,7 +91,7 @@ def distill(config: Config, run_dir: Path, *, resume: bool = False) -> None:
     if arms and jax.process_count() > 1:
         do = "Give it --method, or compare in one process."
         got = f"a comparison in {jax.process_count()}"
-        raise ValueError(message("distill", "one method in several processes", got, do))
+        raise Refusal(message("distill", "one method in several processes", got, do))
     agree("config", _said(config))
     with owned(run_dir), contextlib.ExitStack() as silence:
         if not first():
@@ -169,12 +169,12 @@ def claim(run_dir: Path | None, config: Config) -> Path:
             do = f"Go on with `hintjax resume {run_dir}`." if ours else ""
             do = f"{do} Choose another --run-dir.".strip()
             got = f"{run_dir} with {'a run' if ours else 'other files'} in it"
-            raise ValueError(message("distill", "an empty run directory", got, do))
+            raise Refusal(message("distill", "an empty run directory", got, do))
         if not os.access(run_dir, os.W_OK):
             raise PermissionError(f"no right to write in {run_dir}")
     except OSError as error:
         wanted = "a run directory that can be written"
-        raise ValueError(message("distill", wanted, f"{error}")) from None
+        raise Refusal(message("distill", wanted, f"{error}")) from None
     return run_dir
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from hintjax._checks import message
+from hintjax._checks import Refusal, message
 from hintjax.experiments import config as configs
 from hintjax.networks import Network, linen
 from hintjax.networks.nnx import nnx
@@ -24,18 +24,18 @@ def factory(name: str) -> Callable[..., Any]:
     module_name, colon, attribute = name.partition(":")
     if not (module_name and colon and attribute):
         do = "For instance hintjax.models:resnet20."
-        raise ValueError(message("model", "package.module:factory", repr(name), do))
+        raise Refusal(message("model", "package.module:factory", repr(name), do))
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
-        raise ValueError(
+        raise Refusal(
             message("model", f"to import {module_name}", f"{error}")
         ) from None
     if not hasattr(module, attribute):
         near = ", ".join(configs.nearest(attribute, dir(module)))
         do = f"Nearest: {near}."
         wanted = f"a factory in {module_name}"
-        raise ValueError(message("model", wanted, attribute, do))
+        raise Refusal(message("model", wanted, attribute, do))
     made = getattr(module, attribute)
     parameters = _parameters(made)
     missing = [
@@ -50,7 +50,7 @@ def factory(name: str) -> Callable[..., Any]:
         takes = ", ".join(missing or parameters) or "nothing"
         got = f"one that wants {takes}"
         wanted = f"{name} to be a factory, called as {attribute}(classes=...)"
-        raise ValueError(message("model", wanted, got))
+        raise Refusal(message("model", wanted, got))
     return made
 
 
@@ -79,7 +79,7 @@ def network(name: str, classes: int) -> Network:
         return linen(made)
     wanted = f"{name} to make a Flax Linen module or a hintjax.Network"
     do = "A factory of NNX models takes rngs."
-    raise ValueError(message("model", wanted, type(made).__name__, do))
+    raise Refusal(message("model", wanted, type(made).__name__, do))
 
 
 def attribute_of(name, classes, attribute, missing):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import jax
 
-from hintjax._checks import message
+from hintjax._checks import Refusal, message
 from hintjax.data import Split, Standardize, evaluation_batches
 from hintjax.experiments import config as configs
 from hintjax.experiments.config import Config
@@ -40,11 +40,11 @@ def load_student(
     def classes():
         if not (path / "student").exists():
             do = f"Finish it with `hintjax resume {path}`."
-            raise ValueError(message("teacher", f"a student in {path}", "none", do))
+            raise Refusal(message("teacher", f"a student in {path}", "none", do))
         if (path / DEPLOYED).exists() and not hints_only:
             wanted = f"a student in {path} that stands alone"
             got = f"one of {config.method}, which is deployed with other parts"
-            raise ValueError(message("teacher", wanted, got))
+            raise Refusal(message("teacher", wanted, got))
         return json.loads((path / RESULT).read_text())["classes"]
 
     made = network(config.student, told(classes))

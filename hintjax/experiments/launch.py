@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 import jax
 
-from hintjax._checks import message
+from hintjax._checks import Refusal, message
 
 # Seconds: until a silent process counts as lost (JAX's own 100 s are dear, and threads
 # of its own say that a process is there); until it is said what is waited for; that all
@@ -54,14 +54,14 @@ def start(
         return
     if missing:
         got = f"no {' and no '.join(missing)}"
-        raise ValueError(message("processes", "all of " + ", ".join(given), got))
+        raise Refusal(message("processes", "all of " + ", ".join(given), got))
     host, colon, port = coordinator.rpartition(":")
     if not (host and colon and port.isdecimal()):
         wanted = "coordinator as host:port"
-        raise ValueError(message("processes", wanted, repr(coordinator)))
+        raise Refusal(message("processes", wanted, repr(coordinator)))
     if not 0 <= process < processes:
         wanted = f"process in 0..{processes - 1}"
-        raise ValueError(message("processes", wanted, f"{process}"))
+        raise Refusal(message("processes", wanted, f"{process}"))
     with _waiting(f"all {processes} at {coordinator}; this is process {process}"):
         try:
             jax.distributed.initialize(
@@ -73,12 +73,12 @@ def start(
             )
         except RuntimeError as error:
             wanted = "to start, once and before anything is computed"
-            raise ValueError(message("processes", wanted, f"{error}")) from error
+            raise Refusal(message("processes", wanted, f"{error}")) from error
     counts = collections.Counter(device.process_index for device in jax.devices())
     if len(set(counts.values())) > 1:
         got = f"{dict(sorted(counts.items()))}"
         wanted = "as many devices in each process"
-        raise ValueError(message("processes", wanted, got))
+        raise Refusal(message("processes", wanted, got))
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ from matplotlib.patheffects import withStroke
 from matplotlib.textpath import TextPath
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from hintjax._checks import message
+from hintjax._checks import Refusal, message
 from hintjax.experiments.statistics import Numbers, summary
 
 # Okabe and Ito's colours and Tol's, told apart with any colour vision; the line style
@@ -393,7 +393,7 @@ def _tiles(images, maps: Mapping, stacked: bool):
 def _check_maps(where: str, images, maps: Mapping) -> None:
     shape = np.shape(images)
     if len(shape) != 4 or shape[0] == 0 or not maps:
-        raise ValueError(
+        raise Refusal(
             message(
                 where,
                 "images [n, h, w, c] and at least one network's maps",
@@ -403,7 +403,7 @@ def _check_maps(where: str, images, maps: Mapping) -> None:
         )
     for name, value in maps.items():
         if np.ndim(value) != 3 or np.shape(value)[0] != shape[0]:
-            raise ValueError(
+            raise Refusal(
                 message(
                     where,
                     f"maps [n, h, w] of the same {shape[0]} images",
@@ -431,7 +431,7 @@ def _unit(tile: np.ndarray) -> np.ndarray:
 def _finite(run: History) -> History:
     at, accuracy = np.asarray(run.at, float), np.asarray(run.accuracy, float)
     if at.shape != accuracy.shape or at.ndim != 1:
-        raise ValueError(
+        raise Refusal(
             message(
                 "curves",
                 "as many accuracies as steps",

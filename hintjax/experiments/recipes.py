@@ -13,7 +13,7 @@ import flax.linen as nn
 import optax
 
 from hintjax import regressors
-from hintjax._checks import message
+from hintjax._checks import Refusal, message
 from hintjax.experiments.attachment import (
     Places,
     before_relu,
@@ -266,7 +266,7 @@ def _share(config, part):
     first = config.hint_epochs or max(1, config.epochs // part)
     if first >= config.epochs:
         wanted = f"epochs >= 2 of {config.method}, one for each stage"
-        raise ValueError(message("config", wanted, f"{config.epochs}"))
+        raise Refusal(message("config", wanted, f"{config.epochs}"))
     return first
 
 

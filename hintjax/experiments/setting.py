@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hintjax._checks import message
+from hintjax._checks import Refusal, message
 from hintjax.data import Dataset, Split, evaluation_batches, load, steps_per_epoch
 from hintjax.experiments import config as configs
 from hintjax.experiments.attachment import Places
@@ -98,16 +98,16 @@ def mesh_of(config: Config) -> Layout | None:
     if wanted > len(devices) or (jax.process_count() > 1 and wanted < len(devices)):
         least = "at most" if jax.process_count() == 1 else "all"
         got = f"{wanted} of {jax.device_count()}"
-        raise ValueError(message("config", f"{least} the devices that are here", got))
+        raise Refusal(message("config", f"{least} the devices that are here", got))
     if wanted % config.fsdp:
         got = f"{config.fsdp} with {wanted} devices"
-        raise ValueError(message("config", "fsdp to divide the devices", got))
+        raise Refusal(message("config", "fsdp to divide the devices", got))
     if config.batch_size % wanted:
         low = config.batch_size // wanted * wanted
         sizes = " or ".join(str(n) for n in (low, low + wanted) if n)
         do = f"Use {sizes}, or fewer --devices."
         text = f"a batch_size that {wanted} devices can share evenly"
-        raise ValueError(message("config", text, f"{config.batch_size}", do))
+        raise Refusal(message("config", text, f"{config.batch_size}", do))
     if wanted == 1:
         return None
     shares = {"fsdp": config.fsdp} if config.fsdp > 1 else {}

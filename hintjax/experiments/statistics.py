@@ -6,7 +6,7 @@ from typing import NamedTuple, SupportsFloat
 
 import numpy as np
 
-from hintjax._checks import message
+from hintjax._checks import Refusal, message
 
 Numbers = Sequence[SupportsFloat] | np.ndarray
 
@@ -53,7 +53,7 @@ def summary(values: Numbers) -> Summary:
     """
     values = np.asarray(values, np.float64)
     if values.ndim != 1 or values.size == 0:
-        raise ValueError(
+        raise Refusal(
             message(
                 "summary",
                 "one number per seed",
@@ -89,7 +89,7 @@ def paired(a: Numbers, b: Numbers) -> Paired:
     """
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     if a.shape != b.shape:
-        raise ValueError(
+        raise Refusal(
             message(
                 "paired",
                 "the same seeds in both arms",

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from jaxtyping import Array, Float
 
-from hintjax._checks import message
+from hintjax._checks import Refusal, message
 from hintjax.method import Method, Pairs, hints_of, nothing
 from hintjax.methods._tokens import counted
 from hintjax.networks import Wants
@@ -46,7 +46,7 @@ def outputs(caller: str, loss: Callable[..., Float[Array, " batch"]]) -> Method:
             wanted = "student and teacher to have the same classes"
             got = f"outputs {student.output.shape} and {teacher.output.shape}"
             do = "Distil hints instead, or give both networks one head."
-            raise ValueError(message(caller, wanted, got, do))
+            raise Refusal(message(caller, wanted, got, do))
         return nothing(key, student, teacher, data)
 
     def apply(params, memory, student, teacher, batch, context):

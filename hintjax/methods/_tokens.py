@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from jaxtyping import Array, Bool
 
-from hintjax._checks import message
+from hintjax._checks import Refusal, message
 
 
 def counted(
@@ -29,12 +29,12 @@ def counted(
         return where
     if padding not in batch:
         do = "Name the mask of the tokens that count with padding=."
-        raise ValueError(
+        raise Refusal(
             message(caller, f"{padding!r} in the batch", f"{sorted(batch)}", do)
         )
     mask = batch[padding]
     if mask.dtype != bool or mask.ndim != 2:
         wanted = f"{padding!r} of the batch to be bool (batch, n)"
         do = "True is a token that counts."
-        raise ValueError(message(caller, wanted, f"{mask.dtype} {mask.shape}", do))
+        raise Refusal(message(caller, wanted, f"{mask.dtype} {mask.shape}", do))
     return mask if where is None else mask & where[:, None]

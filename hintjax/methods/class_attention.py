@@ -1,6 +1,6 @@
 """CAT-KD: class attention transfer (Guo et al. 2023)."""
 
-from hintjax._checks import message, positive_int
+from hintjax._checks import Refusal, message, positive_int
 from hintjax.losses import class_activation_map, class_attention_loss
 from hintjax.method import Method, hints_of
 from hintjax.networks import Wants
@@ -60,7 +60,7 @@ def class_attention(
             if path is not None and "kernel" not in features.params[path]:
                 wanted = f"{path!r} to be a classifier with a kernel"
                 got = f"{list(features.params[path])}"
-                raise ValueError(message("class_attention", wanted, got))
+                raise Refusal(message("class_attention", wanted, got))
             last = (
                 features.hints[hint]
                 if path is None
@@ -70,7 +70,7 @@ def class_attention(
         if classes[0] != classes[1]:
             wanted = "student and teacher to have the same classes"
             got = f"{classes[0]} and {classes[1]}"
-            raise ValueError(message("class_attention", wanted, got))
+            raise Refusal(message("class_attention", wanted, got))
         return {}, {}
 
     def apply(params, memory, student, teacher, batch, context):

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Int
 
 from hintjax import memory as banks
 from hintjax import regressors
-from hintjax._checks import instance, message, positive, positive_int, scalar
+from hintjax._checks import Refusal, instance, message, positive, positive_int, scalar
 from hintjax._numerics import either, masked_mean
 from hintjax.losses import contrastive_log_constant, contrastive_scores_loss
 from hintjax.method import Method, hints_of
@@ -83,7 +83,7 @@ class GivenNegatives:
         """Indices (batch, K) and positives."""
         if self.name not in batch:
             wanted = f'an entry "{self.name}" of the batch'
-            raise ValueError(message("crd", wanted, f"{sorted(batch)}"))
+            raise Refusal(message("crd", wanted, f"{sorted(batch)}"))
         given = batch[self.name]
         return Drawn(given[:, 1:], None, given[:, 0])
 
@@ -166,10 +166,10 @@ def crd(
     if relax and isinstance(negatives, BatchNegatives | GivenNegatives):
         do = "Draw negatives from the bank."
         wanted = "relax only where positives are drawn"
-        raise ValueError(message("crd", wanted, f"{negatives}", do))
+        raise Refusal(message("crd", wanted, f"{negatives}", do))
     if in_batch and mesh is not None:
         wanted = "mesh only where there is a bank"
-        raise ValueError(message("crd", wanted, f"{negatives}"))
+        raise Refusal(message("crd", wanted, f"{negatives}"))
     student_wants, teacher_wants = hints_of("crd", [pair])
     guided, hint = pair
     head = regressors.Embedding(feature_dim)
@@ -178,7 +178,7 @@ def crd(
         if data is None:
             do = "Pass data=hintjax.Data(labels) to the stage's init."
             wanted = "the training set's labels"
-            raise ValueError(message("crd", wanted, "no data", do))
+            raise Refusal(message("crd", wanted, "no data", do))
         ours, theirs, bank = jax.random.split(key, 3)
         params = {
             "student": regressors.init(head, ours, student.hints[guided].shape)[0],

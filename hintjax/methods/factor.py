@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from hintjax import regressors
-from hintjax._checks import function, message, scalar
+from hintjax._checks import Refusal, function, message, scalar
 from hintjax._numerics import as_float
 from hintjax.losses import factor_loss
 from hintjax.method import PREPARED, Method, Pairs, hints_of
@@ -163,7 +163,7 @@ def _ready(pairs, rate, student, teacher) -> Iterator[_Pair]:
         if not len(ours.shape) == len(theirs.shape) == 4:
             wanted = f"{guided} and {hint} to be maps (h, w, c)"
             got = f"{tuple(ours.shape[1:])} and {tuple(theirs.shape[1:])}"
-            raise ValueError(message("factor_transfer", wanted, got))
+            raise Refusal(message("factor_transfer", wanted, got))
         c = theirs.shape[-1]
         factor = max(1, int(c * rate))
         encoder = regressors.Coder((c, factor, factor))

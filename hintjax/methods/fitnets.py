@@ -8,6 +8,7 @@ from jaxtyping import Array, Bool, Float
 
 from hintjax import regressors
 from hintjax._checks import (
+    Refusal,
     function,
     integer,
     mask,
@@ -135,7 +136,7 @@ def lambda_decay(
     positive_int("lambda_decay", steps_per_epoch=steps_per_epoch)
     if saturate < start:
         got, do = f"{start} and {saturate}", "Give the epochs in their order."
-        raise ValueError(message("lambda_decay", "start <= saturate", got, do))
+        raise Refusal(message("lambda_decay", "start <= saturate", got, do))
     drop = (initial - final) / (saturate - start + 1)
 
     def schedule(step):

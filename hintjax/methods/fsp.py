@@ -7,7 +7,7 @@ import jax
 from jaxtyping import Array, Float
 
 from hintjax import regressors
-from hintjax._checks import described, function, instance, message
+from hintjax._checks import Refusal, described, function, instance, message
 from hintjax.losses import fsp_matrix, fsp_matrix_loss
 from hintjax.method import Method, Pairs, hints_of, over_pairs
 
@@ -60,7 +60,7 @@ def fsp(
     for pair in pairs:
         if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2:
             wanted = "each pair to be two flows"
-            raise ValueError(message("fsp", wanted, described(pair), "See flows."))
+            raise Refusal(message("fsp", wanted, described(pair), "See flows."))
         hints_of("fsp", pair)
     matched = list(
         dict.fromkeys(layers for pair in pairs for layers in zip(*pair, strict=True))
@@ -120,7 +120,7 @@ def flows(pairs: Pairs) -> Flows:
     hints_of("flows", pairs)
     if len(pairs) < 2:
         wanted = "at least two pairs, shallow to deep"
-        raise ValueError(message("flows", wanted, f"{list(pairs)}"))
+        raise Refusal(message("flows", wanted, f"{list(pairs)}"))
     return [tuple(zip(*both, strict=True)) for both in itertools.pairwise(pairs)]
 
 
@@ -130,4 +130,4 @@ def _same_channels(guided, hint, student, teacher):
         wanted = f"{guided} and {hint} to have the same channels"
         got = f"student {ours} and teacher {theirs}"
         do = "Pass regressor=hintjax.regressors.linear, or choose other layers."
-        raise ValueError(message("fsp", wanted, got, do))
+        raise Refusal(message("fsp", wanted, got, do))

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Key
 
 from hintjax import _checks, regressors
-from hintjax._checks import function, message
+from hintjax._checks import Refusal, function, message
 from hintjax.losses import masked_generation_loss
 from hintjax.method import Method, Pairs, hints_of
 from hintjax.methods import _regressed
@@ -67,7 +67,7 @@ def masked_generation(
     def sizing(student, teacher):
         if not len(student) == len(teacher) == 3:
             got = f"student {student} and teacher {teacher}"
-            raise ValueError(message("masked_generation", "maps (h, w, c)", got))
+            raise Refusal(message("masked_generation", "maps (h, w, c)", got))
         return regressors.Generator(teacher[-1])
 
     def init(key, student, teacher, data):

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from functools import partial
 
 from hintjax import regressors
-from hintjax._checks import function, instance, message
+from hintjax._checks import Refusal, function, instance, message
 from hintjax.losses import batch_norm_margin, margin_relu, partial_l2_loss
 from hintjax.method import Method, Pairs, hints_of
 from hintjax.methods import _regressed
@@ -53,7 +53,7 @@ def overhaul(
     norms = tuple(norms)
     if len(norms) != len(pairs):
         wanted = f"one of norms for each of {len(pairs)} pairs"
-        raise ValueError(message("overhaul", wanted, f"{norms}"))
+        raise Refusal(message("overhaul", wanted, f"{norms}"))
 
     def init(key, student, teacher, data):
         for path in norms:
@@ -61,7 +61,7 @@ def overhaul(
             if not {"scale", "bias"} <= set(found):
                 wanted = f"the teacher's {path!r} to be a BatchNorm with scale and bias"
                 do = "Name the BatchNorm before the ReLU with norms=."
-                raise ValueError(message("overhaul", wanted, f"{list(found)}", do))
+                raise Refusal(message("overhaul", wanted, f"{list(found)}", do))
         return _regressed.init(
             key, _regressed.ready(pairs, regressor, student, teacher)
         )

@@ -1,6 +1,6 @@
 """PKD: patient knowledge distillation (Sun et al. 2019)."""
 
-from hintjax._checks import instance, message, rank
+from hintjax._checks import Refusal, instance, message, rank
 from hintjax.losses import patient_loss
 from hintjax.method import Method, Pairs
 from hintjax.methods._compared import compared
@@ -36,7 +36,7 @@ def patient(pairs: Pairs, *, token: int = 0) -> Method:
             # JAX takes the nearest entry, in silence, for one that is not there.
             if not -x.shape[1] <= token < x.shape[1]:
                 got = f"{x.shape[1]} tokens"
-                raise ValueError(message("patient", f"a token at {token}", got))
+                raise Refusal(message("patient", f"a token at {token}", got))
         return patient_loss(student[:, token], teacher[:, token], where=where)
 
     return compared("patient", pairs, loss)

@@ -1,6 +1,6 @@
 """RKD: relational knowledge distillation (Park et al. 2019)."""
 
-from hintjax._checks import message, not_negative
+from hintjax._checks import Refusal, message, not_negative
 from hintjax._numerics import masked_mean
 from hintjax.losses import angle_loss, distance_loss
 from hintjax.method import Method, Pairs, hints_of, nothing
@@ -31,7 +31,7 @@ def relational(pairs: Pairs, *, distance: float = 25.0, angle: float = 50.0) -> 
     weights = {"distance": distance, "angle": angle}
     not_negative("relational", **weights)
     if not any(weights.values()):
-        raise ValueError(message("relational", "a weight > 0", f"{weights}"))
+        raise Refusal(message("relational", "a weight > 0", f"{weights}"))
     losses = {"distance": distance_loss, "angle": angle_loss}
     student_wants, teacher_wants = hints_of("relational", pairs)
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from hintjax import regressors
-from hintjax._checks import function, message, not_negative, positive_int
+from hintjax._checks import Refusal, function, message, not_negative, positive_int
 from hintjax._numerics import masked_mean
 from hintjax.losses import hierarchical_context_loss
 from hintjax.method import Method, Pairs, hints_of
@@ -55,7 +55,7 @@ def review(
     student_wants, teacher_wants = hints_of("review", pairs)
     names = [f"{guided}->{hint}" for guided, hint in pairs]
     if len(set(names)) < len(names):
-        raise ValueError(message("review", "each pair once", f"{names}"))
+        raise Refusal(message("review", "each pair once", f"{names}"))
 
     def stages(student, teacher):
         """Name, ABF, guided map and hint map of each stage, deep to shallow."""
@@ -148,5 +148,5 @@ def _map(x, path):
     if len(x.shape) != 2:
         wanted = f"{path} to be a map (h, w, c) or a vector (c)"
         do = "Put tokens on their grid first."
-        raise ValueError(message("review", wanted, f"{tuple(x.shape[1:])}", do))
+        raise Refusal(message("review", wanted, f"{tuple(x.shape[1:])}", do))
     return x.reshape(x.shape[0], 1, 1, x.shape[1])

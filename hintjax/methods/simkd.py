@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from hintjax import regressors
-from hintjax._checks import function, instance, message
+from hintjax._checks import Refusal, function, instance, message
 from hintjax._numerics import as_float, masked_mean
 from hintjax.losses import hint_loss
 from hintjax.method import Method, hints_of
@@ -57,7 +57,7 @@ def simkd(
         if "kernel" not in teacher.params[classifier]:
             wanted = f"the teacher's {classifier!r} to be a dense layer with a kernel"
             got = f"{list(teacher.params[classifier])}"
-            raise ValueError(message("simkd", wanted, got))
+            raise Refusal(message("simkd", wanted, got))
         return _regressed.init(
             key, _regressed.ready(pairs, regressor, student, teacher)
         )
@@ -104,12 +104,12 @@ def reused_classifier(
     instance("reused_classifier", Mapping, classifier=classifier)
     if "kernel" not in classifier:
         got = f"{sorted(map(str, classifier))}"
-        raise ValueError(message("reused_classifier", "a kernel", got))
+        raise Refusal(message("reused_classifier", "a kernel", got))
     projected, kernel = as_float("reused_classifier", projected, classifier["kernel"])
     if projected.ndim != 4 or kernel.shape[:-1] != projected.shape[-1:]:
         wanted = "projected (batch, h, w, c) and a kernel (c, classes)"
         got = f"{projected.shape} and {kernel.shape}"
-        raise ValueError(message("reused_classifier", wanted, got))
+        raise Refusal(message("reused_classifier", wanted, got))
     pooled = projected.mean((1, 2))
     logits = jnp.matmul(pooled, kernel, precision=jax.lax.Precision.HIGHEST)
     if "bias" in classifier:

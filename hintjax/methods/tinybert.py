@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from hintjax import regressors
-from hintjax._checks import function, instance, message
+from hintjax._checks import Refusal, function, instance, message
 from hintjax._numerics import masked_mean
 from hintjax.losses import attention_score_loss, hint_loss
 from hintjax.method import Method, Pairs, hints_of
@@ -61,7 +61,7 @@ def tinybert(
         if len(shapes) > 1:
             do = "Hint the others in a fitnets() of their own."
             wanted = "the hidden states of each network to have one shape"
-            raise ValueError(message("tinybert", wanted, f"{sorted(shapes)}", do))
+            raise Refusal(message("tinybert", wanted, f"{sorted(shapes)}", do))
         return regressor(*shapes.pop())
 
     def init(key, student, teacher, data):

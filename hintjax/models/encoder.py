@@ -6,7 +6,7 @@ from flax import linen as nn
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
-from hintjax._checks import message
+from hintjax._checks import Refusal, message
 from hintjax.models.transformer import Perceptron, SelfAttention, Token, layer_norm
 
 EPSILON = 1e-12  # of BERT's LayerNorms
@@ -32,7 +32,7 @@ class Embedding(nn.Module):
         if n > self.length:
             wanted = f"at most {self.length} tokens"
             do = "Cut the texts, or build the encoder with a greater length."
-            raise ValueError(message("Encoder", wanted, f"{n}", do))
+            raise Refusal(message("Encoder", wanted, f"{n}", do))
         words = nn.Embed(
             self.vocabulary, self.width, embedding_init=SMALL, name="words"
         )
@@ -116,7 +116,7 @@ class Encoder(nn.Module):
     ) -> Float[Array, "*batch classes"]:
         if "tokens" not in inputs:
             do = 'Name the token ids "tokens" and their padding mask "mask".'
-            raise ValueError(
+            raise Refusal(
                 message("Encoder", "'tokens' in the inputs", f"{sorted(inputs)}", do)
             )
         where = inputs.get("mask")

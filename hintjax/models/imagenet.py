@@ -4,7 +4,7 @@ from flax import linen as nn
 from jax import Array
 from jaxtyping import Float
 
-from hintjax._checks import message
+from hintjax._checks import Refusal, message
 from hintjax.models.blocks import GlobalAveragePool, Sum, batch_norm, conv
 from hintjax.models.resnet import BasicBlock, Group, Stem
 
@@ -109,7 +109,7 @@ class ImageNetResNet(nn.Module):
         stem, *groups = self.widths
         if len(groups) != len(self.blocks):
             wanted = f"a width for the stem and for each of {len(self.blocks)} groups"
-            raise ValueError(message("ImageNetResNet", wanted, f"{self.widths}"))
+            raise Refusal(message("ImageNetResNet", wanted, f"{self.widths}"))
         x = Stem(stem, kernel=7, stride=2, name="stem")(x, train)
         x = MaxPool(name="maxpool")(x)
         for number, (features, blocks) in enumerate(

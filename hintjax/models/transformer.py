@@ -7,7 +7,7 @@ from flax import linen as nn
 from jax import Array
 from jaxtyping import Bool, Float
 
-from hintjax._checks import message
+from hintjax._checks import Refusal, message
 
 
 class Scores(nn.Module):
@@ -65,7 +65,7 @@ class SelfAttention(nn.Module):
         if width % self.heads:
             wanted = f"heads to divide the width {width}"
             do = "Choose another number of heads."
-            raise ValueError(message("SelfAttention", wanted, f"{self.heads}", do))
+            raise Refusal(message("SelfAttention", wanted, f"{self.heads}", do))
         linear = partial(nn.DenseGeneral, kernel_init=self.kernel_init)
         query, key, value = (
             linear((self.heads, width // self.heads), name=name)(x)

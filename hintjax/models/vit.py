@@ -5,7 +5,7 @@ from flax import linen as nn
 from jax import Array
 from jaxtyping import Float
 
-from hintjax._checks import message
+from hintjax._checks import Refusal, message
 from hintjax.models.blocks import Sum
 from hintjax.models.transformer import Perceptron, SelfAttention, Token, layer_norm
 
@@ -37,7 +37,7 @@ class Embedding(nn.Module):
             wanted = f"images whose sides are multiples of the patch, {self.patch}"
             got = f"{x.shape[-3]}x{x.shape[-2]}"
             do = "Choose another patch, or pad the images."
-            raise ValueError(message("VisionTransformer", wanted, got, do))
+            raise Refusal(message("VisionTransformer", wanted, got, do))
         x = nn.Conv(
             self.width,
             kernel_size=(self.patch, self.patch),

@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 from jaxtyping import PyTree
 
-from hintjax._checks import message
+from hintjax._checks import Refusal, WrongType, message
 from hintjax.networks.network import Features, Network, Variables
 from hintjax.networks.paths import (
     activations,
@@ -93,7 +93,7 @@ def watched(
         one = (parsed.scope, parsed.method)
         if one in seen and one not in {parse_path(k)[:2] for k in known}:
             wanted = f"{path!r} to show an activation"
-            return ValueError(message(name, wanted, "a module that shows none", hidden))
+            return Refusal(message(name, wanted, "a module that shows none", hidden))
         return unknown_path(name, path, known)
 
     def layers(params, state, inputs):
@@ -109,7 +109,7 @@ def default_call(where: str, module: Any) -> Callable[[Any, PyTree, bool], PyTre
         do = (
             "Say how it is called, e.g. call=lambda module, x, train: module.encode(x)."
         )
-        raise TypeError(message(where, f"{name} to have __call__", "none", do))
+        raise WrongType(message(where, f"{name} to have __call__", "none", do))
     parameters = list(inspect.signature(type(module).__call__).parameters.values())[1:]
     names = [p.name for p in parameters]
     if "train" in names:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 
 from jaxtyping import PyTree
 
-from hintjax._checks import message
+from hintjax._checks import Refusal, WrongType, message
 from hintjax.networks.capture import features_of
 from hintjax.networks.network import Network, Variables
 from hintjax.networks.paths import in_order, split_items, take, traced, unknown_path
@@ -50,7 +50,7 @@ def function(
     def initial(key, inputs):
         if init is None:
             do = "Pass init=, or use variables from elsewhere."
-            raise ValueError(message("function", "init", "None", do))
+            raise Refusal(message("function", "init", "None", do))
         return Variables(*init(key, inputs))
 
     def run(params, state, inputs, train=False, key=None):
@@ -59,7 +59,7 @@ def function(
         if len(parts) != 3 or not isinstance(parts[1], Mapping):
             wanted = f"{name} to return (output, dict of hints, state)"
             got = ", ".join(type(part).__name__ for part in parts)
-            raise TypeError(message("function", wanted, f"({got})"))
+            raise WrongType(message("function", wanted, f"({got})"))
         output, hints, changed = parts
         return output, dict(_flat(hints)), changed
 

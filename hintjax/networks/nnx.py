@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
-from hintjax._checks import message
+from hintjax._checks import Refusal, message
 from hintjax.networks.capture import default_call, watched
 from hintjax.networks.network import Network, Variables
 
@@ -74,7 +74,7 @@ def nnx(
     def run(params, state, inputs, train, key, watch, given):
         if train and key is None and jax.tree.leaves(streams):
             do = "The model has random streams."
-            raise ValueError(message(name, "a key in training", "None", do))
+            raise Refusal(message(name, "a key in training", "None", do))
         # New variables in every call: those of an outer trace cannot be changed.
         made = flax.nnx.merge(
             graph,
@@ -157,7 +157,7 @@ def _filled(where, like, tree):
             value = functools.reduce(lambda node, part: node[str(part)], path, tree)
         except (KeyError, TypeError) as error:
             got, do = f"none at {path}", "Pass what the network's init gave."
-            raise ValueError(message(where, "this model's", got, do)) from error
+            raise Refusal(message(where, "this model's", got, do)) from error
         value = value.value if isinstance(value, nn.Partitioned) else value
         return leaf.replace(value) if isinstance(leaf, flax.nnx.Variable) else value
 

@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import jax
 
-from hintjax._checks import message, nearest
+from hintjax._checks import Refusal, message, nearest
 
 _GRAMMAR = re.compile(
     r"(?P<scope>[^.#:\[\]]+)"
@@ -246,7 +246,7 @@ def _entries(path, shape, origin):
 def unknown_path(name: str, path: str, known: Iterable[str]) -> ValueError:
     near = ", ".join(nearest(path, known)) or "none"
     do = f"Nearest: {near}; list them all with `hintjax layers`."
-    return ValueError(message(name, "the path of a layer", repr(path), do))
+    return Refusal(message(name, "the path of a layer", repr(path), do))
 
 
 __all__ = ["Path", "parse_path"]

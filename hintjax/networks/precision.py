@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import DTypeLike, PyTree
 
-from hintjax._checks import described, instance, message
+from hintjax._checks import Refusal, WrongType, described, instance, message
 from hintjax.networks.network import Network
 
 
@@ -36,9 +36,9 @@ def computed_in(network: Network, dtype: DTypeLike) -> Network:
         instance("computed_in", (str, type, np.dtype), dtype=dtype)
         dtype = jnp.dtype(dtype)
     except TypeError:
-        raise TypeError(message("computed_in", wanted, described(dtype))) from None
+        raise WrongType(message("computed_in", wanted, described(dtype))) from None
     if not jnp.issubdtype(dtype, jnp.floating):
-        raise ValueError(message("computed_in", wanted, f"{jnp.dtype(dtype)}"))
+        raise Refusal(message("computed_in", wanted, f"{jnp.dtype(dtype)}"))
 
     def apply(params, state, inputs, *, wants, train, key=None):
         shown, after = network.apply(

@@ -4,7 +4,7 @@ import math
 
 from jaxtyping import Array, Float
 
-from hintjax._checks import described, instance, is_array, message, sizes
+from hintjax._checks import Refusal, described, instance, is_array, message, sizes
 
 
 def to_grid(
@@ -34,7 +34,7 @@ def to_grid(
     if not is_array(tokens) or tokens.ndim != 3:
         got = described(tokens)
         do = "Name a layer whose output is a sequence of tokens."
-        raise ValueError(message(where, "tokens (batch, n, c)", got, do))
+        raise Refusal(message(where, "tokens (batch, n, c)", got, do))
     instance(where, int, drop=drop)
     if size is not None:
         sizes(where, 2, size=size)
@@ -60,9 +60,7 @@ def to_tokens(maps: Float[Array, "batch h w c"]) -> Float[Array, "batch n c"]:
     if not is_array(maps) or maps.ndim != 4:
         do = "Name a layer whose output is a map."
         got = described(maps)
-        raise ValueError(
-            message("regressors.to_tokens", "maps (batch, h, w, c)", got, do)
-        )
+        raise Refusal(message("regressors.to_tokens", "maps (batch, h, w, c)", got, do))
     batch, height, width, channels = maps.shape
     return maps.reshape(batch, height * width, channels)
 
@@ -71,7 +69,7 @@ def grid_of(where, tokens, aside, name, size=None):
     """Height and width of the grid of all tokens but the first `aside`."""
     if not 0 <= aside < tokens:
         wanted = f"{name} from 0 to less than the {tokens} tokens"
-        raise ValueError(message(where, wanted, f"{aside}"))
+        raise Refusal(message(where, wanted, f"{aside}"))
     left = tokens - aside
     height, width = size or 2 * (math.isqrt(left),)
     if height * width != left:
@@ -83,7 +81,7 @@ def grid_of(where, tokens, aside, name, size=None):
             do += "; for a grid that is not square, regressors.to_grid takes its size"
         elif more < 0:
             do = "Give the size of its grid"
-        raise ValueError(message(where, wanted, got, f"{do}."))
+        raise Refusal(message(where, wanted, got, f"{do}."))
     return height, width
 
 

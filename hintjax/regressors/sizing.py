@@ -23,7 +23,7 @@ from collections.abc import Callable
 import flax.linen as nn
 from jaxtyping import Array
 
-from hintjax._checks import function, instance, integer, message
+from hintjax._checks import Refusal, function, instance, integer, message
 from hintjax.regressors.grids import check_shapes, grid_of, same_positions
 from hintjax.regressors.modules import Bottleneck, Regressor, Resampled, Shape, Sizing
 
@@ -303,7 +303,7 @@ def resampled(
         wanted = "two maps (h, w, c) and keep=0, or two sequences of tokens (n, c)"
         got = f"student {student} and teacher {teacher} with keep={keep}"
         do = "View tokens as maps with hintjax.viewed and regressors.to_grid."
-        raise ValueError(message(where, wanted, got, do))
+        raise Refusal(message(where, wanted, got, do))
     if kinds == (3, 3):
         return Resampled(teacher[:2], 0, sizing((*teacher[:2], student[-1]), teacher))
     grid_of(where, student[0], keep, "keep")

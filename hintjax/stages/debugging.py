@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.experimental import checkify
 from jaxtyping import Array, Bool, Int
 
-from hintjax._checks import message
+from hintjax._checks import Refusal, message
 from hintjax.method import Method
 
 AnyStage = TypeVar("AnyStage")
@@ -104,7 +104,7 @@ def watched(
     if method.split is not None:
         wanted = "a method whose memory every device has"
         do = "Check it on one device, or without the method's mesh=."
-        raise ValueError(message("checked", wanted, "one that splits it", do))
+        raise Refusal(message("checked", wanted, "one that splits it", do))
 
     def checking(params, memory, student, teacher, batch, context):
         n = jax.tree.leaves(batch)[0].shape[0]

@@ -27,7 +27,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import PyTree
 
-from hintjax._checks import mask, message, positive_int
+from hintjax._checks import Refusal, WrongType, mask, message, positive_int
 from hintjax._numerics import either, masked_mean
 from hintjax.method import Context, Method, one_per_example
 from hintjax.networks import Features, Variables, Wants
@@ -69,7 +69,7 @@ def check_kinds(caller, method, optimizer):
     ):
         if not isinstance(value, kind):
             wanted = f"{name} to be a {kind.__name__}"
-            raise TypeError(message(caller, wanted, type(value).__name__))
+            raise WrongType(message(caller, wanted, type(value).__name__))
 
 
 def make_stage(
@@ -104,7 +104,7 @@ def make_stage(
             return Features()
         if variables is None:
             do = "Pass what the teacher's init gave, or hintjax.split(flax_variables)."
-            raise ValueError(message("stage", "the teacher's variables", "None", do))
+            raise Refusal(message("stage", "the teacher's variables", "None", do))
         params, model_state = variables
         features, _ = teacher.apply(
             gathered({"teacher": params})["teacher"],

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
-from hintjax._checks import message
+from hintjax._checks import Refusal, WrongType, message
 from hintjax.processes import gather
 from hintjax.sharding import spread
 
@@ -35,12 +35,12 @@ def flatten(caller: str, tree: PyTree) -> tuple[list[Leaf], list[Any]]:
         if dtype is None or not any(jnp.issubdtype(dtype, kind) for kind in kinds):
             wanted = f"{'/'.join(path)} to be an array of numbers"
             do = "Make it one (jnp.asarray), or keep it in extra."
-            raise TypeError(message(caller, wanted, f"{type(array).__name__}", do))
+            raise WrongType(message(caller, wanted, f"{type(array).__name__}", do))
         # Orbax joins keys with dots and writes {"a.b": x} over {"a": {"b": y}}.
         other = taken.setdefault("/".join(path).replace(".", "/"), path)
         if other is not path:
             wanted = "paths that differ when their keys are joined with dots"
-            raise ValueError(message(caller, wanted, f"{path} and {other}"))
+            raise Refusal(message(caller, wanted, f"{path} and {other}"))
         key = isinstance(array, jax.Array) and _is_key(array)
         key = str(jax.random.key_impl(array)) if key else ""
         leaves.append(Leaf(path, str(dtype), tuple(array.shape), key))
@@ -116,5 +116,5 @@ def placed_like(path: tuple[str, ...], value: np.ndarray, key: str, like: Any) -
     if placed.dtype != like.dtype:
         wanted = f"{'/'.join(path)} as {like.dtype}"
         do = "Set jax_enable_x64, as the run that saved it had."
-        raise ValueError(message("checkpoint", wanted, str(placed.dtype), do))
+        raise Refusal(message("checkpoint", wanted, str(placed.dtype), do))
     return placed

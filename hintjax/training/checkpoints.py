@@ -36,7 +36,7 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
-from hintjax._checks import message, positive_int
+from hintjax._checks import Refusal, WrongType, message, positive_int
 from hintjax.processes import first, told
 from hintjax.training.arrays import (
     Leaf,
@@ -101,7 +101,7 @@ class Checkpoints(contextlib.AbstractContextManager):
         step, newest = operator.index(step), max(self.steps(), default=-1)
         if step <= newest:
             do = f"Steps only grow, and nothing in {self.directory} is overwritten."
-            raise ValueError(message("save", f"a step above {newest}", f"{step}", do))
+            raise Refusal(message("save", f"a step above {newest}", f"{step}", do))
         leaves, arrays = flatten("save", tree)
         record = {"best": best, "extra": _json(extra or {})}
         # A view of a CPU device's memory would keep that memory from being donated.
@@ -184,12 +184,10 @@ class Checkpoints(contextlib.AbstractContextManager):
         """The directory of a step, or those of all, the newest first."""
         steps = self.steps()
         if not steps:
-            raise ValueError(
-                message(caller, f"a checkpoint in {self.directory}", "none")
-            )
+            raise Refusal(message(caller, f"a checkpoint in {self.directory}", "none"))
         if step is not None and operator.index(step) not in steps:
             wanted = f"one of the steps {steps} in {self.directory}"
-            raise ValueError(message(caller, wanted, str(step)))
+            raise Refusal(message(caller, wanted, str(step)))
         chosen = reversed(steps) if step is None else [operator.index(step)]
         return [self.directory / str(step) for step in chosen]
 
@@ -297,7 +295,7 @@ def open_checkpoints(directory: str | os.PathLike, *, keep: int = 2) -> Checkpoi
     positive_int("open_checkpoints", keep=keep)
     path = resolve("open_checkpoints", directory)
     if path.exists() and not path.is_dir():
-        raise ValueError(message("open_checkpoints", "a directory", f"the file {path}"))
+        raise Refusal(message("open_checkpoints", "a directory", f"the file {path}"))
     return Checkpoints(path, keep)
 
 
@@ -307,7 +305,7 @@ def _json(extra: Mapping[str, Any]) -> dict[str, Any]:
         return json.loads(json.dumps(dict(extra)))
     except (TypeError, ValueError) as error:
         wanted = "extra to hold what JSON can"
-        raise TypeError(message("save", wanted, str(error))) from error
+        raise WrongType(message("save", wanted, str(error))) from error
 
 
 def _restore(path: Path, like: Any) -> tuple[PyTree, dict[str, Any]]:
@@ -341,7 +339,7 @@ def _refuse_other(path: Path, stored: list[dict], wanted: list[Leaf]) -> None:
         shown.append(f"and {len(differences) - _SHOWN} more")
     do = "Build `like` from the models, the method and the optimizer that were saved."
     got = "\n  ".join([f"{len(differences)} differences:", *shown]) + "\n"
-    raise ValueError(message("restore", f"the tree in {path}", got, do))
+    raise Refusal(message("restore", f"the tree in {path}", got, do))
 
 
 def _finish() -> None:

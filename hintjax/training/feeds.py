@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Key
 
-from hintjax._checks import message
+from hintjax._checks import Refusal, message
 from hintjax.data import Augment, Dataset, order, place, steps_per_epoch, stream, take
 from hintjax.method import Data
 from hintjax.sharding import from_process, over_batch, replicated, spread
@@ -164,7 +164,7 @@ def streamed(
     if batch_size % processes:
         do = f"Use a multiple of {processes}."
         wanted = f"a batch size that {processes} processes can share"
-        raise ValueError(message("streamed", wanted, f"{batch_size}", do))
+        raise Refusal(message("streamed", wanted, f"{batch_size}", do))
     batches = stream(
         train,
         batch_size // processes,

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from hintjax._checks import message
+from hintjax._checks import Refusal, message
 from hintjax.stages import State
 
 _OVERHEAD = ("checkpoints", "data", "lost")  # seconds that train nobody
@@ -90,6 +90,6 @@ def check_identity(run_dir, saved, ours, harmless):
     if changed.keys() - set(harmless):
         wanted = f"{run_dir} to go on as what it was started as"
         do = "Resume with what it was started with, or start anew."
-        raise ValueError(message("resume", wanted, f"other settings:{shown}", do))
+        raise Refusal(message("resume", wanted, f"other settings:{shown}", do))
     if changed:
         warnings.warn(f"resume: {run_dir} goes on with changes:{shown}", stacklevel=5)

@@ -30,7 +30,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Key
 
-from hintjax._checks import message
+from hintjax._checks import Refusal, message
 from hintjax.networks import Variables
 from hintjax.processes import agree, largest, told
 from hintjax.sharding import spread
@@ -328,7 +328,7 @@ def fit(
         if several and state.step.is_fully_addressable:
             wanted = "stages on the devices of all processes"
             do = "Make them with mesh=hintjax.make_mesh()."
-            raise ValueError(message("fit", wanted, "this process' own", do))
+            raise Refusal(message("fit", wanted, "this process' own", do))
         # What is owed a report has not had its line yet.
         written = now.at - (owed is not None)
         with open_metrics(run_dir, resume=written if resume else None) as lines:

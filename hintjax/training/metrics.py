@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from jaxtyping import ArrayLike
 
-from hintjax._checks import message
+from hintjax._checks import Refusal, message
 from hintjax.processes import first
 
 FILE = "metrics.jsonl"
@@ -88,7 +88,7 @@ def open_metrics(
     if resume is not None:
         _truncate(path, resume)
     elif path.exists() and path.stat().st_size:
-        raise ValueError(
+        raise Refusal(
             message(
                 "open_metrics",
                 "a run directory without metrics",
@@ -139,7 +139,7 @@ def on_host(metrics: Mapping[str, ArrayLike]) -> dict[str, Any]:
 def _number(name: str, value: ArrayLike) -> int | float | None:
     value = np.asarray(value)
     if name in _RESERVED or value.ndim != 0:
-        raise ValueError(
+        raise Refusal(
             message(
                 "MetricsWriter.write",
                 f"scalars under names other than {', '.join(_RESERVED)}",

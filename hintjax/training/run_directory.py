@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from hintjax._checks import message
+from hintjax._checks import FileRefusal, Refusal, message
 from hintjax.processes import first, told
 
 LOCK = "run.lock"
@@ -50,7 +50,7 @@ def owned(run_dir: str | os.PathLike[str]) -> Iterator[None]:
             return _lock(path)
         except OSError as error:
             wanted = "a run directory that can be written"
-            raise ValueError(message("run", wanted, f"{error}")) from None
+            raise Refusal(message("run", wanted, f"{error}")) from None
 
     file = told(take)
     if file is None or not first():
@@ -76,7 +76,7 @@ def _lock(run_dir: Path) -> int:
             os.close(file)
             do = "Wait for it, stop it, or choose another run directory."
             got = f"{run_dir} in use by {_owner(path)}"
-            raise ValueError(
+            raise Refusal(
                 message("run", "a run directory of its own", got, do)
             ) from None
         except OSError as error:  # some network file systems have no locks
@@ -114,7 +114,7 @@ def inside(root: Path, name: str) -> Path:
     """
     path, top = root / name, root.resolve()
     if top not in path.resolve().parents:
-        raise ValueError(message("run", f"a name within {root}", repr(name)))
+        raise Refusal(message("run", f"a name within {root}", repr(name)))
     return path
 
 
@@ -165,4 +165,4 @@ def unwritten(caller: str, target: Path, needed: int, error: Exception) -> OSErr
         f"{caller}: nothing was written, {reason}; {needed} bytes are needed and "
         f"{free} are free. What was there before is as it was"
     )
-    return OSError(code, text, str(target))
+    return FileRefusal(code, text, str(target))

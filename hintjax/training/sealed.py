@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from hintjax._checks import message
+from hintjax._checks import Refusal, message
 from hintjax.processes import told, told_arrays
 from hintjax.training.run_directory import unwritten
 
@@ -30,7 +30,7 @@ _BLOCK = 2**20  # bytes of a file that are summed at once
 _TOGETHER, _EACH = 4, 2**25  # threads that sum, at most, and bytes that are worth one
 
 
-class DamageError(ValueError):
+class DamageError(Refusal):
     """What is on disk is not what was written there."""
 
 
@@ -39,7 +39,7 @@ class DamageError(ValueError):
 
 def resolve(caller: str, path: str | os.PathLike) -> Path:
     if "://" in str(path):
-        raise ValueError(message(caller, "a local path", str(path)))
+        raise Refusal(message(caller, "a local path", str(path)))
     return Path(path).expanduser().absolute()
 
 
@@ -48,7 +48,7 @@ def make_staging(
 ) -> None:
     """Makes `staging` anew, if there is room; a killed process may have left it."""
     if not any(array.size for array in host):
-        raise ValueError(message(caller, "a tree with arrays in it", "none"))
+        raise Refusal(message(caller, "a tree with arrays in it", "none"))
     shutil.rmtree(staging, ignore_errors=True)
     try:
         staging.mkdir(parents=True)
@@ -120,7 +120,7 @@ def read_record(path: Path) -> dict[str, Any]:
     if version != _FORMAT:
         got = f"format {version} in {path}"
         do = "Read it with the version of hintjax that wrote it, or a newer one."
-        raise ValueError(message("checkpoint", f"format {_FORMAT}", got, do))
+        raise Refusal(message("checkpoint", f"format {_FORMAT}", got, do))
     return record
 
 

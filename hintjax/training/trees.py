@@ -10,7 +10,7 @@ from typing import Any
 import jax
 from jaxtyping import PyTree
 
-from hintjax._checks import message
+from hintjax._checks import Refusal, WrongType, message
 from hintjax.processes import told
 from hintjax.training.arrays import (
     bytes_of,
@@ -66,7 +66,7 @@ def save_tree(path: str | os.PathLike, tree: Mapping[str, Any]) -> None:
         if target.exists() and not empty and not is_export(target):
             wanted = "a new or empty directory or an earlier export"
             do = "Choose another path: what others wrote is not overwritten."
-            raise ValueError(message("save_tree", wanted, str(target), do))
+            raise Refusal(message("save_tree", wanted, str(target), do))
 
     told(look)
     tree = _plain(tree, ())
@@ -75,9 +75,7 @@ def save_tree(path: str | os.PathLike, tree: Mapping[str, Any]) -> None:
     for leaf, array in zip(leaves, host, strict=True):
         if leaf.key or not array.size:
             wanted = f"{'/'.join(leaf.path)} to be a plain array, and not empty"
-            raise ValueError(
-                message("save_tree", wanted, kind_of(leaf.dtype, leaf.shape))
-            )
+            raise Refusal(message("save_tree", wanted, kind_of(leaf.dtype, leaf.shape)))
     staging = target.with_name(f".{target.name}{STAGING}")
     tree = jax.tree.unflatten(jax.tree.structure(tree), host)
 
@@ -106,7 +104,7 @@ def load_tree(path: str | os.PathLike) -> dict[str, Any]:
     def look():
         if not is_export(source):
             wanted = "a directory that save_tree wrote"
-            raise ValueError(message("load_tree", wanted, str(source)))
+            raise Refusal(message("load_tree", wanted, str(source)))
         return read_record(source)
 
     stored, outline = read_arrays(source, told(look, DamageError))
@@ -127,4 +125,4 @@ def _plain(node: Any, path: tuple[str, ...]) -> Any:
     if path and hasattr(node, "dtype"):
         return node
     wanted = f"{'/'.join(path) or 'tree'} to be a dict with strings as keys"
-    raise TypeError(message("save_tree", wanted, type(node).__name__))
+    raise WrongType(message("save_tree", wanted, type(node).__name__))

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hintjax._checks import message
+from hintjax._checks import Refusal, message
 from hintjax.networks import Variables, join
 
 
@@ -124,7 +124,7 @@ def from_torch(
     if got:
         wanted = "tensors and model to match one to one"
         do = "Build the model that the file was saved from, or take its names."
-        raise ValueError(message("from_torch", wanted, "; ".join(got), do))
+        raise Refusal(message("from_torch", wanted, "; ".join(got), do))
     collections = jax.tree.unflatten(structure, values)
     return Variables(collections.pop("params"), collections)
 

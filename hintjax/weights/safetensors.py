@@ -8,7 +8,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
-from hintjax._checks import message
+from hintjax._checks import Refusal, message
 
 # Names of the file format; its bytes are little-endian.
 DTYPES = {
@@ -135,4 +135,4 @@ def _check_offsets(path, entries, size):
 
 
 def _error(path, wanted, got, do=AGAIN):
-    return ValueError(message(f"read_safetensors: {path.name}", wanted, got, do))
+    return Refusal(message(f"read_safetensors: {path.name}", wanted, got, do))

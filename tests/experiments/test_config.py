@@ -84,7 +84,7 @@ def test_only_plain_yaml_of_names_and_values_is_read(tmp_path, text, kind):
 
 
 def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="config: expected a file .*nowhere"):
+    with pytest.raises(OSError, match="config: expected a file .*nowhere"):
         configs.load(tmp_path / "nowhere")
 
 

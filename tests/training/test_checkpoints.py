@@ -735,7 +735,7 @@ def python(code: str, *args, **kwargs) -> subprocess.Popen:
 def test_the_end_of_the_program_waits_for_the_save(tmp_path):
     code = """
 import sys, numpy as np
-from hintjax.checkpoint import open_checkpoints
+from hintjax.training import open_checkpoints
 tree = {"w": np.random.default_rng(0).standard_normal(500_000)}
 for directory in sys.argv[1:]:
     open_checkpoints(directory).save(1, tree)
@@ -755,7 +755,7 @@ def saved_at(step: int) -> dict:
 
 ENDLESS = """
 import os, sys, numpy as np
-from hintjax.checkpoint import open_checkpoints
+from hintjax.training import open_checkpoints
 sys.stdin.read()
 checkpoints = open_checkpoints(sys.argv[1])
 step = checkpoints.latest() or 0

@@ -17,7 +17,7 @@ from hintjax.training.run_directory import LOCK, inside, owned, write_text
 
 OWNER = """
 import sys, time
-from hintjax.rundir import owned
+from hintjax.training.run_directory import owned
 with owned(sys.argv[1]):
     print("mine", flush=True)
     time.sleep(60)
