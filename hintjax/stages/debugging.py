@@ -9,17 +9,18 @@ not `checked`.
 import contextlib
 import contextvars
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.experimental import checkify
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Int, PyTree
 
 from hintjax._checks import Refusal, message
 from hintjax.method import Method
+from hintjax.stages.report import by_layer
 
 AnyStage = TypeVar("AnyStage")
 _watching = contextvars.ContextVar("watching", default=False)
@@ -131,11 +132,18 @@ def watched(
     return checking
 
 
-def finite(what: str, layers: Mapping[str, Sequence[Array]], step: Array) -> None:
-    """Checks all arrays of each layer, by its name."""
-    check = _Check(step, None, None)
-    for name, leaves in layers.items():
-        check.finite(f"{what} in {name}", leaves)
+def look(name: str, params: dict[str, PyTree], step: Array) -> None:
+    """Checks that arrays are finite, layer by layer, if what is traced has checks.
+
+    Args:
+        name: of the arrays, such as "gradients".
+        params: `{"student": ..., "regressors": ...}`.
+        step: the number of the step, for the message.
+    """
+    if watching():
+        check = _Check(step, None, None)
+        for layer, leaves in by_layer(params, False).items():
+            check.finite(f"{name} in {layer}", leaves)
 
 
 class _Check:

@@ -7,16 +7,19 @@ from jax.interpreters.partial_eval import dce_jaxpr
 from jaxtyping import PyTree
 
 
-def reads(function: Callable, position: int, arguments: tuple) -> PyTree:
-    """For each leaf of one argument, whether the function's result depends on it.
+def reads(function: Callable[[PyTree], PyTree], argument: PyTree) -> PyTree:
+    """Returns, for every array of the argument, whether the result depends on it.
 
-    Read off the traced program after the elimination of dead code, so that a leaf
-    which only feeds something beside the result does not count.
+    Dead code is eliminated from the traced program first. So an array does not count if
+    it only feeds values that are not returned.
 
-    >>> reads(lambda params: params["a"], 0, ({"a": 1.0, "b": 2.0},))
+    Args:
+        function: of one argument.
+        argument: a pytree of arrays or their shapes.
+
+    >>> reads(lambda params: params["a"], {"a": 1.0, "b": 2.0})
     {'a': True, 'b': False}
     """
-    jaxpr = jax.make_jaxpr(function)(*arguments).jaxpr
+    jaxpr = jax.make_jaxpr(function)(argument).jaxpr
     _, used = dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
-    tree = jax.tree.structure(arguments)
-    return jax.tree.unflatten(tree, used)[position]
+    return jax.tree.unflatten(jax.tree.structure(argument), used)

@@ -1,4 +1,4 @@
-"""The distillation stage."""
+"""The distillation stage: FitNets' second stage, which trains the whole student."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -8,12 +8,13 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
+from hintjax._checks import Refusal, message
 from hintjax.method import Method
 from hintjax.networks import Network, Wants
 from hintjax.sharding import Layout
 from hintjax.stages.dependency import reads
 from hintjax.stages.skipping import SpikeGuard
-from hintjax.stages.stage import Batch, Stage, image
+from hintjax.stages.stage import Batch, Chosen, Parts, Stage, image
 from hintjax.stages.update import check_kinds, make_stage
 
 
@@ -30,38 +31,38 @@ def distillation_stage(
     accumulate: int = 1,
     spikes: SpikeGuard | None = None,
 ) -> Stage:
-    """The distillation stage: trains the whole student, and the regressors.
+    """Returns the distillation stage: it trains the whole student and the regressors.
 
     Args:
         student: the student.
-        teacher: the teacher; None for a method that wants nothing of it, such as
-            the task alone (this is how a teacher is trained).
+        teacher: the teacher; None for a method that wants nothing of a teacher, such as
+            the task alone. A teacher itself is trained this way.
         method: usually an objective of the task and distillation terms.
-        optimizer: the optimiser of this stage.
-        rates: learning-rate multipliers by path of a layer: the updates of all
-            parameters that feed it are multiplied (FitNets' `lr_scale` for the
-            layers that the hint stage trained). Where layers overlap, so do the
-            factors.
-        inputs: what the student sees of a batch.
-        teacher_inputs: what the teacher sees of a batch.
-        mesh: see `hint_stage`.
-        accumulate: how many micro-batches of equal size an update is made of, one after
-            another, so that only one needs its activations at a time. It must divide
-            the batch; on a mesh, the examples of each device.
+        optimizer: the optimizer of this stage.
+        rates: learning-rate multipliers by path of a layer: they multiply the updates
+            of all parameters that feed the layer (FitNets' `lr_scale` for the layers
+            that the hint stage trained). Where the layers overlap, the factors multiply
+            each other.
+        inputs: `(batch) -> inputs` of the student.
+        teacher_inputs: `(batch) -> inputs` of the teacher.
+        mesh: the devices of the stage; see `hint_stage`.
+        accumulate: number of micro-batches of equal size in an update. They are computed
+            one after another, so that only one needs memory for its activations at a
+            time. The number must divide the batch; on a mesh, the examples of each
+            device.
 
-            The update is that of the whole batch, but for rounding, where each example
-            has a loss of its own; "where" may leave any of them out. It is another one
-            where the examples of a batch are compared, which now are those of a
-            micro-batch: in `correlation_congruence`, `crd`, `dist`,
-            `probability_transfer`, `relational` and `similarity_preserving`; in
-            BatchNorm, be it the student's or that of regressors, as
-            `activation_boundary`, `factor_transfer`, `overhaul`, `review` and `simkd`
-            have it, and `fitnets` if asked to. What is random is drawn for each
-            micro-batch: dropout, `masked_generation`, the negatives of `crd`.
-            Statistics and memory go from each micro-batch to the next, and metrics are
-            means over the examples of what each reports. A mesh sums the gradients of
-            each micro-batch over its devices.
-        spikes: skips steps whose gradient is far longer than usual.
+            The update equals that of the whole batch up to rounding if every example
+            has a loss of its own; "where" may leave any example out. For losses that
+            compare examples with each other the result differs: they are compared
+            within a micro-batch. These are `correlation_congruence`, `crd`, `dist`,
+            `probability_transfer`, `relational` and `similarity_preserving`, and
+            BatchNorm in the student or in the regressors: `activation_boundary`,
+            `factor_transfer`, `overhaul`, `review` and `simkd` have it, and `fitnets`
+            on request. Random numbers are drawn for each micro-batch: dropout,
+            `masked_generation`, the negatives of `crd`. Statistics and memory go from
+            each micro-batch to the next, and metrics are means over all examples. A
+            mesh sums the gradients of each micro-batch over its devices.
+        spikes: a guard that skips steps whose gradient is far longer than usual.
 
     Returns:
         The stage.
@@ -76,58 +77,56 @@ def distillation_stage(
     check_kinds("distillation_stage", method, optimizer)
     rates = dict(rates or {})
     if any(not rate >= 0 for rate in rates.values()):
-        raise ValueError(
-            f"distillation_stage: expected rates >= 0, got {rates}. Use 0 to freeze."
-        )
-
-    optimiser = partial(multiplied, optimizer, student, inputs, rates)
-    seen = inputs, teacher_inputs
-    more = mesh, accumulate, spikes
-    return make_stage(student, teacher, method, optimiser, *seen, *more)
+        do = "Use 0 to freeze."
+        raise Refusal(message("distillation_stage", "rates >= 0", f"{rates}", do))
+    return make_stage(
+        student,
+        teacher,
+        method,
+        partial(multiplied, optimizer, student, inputs, rates),
+        inputs=inputs,
+        teacher_inputs=teacher_inputs,
+        mesh=mesh,
+        accumulate=accumulate,
+        spikes=spikes,
+    )
 
 
 def multiplied(
     optimizer: optax.GradientTransformation,
     student: Network,
-    inputs: Callable[[PyTree], PyTree],
+    inputs: Callable[[Batch], PyTree],
     rates: Mapping[str, float],
-    objective: Callable,
-    params: PyTree,
-    model_state: PyTree,
-    memory: PyTree,
-    taught: PyTree,
-    batch: PyTree,
-    *others: PyTree,
-) -> tuple[optax.GradientTransformation, PyTree, PyTree]:
-    """An optimiser of everything, whose updates of what feeds some layers are scaled.
+    loss: Callable,
+    parts: Parts,
+) -> Chosen:
+    """Chooses all parameters, and scales the updates of those that feed some layers.
 
     Args:
-        optimizer: before it is scaled.
+        optimizer: the optimizer before the updates are scaled.
         student: the student.
-        inputs: what it sees of a batch.
+        inputs: `(batch) -> inputs` of the student.
         rates: factors by path of a layer.
-        objective: as for `only_what_feeds`; not looked at.
-        params, model_state, memory, taught, batch, *others: its arguments.
-
-    Returns:
-        As `only_what_feeds`.
+        loss: not used; every stage chooses from the same arguments.
+        parts: the arguments of the loss, or their shapes.
     """
 
-    def feeds(path):
-        def hint(weights, model_state, batch, key):
-            wants = Wants(hints=(path,))
-            seen = inputs(batch)
+    def feeds(path: str) -> PyTree:
+        def hint(parts: Parts) -> PyTree:
             shown, _ = student.apply(
-                weights, model_state, seen, wants=wants, train=True, key=key
+                parts.params["student"],
+                parts.state,
+                inputs(parts.batch),
+                wants=Wants(hints=(path,)),
+                train=True,
+                key=parts.key,
             )
             return shown.hints[path]
 
-        parts = (params["student"], model_state, batch, others[0])
-        nowhere = jax.tree.map(lambda _: False, params)
-        return {**nowhere, "student": reads(hint, 0, parts)}
+        return reads(hint, parts).params
 
     multipliers = [
         optax.masked(optax.scale(rate), feeds(path)) for path, rate in rates.items()
     ]
-    everything = jax.tree.map(lambda _: True, (params, model_state))
-    return optax.chain(optimizer, *multipliers), *everything
+    everything = jax.tree.map(lambda _: True, (parts.params, parts.state))
+    return Chosen(optax.chain(optimizer, *multipliers), *everything)

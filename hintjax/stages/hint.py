@@ -1,4 +1,4 @@
-"""The hint stage."""
+"""The hint stage: FitNets' first stage, which trains the student up to its hints."""
 
 from collections.abc import Callable
 from functools import partial
@@ -8,12 +8,13 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
+from hintjax._checks import Refusal, message
 from hintjax.method import Method
 from hintjax.networks import Network
 from hintjax.sharding import Layout
 from hintjax.stages.dependency import reads
 from hintjax.stages.skipping import SpikeGuard
-from hintjax.stages.stage import Batch, Stage, image
+from hintjax.stages.stage import Batch, Chosen, Parts, Stage, image
 from hintjax.stages.update import check_kinds, make_stage
 
 
@@ -29,77 +30,74 @@ def hint_stage(
     accumulate: int = 1,
     spikes: SpikeGuard | None = None,
 ) -> Stage:
-    """The hint stage: trains what feeds the guided layers, and the regressors.
+    """Returns the hint stage: it trains the regressors and the layers below the hints.
 
-    Which parameters of the student feed the loss is read off the traced program.
-    The others are frozen (`optax.partition`, `set_to_zero`): no gradient, no weight
-    decay and no optimiser state reaches them. BatchNorm's statistics move exactly
-    where they feed a hint. Since nothing above the hints is returned, XLA does not
-    compute it: forward, backward, or in the teacher.
+    The parameters of the student that feed the loss are read off the traced program.
+    All others are frozen (`optax.partition`, `set_to_zero`): they get no gradient, no
+    weight decay and no optimizer state. BatchNorm statistics move exactly where they
+    feed a hint. The stage returns nothing from above the hints, so XLA does not compute
+    it: neither the forward nor the backward pass, and not in the teacher either.
 
     Args:
         student: the student.
         teacher: the teacher.
-        method: for instance `fitnets(pairs)`, or an objective of such terms.
-        optimizer: the optimiser of this stage.
-        inputs: what the student sees of a batch.
-        teacher_inputs: what the teacher sees of a batch.
-        mesh: the batch is split over its axes `data` and `fsdp`; parameters and
-            the optimiser's state are on all devices or stored in shares, as a
-            `hintjax.sharding.Layout` says (a mesh alone is the default layout); all
-            else is replicated. `hintjax.sharding.place` puts the teacher there once.
-            One device by default.
-        accumulate: micro-batches in an update; see `distillation_stage`.
-        spikes: skips steps whose gradient is far longer than usual.
+        method: for example `fitnets(pairs)`, or an objective of such terms.
+        optimizer: the optimizer of this stage.
+        inputs: `(batch) -> inputs` of the student.
+        teacher_inputs: `(batch) -> inputs` of the teacher.
+        mesh: the devices of the stage, one device by default. On a mesh the batch is
+            split over the axes `data` and `fsdp`. Parameters and optimizer state are on
+            every device or stored in shares, as a `hintjax.sharding.Layout` says (a
+            mesh alone has the default layout). All other arrays are on every device.
+            `hintjax.sharding.place` sends the teacher's variables there once.
+        accumulate: number of micro-batches in an update; see `distillation_stage`.
+        spikes: a guard that skips steps whose gradient is far longer than usual.
 
     Returns:
         The stage.
 
     Raises:
-        ValueError: if the method wants the student's output: that is a loss for
-            the distillation stage.
+        ValueError: if the method wants the student's output, which is a loss for the
+            distillation stage.
 
     References:
         Romero et al. 2015, FitNets, stage 1 (Eq. 3).
     """
     check_kinds("hint_stage", method, optimizer)
     if method.student.output:
-        raise ValueError(
-            "hint_stage: expected a method of hints alone, got one that wants the "
-            "student's output. Train it in a distillation_stage."
-        )
-
-    optimiser = partial(only_what_feeds, optimizer)
-    seen = inputs, teacher_inputs
-    more = mesh, accumulate, spikes
-    return make_stage(student, teacher, method, optimiser, *seen, *more)
+        wanted, got = "a method of hints alone", "one that wants the student's output"
+        do = "Train it in a distillation_stage."
+        raise Refusal(message("hint_stage", wanted, got, do))
+    return make_stage(
+        student,
+        teacher,
+        method,
+        partial(only_what_feeds, optimizer),
+        inputs=inputs,
+        teacher_inputs=teacher_inputs,
+        mesh=mesh,
+        accumulate=accumulate,
+        spikes=spikes,
+    )
 
 
 def only_what_feeds(
-    optimizer: optax.GradientTransformation, objective: Callable, *parts: PyTree
-) -> tuple[optax.GradientTransformation, PyTree, PyTree]:
-    """An optimiser of the parameters that feed an objective; the others are frozen.
+    optimizer: optax.GradientTransformation, loss: Callable, parts: Parts
+) -> Chosen:
+    """Chooses the parameters that feed the loss; all others are frozen.
 
     Args:
-        optimizer: of what is trained.
-        objective: `(*parts, train=) -> (loss, ...)`.
-        *parts: its arguments, or their shapes: parameters, the student's state, others.
-
-    Returns:
-        The optimiser, which parameters it changes, and which of the state is kept.
+        optimizer: the optimizer of the trained parameters.
+        loss: `(parts, train=) -> (loss, ...)`.
+        parts: the arguments of the loss, or their shapes.
     """
 
-    def loss(*parts, train):
-        return objective(*parts, train=train)[0]
+    def alone(train: bool) -> Callable[[Parts], PyTree]:
+        return lambda parts: loss(parts, train=train)[0]
 
-    learning = partial(loss, train=True)
-    trained = reads(learning, 0, parts)
-    labels = jax.tree.map(lambda t: "trained" if t else "frozen", trained)
+    learning, judging = reads(alone(True), parts), reads(alone(False), parts)
+    labels = jax.tree.map(lambda t: "trained" if t else "frozen", learning.params)
     transforms = {"trained": optimizer, "frozen": optax.set_to_zero()}
-    # While training BatchNorm reads no statistics: evaluation says which count.
-    kept = jax.tree.map(
-        lambda *read: any(read),
-        reads(learning, 1, parts),
-        reads(partial(loss, train=False), 1, parts),
-    )
-    return optax.partition(transforms, labels), trained, kept
+    # BatchNorm does not read its statistics while training: evaluation says which count.
+    kept = jax.tree.map(lambda *read: any(read), learning.state, judging.state)
+    return Chosen(optax.partition(transforms, labels), learning.params, kept)

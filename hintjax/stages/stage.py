@@ -1,4 +1,9 @@
-"""The shapes of a stage: `State`, `Stage`, batches and metrics."""
+"""The types of a stage: `Stage`, its `State`, batches, metrics, and `Parts`.
+
+A batch is a dict: the inputs as "image" (or whatever entry `inputs` selects), the
+entries that the objective reads ("label", "index"), and optionally "where", a bool for
+each example that says whether the example counts.
+"""
 
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
@@ -7,33 +12,27 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, Key, PyTree
 
+from hintjax._checks import Refusal, WrongType, message
 from hintjax.networks import Features, Variables
 from hintjax.stages.report import Report
-from hintjax.stages.skipping import Norms
+from hintjax.stages.skipping import Norms, Skipped
 
 Batch = Mapping[str, Array]
 Metrics = dict[str, Float[Array, ""]]
 
 
-class Skipped(NamedTuple):
-    """How many updates were skipped: a number was not finite, or they were spikes."""
-
-    total: Int[Array, ""]
-    in_a_row: Int[Array, ""]  # up to now; 0 after a step that was not skipped
-
-
 class State(NamedTuple):
-    """All that a stage changes; a pytree of arrays.
+    """Everything that a stage changes; a pytree of arrays.
 
     Attributes:
         params: `{"student": ..., "regressors": ...}`.
         state: the student's other collections (BatchNorm statistics).
-        memory: what the method remembers.
-        opt_state: the optimiser's state.
-        step: updates made or skipped.
-        key: the key that every update's randomness is folded from.
-        skipped: how many of them were skipped.
-        norms: what a guard against spikes knows; nothing without one.
+        memory: the method's memory, which goes from step to step.
+        opt_state: the optimizer's state.
+        step: number of steps, skipped ones included.
+        key: the random key; every step folds its number into it.
+        skipped: number of skipped steps.
+        norms: gradient norms that a `SpikeGuard` compares with; empty without one.
     """
 
     params: dict[str, PyTree]
@@ -42,38 +41,77 @@ class State(NamedTuple):
     opt_state: optax.OptState
     step: Int[Array, ""]
     key: Key[Array, ""]
-    skipped: Skipped
+    skipped: Skipped | None
     norms: Norms | tuple[()] = ()
+
+
+class Parts(NamedTuple):
+    """The arguments of the loss: one batch (or micro-batch) and the state it meets."""
+
+    params: dict[str, PyTree]
+    state: PyTree
+    memory: PyTree
+    taught: Features
+    batch: Batch
+    key: Key[Array, ""]
+    step: Int[Array, ""]
+
+
+class Carry(NamedTuple):
+    """The student's statistics and the method's memory after a (micro-)batch."""
+
+    state: PyTree
+    memory: PyTree
+
+
+class Chosen(NamedTuple):
+    """Which arrays a stage changes, and how.
+
+    Attributes:
+        transform: the optimizer of this stage.
+        trained: for every parameter, whether the stage trains it.
+        kept: for every array of the student's state, whether its new value is kept.
+    """
+
+    transform: optax.GradientTransformation
+    trained: PyTree
+    kept: PyTree
+
+
+# (loss, parts) -> Chosen, from the traced program of the loss.
+Choose = Callable[[Callable[..., tuple[Array, tuple[Carry, Metrics]]], Parts], Chosen]
 
 
 class Stage(NamedTuple):
     """An optax update step for one objective.
 
     Attributes:
-        init: `(key, student, teacher, batch, data=None, carry=None) -> State`, from
-            `Variables`. Everything is copied, so that donation never deletes the
-            caller's arrays. `data` (`Data`) is for methods that need the training
-            set's size and labels; `carry`, the `State` of an earlier stage, gives
-            its regressors and memory to the terms of the same name; a method that has
-            a `prepare` needs that of its stage.
-        teach: `(state, teacher, batch) -> Features` of the teacher, with
-            `stop_gradient`.
-        step: `(state, taught, batch) -> (state, metrics)`; pure and not jitted. The
-            metrics are the objective's, and `skipped`: the updates skipped so far;
-            with a guard, of these the `spikes`, and the `norm` of the gradient.
-        update: `(state, teacher, batch) -> (state, metrics)`: the jit of `teach`,
-            then `step`. The state is donated.
+        init: `(key, student, teacher, batch, data=None, carry=None) -> State`, from the
+            `Variables` of both networks. All arrays are copied, so that donation never
+            deletes the caller's. `data` (`Data`) holds the labels of the training set,
+            for methods that need its size and labels. `carry` is the `State` of an
+            earlier stage, whose regressors and memory are taken over by the terms of
+            the same name; a method with a `prepare` needs the `State` of that stage.
+        teach: `(state, teacher, batch) -> Features`: the teacher's features of a batch,
+            without gradients.
+        step: `(state, taught, batch) -> (state, metrics)`: one update from the
+            teacher's features; pure and not jitted. The metrics are the objective's and
+            `skipped` (number of skipped steps so far). With a `SpikeGuard` they also
+            hold `spikes` (number of steps that it skipped) and `norm` (length of the
+            gradient).
+        update: `(state, teacher, batch) -> (state, metrics)`: `teach` and `step`,
+            jitted. The state is donated.
         evaluate: `(state, teacher, batch) -> metrics`: the objective with
-            `train=False`; nothing moves.
-        report: `(state, teacher, batch) -> {"terms": ..., "layers": ...}`: what the
-            next update of this batch would be made of; nothing moves. It costs a
-            backward pass for every term, so ask now and then. "terms" has for each
-            term of the objective (or for "loss", if the method is none) its weighted
+            `train=False`; the state stays as it is.
+        report: `(state, teacher, batch) -> {"terms": ..., "layers": ...}`: losses and
+            gradients of the next update of this batch; the state stays as it is. It
+            costs one backward pass per term. "terms" has for each term of the
+            objective (or for "loss", if the method is no objective) its weighted
             `loss`, the `norm` of that loss' gradient, and its `share` in the sum of
-            these norms. "layers" has the norm of the total gradient for each outermost
+            these norms. "layers" has the norm of the whole gradient for each outermost
             layer of the student ("student/name") and each regressor
-            ("regressors/term/pair"). A norm is finite where the gradient is; shares
-            are numbers where all norms are.
+            ("regressors/term/pair"). A norm is finite where its gradient is; the shares
+            are finite where all norms are.
     """
 
     init: Callable[..., State]
@@ -85,30 +123,31 @@ class Stage(NamedTuple):
 
 
 def image(batch: Batch) -> Float[Array, "batch h w c"]:
-    """The default inputs of a network: the batch's "image", as floats.
+    """Returns the default inputs of a network: the entry "image" of a batch.
 
     Raises:
-        ValueError: if there is none, or it has other axes.
+        ValueError: if there is no such entry, or it does not have four axes.
         TypeError: if it holds integers.
     """
     if "image" not in batch:
-        raise ValueError(
-            f'batch: expected an entry "image", got {sorted(batch)}. Select the '
-            f"inputs with inputs= and teacher_inputs=."
-        )
-    if not jnp.issubdtype(batch["image"].dtype, jnp.floating):
-        raise TypeError(
-            f'batch: expected "image" to be floating point, got '
-            f"{batch['image'].dtype}. Scale and standardise the images first."
-        )
-    if batch["image"].ndim != 4:
-        raise ValueError(
-            f'batch: expected "image" to be (batch, h, w, c), got '
-            f"{batch['image'].shape}. Add the axis, or select other inputs with inputs=."
-        )
-    return batch["image"]
+        do = "Select the inputs with inputs= and teacher_inputs=."
+        raise Refusal(message("batch", 'an entry "image"', f"{sorted(batch)}", do))
+    found = batch["image"]
+    if not jnp.issubdtype(found.dtype, jnp.floating):
+        do = "Scale and standardize the images first."
+        wanted = '"image" to be floating point'
+        raise WrongType(message("batch", wanted, f"{found.dtype}", do))
+    if found.ndim != 4:
+        do = "Add the axis, or select other inputs with inputs=."
+        wanted = '"image" to be (batch, h, w, c)'
+        raise Refusal(message("batch", wanted, f"{found.shape}", do))
+    return found
 
 
 def student_variables(state: State) -> Variables:
-    """The student alone: what is shipped, or where the next stage starts."""
+    """Returns the student's variables: the network to ship, or the next stage's start.
+
+    Args:
+        state: the state of a stage.
+    """
     return Variables(state.params["student"], state.state)

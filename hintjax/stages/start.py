@@ -1,17 +1,115 @@
-"""What a stage takes over from an earlier one, and the arrays that it calls its own."""
+"""The state that a stage starts from: fresh arrays, and those of an earlier stage."""
+
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import PyTree
+from jaxtyping import Array, Key, PyTree
 
-from hintjax.method import PREPARED
+from hintjax._checks import Refusal, message
+from hintjax.method import PREPARED, Data
+from hintjax.networks import Variables
+from hintjax.stages import skipping
+from hintjax.stages.forward import Plan, features_of_teacher, loss, parts_of
+from hintjax.stages.stage import Batch, State
+
+
+def init(
+    plan: Plan,
+    fresh: Callable[..., Any],
+    key: Key[Array, ""],
+    student: Variables,
+    teacher: Variables | None,
+    batch: Batch,
+    data: Data | None = None,
+    carry: State | None = None,
+) -> State:
+    """Returns the state before the first step; see `Stage.init`.
+
+    Args:
+        plan: the stage's settings.
+        fresh: the jit of `fresh` with this plan.
+        key: of the stage's randomness.
+        student: the student's variables; they are copied.
+        teacher: the teacher's variables, or None.
+        batch: an example, for its shapes.
+        data: the labels of the training set.
+        carry: the state of an earlier stage.
+
+    Raises:
+        ValueError: if the method needs an earlier stage and `carry` is None, or the
+            stages have no common term.
+    """
+    if plan.method.prepare is not None and carry is None:
+        do = "Train method.prepare in a hint_stage first."
+        wanted = "carry=, the state of the stage before"
+        raise Refusal(message("stage", wanted, "None", do))
+    variables = Variables(*copied(tuple(student)))
+    earlier = None
+    if carry is not None:
+        earlier = copied((carry.params["regressors"], carry.memory))
+    made: State = fresh(key, variables, teacher, batch, data, earlier)
+    # Only the new arrays come out of the jit: the student's are the copies above.
+    state = made._replace(
+        params={"student": variables.params, **made.params},
+        state=variables.state,
+        skipped=skipping.nothing_skipped(),
+        norms=() if plan.spikes is None else skipping.begin(),
+    )
+    return plan.place.begin(state, None if teacher is None else teacher[0])
+
+
+def fresh(
+    plan: Plan,
+    key: Key[Array, ""],
+    student: Variables,
+    teacher: Variables | None,
+    batch: Batch,
+    data: Data | None,
+    earlier: tuple[dict, dict] | None,
+) -> State:
+    """Returns the new arrays of a state: regressors, memory, optimizer, step and key.
+
+    Args:
+        plan: the stage's settings.
+        key: of the stage's randomness.
+        student: the student's variables.
+        teacher: the teacher's variables, or None.
+        batch: an example, for its shapes.
+        data: the labels of the training set.
+        earlier: regressors and memory of an earlier stage, or None.
+    """
+    params, state = student
+    taught = features_of_teacher(plan, teacher, batch)
+    shown, _ = plan.student.apply(
+        params, state, plan.inputs(batch), wants=plan.method.student, train=False
+    )
+    shapes = jax.eval_shape(lambda *features: features, shown, taught)
+    own, theirs = jax.random.split(key)
+    regressors, memory = copied(plan.method.init(theirs, *shapes, data))
+    if earlier is not None:
+        regressors, memory = carried((regressors, memory), earlier)
+    params = {"student": params, "regressors": regressors}
+    zero = jnp.zeros((), jnp.int32)
+    made = State(params, state, memory, (), zero, own, None)
+    parts = parts_of(plan, made, taught, batch)
+    chosen = plan.choose(lambda parts, **how: loss(plan, parts, **how), parts)
+    return made._replace(
+        params={"regressors": regressors},
+        state=None,
+        opt_state=chosen.transform.init(params),
+    )
 
 
 def copied(tree: PyTree) -> PyTree:
-    """Arrays of our own, which donation may delete; never weakly typed, since what
-    comes out of an update is not, and would be compiled for once more."""
+    """Returns new arrays, which donation may delete.
 
-    def one(leaf):
+    They are never weakly typed: the arrays after an update are not either, and another
+    type would be compiled for once more.
+    """
+
+    def one(leaf: Any) -> Array:
         leaf = jnp.array(leaf)
         return jnp.array(leaf, dtype=leaf.dtype)
 
@@ -19,17 +117,24 @@ def copied(tree: PyTree) -> PyTree:
 
 
 def carried(fresh: tuple[dict, dict], earlier: tuple[dict, dict]) -> list[dict]:
-    """The earlier stage's regressors and memory, of the terms that both have."""
+    """Returns regressors and memory, those of the earlier stage for common terms.
+
+    Args:
+        fresh: regressors and memory of this stage, by term.
+        earlier: regressors and memory of the earlier stage, by term.
+
+    Raises:
+        ValueError: if the stages have no common term, or a common term has other
+            shapes.
+    """
     if PREPARED in fresh[1]:  # a method alone, without names of terms
         return list(_term("the method", fresh, earlier))
     names = [name for name in fresh[0] if name in earlier[0]]
     missing = [n for n, own in fresh[1].items() if PREPARED in own and n not in names]
     if not names or missing:
-        raise ValueError(
-            f"carry: expected a term of both stages, got {list(earlier[0])} in the "
-            f"earlier stage and {missing or list(fresh[0])} here. Name the term the "
-            f"same in an objective of each stage."
-        )
+        got = f"{list(earlier[0])} in the earlier stage and {missing or list(fresh[0])}"
+        do = "Name the term the same in an objective of each stage."
+        raise Refusal(message("carry", "a term of both stages", f"{got} here", do))
     taken = [dict(part) for part in fresh]
     for name in names:
         ours, theirs = ([part[name] for part in parts] for parts in (fresh, earlier))
@@ -38,24 +143,23 @@ def carried(fresh: tuple[dict, dict], earlier: tuple[dict, dict]) -> list[dict]:
     return taken
 
 
-def _term(name, fresh, earlier):
-    """The parameters and memory of one term, from the same term of another stage."""
+def _term(name: str, fresh: Any, earlier: Any) -> tuple[PyTree, PyTree]:
+    """Returns parameters and memory of one term, from the same term of another stage."""
     params, memory = fresh
     if PREPARED in memory and PREPARED not in earlier[1]:  # it was the stage before
-        _same(name, memory[PREPARED], earlier[0])
+        _check_same(name, memory[PREPARED], earlier[0])
         return params, {**memory, PREPARED: earlier[0]}
-    _same(name, fresh, earlier)
+    _check_same(name, fresh, earlier)
     return earlier
 
 
-def _same(name, fresh, earlier):
+def _check_same(name: str, fresh: PyTree, earlier: PyTree) -> None:
     ours, theirs = (
         jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)
         for tree in (fresh, earlier)
     )
     if ours != theirs:
-        raise ValueError(
-            f"carry: expected the term {name} to be the same in both stages, got "
-            f"{theirs} from the earlier stage and {ours} here. Use the same pairs "
-            f"and regressors, or another name."
-        )
+        wanted = f"the term {name} to be the same in both stages"
+        got = f"{theirs} from the earlier stage and {ours} here"
+        do = "Use the same pairs and regressors, or another name."
+        raise Refusal(message("carry", wanted, got, do))

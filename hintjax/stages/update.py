@@ -1,68 +1,336 @@
-"""The two stages of hint learning, as optax update steps.
-
-The *hint stage* trains what feeds the guided layers, and the regressors, and
-computes nothing above the hints in either network. The *distillation stage* trains
-the whole student. Both are the same step,
+"""One update of the student: the step that both stages are.
 
     taught = teach(state, teacher, batch)          the teacher's features
     state, metrics = step(state, taught, batch)    one update of the student
 
-and `update` is the jit of the two. The teacher is an argument: it is never
-differentiated, never changed, and runs with `train=False`.
+`update` is the jit of the two. The teacher is an argument: it is never differentiated,
+never changed, and runs with `train=False`.
 
-A step whose loss or gradient is not finite changes nothing but its number: parameters,
-the optimiser's state, statistics and memory stay what they were, bit for bit, and
-`State.skipped` counts it. `report` says which term of the objective it came from and
-which layers it reached.
-
-A batch is a dict: the inputs as "image" (or whatever `inputs` selects), what the
-objective reads ("label", "index"), and optionally "where", the examples that count.
+A step whose loss or gradient is not finite changes only its number: parameters,
+optimizer state, statistics and memory keep their bits, and `State.skipped` counts the
+step. `report` says which term of the objective caused it, and which layers it reached.
 """
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, NamedSharding
-from jaxtyping import PyTree
+from jax.sharding import Mesh
+from jaxtyping import Array, PyTree
 
-from hintjax._checks import Refusal, WrongType, mask, message, positive_int
-from hintjax._numerics import either, masked_mean
-from hintjax.method import Context, Method, one_per_example
-from hintjax.networks import Features, Variables, Wants
-from hintjax.sharding import (
-    Layout,
-    alike,
-    check_batch,
-    check_even,
-    check_rules,
-    over_batch,
-    replicated,
-    shares,
-    spread,
-    stored,
-    whole,
-)
-from hintjax.stages import debugging
+from hintjax._checks import Refusal, WrongType, message, positive_int
+from hintjax._numerics import either
+from hintjax.method import Method
+from hintjax.networks import Features, Network, Variables, Wants
+from hintjax.sharding import Layout
+from hintjax.stages import debugging, skipping, start
 from hintjax.stages import report as reports
 from hintjax.stages.accumulation import (
-    entry,
+    divided,
+    in_micro_batches,
+    itself,
     micro_batch,
     stacked,
-    summed,
-    valid,
-    weighed,
 )
-from hintjax.stages.placement import Sharded
-from hintjax.stages.skipping import all_finite, begin, judge
-from hintjax.stages.skipping import check as check_guard
-from hintjax.stages.stage import Skipped, Stage, State
-from hintjax.stages.start import carried, copied
+from hintjax.stages.forward import Plan, features_of_teacher, loss, parts_of
+from hintjax.stages.placement import placement
+from hintjax.stages.report import Report
+from hintjax.stages.skipping import SpikeGuard
+from hintjax.stages.stage import Batch, Carry, Choose, Metrics, Parts, Stage, State
 
 
-def check_kinds(caller, method, optimizer):
-    """Raises if what has no checks of its own is another thing, or out of order."""
+def step(
+    plan: Plan, state: State, taught: Features, batch: Batch
+) -> tuple[State, Metrics]:
+    """Returns the state after one update, and its metrics.
+
+    Args:
+        plan: the stage's settings.
+        state: the state before the update.
+        taught: the teacher's features of the batch.
+        batch: the batch.
+    """
+    debugging.look("parameters", state.params, state.step)
+    (grads, metrics), after, parts = learn(plan, gradients, state, taught, batch)
+    debugging.look("gradients", grads, state.step)
+    chosen = plan.choose(partial(loss, plan), parts)
+    grads = plan.place.grads(grads)
+    transform = chosen.transform
+    updates, opt_state = transform.update(grads, state.opt_state, state.params)
+    moved = optax.apply_updates(state.params, updates)
+    good, norms, counts = skipping.guard(
+        plan.spikes, state.norms, metrics["loss"], grads
+    )
+    new = state._replace(
+        params=_where(chosen.trained, moved, state.params),
+        state=_where(chosen.kept, after.state, state.state),
+        memory=after.memory,
+        opt_state=opt_state,
+    )
+    new = plan.place.state(keep(plan, good, new, state, batch)._replace(norms=norms))
+    skipped = new.skipped.total.astype(metrics["loss"].dtype)
+    return new, {**metrics, **counts, "skipped": skipped}
+
+
+def learn(
+    plan: Plan,
+    function: Callable[..., tuple[PyTree, Carry]],
+    state: State,
+    taught: Features,
+    batch: Batch,
+) -> tuple[PyTree, Carry, Parts]:
+    """Returns the result of `function` for a batch, summed over its micro-batches.
+
+    Args:
+        plan: the stage's settings.
+        function: `(plan, parts, weigh, number) -> (result, carry)`. `weigh` turns a
+            mean over the micro-batch into its summand of the mean over the batch;
+            `number` is the argument of `loss`.
+        state: the state before the update.
+        taught: the teacher's features of the batch.
+        batch: the batch.
+
+    Returns:
+        The result, the carry after the last micro-batch, and the arguments of the loss
+        of the first.
+    """
+    if plan.accumulate == 1:
+        parts = parts_of(plan, state, taught, batch)
+        return *function(plan, parts, itself, itself), parts
+    batch = divided(batch, plan.accumulate, plan.place)
+    parts = Parts(
+        params=state.params,
+        state=state.state,
+        memory=state.memory,
+        taught=taught,
+        batch=batch,
+        key=state.key,
+        step=state.step,
+    )
+    return in_micro_batches(partial(function, plan), parts, plan.accumulate, plan.place)
+
+
+def gradients(
+    plan: Plan,
+    parts: Parts,
+    weigh: Callable[[Array], Array],
+    number: Callable[[Array], Array],
+) -> tuple[tuple[PyTree, Metrics], Carry]:
+    """Returns the gradient of the loss by the parameters, and the metrics.
+
+    Args:
+        plan: the stage's settings.
+        parts: the arguments of the loss.
+        weigh: see `learn`.
+        number: see `learn`.
+    """
+
+    def weighed(params: PyTree) -> tuple[Array, tuple[Carry, Metrics]]:
+        mean, (after, metrics) = loss(
+            plan, parts._replace(params=params), train=True, number=number
+        )
+        return weigh(mean), (after, jax.tree.map(weigh, metrics))
+
+    grads, (after, metrics) = jax.grad(weighed, has_aux=True)(parts.params)
+    return (grads, metrics), after
+
+
+def keep(plan: Plan, good: Array, new: State, old: State, batch: Batch) -> State:
+    """Returns the new state if the step is good, and else the old one, counted.
+
+    Args:
+        plan: the stage's settings.
+        good: whether the step is made.
+        new: the state after the step.
+        old: the state before the step.
+        batch: the batch.
+    """
+    if plan.method.select is None:
+        memory = either(good, new.memory, old.memory)
+    else:
+        shared = plan.place.batch(batch)
+        memory = plan.method.select(good, new.memory, old.memory, shared)
+    return new._replace(
+        params=either(good, new.params, old.params),
+        state=either(good, new.state, old.state),
+        memory=memory,
+        opt_state=either(good, new.opt_state, old.opt_state),
+        step=old.step + 1,
+        skipped=skipping.counted(old.skipped, good),
+    )
+
+
+def teach(
+    plan: Plan, state: State, variables: Variables | None, batch: Batch
+) -> Features:
+    """Returns the teacher's features of a batch; of each micro-batch, stacked.
+
+    Args:
+        plan: the stage's settings.
+        state: the state before the update; a teacher may be a part of it.
+        variables: the teacher's.
+        batch: the batch.
+    """
+    if plan.accumulate == 1:
+        return features_of_teacher(plan, variables, batch)
+    batch = divided(batch, plan.accumulate, plan.place)
+
+    def one(i: Array | int) -> Features:
+        return features_of_teacher(
+            plan, variables, micro_batch(batch, i, plan.accumulate)
+        )
+
+    return stacked(one, plan.accumulate, plan.place.layout)
+
+
+def update(
+    plan: Plan, state: State, variables: Variables | None, batch: Batch
+) -> tuple[State, Metrics]:
+    """Returns the state after one update from a batch; `teach`, then `step`.
+
+    Args:
+        plan: the stage's settings.
+        state: the state before the update.
+        variables: the teacher's.
+        batch: the batch.
+    """
+    return step(plan, state, teach(plan, state, variables, batch), batch)
+
+
+def evaluate(
+    plan: Plan, state: State, variables: Variables | None, batch: Batch
+) -> Metrics:
+    """Returns the metrics of a batch with `train=False`.
+
+    Args:
+        plan: the stage's settings.
+        state: the state; it stays as it is.
+        variables: the teacher's.
+        batch: the batch.
+    """
+    taught = features_of_teacher(plan, variables, batch)
+    parts = parts_of(plan, state, taught, batch)
+    _, (_, metrics) = loss(plan, parts, train=False, number=itself)
+    return metrics
+
+
+def report(
+    plan: Plan, state: State, variables: Variables | None, batch: Batch
+) -> Report:
+    """Returns losses and gradient norms by term and layer; see `Stage.report`.
+
+    Args:
+        plan: the stage's settings.
+        state: the state; it stays as it is.
+        variables: the teacher's.
+        batch: the batch.
+    """
+    taught = teach(plan, state, variables, batch)
+    found, _, _ = learn(plan, gradients_by_term, state, taught, batch)
+    return reports.report(
+        {
+            term: (value, plan.place.grads(grads))
+            for term, (value, grads) in found.items()
+        }
+    )
+
+
+def gradients_by_term(
+    plan: Plan, parts: Parts, weigh: Callable[[Array], Array], number: Any
+) -> tuple[dict[str, tuple[Array, PyTree]], Carry]:
+    """Returns the loss of every term and its gradient by the parameters.
+
+    Args:
+        plan: the stage's settings.
+        parts: the arguments of the loss.
+        weigh: see `learn`.
+        number: not used, since a report shows values that are not finite.
+    """
+
+    def losses(params: PyTree) -> dict[str, Array]:
+        _, (_, metrics) = loss(plan, parts._replace(params=params), train=True)
+        return jax.tree.map(weigh, reports.losses_by_term(metrics))
+
+    def one(term: str) -> tuple[Array, PyTree]:
+        # Every loss has a backward pass of its own. In one pass for all of them, 0
+        # times nan would carry the nan of one term into the others. XLA computes the
+        # common part once.
+        return jax.value_and_grad(lambda params: losses(params)[term])(parts.params)
+
+    found = {term: one(term) for term in jax.eval_shape(losses, parts.params)}
+    _, (after, _) = loss(plan, parts, train=True)
+    return found, after
+
+
+def make_stage(
+    student: Network,
+    teacher: Network | None,
+    method: Method,
+    choose: Choose,
+    *,
+    inputs: Callable[[Batch], PyTree],
+    teacher_inputs: Callable[[Batch], PyTree],
+    mesh: Mesh | Layout | None,
+    accumulate: int,
+    spikes: SpikeGuard | None,
+) -> Stage:
+    """Returns the stage of these settings.
+
+    Args:
+        student: the student.
+        teacher: the teacher, or None for a method that wants nothing of a teacher.
+        method: the method.
+        choose: says which arrays the stage changes.
+        inputs: see `hint_stage`.
+        teacher_inputs: see `hint_stage`.
+        mesh: see `hint_stage`.
+        accumulate: see `distillation_stage`.
+        spikes: see `hint_stage`.
+
+    Raises:
+        ValueError: if the method wants a teacher and there is none, or a number is out
+            of range.
+    """
+    positive_int("stage", accumulate=accumulate)
+    if spikes is not None:
+        skipping.check("stage", spikes)
+    if teacher is None and method.teacher != Wants():
+        wanted = f"a teacher, since the method wants {method.teacher} of it"
+        do = "Pass the teacher's network."
+        raise Refusal(message("stage", wanted, "None", do))
+    plan = Plan(
+        student,
+        teacher,
+        method,
+        choose,
+        inputs,
+        teacher_inputs,
+        placement(mesh, method),
+        accumulate,
+        spikes,
+    )
+    # The jit is made once, so that a second initialization compiles nothing.
+    fresh = jax.jit(partial(start.fresh, plan))
+    return Stage(
+        init=partial(start.init, plan, fresh),
+        teach=partial(teach, plan),
+        step=partial(step, plan),
+        update=plan.place.jit(partial(update, plan), True),
+        evaluate=plan.place.jit(partial(evaluate, plan), False),
+        report=plan.place.jit(partial(report, plan), False),
+    )
+
+
+def check_kinds(caller: str, method: Any, optimizer: Any) -> None:
+    """Raises unless method and optimizer have their types, and so their places.
+
+    Args:
+        caller: name of the function that the user called.
+        method: should be a `Method`.
+        optimizer: should be an optax transformation.
+    """
     for name, value, kind in (
         ("method", method, Method),
         ("optimizer", optimizer, optax.GradientTransformation),
@@ -72,329 +340,6 @@ def check_kinds(caller, method, optimizer):
             raise WrongType(message(caller, wanted, type(value).__name__))
 
 
-def make_stage(
-    student,
-    teacher,
-    method,
-    optimiser,
-    inputs,
-    teacher_inputs,
-    mesh,
-    accumulate,
-    spikes,
-):
-    """The step that both stages are.
-
-    `optimiser(objective, *parts)`, where parts are the objective's arguments or
-    their shapes, says the optimiser, which parameters it changes, and which of the
-    student's state is kept.
-    """
-    layout = Layout(mesh) if isinstance(mesh, Mesh) else mesh
-    positive_int("stage", accumulate=accumulate)
-    if spikes is not None:
-        check_guard("stage", spikes)
-    if teacher is None and method.teacher != Wants():
-        raise ValueError(
-            f"stage: expected a teacher, since the method wants {method.teacher} of "
-            f"it, got None. Pass the teacher's network."
-        )
-
-    def taught_by(variables, batch):
-        if method.teacher == Wants():
-            return Features()
-        if variables is None:
-            do = "Pass what the teacher's init gave, or hintjax.split(flax_variables)."
-            raise Refusal(message("stage", "the teacher's variables", "None", do))
-        params, model_state = variables
-        features, _ = teacher.apply(
-            gathered({"teacher": params})["teacher"],
-            model_state,
-            teacher_inputs(split(batch)),
-            wants=method.teacher,
-            train=False,
-        )
-        return jax.lax.stop_gradient(features)
-
-    def teach(state, variables, batch):
-        if accumulate == 1:
-            return taught_by(variables, batch)
-        batch = shared(batch)
-
-        def one(i):
-            return taught_by(variables, micro_batch(batch, i, accumulate))
-
-        return stacked(one, accumulate, layout)
-
-    def objective(
-        params, model_state, memory, taught, batch, key, step, *, train, number=None
-    ):
-        n = jax.tree.leaves(inputs(batch))[0].shape[0]
-        mask("batch", batch.get("where"), (n,))
-        ours, theirs = jax.random.split(jax.random.fold_in(key, step))
-        shown, model_state = student.apply(
-            params["student"],
-            model_state,
-            inputs(batch),
-            wants=method.student,
-            train=train,
-            key=ours,
-        )
-        checks = number is not None and debugging.watching()
-        apply = debugging.watched(method, number) if checks else method.apply
-        values, memory, metrics = apply(
-            params["regressors"],
-            memory,
-            shown,
-            taught,
-            batch,
-            Context(theirs, step, train),
-        )
-        one_per_example("stage", "the method", values, n)
-        loss = masked_mean(values, batch.get("where"))
-        return loss, (model_state, memory, {**metrics, "loss": loss})
-
-    def shared(batch):
-        """A batch that can be cut into micro-batches."""
-        parts = 1 if layout is None else shares(layout.mesh)
-        many = f"{accumulate} micro-batches" + (f" on {parts} devices" * (parts > 1))
-        check_even(batch, accumulate * parts, many)
-        return split(batch)
-
-    def split(batch):
-        if layout is None:
-            return batch
-        check_batch(batch, layout.mesh)
-        return jax.lax.with_sharding_constraint(batch, over_batch(layout.mesh))
-
-    def gathered(params):
-        """Parameters as a step computes with them, wherever they are stored."""
-        if layout is None:
-            return params
-        return jax.lax.with_sharding_constraint(params, whole(stored(layout, params)))
-
-    def parts_of(state, taught, batch):
-        params = gathered(state.params)
-        batch = split(batch)
-        return params, state.state, state.memory, taught, batch, state.key, state.step
-
-    def homes(state):
-        """Where the parts of a state live."""
-        params, everywhere = stored(layout, state.params), replicated(layout.mesh)
-        memory = everywhere
-        if method.split is not None:
-            specs = method.split(state.memory)
-            memory = jax.tree.map(partial(NamedSharding, layout.mesh), specs)
-        return State(
-            params=params,
-            state=everywhere,
-            memory=memory,
-            opt_state=alike(params, state.params, state.opt_state, layout.mesh),
-            step=everywhere,
-            key=everywhere,
-            skipped=everywhere,
-            norms=everywhere,
-        )
-
-    def placed(grads):
-        """Gradients where their parameters are stored."""
-        if layout is None:
-            return grads
-        # First summed as they were computed: left to itself, the partitioner may
-        # gather activations to compute each device's share of a gradient.
-        grads = gathered(grads)
-        return jax.lax.with_sharding_constraint(grads, stored(layout, grads))
-
-    def learned(state, taught, batch, learn):
-        """What `learn` finds in a batch, or the sum of what it finds in its parts.
-
-        `learn(weigh, number, *parts)` gives means, weighed, and the student's state and
-        the memory after them; `number` is that of an example in the batch, from its
-        place in its part. The arguments of the first part come along.
-        """
-        if accumulate == 1:
-            parts = parts_of(state, taught, batch)
-            found, after = learn(_same_one, _same_one, *parts)
-            return found, after, parts
-        batch = shared(batch)
-        counts = valid(batch, accumulate)
-        params = gathered(state.params)
-
-        def arguments(carry, i):
-            model_state, memory = carry
-            shown, part = entry(taught, i), split(micro_batch(batch, i, accumulate))
-            key = jax.random.fold_in(state.key, i)
-            return params, model_state, memory, shown, part, key, state.step
-
-        def one(carry, i):
-            weigh = partial(weighed, valid=counts[i], total=jnp.sum(counts))
-
-            def number(place):
-                return place * accumulate + i
-
-            found, after = learn(weigh, number, *arguments(carry, i))
-            return after, found
-
-        carry = state.state, state.memory
-        after, found = summed(one, carry, accumulate, layout)
-        return found, after, arguments(carry, 0)
-
-    def step(state, taught, batch):
-        def learn(weigh, number, *parts):
-            def loss(*parts):
-                loss, (*after, metrics) = objective(*parts, train=True, number=number)
-                return weigh(loss), (tuple(after), jax.tree.map(weigh, metrics))
-
-            grads, (after, metrics) = jax.grad(loss, has_aux=True)(*parts)
-            return (grads, metrics), after
-
-        if debugging.watching():
-            debugging.finite(
-                "parameters", reports.by_layer(state.params, False), state.step
-            )
-        (grads, metrics), (model_state, memory), parts = learned(
-            state, taught, batch, learn
-        )
-        if debugging.watching():
-            debugging.finite("gradients", reports.by_layer(grads, False), state.step)
-        transform, trained, kept = optimiser(objective, *parts)
-        grads = placed(grads)
-        updates, opt_state = transform.update(grads, state.opt_state, state.params)
-        moved = optax.apply_updates(state.params, updates)
-        good, norms = all_finite((metrics["loss"], grads)), state.norms
-        if spikes is not None:
-            norm = reports.norm(grads)
-            good, norms = judge(spikes, norms, norm, good)
-            total = norms.spikes.astype(norm.dtype)
-            metrics = {**metrics, "norm": norm, "spikes": total}
-        if method.select is None:
-            memory = either(good, memory, state.memory)
-        else:
-            memory = method.select(good, memory, state.memory, split(batch))
-        after = State(
-            params=either(good, _where(trained, moved, state.params), state.params),
-            state=either(good, _where(kept, model_state, state.state), state.state),
-            memory=memory,
-            opt_state=either(good, opt_state, state.opt_state),
-            step=state.step + 1,
-            key=state.key,
-            skipped=Skipped(
-                state.skipped.total + jnp.where(good, 0, 1),
-                jnp.where(good, 0, state.skipped.in_a_row + 1),
-            ),
-            norms=norms,
-        )
-        if layout is not None:
-            after = jax.lax.with_sharding_constraint(after, homes(after))
-        total = after.skipped.total.astype(metrics["loss"].dtype)
-        return after, {**metrics, "skipped": total}
-
-    @jax.jit  # made once, so that a second initialisation compiles nothing
-    def fresh(key, student_variables, teacher_variables, batch, data, carry):
-        """All that does not come from elsewhere: regressors, memory, optimiser."""
-        params, model_state = student_variables
-        taught = taught_by(teacher_variables, batch)
-        shown, _ = student.apply(
-            params, model_state, inputs(batch), wants=method.student, train=False
-        )
-        shapes = jax.eval_shape(lambda *features: features, shown, taught)
-        own, theirs = jax.random.split(key)
-        regressors, memory = copied(method.init(theirs, *shapes, data))
-        if carry is not None:
-            regressors, memory = carried((regressors, memory), carry)
-        params = {"student": params, "regressors": regressors}
-        zero = jnp.zeros((), jnp.int32)
-        state = State(params, model_state, memory, (), zero, own, None)
-        transform, _, _ = optimiser(objective, *parts_of(state, taught, batch))
-        return regressors, memory, transform.init(params), state.step, own
-
-    def init(key, student_variables, teacher_variables, batch, data=None, carry=None):
-        if method.prepare is not None and carry is None:
-            raise ValueError(
-                "stage: expected carry=, the state of the stage before, got None. "
-                "Train method.prepare in a hint_stage first."
-            )
-        variables = Variables(*copied(tuple(student_variables)))
-        if carry is not None:
-            carry = copied((carry.params["regressors"], carry.memory))
-        regressors, memory, opt_state, step, key = fresh(
-            key, variables, teacher_variables, batch, data, carry
-        )
-        params, model_state = variables
-        params = {"student": params, "regressors": regressors}
-        # Arrays of their own, since one buffer cannot be donated twice.
-        skipped = Skipped(*(jnp.zeros((), jnp.int32) for _ in Skipped._fields))
-        norms = () if spikes is None else begin()
-        state = State(params, model_state, memory, opt_state, step, key, skipped, norms)
-        if layout is None:
-            return state
-        theirs = None if teacher_variables is None else teacher_variables[0]
-        check_rules(layout, {**params, "teacher": theirs})
-        return spread(state, homes(state))
-
-    def update(state, variables, batch):
-        return step(state, teach(state, variables, batch), batch)
-
-    def evaluate(state, variables, batch):
-        parts = parts_of(state, taught_by(variables, batch), batch)
-        _, (_, _, metrics) = objective(*parts, train=False, number=_same_one)
-        return metrics
-
-    def report(state, variables, batch):
-        def learn(weigh, _, params, *rest):
-            def losses(params):
-                _, (_, _, metrics) = objective(params, *rest, train=True)
-                return jax.tree.map(weigh, reports.losses_by_term(metrics))
-
-            def gradient(name):
-                # One loss at a time: as cotangents of the others, zeros times nan would
-                # bring what is wrong in one term to all. What they share XLA computes
-                # once.
-                return jax.value_and_grad(lambda p: losses(p)[name])(params)
-
-            found = {name: gradient(name) for name in jax.eval_shape(losses, params)}
-            _, (*after, _) = objective(params, *rest, train=True)
-            return found, tuple(after)
-
-        taught = teach(state, variables, batch)
-        found, _, _ = learned(state, taught, batch, learn)
-        return reports.report(
-            {name: (loss, placed(grads)) for name, (loss, grads) in found.items()}
-        )
-
-    def compiled(function, moves):
-        """The jit of a function of (state, teacher, batch); one that moves the state
-        gives it, too, and may reuse its memory."""
-        donated = {"donate_argnums": 0} if moves else {}
-        if layout is None:
-            return jax.jit(function, **donated)
-        everywhere = replicated(layout.mesh)
-
-        def shardings(state, variables):
-            ours, theirs = homes(state), None
-            if variables is not None:
-                params = stored(layout, {"teacher": variables[0]})["teacher"]
-                theirs = Variables(params, everywhere)
-            return {
-                "in_shardings": (ours, theirs, over_batch(layout.mesh)),
-                "out_shardings": (ours, everywhere) if moves else everywhere,
-            }
-
-        return Sharded(function, layout.mesh, shardings, donated)
-
-    return Stage(
-        init=init,
-        teach=teach,
-        step=step,
-        update=compiled(update, True),
-        evaluate=compiled(evaluate, False),
-        report=compiled(report, False),
-    )
-
-
-def _same_one(x):
-    return x
-
-
 def _where(chosen: PyTree, new: PyTree, old: PyTree) -> PyTree:
-    """New leaves where chosen; the very same old ones elsewhere."""
+    """The new arrays where chosen, and the very same old ones elsewhere."""
     return jax.tree.map(lambda c, n, o: n if c else o, chosen, new, old)
