@@ -1,4 +1,15 @@
-"""The two stages of hint learning, as optax update steps."""
+"""The two stages of hint learning, as optax update steps.
+
+The *hint stage* (`hint`) trains the layers below the guided layers, and the regressors.
+The *distillation stage* (`distillation`) trains the whole student. Both are the same
+step (`update`):
+
+    taught = teach(state, teacher, batch)          the teacher's features
+    state, metrics = step(state, taught, batch)    one update of the student
+
+`forward` computes the loss; `placement` knows meshes, `accumulation` micro-batches,
+`skipping` bad steps, `start` the first state.
+"""
 
 from hintjax.stages.debugging import checked
 from hintjax.stages.distillation import distillation_stage

@@ -1,15 +1,15 @@
 """Debug mode: a step that says which value is wrong, where, and in which example.
 
-The checks are made inside the compiled step by `jax.experimental.checkify`, under
-gradients, scans and meshes too. (`chex.chexify` is made of it, but what its sentences
-say is fixed while the step is traced.) They are not in the program of a stage that is
-not `checked`.
+`jax.experimental.checkify` makes the checks inside the compiled step, also under
+gradients, scans and meshes. (`chex.chexify` is built on it, but the words of its errors
+are fixed when the step is traced.) The program of a stage that is not `checked` has no
+checks.
 """
 
 import contextlib
 import contextvars
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import flax.linen as nn
@@ -19,7 +19,8 @@ from jax.experimental import checkify
 from jaxtyping import Array, Bool, Int, PyTree
 
 from hintjax._checks import Refusal, message
-from hintjax.method import Method
+from hintjax.method import Context, Method
+from hintjax.networks import Features
 from hintjax.stages.report import by_layer
 
 AnyStage = TypeVar("AnyStage")
@@ -27,28 +28,28 @@ _watching = contextvars.ContextVar("watching", default=False)
 
 
 def checked(stage: AnyStage) -> AnyStage:
-    """The same stage, whose `update` and `evaluate` raise at a value that is wrong.
+    """Returns the same stage, whose `update` and `evaluate` raise at a wrong value.
 
-    Checked are: labels, which have to be among the classes of the outputs; what a batch
-    holds, parameters, features and outputs of both networks, outputs of regressors, the
-    losses of all terms and the gradient, which have to be finite; and features, of which
-    no example may have only zeros: methods that normalise find no direction there.
-    Examples that "where" leaves out may be anything.
+    Labels must be among the classes of the outputs. Everything in a batch, parameters,
+    features and outputs of both networks, outputs of regressors, the losses of all
+    terms and the gradient must be finite. No example may have features that are all 0,
+    since methods that normalize find no direction there. Examples that "where" leaves
+    out are not checked.
 
-    Every step waits for its checks. The state is not donated, so that the one before
-    the error is still there. What is right comes to the same bits, as far as the
-    compiler computes the same either way.
+    Every step waits for its checks. The state is not donated, so the state before the
+    error still exists. A step without wrong values gives the same bits as without
+    checks, as far as the compiler computes both in the same way.
 
-    A memory that is split over a mesh, as CRD's with `mesh`, cannot be checked: checkify
+    A memory that is split over a mesh (CRD's with `mesh`) cannot be checked: checkify
     does not pass through `shard_map`.
 
     Args:
         stage: any stage, on one device or on a mesh.
 
     Returns:
-        The stage. Its functions raise ValueError, for instance "step 12: expected
-        labels in 0..9, got 10 at example 3."; as do other functions of `stage.teach`
-        and `stage.step` that are made by `raising`.
+        The stage. Its functions raise ValueError, for example "step 12: expected labels
+        in 0..9, got 10 at example 3.". So do other functions of `stage.teach` and
+        `stage.step` that `raising` has made.
     """
     return stage._replace(
         update=raising(stage.update.__wrapped__),
@@ -57,10 +58,10 @@ def checked(stage: AnyStage) -> AnyStage:
 
 
 def raising(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The jit of a function of a stage's `teach` and `step`, with its checks.
+    """Returns the jit of a function of a stage's `teach` and `step`, with checks.
 
     Args:
-        function: of arrays; not jitted, since its trace has to be a new one.
+        function: of arrays; not jitted, because it must be traced anew.
 
     Returns:
         The function, which raises ValueError after a step with a wrong value.
@@ -86,28 +87,37 @@ def raising(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def watching() -> bool:
-    """Whether what is traced now is to have checks."""
+    """Whether the function that is being traced gets checks."""
     return _watching.get()
 
 
 def watched(
     method: Method, number: Callable[[Int[Array, ""]], Int[Array, ""]]
 ) -> Callable[..., Any]:
-    """`Method.apply` with checks of what it is given and what it gives.
+    """Returns `Method.apply` with checks of its arguments and results.
 
     Args:
         method: the method.
-        number: of an example in its batch, from its place in what the method sees.
+        number: `(position in the method's batch) -> position in the whole batch`.
 
     Raises:
         ValueError: if the method splits its memory over a mesh.
     """
     if method.split is not None:
-        wanted = "a method whose memory every device has"
+        wanted = "a method whose memory is whole on every device"
         do = "Check it on one device, or without the method's mesh=."
-        raise Refusal(message("checked", wanted, "one that splits it", do))
+        raise Refusal(
+            message("checked", wanted, "a memory that is split over a mesh", do)
+        )
 
-    def checking(params, memory, student, teacher, batch, context):
+    def checking(
+        params: dict,
+        memory: dict,
+        student: Features,
+        teacher: Features,
+        batch: Mapping[str, Array],
+        context: Context,
+    ) -> tuple[Array, dict, dict]:
         n = jax.tree.leaves(batch)[0].shape[0]
         where = batch.get("where", jnp.ones(n, bool))
         check = _Check(context.step, where, number)
@@ -147,26 +157,37 @@ def look(name: str, params: dict[str, PyTree], step: Array) -> None:
 
 
 class _Check:
-    """Checks of one step."""
+    """The checks of one step.
 
-    def __init__(self, step, where, number):
+    Args:
+        step: the number of the step, for messages.
+        where: which examples count; None if the arrays have no examples.
+        number: see `watched`.
+    """
+
+    def __init__(
+        self,
+        step: Int[Array, ""],
+        where: Bool[Array, " batch"] | None,
+        number: Callable[[Array], Array] | None,
+    ):
         self._step, self._where, self._number = step, where, number
 
-    def finite(self, what, tree):
-        """All floats of a tree; it tells the example if the first axis is the batch."""
+    def finite(self, what: str, tree: PyTree) -> None:
+        """Checks all floats of a tree, and names the example if there is one."""
         for leaf in jax.tree.leaves(tree):
             if jnp.issubdtype(leaf.dtype, jnp.floating):
                 self._all(jnp.isfinite(leaf), f"finite {what}", leaf)
 
-    def directed(self, what, leaf):
-        """Features of every example, which have a norm > 0."""
+    def directed(self, what: str, leaf: Array) -> None:
+        """Checks that the features of every example have a norm > 0."""
         if jnp.issubdtype(leaf.dtype, jnp.floating) and self._is_batch(leaf):
             largest = jnp.max(jnp.abs(leaf), tuple(range(1, leaf.ndim)))
-            # What is not finite was another check's.
+            # Numbers that are not finite belong to another check.
             self._all(~(largest == 0), f"{what} to have a norm > 0", largest)
 
-    def labels(self, label, *outputs):
-        """Integers that are classes; one output is of two classes."""
+    def labels(self, label: Array | None, *outputs: Any) -> None:
+        """Checks that integer labels are classes; one logit means two classes."""
         if label is None or not jnp.issubdtype(label.dtype, jnp.integer):
             return
         classes = [x.shape[-1] for x in outputs if getattr(x, "ndim", 0) > 1]
@@ -179,9 +200,9 @@ class _Check:
 
     @contextlib.contextmanager
     def outputs_of_modules(self) -> Iterator[None]:
-        """While it is open: whatever Flax modules give, which are the regressors."""
+        """Checks, while open, the outputs of all Flax modules: the regressors."""
 
-        def look(call, arguments, keywords, context):
+        def look(call: Callable, arguments: tuple, keywords: dict, context: Any) -> Any:
             result = call(*arguments, **keywords)
             name = "/".join((type(context.module).__name__, *context.module.path))
             self.finite(f"outputs of the regressor {name}", result)
@@ -190,7 +211,7 @@ class _Check:
         with nn.intercept_methods(look):
             yield
 
-    def _is_batch(self, leaf):
+    def _is_batch(self, leaf: Array) -> bool:
         return self._where is not None and leaf.shape[:1] == self._where.shape
 
     def _all(self, good: Bool[Array, "..."], wanted: str, leaf: Array) -> None:
@@ -201,12 +222,12 @@ class _Check:
         if self._is_batch(leaf):
             got = "{value} at example {number}"
             told["number"] = self._number(place[0])
-        # Braces of a name are not those of the sentence.
+        # checkify formats the sentence: braces in a name are escaped.
         wanted = wanted.replace("{", "{{").replace("}", "}}")
         sentence = message("step {step}", wanted, got)
         checkify.check(jnp.all(good), sentence, value=leaf[place], **told)
 
 
-def _named(batch):
+def _named(batch: PyTree) -> Iterator[tuple[str, Array]]:
     for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
         yield jax.tree_util.keystr(path, simple=True, separator="/"), leaf

@@ -46,10 +46,10 @@ def distillation_stage(
         inputs: `(batch) -> inputs` of the student.
         teacher_inputs: `(batch) -> inputs` of the teacher.
         mesh: the devices of the stage; see `hint_stage`.
-        accumulate: number of micro-batches of equal size in an update. They are computed
-            one after another, so that only one needs memory for its activations at a
-            time. The number must divide the batch; on a mesh, the examples of each
-            device.
+        accumulate: number of micro-batches of equal size in an update. They are
+            computed one after another, so that only one needs memory for its
+            activations at a time. The number must divide the batch; on a mesh, the
+            examples of each device.
 
             The update equals that of the whole batch up to rounding if every example
             has a loss of its own; "where" may leave any example out. For losses that

@@ -99,7 +99,7 @@ def loss(
     train: bool,
     number: Callable[[Int[Array, ""]], Int[Array, ""]] | None = None,
 ) -> tuple[Float[Array, ""], tuple[Carry, Metrics]]:
-    """Returns the mean loss of a batch, and the statistics, memory and metrics after it.
+    """Returns the mean loss of a batch, and statistics, memory and metrics after it.
 
     Args:
         plan: the stage's settings.

@@ -98,6 +98,6 @@ def only_what_feeds(
     learning, judging = reads(alone(True), parts), reads(alone(False), parts)
     labels = jax.tree.map(lambda t: "trained" if t else "frozen", learning.params)
     transforms = {"trained": optimizer, "frozen": optax.set_to_zero()}
-    # BatchNorm does not read its statistics while training: evaluation says which count.
+    # BatchNorm does not read its statistics in training: evaluation says which count.
     kept = jax.tree.map(lambda *read: any(read), learning.state, judging.state)
     return Chosen(optax.partition(transforms, labels), learning.params, kept)

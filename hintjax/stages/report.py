@@ -1,4 +1,4 @@
-"""What an update is made of: losses and gradients by term, gradients by layer."""
+"""Reports of an update: losses and gradients by term, and gradients by layer."""
 
 import math
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ Report = dict[str, dict]  # see Stage.report
 
 
 def losses_by_term(metrics: Mapping[str, Array]) -> dict[str, Array]:
-    """The weighted loss of each term of the (outermost) objective, and "loss"."""
+    """Returns the weighted loss of each term of the outermost objective, and "loss"."""
     terms = {
         name.partition("/")[0]: value
         for name, value in metrics.items()
@@ -23,10 +23,10 @@ def losses_by_term(metrics: Mapping[str, Array]) -> dict[str, Array]:
 
 
 def report(found: Mapping[str, tuple[Array, PyTree]]) -> Report:
-    """What `Stage.report` gives, from the loss and the gradient of each term.
+    """Returns the result of `Stage.report`.
 
     Args:
-        found: by name of the term; that of all is "loss".
+        found: loss and gradient by name of the term; the whole objective's is "loss".
     """
     terms = [name for name in found if name != "loss"]
     norms = {name: norm(found[name][1]) for name in terms or ["loss"]}
@@ -48,10 +48,10 @@ def report(found: Mapping[str, tuple[Array, PyTree]]) -> Report:
 
 
 def not_finite(report: Report) -> tuple[list[str], list[str]]:
-    """The terms whose loss or gradient is not finite, and the layers of such gradients.
+    """Returns the terms and the layers whose loss or gradient is not finite.
 
     Args:
-        report: what `Stage.report` gave.
+        report: the result of `Stage.report`.
 
     Returns:
         Names of terms and names of layers.
@@ -71,7 +71,7 @@ def not_finite(report: Report) -> tuple[list[str], list[str]]:
 
 
 def norm(tree: PyTree) -> Float[Array, ""]:
-    """Euclidean norm of all leaves, finite where they are: squares do not overflow."""
+    """Returns the Euclidean norm of a tree; no square in it overflows."""
     leaves = [jnp.abs(as_float("report", leaf)) for leaf in jax.tree.leaves(tree)]
     largest = jnp.max(jnp.stack([jnp.max(leaf, initial=0) for leaf in leaves]))
     scale = jnp.where(largest == 0, 1, largest)
@@ -79,7 +79,12 @@ def norm(tree: PyTree) -> Float[Array, ""]:
 
 
 def by_layer(params: dict[str, PyTree], named: bool) -> dict[str, list[Array]]:
-    """Leaves by outermost layer of the student, or by regressor (of a term)."""
+    """Returns the arrays by outermost layer of the student and by regressor.
+
+    Args:
+        params: `{"student": ..., "regressors": ...}`, or their gradients.
+        named: whether regressors are grouped by the terms of an objective.
+    """
     found = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         depth = 3 if named and path[0].key == "regressors" else 2

@@ -17,7 +17,7 @@ from hintjax.networks import Features, Variables
 from hintjax.stages.report import Report
 from hintjax.stages.skipping import Norms, Skipped
 
-Batch = Mapping[str, Array]
+Batch = Mapping[str, PyTree]  # of arrays of JAX or NumPy
 Metrics = dict[str, Float[Array, ""]]
 
 

@@ -1,6 +1,6 @@
 """The state that a stage starts from: fresh arrays, and those of an earlier stage."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -143,8 +143,8 @@ def carried(fresh: tuple[dict, dict], earlier: tuple[dict, dict]) -> list[dict]:
     return taken
 
 
-def _term(name: str, fresh: Any, earlier: Any) -> tuple[PyTree, PyTree]:
-    """Returns parameters and memory of one term, from the same term of another stage."""
+def _term(name: str, fresh: Any, earlier: Any) -> Sequence[PyTree]:
+    """Returns parameters and memory of a term, from the same term of another stage."""
     params, memory = fresh
     if PREPARED in memory and PREPARED not in earlier[1]:  # it was the stage before
         _check_same(name, memory[PREPARED], earlier[0])

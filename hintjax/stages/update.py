@@ -163,13 +163,13 @@ def keep(plan: Plan, good: Array, new: State, old: State, batch: Batch) -> State
 
 
 def teach(
-    plan: Plan, state: State, variables: Variables | None, batch: Batch
+    plan: Plan, state: State | None, variables: Variables | None, batch: Batch
 ) -> Features:
     """Returns the teacher's features of a batch; of each micro-batch, stacked.
 
     Args:
         plan: the stage's settings.
-        state: the state before the update; a teacher may be a part of it.
+        state: the state before the update; this teacher does not read it.
         variables: the teacher's.
         batch: the batch.
     """
