@@ -9,8 +9,9 @@ checks.
 import contextlib
 import contextvars
 import functools
+import inspect
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, TypeVar
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -22,12 +23,12 @@ from hintjax._checks import Refusal, message
 from hintjax.method import Context, Method
 from hintjax.networks import Features
 from hintjax.stages.report import by_layer
+from hintjax.stages.stage import Stage
 
-AnyStage = TypeVar("AnyStage")
 _watching = contextvars.ContextVar("watching", default=False)
 
 
-def checked(stage: AnyStage) -> AnyStage:
+def checked(stage: Stage) -> Stage:
     """Returns the same stage, whose `update` and `evaluate` raise at a wrong value.
 
     Labels must be among the classes of the outputs. Everything in a batch, parameters,
@@ -52,8 +53,8 @@ def checked(stage: AnyStage) -> AnyStage:
         `stage.step` that `raising` has made.
     """
     return stage._replace(
-        update=raising(stage.update.__wrapped__),
-        evaluate=raising(stage.evaluate.__wrapped__),
+        update=raising(inspect.unwrap(stage.update)),
+        evaluate=raising(inspect.unwrap(stage.evaluate)),
     )
 
 
@@ -120,7 +121,7 @@ def watched(
     ) -> tuple[Array, dict, dict]:
         n = jax.tree.leaves(batch)[0].shape[0]
         where = batch.get("where", jnp.ones(n, bool))
-        check = _Check(context.step, where, number)
+        check = _Check(context.step, _Examples(where, number))
         for name, leaf in _named(batch):
             check.finite(f"{name!r} in the batch", leaf)
         check.labels(batch.get("label"), student.output, teacher.output)
@@ -151,9 +152,16 @@ def look(name: str, params: dict[str, PyTree], step: Array) -> None:
         step: the number of the step, for the message.
     """
     if watching():
-        check = _Check(step, None, None)
+        check = _Check(step, None)
         for layer, leaves in by_layer(params, False).items():
             check.finite(f"{name} in {layer}", leaves)
+
+
+class _Examples(NamedTuple):
+    """The examples of a batch: which count, and their positions in the whole batch."""
+
+    where: Bool[Array, " batch"]
+    number: Callable[[Array], Array]
 
 
 class _Check:
@@ -161,17 +169,11 @@ class _Check:
 
     Args:
         step: the number of the step, for messages.
-        where: which examples count; None if the arrays have no examples.
-        number: see `watched`.
+        examples: of the batch; None if the arrays have no examples.
     """
 
-    def __init__(
-        self,
-        step: Int[Array, ""],
-        where: Bool[Array, " batch"] | None,
-        number: Callable[[Array], Array] | None,
-    ):
-        self._step, self._where, self._number = step, where, number
+    def __init__(self, step: Int[Array, ""], examples: "_Examples | None"):
+        self._step, self._examples = step, examples
 
     def finite(self, what: str, tree: PyTree) -> None:
         """Checks all floats of a tree, and names the example if there is one."""
@@ -212,16 +214,19 @@ class _Check:
             yield
 
     def _is_batch(self, leaf: Array) -> bool:
-        return self._where is not None and leaf.shape[:1] == self._where.shape
+        where = None if self._examples is None else self._examples.where
+        return where is not None and leaf.shape[:1] == where.shape
 
     def _all(self, good: Bool[Array, "..."], wanted: str, leaf: Array) -> None:
-        got, told = "{value}", {"step": self._step}
-        if self._is_batch(leaf):
-            good = good | jnp.expand_dims(~self._where, tuple(range(1, good.ndim)))
+        got, told = "{value}", dict[str, Any](step=self._step)
+        examples = self._examples if self._is_batch(leaf) else None
+        if examples is not None:
+            others = ~examples.where
+            good = good | jnp.expand_dims(others, tuple(range(1, good.ndim)))
         place = jnp.unravel_index(jnp.argmin(good), good.shape)
-        if self._is_batch(leaf):
+        if examples is not None:
             got = "{value} at example {number}"
-            told["number"] = self._number(place[0])
+            told["number"] = examples.number(place[0])
         # checkify formats the sentence: braces in a name are escaped.
         wanted = wanted.replace("{", "{{").replace("}", "}}")
         sentence = message("step {step}", wanted, got)

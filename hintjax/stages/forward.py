@@ -78,7 +78,7 @@ def features_of_teacher(
     wants = plan.method.teacher
     if wants == Wants():
         return Features()
-    if variables is None:
+    if variables is None or plan.teacher is None:
         do = "Pass the result of the teacher's init, or hintjax.split(flax_variables)."
         raise Refusal(message("stage", "the teacher's variables", "None", do))
     params, state = variables
@@ -121,8 +121,9 @@ def loss(
         train=train,
         key=ours,
     )
-    checks = number is not None and debugging.watching()
-    apply = debugging.watched(method, number) if checks else method.apply
+    apply = method.apply
+    if number is not None and debugging.watching():
+        apply = debugging.watched(method, number)
     values, memory, metrics = apply(
         parts.params["regressors"],
         parts.memory,

@@ -1,6 +1,6 @@
 """The hint stage: FitNets' first stage, which trains the student up to its hints."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from functools import partial
 
 import jax
@@ -97,7 +97,10 @@ def only_what_feeds(
 
     learning, judging = reads(alone(True), parts), reads(alone(False), parts)
     labels = jax.tree.map(lambda t: "trained" if t else "frozen", learning.params)
-    transforms = {"trained": optimizer, "frozen": optax.set_to_zero()}
+    transforms: dict[Hashable, optax.GradientTransformation] = {
+        "trained": optimizer,
+        "frozen": optax.set_to_zero(),
+    }
     # BatchNorm does not read its statistics in training: evaluation says which count.
     kept = jax.tree.map(lambda *read: any(read), learning.state, judging.state)
     return Chosen(optax.partition(transforms, labels), learning.params, kept)

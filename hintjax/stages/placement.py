@@ -78,7 +78,7 @@ def one_device() -> Placement:
         return state
 
     def jit(function: Callable[..., Any], moves: bool) -> Callable[..., Any]:
-        return jax.jit(function, **_donated(moves))
+        return jax.jit(function, donate_argnums=0 if moves else ())
 
     return Placement(None, 1, same, same, same, same, begin, jit)
 
@@ -125,7 +125,8 @@ def on_mesh(layout: Layout, method: Method) -> Placement:
 
 def _homes(layout: Layout, method: Method, state: State) -> State:
     """The sharding of every array of a state."""
-    params, everywhere = stored(layout, state.params), replicated(layout.mesh)
+    params = stored(layout, state.params)
+    everywhere: Any = replicated(layout.mesh)
     memory = everywhere
     if method.split is not None:
         specs = method.split(state.memory)
@@ -140,10 +141,6 @@ def _homes(layout: Layout, method: Method, state: State) -> State:
         skipped=everywhere,
         norms=everywhere,
     )
-
-
-def _donated(moves: bool) -> dict[str, int]:
-    return {"donate_argnums": 0} if moves else {}
 
 
 class _Sharded:
@@ -183,8 +180,9 @@ class _Sharded:
         structure = jax.tree.structure((state, variables))
         if structure not in self._made:
             shardings = self._shardings(state, variables)
+            donated = 0 if self._moves else ()
             self._made[structure] = jax.jit(
-                self.__wrapped__, **shardings, **_donated(self._moves)
+                self.__wrapped__, donate_argnums=donated, **shardings
             )
         return self._made[structure], (state, variables, batch)
 

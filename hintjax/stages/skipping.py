@@ -75,7 +75,7 @@ def guard(
         `spikes`.
     """
     good = _all_finite((loss, grads))
-    if spikes is None:
+    if spikes is None or not isinstance(norms, Norms):
         return good, norms, {}
     length = report.norm(grads)
     good, norms = judge(spikes, norms, length, good)

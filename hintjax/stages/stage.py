@@ -41,7 +41,7 @@ class State(NamedTuple):
     opt_state: optax.OptState
     step: Int[Array, ""]
     key: Key[Array, ""]
-    skipped: Skipped | None
+    skipped: Skipped
     norms: Norms | tuple[()] = ()
 
 

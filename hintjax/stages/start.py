@@ -92,7 +92,8 @@ def fresh(
         regressors, memory = carried((regressors, memory), earlier)
     params = {"student": params, "regressors": regressors}
     zero = jnp.zeros((), jnp.int32)
-    made = State(params, state, memory, (), zero, own, None)
+    skipped = skipping.nothing_skipped()
+    made = State(params, state, memory, (), zero, own, skipped)
     parts = parts_of(plan, made, taught, batch)
     chosen = plan.choose(lambda parts, **how: loss(plan, parts, **how), parts)
     return made._replace(

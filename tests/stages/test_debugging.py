@@ -224,7 +224,8 @@ def test_what_is_checked_twice_has_the_checks_once():
 def test_one_output_is_of_two_classes():
     check = debugging.raising(
         lambda label, output: debugging._Check(
-            jnp.int32(3), jnp.ones(2, bool), lambda place: place
+            jnp.int32(3),
+            debugging._Examples(jnp.ones(2, bool), lambda place: place),
         ).labels(label, output)
     )
     check(jnp.asarray([0, 1]), jnp.zeros((2, 1)))
