@@ -69,7 +69,7 @@ def conv(x, p, stride, pad):
 
 
 def norm(x, p, stats, train):
-    """The normalised x, and the statistics after it."""
+    """The normalized x, and the statistics after it."""
     mean, var = stats["mean"], stats["var"]
     if train:
         mean = jnp.mean(x, (0, 1, 2))

@@ -85,7 +85,7 @@ def made(module, seed=0, pixel=False):
 
 
 def filled(shapes, seed=0):
-    """Drawn by numpy: to compile an initialisation takes longer than most tests."""
+    """Drawn by numpy: to compile an initialization takes longer than most tests."""
     generator = np.random.default_rng(seed)
 
     def draw(path, leaf):
@@ -266,7 +266,7 @@ def test_layers_below_the_hint_and_the_regressor_have_moved(hundred):
     assert np.isfinite(hundred["losses"]).all()
 
 
-def test_nothing_of_the_optimiser_is_kept_for_what_is_frozen(hundred):
+def test_nothing_of_the_optimizer_is_kept_for_what_is_frozen(hundred):
     """No moments for layers above: neither memory nor drift."""
     shapes = [x.shape for x in jax.tree.leaves(hundred["state"].opt_state)]
     params = hundred["state"].params["student"]
@@ -745,8 +745,8 @@ def wide(student, teacher):
     return hj.regressors.mlp(student, teacher, batch_norm=True)
 
 
-def test_an_optimiser_begins_with_what_is_carried():
-    """As optimisers that average or extrapolate parameters do: they keep a copy."""
+def test_an_optimizer_begins_with_what_is_carried():
+    """As optimizers that average or extrapolate parameters do: they keep a copy."""
     student, ours = made(Parallel(), pixel=True)
     teacher, theirs = made(Parallel(), seed=1, pixel=True)
     method, batch = hints(("guided", "guided")), points()
@@ -762,7 +762,7 @@ def test_an_optimiser_begins_with_what_is_carried():
 
 
 def keeping():
-    """An optimiser whose state begins as the parameters."""
+    """An optimizer whose state begins as the parameters."""
     return optax.GradientTransformation(
         lambda params: params, lambda updates, state, params=None: (updates, state)
     )
@@ -1096,12 +1096,12 @@ def test_a_method_alone_is_reported_as_the_loss():
     assert report["layers"]["regressors/guided->guided"] > 0
 
 
-# Optimisers of the user
+# Optimizers of the user
 
 
 @pytest.mark.parametrize("make", [hj.hint_stage, hj.distillation_stage])
 def test_masks_and_labels_over_the_whole_tree_work_in_both_stages(make):
-    """Decay on kernels alone, and an optimiser of its own for the regressors."""
+    """Decay on kernels alone, and an optimizer of its own for the regressors."""
     student, ours = made(Parallel(), pixel=True)
     teacher, theirs = made(Parallel(), seed=1, pixel=True)
     optimizer = optax.partition(
@@ -1135,7 +1135,7 @@ def kernels(params):
 
 
 @pytest.mark.parametrize("keep", [False, True], ids=["schedule-free", "copy"])
-def test_an_optimiser_that_keeps_the_parameters_can_be_donated(keep):
+def test_an_optimizer_that_keeps_the_parameters_can_be_donated(keep):
     """One buffer must neither be given away twice nor be the caller's."""
     student, ours = made(Stochastic(), pixel=True)
     ours = jax.tree.map(jnp.array, ours)
@@ -1344,7 +1344,7 @@ def test_each_network_sees_its_own_inputs():
 
 
 def test_shapes_are_enough_to_begin():
-    """A stage is initialised from the shapes of a batch."""
+    """A stage is initialized from the shapes of a batch."""
     student, ours = made(Net(4))
     teacher, theirs = made(Net(6), seed=1)
     stage = hj.hint_stage(student, teacher, hints(), optax.adam(1e-2))
