@@ -1,4 +1,4 @@
-"""What the README and the notebook show, runs."""
+"""The README's example and the notebook run, and the README's tables are measured."""
 
 import importlib.util
 import json
@@ -6,6 +6,7 @@ import os
 import re
 import runpy
 from pathlib import Path
+from typing import Any
 
 import jupytext
 import nbclient
@@ -17,7 +18,8 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
 
-def examples(file="README.md"):
+def examples(file: str = "README.md") -> list[str]:
+    """The Python blocks of a page."""
     text = (ROOT / file).read_text()
     return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
 
@@ -35,7 +37,7 @@ def test_the_readme_example_is_short_and_runs(tmp_path):
 
 
 def test_every_way_to_bring_a_model_runs(tmp_path):
-    """The page's blocks, one after the other, with a small file of weights."""
+    """The blocks of the page run one after another, with a small file of weights."""
     blocks = examples("hintjax/models/README.md")
     assert len(blocks) == 6
     if importlib.util.find_spec("equinox") is None:
@@ -87,7 +89,8 @@ def test_the_notebook_runs_on_eight_devices(monkeypatch):
     assert os.environ["HINTJAX_STEPS"] == "3"
 
 
-def report(name):
+def report(name: str) -> dict[str, Any]:
+    """A committed report of a comparison."""
     return json.loads((RESULTS / name / "report.json").read_text())
 
 
@@ -126,3 +129,61 @@ def test_the_readme_table_of_core_methods_is_the_committed_reports():
     cells = [f"{100 * r['teacher']['accuracy']:.1f}" for r in reports]
     lines.append(f"| {' | '.join(['*the teacher*', *cells])} |")
     assert "\n".join(lines) in text
+
+
+def ratio(time: dict[str, float]) -> str:
+    """A median with its interval, as the README prints it."""
+    return "{median:.2f} [{low:.2f}, {high:.2f}]".format(**time)
+
+
+STEPS = {
+    "kd": "kd / (teacher forward + task step)",
+    "attention_transfer": "attention_transfer / (teacher forward + task step)",
+    "fitnets": "fitnets, joint / (teacher forward + task step with regressor)",
+    "fsp": "fsp / (teacher forward + task step)",
+    "review": "review / (teacher forward + task step with ABF fusion)",
+    "crd": "crd, shared negatives / (teacher forward + task step with embedding heads)",
+    "hint_stage": "hint stage / (teacher forward + cut student with regressor)",
+    "hint_stage / cut networks": "hint stage / hint stage of networks cut at the hint",
+    "hint_stage / fitnets": "hint stage / fitnets, joint",
+}
+
+
+@pytest.mark.quick
+def test_the_readme_tables_of_step_times_are_the_committed_results():
+    text = (ROOT / "README.md").read_text()
+    record = json.loads((RESULTS / "step_time_cpu.json").read_text())
+    assert set(record["ratios"]) == {*STEPS, "task"}
+    for name, title in STEPS.items():
+        row = record["ratios"][name]
+        assert f"| {title} | {ratio(row['time'])} | {row['flops']:.3f} |" in text
+    record = json.loads((RESULTS / "crd_negatives_cpu.json").read_text())
+    for kind, title in {
+        "shared": "shared by the batch",
+        "anchor": "for each anchor, as in the paper",
+        "gather": "for each anchor, gathered as in the published code",
+        "in_batch": "the other examples of the batch",
+    }.items():
+        time = ratio(record["over_none"][kind]["time"])
+        memory = record["programs"][f"{kind}, alone"]["temp_bytes"] / 1e6
+        shown = f"{memory:,.0f}" if memory > 1 else f"{memory:.1f}"
+        assert f"| {title} | {time} | {shown} |" in text
+
+
+@pytest.mark.quick
+def test_the_readme_lists_every_room():
+    text = (ROOT / "README.md").read_text().partition("## The house")[2]
+    rows = [line for line in text.splitlines() if line.startswith("| `")]
+    shown = re.findall(r"`([^`]+)`", " ".join(row.split("|")[1] for row in rows))
+    package = ROOT / "hintjax"
+    rooms = {f"{path.parent.name}/" for path in package.glob("*/*.py")}
+    files = {path.name for path in package.glob("*.py")}
+    assert sorted(shown) == sorted(
+        rooms
+        | files
+        - {
+            "__init__.py",
+            "_checks.py",
+            "_numerics.py",
+        }
+    )
