@@ -1,47 +1,48 @@
-"""The page of what is promised: a row for each promise, what shows it, and figures."""
+"""The page of promises: each with its tests, its campaign and the figures."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-Record = Mapping[str, Mapping[str, Any]]
+Figures = Mapping[str, Any]  # of one campaign
+Record = Mapping[str, Figures]  # by campaign
 
 GOODPUT, BLOCKED, CHECKSUMS, STOP = 0.95, 0.10, 0.05, 10.0  # the bars
 
 TOP = """\
 # What a run survives
 
-Every row of the first table is one promise, with the tests and the campaign that show
-it, and what the campaign found. The tests run with `./test.sh`, the long ones with
-`./test.sh --long`; `python benchmarks/reliability.py --out FILE.json` reruns the
-campaigns, for an hour, and writes this page. Nothing else is promised: all was done on
-one machine, on CPUs and a local file system, and the campaigns by one process.
+Each row of the first table is one promise, with the tests and the campaign that show it
+and the result of the campaign. `./test.sh` runs the tests, and `./test.sh --long` the
+long tests too. `python benchmarks/reliability.py --out FILE.json` repeats the campaigns
+in an hour and writes this page. Nothing else is promised. All tests and campaigns ran on
+one machine, on CPUs and a local file system; each run of a campaign was one process.
 """
 NOT_SHOWN = """\
 ## Not promised
 
-What was aimed at, and no campaign has shown on this machine.
+No campaign on this machine has shown these aims.
 """
 
 
 class Promise(NamedTuple):
-    """One row.
+    """One row of the page.
 
     Attributes:
-        text: what is promised.
-        tests: that show it, as pytest names them.
-        campaign: that shows it, if one does.
-        held: whether it was kept, by the campaign's figures.
-        figure: of the campaign, in words.
+        text: the promise, as sentences.
+        tests: the tests that show it, as pytest names them.
+        campaign: the campaign that shows it, if there is one.
+        held: decides from the campaign's figures whether the promise was kept.
+        figure: the campaign's main figures in words.
     """
 
     text: str
     tests: tuple[str, ...]
     campaign: str | None = None
-    held: Callable[[Mapping[str, Any]], bool] = bool
-    figure: Callable[[Mapping[str, Any]], str] = str
+    held: Callable[[Figures], bool] = bool
+    figure: Callable[[Figures], str] = str
 
 
-def _killed(found):
+def _killed(found: Figures) -> bool:
     return (
         found["final state equal bit for bit"]
         and not found["failed restores"]
@@ -50,7 +51,7 @@ def _killed(found):
     )
 
 
-def _stopped(found):
+def _stopped(found: Figures) -> bool:
     return (
         found["SIGTERM exits with"] == [143]
         and found["SIGINT exits with"] == [-2]
@@ -61,11 +62,11 @@ def _stopped(found):
     )
 
 
-def _ways(found):
+def _ways(found: Figures) -> dict[str, Any]:
     return {name: way for name, way in found.items() if name != "machine"}
 
 
-def _exact(found):
+def _exact(found: Figures) -> bool:
     return (
         found["kills in the first epoch"] >= 5
         and not found["epochs in which an example was not seen exactly once"]
@@ -74,15 +75,15 @@ def _exact(found):
     )
 
 
-def _exact_figure(found):
+def _exact_figure(found: Figures) -> str:
     return (
         f"{found['kills in the first epoch']} SIGKILLs in an epoch of "
         f"{found['examples in an epoch']} examples, {found['steps done again']} steps "
-        "done again"
+        "repeated"
     )
 
 
-def _interval(found):
+def _interval(found: Figures) -> str:
     return " [{low:.1%}, {high:.1%}]".format(**found)
 
 
@@ -100,48 +101,50 @@ SHORT = f"{CAMPAIGN}test_goodput_is_measured_in_parts"
 
 PROMISES = (
     Promise(
-        "A run that is killed at any instant goes on to the same final bits; no "
-        "checkpoint that was written is lost.",
+        "A run that is killed at any instant continues and ends with the same bits; no "
+        "committed checkpoint is lost.",
         (f"{CAMPAIGN}test_a_run_that_is_killed_twice_ends_in_the_same_bits", LONG),
         "SIGKILL",
         _killed,
         lambda found: (
-            f"{found['kills']} kills, {found['in a save']} of them in a save and "
-            f"{found['at the start']} at the start: {found['failed restores']} failed "
-            f"restores, {found['committed steps lost']} committed steps lost"
+            f"{found['kills']} kills, {found['in a save']} of them during a save and "
+            f"{found['at the start']} during the start: {found['failed restores']} "
+            f"failed restores, {found['committed steps lost']} committed steps lost"
         ),
     ),
     Promise(
-        "So does one that is stopped at any step, in either stage, with the methods "
-        "that the test names.",
+        "A run that is stopped at any step, in either stage, continues and ends with "
+        "the same bits, for the methods that the test names.",
         (
             f"{RESUME}test_a_run_that_is_stopped_at_every_step_ends_in_the_same_bits",
             f"{RESUME}test_a_run_that_is_stopped_at_any_one_step_ends_in_the_same_bits",
         ),
     ),
     Promise(
-        "A run may go on with other devices and in another number of processes; the "
-        "student is the same but for rounding.",
+        "A run can be resumed on a different number of devices or processes; the "
+        "student is the same up to rounding.",
         (
             f"{PROCESSES}test_a_run_moves_from_two_processes_to_one_and_back",
             f"{PROCESSES}test_a_checkpoint_of_two_processes_is_read_by_both_and_by_one",
         ),
     ),
     Promise(
-        "However long an epoch is, the command saves at the first report after a minute.",
+        "The command saves a checkpoint at the first report after a minute, even "
+        "within a long epoch.",
         (f"{LOOP}test_an_old_checkpoint_is_followed_by_one_at_the_next_report",),
     ),
     Promise(
-        "The two newest checkpoints stay, and the best by validation.",
+        "The two newest checkpoints and the checkpoint with the best validation metric "
+        "are kept.",
         (f"{FILES}test_the_latest_and_the_best_stay",),
     ),
     Promise(
-        "What an earlier version wrote, from this one on, is read.",
+        "Later versions read the checkpoints and exports that this version writes.",
         (f"{FILES}test_what_earlier_versions_wrote_is_read_for_ever",),
     ),
     Promise(
-        "Another tree, shape, dtype, teacher or config is refused at a restore, with the "
-        "differences; nothing is restored in part, and nothing is cast.",
+        "A restore refuses a checkpoint with another tree, shape, dtype, teacher or "
+        "config and names the differences; it restores nothing in part and casts nothing.",
         (
             f"{FILES}test_another_tree_is_refused_with_both_shapes",
             f"{LOOP}test_another_teacher_or_identity_is_refused_on_resume",
@@ -149,9 +152,9 @@ PROMISES = (
         ),
     ),
     Promise(
-        "A step whose loss or gradient is not finite changes nothing but its number, "
-        "bit for bit; it is counted, and after 20 in a row the run ends and names terms "
-        "and layers.",
+        "A step whose loss or gradient is not finite changes only the step number; the "
+        "rest of the state keeps its bits. The step is counted as skipped. After 20 "
+        "skipped steps in a row, the run ends and names the terms and layers.",
         (
             f"{STAGES}test_a_step_that_is_not_finite_changes_nothing_but_its_number",
             f"{STAGES}test_a_report_names_what_is_not_finite",
@@ -159,8 +162,9 @@ PROMISES = (
         ),
     ),
     Promise(
-        "A config that cannot be run is refused in a sentence, and one that is accepted "
-        "trains; a public function gives a result or refuses in a sentence.",
+        "A config that cannot be run is refused with one sentence, and every accepted "
+        "config trains. A public function returns a result or refuses its arguments "
+        "with one sentence.",
         (
             f"{FUZZ}configs.py::test_a_thousand_mutated_configs",
             f"{FUZZ}configs.py::test_mutated_configs_are_accepted_or_refused_in_a_sentence",
@@ -169,26 +173,28 @@ PROMISES = (
         ),
     ),
     Promise(
-        "What cannot be written is said before anything is trained; what is read-only "
-        "can be read.",
+        "A run directory that cannot be written is refused before training starts; "
+        "files that are read-only can be read.",
         (
             f"{READ_ONLY}test_a_run_directory_that_cannot_be_written_is_refused_at_once",
             f"{READ_ONLY}test_what_is_read_only_can_be_read_and_stays_as_it_is",
         ),
     ),
     Promise(
-        f"SIGTERM and SIGINT save the step at hand and end the run within {STOP:.0f} s.",
+        "After SIGTERM or SIGINT, a run saves its current step and ends within "
+        f"{STOP:.0f} s.",
         (LONG,),
         "SIGTERM and SIGINT",
         _stopped,
         lambda found: (
-            f"{found['signals']} signals, {found['seconds to the exit, most']:.1f} s at "
-            f"most, {found['stops with a step unsaved']} steps unsaved"
+            f"{found['signals']} signals, at most "
+            f"{found['seconds to the exit, most']:.1f} s, "
+            f"{found['stops with a step unsaved']} steps unsaved"
         ),
     ),
     Promise(
-        "A checkpoint of which a bit, or a file, was damaged is passed over for the "
-        "older one; damaged values are never read.",
+        "If a bit or a file of the newest checkpoint is damaged, the older checkpoint "
+        "is read instead; damaged values are never read.",
         (f"{CAMPAIGN}test_no_damage_is_read_as_other_values", LONG),
         "damage",
         lambda found: all(
@@ -201,19 +207,20 @@ PROMISES = (
         ),
     ),
     Promise(
-        "A full disk ends a run with an error that names path, bytes needed and bytes "
-        "free; what was saved stays.",
+        "A full disk ends a run with an error that names the path, the bytes needed "
+        "and the bytes free; earlier checkpoints stay.",
         (LONG,),
         "full disk",
         lambda found: found["tried"] and "bytes are needed" in found["error"],
         lambda found: (
-            f"left: the checkpoints {' '.join(found['left'])}"
+            f"checkpoints that stay: {' '.join(found['left'])}"
             if found["tried"]
-            else "this machine gives no file system to fill"
+            else "this machine has no file system to fill"
         ),
     ),
     Promise(
-        "A second run on one directory is refused, and told who has it.",
+        "A second run in the same directory is refused, with the name of the process "
+        "that owns it.",
         (LONG,),
         "second run",
         lambda found: found["names the owner"] and not found["steps made"],
@@ -221,8 +228,8 @@ PROMISES = (
     ),
     *(
         Promise(
-            f"However an epoch is interrupted, every example is seen exactly once, in "
-            f"the same order, with the same augmented pixels: {path}.",
+            f"With {path}: after any interruption, each example of an epoch is still "
+            f"seen exactly once, in the same order, with the same augmented pixels.",
             (
                 f"{DATA}test_an_interrupted_epoch_has_the_same_examples",
                 f"{DATA}test_a_feed_that_forgets_where_it_was_is_seen",
@@ -239,14 +246,14 @@ PROMISES = (
     ),
     *(
         Promise(
-            f"A run that is killed every minute spends at least {GOODPUT:.0%} of its "
-            f"time, less process start, imports and compilation, on steps and "
-            f"evaluations that count, if it saves about once a second: {path}.",
+            f"With {path}: a run that is killed every minute and saves about once a "
+            f"second spends at least {GOODPUT:.0%} of its time on steps and "
+            f"evaluations that count. Process start, imports and compilation are left out of the time.",
             (SHORT,),
             f"goodput {feed}",
             lambda found: found["goodput"] >= GOODPUT,
             lambda found: (
-                f"{found['goodput']:.1%}, {found['kills']} kills, one in "
+                f"{found['goodput']:.1%}, {found['kills']} kills, one every "
                 f"{found['seconds between kills']:.0f} s"
             ),
         )
@@ -256,9 +263,9 @@ PROMISES = (
         )
     ),
     Promise(
-        "A run of the command ends by saying its goodput, and the seconds of steps, "
-        "evaluation, compilation, checkpoints, waits for data and lost steps, over all "
-        "attempts.",
+        "At its end, a run of the command prints its goodput and the seconds of steps, "
+        "evaluation, compilation, checkpoints, waits for data and lost steps, summed "
+        "over all attempts.",
         (
             f"{LOOP}test_where_the_time_went_is_told_over_all_attempts",
             f"{LOOP}test_what_trains_nobody_counts_against_goodput",
@@ -267,15 +274,15 @@ PROMISES = (
         ),
     ),
     Promise(
-        "What the command has compiled is kept in the run directory for a restart, "
-        "unless JAX was told where.",
+        "The command keeps compiled programs in the run directory for a restart, "
+        "unless JAX has its own cache directory.",
         (
             f"{COMMAND}test_programs_are_kept_in_the_run_directory_unless_jax_was_told_where",
         ),
     ),
     Promise(
-        f"A save keeps the training thread for at most {BLOCKED:.0%} of a step at the "
-        "median (WRN-16-2, Adam, batches of 32).",
+        f"A save blocks the training thread for at most {BLOCKED:.0%} of a step, in "
+        "the median (WRN-16-2, Adam, batches of 32).",
         (f"{CAMPAIGN}test_what_saves_cost_is_measured",),
         "saves",
         lambda found: (
@@ -287,7 +294,8 @@ PROMISES = (
         ),
     ),
     Promise(
-        f"Checksums cost at most {CHECKSUMS:.0%} of a save, off the training thread.",
+        f"Checksums take at most {CHECKSUMS:.0%} of a save and do not run on the "
+        "training thread.",
         (f"{CAMPAIGN}test_what_saves_cost_is_measured",),
         "saves",
         lambda found: (
@@ -300,7 +308,7 @@ PROMISES = (
         ),
     ),
     Promise(
-        "Nothing that is read can run code, and nothing is written outside its place.",
+        "No file that is read can run code, and no file is written outside its folder.",
         (
             f"{SECURITY}test_the_package_has_no_way_to_run_what_it_reads",
             f"{SECURITY}test_what_others_put_into_a_checkpoint_is_not_read",
@@ -312,10 +320,11 @@ PROMISES = (
 
 
 def page(record: Record) -> str:
-    """What is promised, what is not, and every figure of every campaign.
+    """The page: the promises, the aims not shown, and all figures of all campaigns.
 
     Args:
-        record: figures by campaign. What is not in it is not promised.
+        record: figures by campaign. A promise whose campaign is missing or failed goes
+            under "Not promised".
     """
     shown, others = [], []
     for promise in PROMISES:
@@ -328,15 +337,15 @@ def page(record: Record) -> str:
             shown.append(f"| {promise.text} | {by} | {told} |")
         else:
             others.append(f"| {promise.text} | {told or 'not measured'} |")
-    parts = [TOP, "| promise | shown by | found |\n|---|---|---|", *shown]
+    parts = [TOP, "| promise | shown by | result |\n|---|---|---|", *shown]
     if others:
-        parts += ["", NOT_SHOWN, "| aim | found |\n|---|---|", *others]
+        parts += ["", NOT_SHOWN, "| aim | result |\n|---|---|", *others]
     tables = "\n\n".join(rows(name, figures) for name, figures in record.items())
     return "\n".join([*parts, "", "## All figures", "", tables, ""])
 
 
 def rows(campaign: str, figures: Mapping[str, Any]) -> str:
-    """One campaign as a Markdown table, headed by where it was made."""
+    """One campaign as a Markdown table; its head names the date and the machine."""
     machine = figures["machine"]
     where = f"{machine['date'][:10]}, {machine['processor']}, {machine['cores']} cores"
     lines = [f"| {campaign} | {where}, load {machine['load']} |", "|---|---|"]
@@ -346,7 +355,7 @@ def rows(campaign: str, figures: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _shown(value):
+def _shown(value: Any) -> str:
     if isinstance(value, Mapping):
         return ", ".join(f"{name} {_shown(one)}" for name, one in value.items())
     if isinstance(value, list):
