@@ -1,18 +1,20 @@
-"""Micro-batches: the memory and the time of an update, by how many it is made of.
+"""Micro-batches: memory and time of an update, for several numbers of micro-batches.
 
     python benchmarks/accumulation.py --out benchmarks/results/accumulation_cpu.json
 
-Device: any; the committed numbers are from two CPU cores. Minutes: 4 there. Expected: of
-the temporary memory of one batch 0.70 with 2 micro-batches, 0.40 with 4 and 0.25 with 8,
-at the same FLOPs; a step of the same time or, where less memory is faster, of 0.8 of it.
+Device: any; the committed numbers are from two CPU cores. Minutes: 4 there. Expected,
+relative to one whole batch: temporary memory 0.70 with 2 micro-batches, 0.40 with 4 and
+0.25 with 8, and the same FLOPs. A step takes the same time, or 0.8 of it on machines
+that are faster with less memory.
 
-WRN-40-2 teaches WRN-16-2 by the task, KD and FitNets' hint, batch 64, images 32x32x3, 100
-classes; every update is of the same 64 examples. Temporary memory is what the compiler
-plans for one step beside arguments and results. All are timed in the same rounds.
+WRN-40-2 teaches WRN-16-2 with the task loss, KD and FitNets' hint, batch 64, images
+32x32x3, 100 classes. Every update uses the same 64 examples. Temporary memory is the
+memory that the compiler plans for one step in addition to arguments and results. All
+numbers of micro-batches are timed in the same rounds.
 """
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,7 @@ HINT = [("group2", "group2")]
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    """Measures, prints the table, and returns what `--out` holds."""
+    """Measures, prints the table, and returns the record that `--out` writes."""
     options = _options(arguments)
     machine = measure.machine()
     programs, runs = {}, {}
@@ -60,9 +62,11 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     return record
 
 
-def _step(options, count):
-    """(update, state, other arguments) of a stage of so many micro-batches."""
-    # Drawing weights with the default generator takes 20 seconds to compile on CPU.
+def _step(
+    options: argparse.Namespace, count: int
+) -> tuple[Callable[..., Any], hj.State, tuple[Any, ...]]:
+    """Update, state and other arguments of a stage with `count` micro-batches."""
+    # The default generator of random weights takes 20 seconds to compile on CPU.
     keys = jax.random.split(jax.random.key(0, impl="rbg"), 5)
     shape = (options.batch, options.size, options.size, 3)
     batch = {
@@ -80,7 +84,7 @@ def _step(options, count):
         kd=hj.kd(),
         hint=hj.fitnets(HINT),
     )
-    # A rate so small that hundreds of steps on random data stay finite.
+    # With so small a rate, hundreds of steps on random data stay finite.
     optimizer = optax.sgd(1e-6, momentum=0.9)
     stage = hj.distillation_stage(
         student, teacher, objective, optimizer, accumulate=count
@@ -113,7 +117,7 @@ def table(record: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _shown(number, unit):
+def _shown(number: float | None, unit: float) -> str:
     return "-" if number is None else f"{number / unit:.1f}"
 
 
@@ -122,21 +126,27 @@ def wrn_10_1(classes: int) -> WideResNet:
     return WideResNet(10, 1, classes)
 
 
-def _options(arguments):
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
     add("--teacher", default="hintjax.models:wrn_40_2", help="package.module:factory")
     add("--student", default="hintjax.models:wrn_16_2", help="package.module:factory")
-    add("--counts", type=int, nargs="+", default=[1, 2, 4, 8], help="of micro-batches")
-    add("--batch", type=int, default=64)
+    add(
+        "--counts",
+        type=int,
+        nargs="+",
+        default=[1, 2, 4, 8],
+        help="numbers of micro-batches",
+    )
+    add("--batch", type=int, default=64, help="examples in a batch")
     add("--size", type=int, default=32, help="height and width of the images")
-    add("--rounds", type=int, default=10)
+    add("--rounds", type=int, default=10, help="rounds to measure")
     on_cpu = jax.default_backend() == "cpu"
     add("--steps", type=int, default=1 if on_cpu else 20, help="steps in a round")
-    add("--small", action="store_true", help="a tiny case: does it run at all")
-    add("--out", type=Path, help="write the results here, as JSON")
+    add("--small", action="store_true", help="run a tiny case, as a test")
+    add("--out", type=Path, help="JSON file to write the results to")
     options = parser.parse_args(arguments)
     if options.small:
         options.teacher = options.student = f"{__name__}:wrn_10_1"
@@ -145,6 +155,6 @@ def _options(arguments):
 
 
 if __name__ == "__main__":
-    # Compile times are among the results.
+    # A cache would hide the compile times, which are results.
     jax.config.update("jax_enable_compilation_cache", False)
     main()

@@ -1,8 +1,8 @@
-"""How the benchmarks measure: compilation apart, rounds interleaved, ratios paired.
+"""How the benchmarks measure: separate compilation, interleaved rounds, paired ratios.
 
-Machines are noisy for seconds at a time. So every round runs all programs, in a new
-order, and what is compared is divided within its round; the reported ratio is the
-median over rounds, with the interval that order statistics give it.
+The speed of a machine changes for seconds at a time. So every round runs all programs,
+in a new order, and a ratio divides two times of the same round. The reported ratio is
+the median over rounds, with the interval that order statistics give.
 """
 
 import json
@@ -21,14 +21,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-FEWEST_ROUNDS = 6  # for an interval with 95 % confidence
+FEWEST_ROUNDS = 6  # fewer have no interval with 95 % confidence
 
 
 class Program(NamedTuple):
-    """A compiled function, and what the compiler says of it.
+    """A compiled function, with the compiler's estimates of its cost.
 
-    `flops`, `bytes_accessed` and `temp_bytes` are None where the backend does not
-    tell.
+    `flops`, `bytes_accessed` and `temp_bytes` are None if the backend does not report
+    them.
     """
 
     call: Callable[..., Any]
@@ -39,23 +39,23 @@ class Program(NamedTuple):
     temp_bytes: int | None
 
     def record(self, seconds: Sequence[float]) -> dict[str, Any]:
-        """All but the function itself, with the seconds of its steps."""
+        """Everything but the function itself, with the seconds of its steps."""
         told = self._asdict()
         told.pop("call")
         return told | {"step_seconds": summary(seconds), "rounds": list(seconds)}
 
 
 def factory(name: str) -> Any:
-    """What `package.module:factory` names."""
+    """The object that `package.module:factory` names."""
     module, _, attribute = name.partition(":")
     return getattr(import_module(module), attribute)
 
 
 def compiled(function: Callable[..., Any], *arguments: Any) -> Program:
-    """Compiles a jitted function; every array it needs must be an argument.
+    """Compiles a jitted function; every array that it needs must be an argument.
 
-    A parameter that is closed over is a constant, and XLA folds convolutions of
-    constants for minutes.
+    An array in the function's closure becomes a constant, and XLA spends minutes on
+    folding convolutions of constants.
     """
     start = time.perf_counter()
     lowered = function.lower(*arguments)
@@ -76,9 +76,9 @@ def compiled(function: Callable[..., Any], *arguments: Any) -> Program:
 def running(
     call: Callable[..., Any], state: Any, rest: Sequence[Any]
 ) -> Callable[[], Any]:
-    """One step at each call; the state goes around, since it is donated."""
+    """A function that makes one step and keeps the new state, since steps donate it."""
 
-    def run():
+    def run() -> Any:
         nonlocal state
         state, shown = call(state, *rest)
         return state, shown
@@ -89,12 +89,12 @@ def running(
 def interleave(
     runs: Mapping[str, Callable[[], Any]], rounds: int, steps: int
 ) -> dict[str, list[float]]:
-    """Seconds per step of every run, once per round.
+    """Measures the seconds per step of every run, once in each round.
 
     Args:
-        runs: what to run, by name; each call is one step and returns its outputs.
-        rounds: in each, every run is timed once; the order is drawn anew.
-        steps: dispatched one after another between two looks at the clock.
+        runs: functions by name; each call makes one step and returns its outputs.
+        rounds: number of rounds; each times every run once, in a random order.
+        steps: steps that are dispatched one after another in one measurement.
     """
     for run in runs.values():
         jax.block_until_ready(run())
@@ -116,17 +116,17 @@ def interleave(
         if not all(jnp.isfinite(leaf).all() for leaf in numbers):
             raise FloatingPointError(
                 f"{name}: expected finite numbers after the last round, got nan or "
-                f"inf. Lower the learning rate: such steps are not what is measured."
+                f"inf. Lower the learning rate."
             )
     return seconds
 
 
 def summary(values: Sequence[float]) -> dict[str, float]:
-    """Median, and an interval that holds the true median 95 times in 100.
+    """The median, with a 95 % confidence interval.
 
-    Its ends are order statistics: with n values, the number of those below the true
-    median is binomial (n, 1/2), whatever their distribution. Fewer than 6 values have
-    no such interval: the extremes are given, and nothing should be read from them.
+    The ends of the interval are order statistics: of n values, the number below the
+    true median is binomial (n, 1/2) for every distribution. Fewer than 6 values have no
+    such interval; then the ends are the extremes, and they prove nothing.
     """
     ordered, n = np.sort(values), len(values)
     outside, low = 0.5**n, 0  # the chance that the median is below ordered[low]
@@ -143,7 +143,7 @@ def summary(values: Sequence[float]) -> dict[str, float]:
 def paired(
     seconds: Mapping[str, Sequence[float]], whole: str, parts: Sequence[str]
 ) -> dict[str, float]:
-    """`summary` of one run's time over the sum of others', round by round."""
+    """The `summary` of one run's time divided by the sum of others', in each round."""
     below = sum(np.asarray(seconds[part]) for part in parts)
     return summary(np.asarray(seconds[whole]) / below)
 
@@ -151,7 +151,7 @@ def paired(
 def verdict(
     bar: float | None, time: Mapping[str, float], flops: float | None, rounds: int
 ) -> str:
-    """What the interval says of the bar; where it cannot tell, what FLOPs say."""
+    """Compares the interval with the bar; if the bar is inside, FLOPs decide."""
     if bar is None:
         return ""
     if rounds >= FEWEST_ROUNDS and not time["low"] <= bar < time["high"]:
@@ -162,7 +162,7 @@ def verdict(
 
 
 def machine() -> dict[str, Any]:
-    """What the numbers were made on."""
+    """The machine, the date and the versions of a measurement."""
     device = jax.devices()[0]
     packages = ("jax", "jaxlib", "flax", "optax", "hintjax")
     return {
@@ -178,13 +178,13 @@ def machine() -> dict[str, Any]:
 
 
 def write(path: Path, record: Mapping[str, Any]) -> None:
-    """The record as JSON, with five digits for what was timed."""
+    """Writes the record as JSON; measured numbers have five digits."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(_rounded(record), indent=1) + "\n")
 
 
 def _processor() -> str:
-    """The name of the CPU, where Linux tells it."""
+    """The name of the CPU, or the machine type if Linux does not give the name."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -193,7 +193,7 @@ def _processor() -> str:
     return names[0].strip() if names else platform.machine()
 
 
-def _rounded(node):
+def _rounded(node: Any) -> Any:
     if isinstance(node, Mapping):
         return {key: _rounded(value) for key, value in node.items()}
     if isinstance(node, (list, tuple)):

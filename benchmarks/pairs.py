@@ -1,40 +1,41 @@
-"""How the losses of many pairs are evaluated: in a loop, or by vmap over the pairs.
+"""Two ways to compute the losses of many pairs: a loop, or vmap over the pairs.
 
     python benchmarks/pairs.py --out benchmarks/results/pairs_cpu.json
     python benchmarks/pairs.py --plot benchmarks/results/pairs_cpu.json
 
 Device: any; the committed numbers are from two CPU cores. Minutes: 4. Expected, for 16
-pairs over the loop: attention reduced 1.0, stacked 3.7; hints stacked 1.3.
+pairs, relative to the loop: attention reduced 1.0, stacked 3.7; hints stacked 1.3.
 
-Value and gradient of the losses of n pairs of layers, with feature maps 16x16x64 of 64
-examples, for n = 1, 2, 4, 8, 16, in these forms:
+The benchmark computes the value and gradient of the losses of n pairs of layers, with
+feature maps 16x16x64 of 64 examples, for n = 1, 2, 4, 8, 16, in these forms:
 
     attention  loop      one pair after another
-               reduced   maps of each pair first, then vmap over the pairs
+               reduced   first the attention maps of each pair, then vmap over the pairs
                stacked   feature maps are stacked, then vmap over everything
     hint       loop      one pair after another, each with its linear regressor
                stacked   feature maps and regressors are stacked, then vmap
 
-Ratios are to the loop with as many pairs, in the same rounds.
+Ratios compare a form with the loop over the same number of pairs, in the same rounds.
 
-What follows from the committed numbers, and is what the methods do:
+The committed numbers decide what the methods do:
 
-Attention maps are compared by vmap after reduction. That takes the time and the memory
-of the loop at every n (ratios 0.85 to 1.05), and longer to compile: 1.0 s against 0.4 s
-for 16 pairs. On CPU it is a matter of form, not of speed; where one kernel is better
-than n small ones it can only help. What must never happen is to stack the feature maps
-first: 2 to 7 times the loop's time from two pairs on, and about 60 times its memory.
+Attention methods reduce feature maps to attention maps, then vmap over the pairs. This
+takes the time and memory of the loop at every n (ratios 0.85 to 1.05), and more time to
+compile: 1.0 s instead of 0.4 s for 16 pairs. It brings no speed on CPU; on devices
+where one kernel is faster than n small ones, it can only help. Feature maps must never
+be stacked before the reduction: from two pairs on, this takes 2 to 7 times the time of
+the loop and about 60 times its memory.
 
-Hints loop over the pairs. Stacking takes 1.3 to 1.7 times the time from two pairs on,
-1.7 to 2 times the memory, and 4 to 11 times as long to compile, for the same FLOPs. (A
-single pair is faster "stacked", at 0.64: XLA's CPU backend compiles the gradients of a
-batched matrix product to other, faster kernels. With more pairs the copies outweigh
-that.)
+Hint methods loop over the pairs. From two pairs on, stacking takes 1.3 to 1.7 times the
+time, 1.7 to 2 times the memory, and 4 to 11 times the compile time, for the same FLOPs.
+(A single stacked pair is faster, at 0.64, because XLA's CPU backend compiles the
+gradients of a batched matrix product to faster kernels. With more pairs, the copies
+cost more than this saves.)
 """
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -53,29 +54,40 @@ from hintjax.losses import (
 )
 
 
-def attention_loop(params, students, teachers):
+Maps = Sequence[jax.Array]
+Params = Sequence[dict[str, jax.Array]]
+
+
+def attention_loop(params: Params, students: Maps, teachers: Maps) -> jax.Array:
+    """AT of all pairs, one pair after another."""
     return sum(map(attention_transfer_loss, students, teachers)).mean()
 
 
-def attention_reduced(params, students, teachers):
+def attention_reduced(params: Params, students: Maps, teachers: Maps) -> jax.Array:
+    """AT of all pairs by vmap over the attention maps."""
     maps = [attention_maps(*pair) for pair in zip(students, teachers, strict=True)]
     return hj.over_pairs(attention_map_loss)(*zip(*maps, strict=True)).mean()
 
 
-def attention_stacked(params, students, teachers):
+def attention_stacked(params: Params, students: Maps, teachers: Maps) -> jax.Array:
+    """AT of all pairs by vmap over the feature maps."""
     return hj.over_pairs(attention_transfer_loss)(students, teachers).mean()
 
 
-def regressed_loss(params, student, teacher):
-    """The hint loss behind a linear regressor."""
+def regressed_loss(
+    params: dict[str, jax.Array], student: jax.Array, teacher: jax.Array
+) -> jax.Array:
+    """The hint loss after a linear regressor."""
     return hint_loss(student @ params["kernel"] + params["bias"], teacher)
 
 
-def hint_loop(params, students, teachers):
+def hint_loop(params: Params, students: Maps, teachers: Maps) -> jax.Array:
+    """The hint loss of all pairs, one pair after another."""
     return sum(map(regressed_loss, params, students, teachers)).mean()
 
 
-def hint_stacked(params, students, teachers):
+def hint_stacked(params: Params, students: Maps, teachers: Maps) -> jax.Array:
+    """The hint loss of all pairs by vmap over feature maps and regressors."""
     params = jax.tree.map(lambda *leaves: jnp.stack(leaves), *params)
     losses = jax.vmap(regressed_loss)(params, jnp.stack(students), jnp.stack(teachers))
     return losses.sum(0).mean()
@@ -92,7 +104,7 @@ FORMS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    """Measures, prints the table, and returns what `--out` holds."""
+    """Measures, prints the table, and returns the record that `--out` writes."""
     options = _options(arguments)
     if options.plot:
         record = json.loads(options.plot.read_text())
@@ -122,8 +134,12 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     return record
 
 
-def _measured(forms, pairs, options):
-    """All forms of one loss at one number of pairs."""
+def _measured(
+    forms: Mapping[str, Callable[..., jax.Array]],
+    pairs: int,
+    options: argparse.Namespace,
+) -> dict[str, Any]:
+    """Measures all forms of one loss at one number of pairs."""
     arguments = _arguments(pairs, options)
     compiled = {form: [] for form in forms}
     for _ in range(options.compilations):
@@ -133,7 +149,7 @@ def _measured(forms, pairs, options):
     programs = {form: _typical(several) for form, several in compiled.items()}
     runs = {form: partial(one.call, *arguments) for form, one in programs.items()}
     values = {form: float(run()[0]) for form, run in runs.items()}
-    # Three ways to write one number.
+    # All forms compute the same number.
     np.testing.assert_allclose(list(values.values()), values["loop"], rtol=1e-4)
     seconds = measure.interleave(runs, options.rounds, options.steps)
     return {
@@ -143,7 +159,7 @@ def _measured(forms, pairs, options):
     }
 
 
-def _typical(programs):
+def _typical(programs: Sequence[measure.Program]) -> measure.Program:
     """One of the compilations, with the median of their seconds."""
     return programs[0]._replace(
         trace_seconds=float(np.median([one.trace_seconds for one in programs])),
@@ -151,7 +167,7 @@ def _typical(programs):
     )
 
 
-def _arguments(pairs, options):
+def _arguments(pairs: int, options: argparse.Namespace) -> tuple[Params, Maps, Maps]:
     keys = jax.random.split(jax.random.key(0), 3 * pairs)
     shape = (options.batch, options.size, options.size, options.channels)
     square = (options.channels, options.channels)
@@ -200,7 +216,7 @@ def table(record: Mapping[str, Any]) -> str:
 
 
 def plot(record: Mapping[str, Any], path: Path) -> None:
-    """Time, memory and compile time over the number of pairs."""
+    """Draws time, memory and compile time over the number of pairs."""
     from matplotlib.figure import Figure
 
     quantities = {
@@ -227,26 +243,32 @@ def plot(record: Mapping[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=100)
 
 
-def _scaled(number):
+def _scaled(number: float | None) -> str:
     return "-" if number is None else f"{number / 1e6:.1f}"
 
 
-def _options(arguments):
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--pairs", type=int, nargs="+", default=[1, 2, 4, 8, 16])
-    add("--batch", type=int, default=64)
+    add(
+        "--pairs",
+        type=int,
+        nargs="+",
+        default=[1, 2, 4, 8, 16],
+        help="numbers of pairs",
+    )
+    add("--batch", type=int, default=64, help="examples in a batch")
     add("--size", type=int, default=16, help="height and width of the maps")
-    add("--channels", type=int, default=64)
+    add("--channels", type=int, default=64, help="channels of the maps")
     on_cpu = jax.default_backend() == "cpu"
-    add("--rounds", type=int, default=30)
+    add("--rounds", type=int, default=30, help="rounds to measure")
     add("--steps", type=int, default=3 if on_cpu else 50, help="steps in a round")
-    add("--compilations", type=int, default=5, help="of each program, for the median")
-    add("--small", action="store_true", help="a tiny case: does it run at all")
-    add("--out", type=Path, help="write the results here, as JSON")
-    add("--plot", type=Path, help="draw the results in this file; measure nothing")
+    add("--compilations", type=int, default=5, help="compilations of each program")
+    add("--small", action="store_true", help="run a tiny case, as a test")
+    add("--out", type=Path, help="JSON file to write the results to")
+    add("--plot", type=Path, help="JSON file to draw, without measuring")
     options = parser.parse_args(arguments)
     if options.small:
         options.pairs, options.compilations = [1, 2], 1
@@ -255,6 +277,6 @@ def _options(arguments):
 
 
 if __name__ == "__main__":
-    # Compile times are among the results.
+    # A cache would hide the compile times, which are results.
     jax.config.update("jax_enable_compilation_cache", False)
     main()

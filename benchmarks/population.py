@@ -1,36 +1,38 @@
-"""What a student costs among n under one teacher, against a run of its own.
+"""The cost of one of n students under one teacher, relative to a run of its own.
 
     python benchmarks/population.py --out benchmarks/results/population_cpu.json
 
-Device: any; the committed numbers are from two CPU cores. Minutes: 9 there, beside other
-work. Expected for a student among 8: apart 0.7 for both networks; together 3.5 for the
-CNN, 0.9 for the ViT.
+Device: any; the committed numbers are from two CPU cores. Minutes: 9 there, on a
+machine with other work. Expected for one of 8 students: apart 0.7 for both networks;
+together 3.5 for the CNN and 0.9 for the ViT.
 
-The objective is the task, KD and the hint of the middle, at batch 16 and images
-32x32x3, for a CNN (resnet20 teaches resnet8) and a ViT (vit_mini teaches vit_micro, both
-with patches of 4x4). Forms, for n = 1, 2, 4, 8 students:
+The objective is the task, KD and a hint of the middle layer, with batch 16 and images
+32x32x3, for a CNN (resnet20 teaches resnet8) and a ViT (vit_mini teaches vit_micro,
+both with patches of 4x4). Forms, for n = 1, 2, 4, 8 students:
 
     together   one program: the teacher, and jax.vmap over the students
     apart      a program for the teacher, then one that runs for each student
-    mesh       one program for several devices, each with its students, together or
-               apart as is the default there; with as many devices as divide n, if
-               these are two or more
+    mesh       one program for several devices; each device has its own students,
+               together or apart by the default of the device; the number of devices
+               divides n and is at least two
 
-Each is compared in the same rounds with `alone`, the `stage.update` of one student: the
-cost of a student is the time of a step of all n, over n and over the time of `alone`.
-Beside it stands the same ratio of the floating-point operations that the compiler
-counts, on each device: what is spared if all operations take as long as ever.
+Each form is compared, in the same rounds, with `alone`, the `stage.update` of one
+student. The cost of a student is the time of a step of all n students, divided by n and
+by the time of `alone`. The last column is the same ratio of the floating-point
+operations that the compiler counts on each device: the cost if every operation took the
+same time.
 
-What follows from the committed numbers, and is the default of `hintjax.population`: on
-CPUs students take turns under shared features, which spares most of the operations that
-can be spared (0.68 and 0.73 of a separate run's time, 0.56 and 0.54 of its operations).
-Together they cost more than separate runs if there are convolutions, and the more of
-them the more (1.8 for two, 3.5 for eight), although the operations are as few; a ViT's
-cost what separate runs cost. Elsewhere they are together by default; run this there.
+The committed numbers decide the default of `hintjax.population`. On CPUs, students take
+turns with the same teacher's features, which saves most of the operations that can be
+saved (0.68 and 0.73 of a separate run's time, 0.56 and 0.54 of its operations).
+Students with convolutions cost more together than in separate runs, and more with their
+number (1.8 for two, 3.5 for eight), although the number of operations is as low. ViTs
+cost as much together as in separate runs. On other devices students are together by
+default; run the benchmark there.
 """
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from math import gcd
 from pathlib import Path
@@ -53,11 +55,11 @@ SMALL = {
     "cnn": (partial(models.plain_thin, depth=3),) * 2,
     "vit": (partial(models.VisionTransformer, 4, 8, 2, 2),) * 2,
 }
-KEY = jax.random.key(0, impl="rbg")  # the default one takes long to compile on CPU
+KEY = jax.random.key(0, impl="rbg")  # the default kind compiles slowly on CPU
 
 
 class Setting(NamedTuple):
-    """A stage, what its students begin with, and the other arguments of its step."""
+    """A stage, the first variables of its students, and other arguments of its step."""
 
     stage: hj.Stage
     ours: hj.Variables
@@ -65,7 +67,7 @@ class Setting(NamedTuple):
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    """Measures, prints the table, and returns what `--out` holds."""
+    """Measures, prints the table, and returns the record that `--out` writes."""
     options = _options(arguments)
     machine = measure.machine()
     networks = SMALL if options.small else NETWORKS
@@ -88,17 +90,17 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     return record
 
 
-def _measured(setting, options):
-    """All forms and numbers of students, for one pair of networks."""
+def _measured(setting: Setting, options: argparse.Namespace) -> dict[str, Any]:
+    """Measures all forms and numbers of students, for one pair of networks."""
     stage, ours, rest = setting
     state = stage.init(KEY, ours, *rest)
     alone = measure.compiled(stage.update, state, *rest)
     teach = measure.compiled(jax.jit(partial(stage.teach, None)), *rest)
-    # What runs for each student, where they take turns.
+    # The program that runs for each student if students take turns.
     parts = (state, teach.call(*rest), rest[1])
     step = measure.compiled(jax.jit(stage.step), *parts)
     runs = {"teach": partial(teach.call, *rest)}
-    in_turn = hj.population(stage, 1, together=False).update  # the same for any n
+    in_turn = hj.population(stage, 1, together=False).update  # is the same for all n
     flops = {}
     for n in options.students:
         for form, how in _forms(n).items():
@@ -117,7 +119,7 @@ def _measured(setting, options):
     runs["alone"] = measure.running(alone.call, state, rest)
     seconds = measure.interleave(runs, options.rounds, options.steps)
 
-    def student(name):
+    def student(name: str) -> dict[str, Any]:
         n = int(name.split()[1])
         ratios = np.divide(seconds[name], seconds["alone"]) / n
         counts = (flops[name], alone.flops)
@@ -134,8 +136,8 @@ def _measured(setting, options):
     }
 
 
-def _forms(n):
-    """Arguments of `population`, by the form's name."""
+def _forms(n: int) -> dict[str, dict[str, Any]]:
+    """The arguments of `population`, by the name of the form."""
     devices = gcd(n, jax.device_count())
     forms = {"together": {"together": True}, "apart": {"together": False}}
     if devices > 1:
@@ -143,7 +145,11 @@ def _forms(n):
     return forms
 
 
-def _setting(student, teacher, options):
+def _setting(
+    student: Callable[..., Any],
+    teacher: Callable[..., Any],
+    options: argparse.Namespace,
+) -> Setting:
     """A stage for one student, with random weights and data."""
     keys = jax.random.split(KEY, 4)
     shape = (options.batch, options.size, options.size, 3)
@@ -165,7 +171,7 @@ def _setting(student, teacher, options):
         kd=hj.kd(),
         hint=hj.weighted(hj.fitnets(hj.suggest_pairs(*layers)), hj.Adjustable(1.0)),
     )
-    # A rate so small that hundreds of steps on random data stay finite.
+    # With so small a rate, hundreds of steps on random data stay finite.
     optimizer = optax.sgd(1e-6, momentum=0.9)
     stage = hj.distillation_stage(*networks, method, optimizer)
     return Setting(stage, ours, (theirs, batch))
@@ -197,19 +203,19 @@ def table(record: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _options(arguments):
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--students", type=int, nargs="+", default=[1, 2, 4, 8])
-    add("--batch", type=int, default=16)
+    add("--students", type=int, nargs="+", default=[1, 2, 4, 8], help="their numbers")
+    add("--batch", type=int, default=16, help="examples in a batch")
     add("--size", type=int, default=32, help="height and width of the images")
     on_cpu = jax.default_backend() == "cpu"
-    add("--rounds", type=int, default=20 if on_cpu else 30)
+    add("--rounds", type=int, default=20 if on_cpu else 30, help="rounds to measure")
     add("--steps", type=int, default=1 if on_cpu else 50, help="steps in a round")
-    add("--small", action="store_true", help="a tiny case: does it run at all")
-    add("--out", type=Path, help="write the results here, as JSON")
+    add("--small", action="store_true", help="run a tiny case, as a test")
+    add("--out", type=Path, help="JSON file to write the results to")
     options = parser.parse_args(arguments)
     if options.small:
         options.students, options.batch, options.size = [2], 4, 8
@@ -217,6 +223,6 @@ def _options(arguments):
 
 
 if __name__ == "__main__":
-    # Compile times are among the results.
+    # A cache would hide the compile times, which are results.
     jax.config.update("jax_enable_compilation_cache", False)
     main()

@@ -14,8 +14,8 @@ TOP = """\
 Each row of the first table is one promise, with the tests and the campaign that show it
 and the result of the campaign. `./test.sh` runs the tests, and `./test.sh --long` the
 long tests too. `python benchmarks/reliability.py --out FILE.json` repeats the campaigns
-in an hour and writes this page. Nothing else is promised. All tests and campaigns ran on
-one machine, on CPUs and a local file system; each run of a campaign was one process.
+in an hour and writes this page. Nothing else is promised. All tests and campaigns ran
+on one machine, on CPUs and a local file system; each run of a campaign was one process.
 """
 NOT_SHOWN = """\
 ## Not promised
@@ -144,7 +144,8 @@ PROMISES = (
     ),
     Promise(
         "A restore refuses a checkpoint with another tree, shape, dtype, teacher or "
-        "config and names the differences; it restores nothing in part and casts nothing.",
+        "config and names the differences; it restores nothing in part and casts "
+        "nothing.",
         (
             f"{FILES}test_another_tree_is_refused_with_both_shapes",
             f"{LOOP}test_another_teacher_or_identity_is_refused_on_resume",
@@ -248,7 +249,8 @@ PROMISES = (
         Promise(
             f"With {path}: a run that is killed every minute and saves about once a "
             f"second spends at least {GOODPUT:.0%} of its time on steps and "
-            f"evaluations that count. Process start, imports and compilation are left out of the time.",
+            f"evaluations that count. Process start, imports and compilation are left "
+            f"out of the time.",
             (SHORT,),
             f"goodput {feed}",
             lambda found: found["goodput"] >= GOODPUT,
