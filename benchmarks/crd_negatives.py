@@ -2,32 +2,34 @@
 
     python benchmarks/crd_negatives.py --out benchmarks/results/crd_negatives_cpu.json
 
-Device: any; the committed numbers are from two CPU cores. Minutes: 5 there. Expected:
-the training step with shared negatives at most 1.15 of the step without CRD (1.02 of
-its FLOPs), and gathering at about 1.5; temporary memory of the method alone 1125 MB
-(gather), 128 (anchor), 42 (shared), 0.2 (in_batch).
+Device: any; the committed numbers are from two CPU cores. Minutes: 5 there. Expected,
+relative to the training step without CRD: shared negatives at most 1.15 (with 1.02 of
+its FLOPs), gathering about 1.5. Temporary memory of the method alone: 1125 MB (gather),
+128 (anchor), 42 (shared), 0.2 (in_batch).
 
 Batch 64, 16384 negatives, 50000 training examples, embeddings of 128:
 
     gather      the published code: (64, 16385, 128) embeddings are gathered from each
                 bank, multiplied, exponentiated, and compared by NCE. The candidates
                 come with the batch, from the loader.
-    anchor      hintjax.AnchorNegatives: such draws, made on the device; of at most four
-                times as many examples as negatives, all are scored and none gathered
+    anchor      hintjax.AnchorNegatives: the same draws, made on the device; if there
+                are at most four times as many examples as negatives, all examples
+                are scored and none is gathered
     shared      hintjax.SharedNegatives: one draw for the whole batch
     in_batch    hintjax.BatchNegatives: no bank
-    none        no CRD: both embedding heads, each trained to predict the other's
+    none        no CRD: both embedding heads, each trained to predict the other's output
 
-Measured are the method alone (loss, gradients, the banks' update; the features are
-arguments), and a training step of WRN-16-2 with WRN-40-2 as the teacher, which the
-method is a term of. "None" includes the teacher's forward pass and the heads, which are
-unavoidable. All are timed in the same rounds. Temporary memory is what the compiler
-plans for one step beside arguments and results: the banks (51 MB) are arguments, and
-donated; a copy of them would show here.
+Two programs are measured for each kind: the method alone (loss, gradients and the
+update of the banks; the features are arguments), and a training step of WRN-16-2 with
+WRN-40-2 as the teacher and the method as a term. The step of "none" includes the
+unavoidable parts, the teacher's forward pass and the heads. All programs are timed in
+the same rounds. Temporary memory is the memory that the compiler plans for one step in
+addition to arguments and results. The banks (51 MB) are donated arguments, so a copy of
+them would appear in this number.
 """
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -48,8 +50,11 @@ POOL = ("pool", "pool")
 TEMPERATURE, MOMENTUM, EPSILON = 0.07, 0.5, 1e-7
 
 
+Made = tuple[Callable[..., Any], Any, tuple[Any, ...]]  # function, state, arguments
+
+
 def none(pair: tuple[str, str], *, feature_dim: int = 128) -> hj.Method:
-    """What is unavoidable: both heads, with a dense gradient and no negatives."""
+    """The unavoidable part: both heads, with a dense gradient and no negatives."""
     guided, hint = pair
     head = regressors.Embedding(feature_dim)
 
@@ -71,7 +76,7 @@ def none(pair: tuple[str, str], *, feature_dim: int = 128) -> hj.Method:
 def gather(pair: tuple[str, str], *, feature_dim: int = 128) -> hj.Method:
     """CRD as published: every anchor's candidates are gathered from each bank.
 
-    `batch["candidates"]` are (batch, 1 + K) examples, the anchor itself first.
+    `batch["candidates"]` holds (batch, 1 + K) examples; the first is the anchor.
     """
     heads = none(pair, feature_dim=feature_dim)
     guided, hint = pair
@@ -109,8 +114,8 @@ def gather(pair: tuple[str, str], *, feature_dim: int = 128) -> hj.Method:
     return heads._replace(init=init, apply=apply)
 
 
-def nce(p, size: int):
-    """The published loss of scores exp(s . t / T) / Z, the positive first."""
+def nce(p: jax.Array, size: int) -> jax.Array:
+    """The published loss of scores exp(s . t / T) / Z; the positive is first."""
     noise = (p.shape[1] - 1) / size
     positive = jnp.log(p[:, 0] / (p[:, 0] + noise + EPSILON))
     negatives = jnp.log(noise / (p[:, 1:] + noise + EPSILON))
@@ -118,7 +123,7 @@ def nce(p, size: int):
 
 
 def kinds(pair: tuple[str, str], number: int) -> dict[str, hj.Method]:
-    """What is compared, by name."""
+    """The methods that are compared, by name."""
     negatives = {
         "anchor": methods.AnchorNegatives(number),
         "shared": methods.SharedNegatives(number),
@@ -129,7 +134,7 @@ def kinds(pair: tuple[str, str], number: int) -> dict[str, hj.Method]:
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    """Measures, prints the table, and returns what `--out` holds."""
+    """Measures, prints the table, and returns the record that `--out` writes."""
     options = _options(arguments)
     machine = measure.machine()
     programs, runs = {}, {}
@@ -162,8 +167,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     return record
 
 
-def _steps(options):
-    """How to make every program: name -> () -> (function, state, other arguments)."""
+def _steps(options: argparse.Namespace) -> dict[str, Callable[[], Made]]:
+    """Functions that make every program, by the program's name."""
     keys = jax.random.split(jax.random.key(0, impl="rbg"), 6)
     n, draws = options.batch, np.random.default_rng(0)
     labels = np.arange(options.examples, dtype=np.int32) % CLASSES
@@ -186,7 +191,7 @@ def _steps(options):
     )
     task = hj.task(optax.softmax_cross_entropy_with_integer_labels)
 
-    def whole(method):
+    def whole(method: hj.Method) -> Made:
         terms = {"task": task, "term": hj.weighted(method, 0.8)}
         stage = hj.distillation_stage(
             student, teacher, hj.objective(**terms), optimizer
@@ -194,7 +199,7 @@ def _steps(options):
         state = stage.init(keys[3], start, taught, batch, data=data)
         return stage.update, state, (taught, batch)
 
-    def alone(method):
+    def alone(method: hj.Method) -> Made:
         shown = [
             network.apply(*variables, batch["image"], wants=wants, train=False)[0]
             for network, variables, wants in (
@@ -231,7 +236,9 @@ def _steps(options):
     }
 
 
-def _candidates(draws, labels, index, number):
+def _candidates(
+    draws: np.random.Generator, labels: np.ndarray, index: np.ndarray, number: int
+) -> np.ndarray:
     """Each anchor, then negatives of other classes, without replacement if possible."""
     rows = []
     for one in index:
@@ -241,8 +248,12 @@ def _candidates(draws, labels, index, number):
     return np.stack(rows).astype(np.int32)
 
 
-def _over_none(kind, programs, seconds):
-    """The training step with CRD over the one without."""
+def _over_none(
+    kind: str,
+    programs: Mapping[str, measure.Program],
+    seconds: Mapping[str, Sequence[float]],
+) -> dict[str, Any]:
+    """The training step with CRD relative to the step without CRD."""
     time = measure.paired(seconds, f"{kind}, step", ["none, step"])
     counts = [programs[f"{one}, step"].flops for one in (kind, "none")]
     flops = None if None in counts else counts[0] / counts[1]
@@ -270,8 +281,8 @@ def table(record: Mapping[str, Any]) -> str:
         step = one["step_seconds"]
         low, high = 1e3 * step["low"], 1e3 * step["high"]
         lines.append(
-            f"{name:18}{one['compile_seconds']:10.1f}{_scaled(one['temp_bytes'], 1e6):>9}"
-            f"{_scaled(one['flops'], 1e9):>8}{1e3 * step['median']:10.2f}"
+            f"{name:18}{one['compile_seconds']:10.1f}"
+            f"{_scaled(one['temp_bytes'], 1e6):>9}{_scaled(one['flops'], 1e9):>8}{1e3 * step['median']:10.2f}"
             f"{f'{low:.2f} - {high:.2f}':>20}"
         )
     lines += ["", f"{'step / without CRD':18}{'ratio':>10}{'95 %':>16}{'FLOPs':>8}"]
@@ -284,28 +295,28 @@ def table(record: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _scaled(number, unit):
+def _scaled(number: float | None, unit: float) -> str:
     return "-" if number is None else f"{number / unit:.2f}"
 
 
-def _options(arguments):
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
     names = [name for name in kinds(POOL, 1) if name != "none"]
-    add("--kinds", nargs="+", choices=names, default=names)
+    add("--kinds", nargs="+", choices=names, default=names, help="kinds of negatives")
     add("--teacher", default="hintjax.models:wrn_40_2", help="package.module:factory")
     add("--student", default="hintjax.models:wrn_16_2", help="package.module:factory")
-    add("--batch", type=int, default=64)
+    add("--batch", type=int, default=64, help="examples in a batch")
     add("--size", type=int, default=32, help="height and width of the images")
-    add("--negatives", type=int, default=16384)
-    add("--examples", type=int, default=50_000)
+    add("--negatives", type=int, default=16384, help="negatives of an anchor")
+    add("--examples", type=int, default=50_000, help="examples in the memory bank")
     on_cpu = jax.default_backend() == "cpu"
-    add("--rounds", type=int, default=30)
+    add("--rounds", type=int, default=30, help="rounds to measure")
     add("--steps", type=int, default=1 if on_cpu else 50, help="steps in a round")
-    add("--small", action="store_true", help="a tiny case: does it run at all")
-    add("--out", type=Path, help="write the results here, as JSON")
+    add("--small", action="store_true", help="run a tiny case, as a test")
+    add("--out", type=Path, help="JSON file to write the results to")
     options = parser.parse_args(arguments)
     if options.small:
         options.teacher = options.student = "step_time:wrn_10_1"
@@ -315,6 +326,6 @@ def _options(arguments):
 
 
 if __name__ == "__main__":
-    # Compile times are among the results.
+    # A cache would hide the compile times, which are results.
     jax.config.update("jax_enable_compilation_cache", False)
     main()

@@ -53,7 +53,6 @@ from hintjax.losses import (
     hint_loss,
 )
 
-
 Maps = Sequence[jax.Array]
 Params = Sequence[dict[str, jax.Array]]
 

@@ -1,35 +1,35 @@
-"""Step time of every method against the sum of its unavoidable parts.
+"""Step time of every method, relative to the sum of its unavoidable parts.
 
     python benchmarks/step_time.py --out benchmarks/results/step_time_cpu.json
     python benchmarks/step_time.py --methods all --rounds 12 --out FILE
     python benchmarks/step_time.py --plot benchmarks/results/step_time_cpu.json
 
 Device: any; the committed numbers are from two CPU cores. Minutes: 13 there for the
-core methods, 17 for all at 12 rounds; fewer on an accelerator. Expected: every ratio
-with a bar at most that (1.05; 1.15 for FSP, CRD with shared negatives and ReviewKD);
-the hint stage at 0.82 of the joint step: the student is spared the last third of its
-work, and the teacher stops at group2 in both.
+core methods, 17 for all methods with 12 rounds; fewer on an accelerator. Expected: no
+ratio above its bar (1.05; 1.15 for FSP, CRD with shared negatives and ReviewKD). The
+hint stage takes 0.82 of the joint step, because the student does not compute its last
+third; the teacher stops at group2 in both.
 
 WRN-40-2 teaches WRN-16-2, batch 64, images 32x32x3, 100 classes; CRD draws 16384
-negatives of 50000 examples. Every method stands beside the task in one step. The parts
-of a step are programs of their own, timed in the same rounds:
+negatives of 50000 examples. A step trains with one method and the task. The parts of a
+step are separate programs, timed in the same rounds:
 
-    a method     teacher forward + the task with what the method trains
-    hint_stage   teacher forward + a student cut at the guided layer with the regressor
-    task         the same step written out in plain Flax and optax
+    a method     teacher forward + a step of the task and the method's regressors
+    hint_stage   teacher forward + a student cut at the guided layer, and the regressor
+    task         the same step in plain Flax and optax
 
-The teacher's forward pass stops where the method's last want of it is. "With what the
-method trains" is a step that runs the method's regressors (ABF, embedding heads, ...)
-forward and backward and trains them, on half the mean square of their output: the
-cheapest loss with a dense gradient, which needs no teacher. (A constant gradient would
-let XLA turn the 1x1 convolution's backward pass into a sum.) FT's frozen encoder and
-the classifiers that CAT-KD and SimKD apply once more are not among the parts; these
-methods have no bar. Further rows compare the hint stage with the joint step, and with a
-hint stage of two networks that end at the hint (WRN only).
+The teacher's forward pass stops at the last layer that the method needs. The step with
+regressors (ABF, embedding heads, ...) runs them forward and backward and trains them on
+half the mean square of their output: the cheapest loss with a dense gradient that needs
+no teacher. (With a constant gradient, XLA would replace the backward pass of a 1x1
+convolution by a sum.) The parts do not include FT's frozen encoder, nor the classifiers
+that CAT-KD and SimKD apply a second time; these methods have no bar. More rows compare
+the hint stage with the joint step, and with a hint stage of two networks that end at
+the hint (WRN only).
 
-Where the interval of a ratio contains the bar, or there are fewer than 6 rounds, the
-clock cannot tell; then the ratio of the compiled programs' floating-point operations
-decides. Backends that do not count them leave "undecided".
+If the interval of a ratio contains the bar, or if there are fewer than 6 rounds, times
+cannot decide; then the ratio of the compiled programs' floating-point operations
+decides. If the backend does not count operations, the verdict is "undecided".
 """
 
 import argparse
@@ -56,7 +56,7 @@ from hintjax.models.wrn import Group
 
 CLASSES = 100
 GROUPS = [(name, name) for name in ("group1", "group2", "group3")]
-# Names of WRN's layers; for networks with others, choose the methods accordingly.
+# Names of WRN's layers; for other networks, choose methods that do not need them.
 STEM, POOL, MAP = [(name, name) for name in ("stem", "pool", "pool:in")]
 BEFORE_RELU = ("group2/block1/norm1", "group3/block1/norm1", "norm")
 NORMS = [(name, name) for name in BEFORE_RELU]
@@ -64,22 +64,23 @@ NORMS = [(name, name) for name in BEFORE_RELU]
 BAR, LOOSER_BAR = 1.05, 1.15
 CORE = ("task", "kd", "attention_transfer", "fitnets", "hint_stage")
 CORE += ("fsp", "crd", "review")
-# Methods that have no row, and why.
-TOKENS = "for the hidden states of transformers: another pair of networks"
+# Methods without a row, with the reason.
+TOKENS = "it compares hidden states of transformers, which these networks do not have"
 LEFT_OUT = {
     "cosine": TOKENS,
     "minilm": TOKENS,
-    "paraphrase": "a stage before, which trains an autoencoder on the teacher alone",
+    "paraphrase": "it is an earlier stage that trains an autoencoder on the teacher",
     "patient": TOKENS,
     "tinybert": TOKENS,
 }
 
 Hints = Mapping[str, jax.ShapeDtypeStruct]
+Made = tuple[Callable[..., Any], Any, tuple[Any, ...]]  # function, state, arguments
 HINT = partial(regressors.conv, batch_norm=True, activation=nn.relu)
 
 
 class Term(NamedTuple):
-    """A method beside the task, and its unavoidable parts beside teacher and task."""
+    """A method that stands beside the task, with its weights, regressors and bar."""
 
     method: hj.Method
     weight: float
@@ -89,7 +90,7 @@ class Term(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A comparison: one program over the sum of others."""
+    """A comparison: one program relative to the sum of others."""
 
     whole: str
     parts: tuple[str, ...]
@@ -97,7 +98,7 @@ class Row(NamedTuple):
 
 
 def terms(pairs: hj.method.Pairs = GROUPS, negatives: int = 16384) -> dict[str, Term]:
-    """Every method at the field's place and weight; behind a colon, variants of one."""
+    """Every method with its usual layers and weight; variants have a colon."""
     middle, last = [pairs[len(pairs) // 2]], [pairs[-1]]
     crd = {
         "crd": methods.SharedNegatives(negatives),
@@ -135,7 +136,7 @@ def terms(pairs: hj.method.Pairs = GROUPS, negatives: int = 16384) -> dict[str, 
         "variational": Term(methods.variational(pairs), 1, "means"),
     }
     made["crd"] = made["crd"]._replace(bar=LOOSER_BAR)
-    # A stage before it would change weights, not the cost of a step.
+    # An earlier stage changes weights, but not the cost of a step.
     return {
         name: term._replace(method=term.method._replace(prepare=None))
         for name, term in made.items()
@@ -145,13 +146,17 @@ def terms(pairs: hj.method.Pairs = GROUPS, negatives: int = 16384) -> dict[str, 
 def trained(
     pairs: hj.method.Pairs = GROUPS,
 ) -> dict[str, Callable[[Hints], hj.Method]]:
-    """What methods train, alone: the shapes of the teacher's hints -> a method."""
+    """Methods that only train regressors, made from the shapes of the hints."""
 
-    def heads(student, teacher):
-        # Of both networks, which have as many pooled features: side by side.
+    def heads(
+        student: regressors.Shape, teacher: regressors.Shape
+    ) -> regressors.Regressor:
+        # Both networks have the same number of pooled features: two heads as one.
         return regressors.linear(student, (2 * 128,))
 
-    def generator(student, teacher):
+    def generator(
+        student: regressors.Shape, teacher: regressors.Shape
+    ) -> regressors.Generator:
         return regressors.Generator(teacher[-1])
 
     middle, last = [pairs[len(pairs) // 2]], [pairs[-1]]
@@ -191,7 +196,8 @@ class Cut(nn.Module):
     groups: int
 
     @nn.compact
-    def __call__(self, x, train=False):
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        """The feature maps of the last group."""
         x = conv(16, name="stem")(x)
         for number in range(1, self.groups + 1):
             features = 8 * 2**number * self.whole.widen
@@ -207,7 +213,7 @@ def wrn_10_1(classes: int) -> WideResNet:
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    """Measures, prints the table, and returns what `--out` holds."""
+    """Measures, prints the table, and returns the record that `--out` writes."""
     options = _options(arguments)
     if options.plot:
         record = json.loads(options.plot.read_text())
@@ -253,12 +259,12 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     return record
 
 
-def _steps(options):
-    """How to make every program: name -> () -> (function, state, other arguments).
+def _steps(options: argparse.Namespace) -> dict[str, Callable[[], Made]]:
+    """Functions that make every program, by the program's name.
 
-    A function is jitted, `(state, *others) -> (state, anything)`.
+    A program's function is jitted, `(state, *others) -> (state, anything)`.
     """
-    # Drawing weights with the default generator takes 20 seconds to compile on CPU.
+    # The default generator of random weights takes 20 seconds to compile on CPU.
     keys = jax.random.split(jax.random.key(0, impl="rbg"), 5)
     shape = (options.batch, options.size, options.size, 3)
     batch = {
@@ -275,7 +281,7 @@ def _steps(options):
     teacher, student = map(hj.linen, modules)
     taught = teacher.init(keys[2], batch["image"])
     start = student.init(keys[3], batch["image"])
-    # A rate so small that hundreds of steps on random data stay finite.
+    # With so small a rate, hundreds of steps on random data stay finite.
     decay = optax.add_decayed_weights(5e-4)
     optimizer = optax.chain(decay, optax.sgd(1e-6, momentum=0.9))
     task = hj.task(optax.softmax_cross_entropy_with_integer_labels)
@@ -341,8 +347,10 @@ def _steps(options):
     return steps
 
 
-def regressors_alone(pairs, sizing: regressors.Sizing, hints: Hints) -> hj.Method:
-    """One regressor for each pair, trained towards 0: FitNets without a teacher."""
+def regressors_alone(
+    pairs: hj.method.Pairs, sizing: regressors.Sizing, hints: Hints
+) -> hj.Method:
+    """One regressor for each pair, trained toward 0: FitNets without a teacher."""
 
     def modules(student):
         for guided, hint in pairs:
@@ -371,7 +379,7 @@ def regressors_alone(pairs, sizing: regressors.Sizing, hints: Hints) -> hj.Metho
 
 
 def without_teacher(method: hj.Method, hints: Hints) -> hj.Method:
-    """A method whose loss does not read the hints, in front of zeros."""
+    """A method whose loss does not read the hints; it is given zeros as hints."""
 
     def zeros():
         shapes = {path: hints[path] for path in method.teacher.hints}
@@ -388,12 +396,17 @@ def without_teacher(method: hj.Method, hints: Hints) -> hj.Method:
     return hj.Method(method.student, hj.Wants(), init, apply)
 
 
-def _small(predicted):
-    """Half the mean square of each example: asks for nothing, with a dense gradient."""
+def _small(predicted: jax.Array) -> jax.Array:
+    """Half the mean square of each example: a cheap loss with a dense gradient."""
     return jnp.mean(jnp.square(predicted), tuple(range(1, predicted.ndim))) / 2
 
 
-def plain(module: nn.Module, optimizer, variables: hj.Variables, batch):
+def plain(
+    module: nn.Module,
+    optimizer: optax.GradientTransformation,
+    variables: hj.Variables,
+    batch: Mapping[str, jax.Array],
+) -> Made:
     """One step of the task in Flax and optax, without hintjax."""
 
     def loss(params, stats, image, label):
@@ -457,7 +470,7 @@ def table(record: Mapping[str, Any]) -> str:
 
 
 def plot(record: Mapping[str, Any], path: Path) -> None:
-    """The ratios with their intervals, and the bars."""
+    """Draws the ratios with their intervals and bars."""
     from matplotlib.figure import Figure
 
     height = 1.4 + 0.29 * len(record["ratios"])
@@ -491,7 +504,11 @@ def plot(record: Mapping[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def _ratio(row, programs, seconds):
+def _ratio(
+    row: Row,
+    programs: Mapping[str, measure.Program],
+    seconds: Mapping[str, Sequence[float]],
+) -> dict[str, Any]:
     time = measure.paired(seconds, row.whole, row.parts)
     counts = [programs[name].flops for name in (row.whole, *row.parts)]
     flops = None if None in counts else counts[0] / sum(counts[1:])
@@ -505,20 +522,22 @@ def _ratio(row, programs, seconds):
     }
 
 
-def _last(method):
-    """The last thing that a method wants of the teacher; what is before it is free."""
+def _last(method: hj.Method) -> hj.Wants:
+    """The last feature that a method wants of the teacher; earlier ones are free."""
     wants = method.teacher
     return hj.Wants(output=True) if wants.output else hj.Wants(hints=wants.hints[-1:])
 
 
-def _teach(method):
+def _teach(method: hj.Method) -> str:
     """The name of the teacher's forward pass for a method."""
     last = _last(method)
     return f"teach_{'output' if last.output else last.hints[0]}"
 
 
-def _cut(module, path, variables):
-    """The network that ends at groupN, with the weights it has up to there."""
+def _cut(
+    module: WideResNet, path: str, variables: hj.Variables
+) -> tuple[hj.Network, hj.Variables]:
+    """The network that ends at groupN, with its weights up to there."""
     last = int(path.removeprefix("group"))
     kept = {"stem", *(f"group{number}" for number in range(1, last + 1))}
     params, stats = (
@@ -528,13 +547,13 @@ def _cut(module, path, variables):
     return hj.linen(Cut(module, last)), hj.Variables(params, {"batch_stats": stats})
 
 
-def _pair(text):
-    """`guided->hint`."""
+def _pair(text: str) -> tuple[str, str]:
+    """Reads a pair from `guided->hint`."""
     guided, _, hint = text.partition("->")
     return guided, hint or guided
 
 
-def _options(arguments):
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -546,20 +565,26 @@ def _options(arguments):
         "--pairs",
         **pair,
         default=GROUPS,
-        help="shallow to deep; FitNets' is the middle",
+        help="pairs of layers, shallow to deep; FitNets takes the middle pair",
     )
     choices = tuple(dict.fromkeys([*CORE, *terms()]))
-    add("--methods", nargs="+", choices=[*choices, "all"], default=CORE)
-    add("--negatives", type=int, default=16384, help="that CRD draws")
-    add("--examples", type=int, default=50_000, help="in CRD's memory bank")
-    add("--batch", type=int, default=64)
+    add(
+        "--methods",
+        nargs="+",
+        choices=[*choices, "all"],
+        default=CORE,
+        help="their names",
+    )
+    add("--negatives", type=int, default=16384, help="negatives that CRD draws")
+    add("--examples", type=int, default=50_000, help="examples in CRD's memory bank")
+    add("--batch", type=int, default=64, help="examples in a batch")
     add("--size", type=int, default=32, help="height and width of the images")
     on_cpu = jax.default_backend() == "cpu"
-    add("--rounds", type=int, default=30)
+    add("--rounds", type=int, default=30, help="rounds to measure")
     add("--steps", type=int, default=1 if on_cpu else 50, help="steps in a round")
-    add("--small", action="store_true", help="a tiny case: does it run at all")
-    add("--out", type=Path, help="write the results here, as JSON")
-    add("--plot", type=Path, help="draw the results in this file; measure nothing")
+    add("--small", action="store_true", help="run a tiny case, as a test")
+    add("--out", type=Path, help="JSON file to write the results to")
+    add("--plot", type=Path, help="JSON file to draw, without measuring")
     options = parser.parse_args(arguments)
     if "all" in options.methods:
         options.methods = choices
@@ -571,6 +596,6 @@ def _options(arguments):
 
 
 if __name__ == "__main__":
-    # Compile times are among the results.
+    # A cache would hide the compile times, which are results.
     jax.config.update("jax_enable_compilation_cache", False)
     main()
