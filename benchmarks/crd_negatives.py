@@ -282,7 +282,8 @@ def table(record: Mapping[str, Any]) -> str:
         low, high = 1e3 * step["low"], 1e3 * step["high"]
         lines.append(
             f"{name:18}{one['compile_seconds']:10.1f}"
-            f"{_scaled(one['temp_bytes'], 1e6):>9}{_scaled(one['flops'], 1e9):>8}{1e3 * step['median']:10.2f}"
+            f"{_scaled(one['temp_bytes'], 1e6):>9}{_scaled(one['flops'], 1e9):>8}"
+            f"{1e3 * step['median']:10.2f}"
             f"{f'{low:.2f} - {high:.2f}':>20}"
         )
     lines += ["", f"{'step / without CRD':18}{'ratio':>10}{'95 %':>16}{'FLOPs':>8}"]

@@ -1,63 +1,68 @@
-"""What XLA makes of the sharded steps on TPU slices of 4 to 256 chips, without a TPU.
+"""Sharded steps compiled for TPU slices of 4 to 256 chips, without a TPU.
 
-    pip install libtpu  # on Linux, for the installed jax: see jax[tpu]
+    pip install libtpu  # on Linux, the version that jax[tpu] needs
     python benchmarks/tpu_aot.py --out benchmarks/results/tpu_aot.json
     python benchmarks/tpu_aot.py --plot benchmarks/results/tpu_aot.json
 
-Device: a CPU host; nothing runs. Minutes: 60 on two busy cores. Expected: modelled
-efficiency from 4 to 256 v5e chips, by bandwidth and without overlap, at least 0.98, but
-for two forms of CRD; the hint stage with the FLOPs of two networks that end at the hint.
+Device: a CPU host; no program runs. Minutes: 60 on two busy cores. Expected: a modeled
+efficiency from 4 to 256 v5e chips of at least 0.98, by bandwidth and without overlap,
+except for two forms of CRD; for the hint stage, the FLOPs of two networks that end at
+the hint.
 
 The steps of `step_time.py` (WRN-40-2 teaches WRN-16-2, 128 images 32x32x3 on each chip)
 and of two ViTs (B/16 teaches S/16, 32 images 224x224x3 on each chip) are compiled ahead
-of time for slices of growing size with a fixed number of images per chip, so that a
-perfect slice takes the same time at every size. From each program: FLOPs and bytes per
-chip, memory per chip, the collectives with their bytes, XLA's own estimate of its
-seconds (which knows nothing of the interconnect).
+of time for slices of growing size. The number of images on each chip is fixed, so a
+perfect slice takes the same time at every size. Each program gives its FLOPs, bytes and
+memory for each chip, its collectives with their bytes, and XLA's own estimate of its
+seconds (which ignores the interconnect).
 
 The model of a step's time, in seconds, with the published constants of each chip:
 
     compute    the larger of FLOPs / peak and bytes / HBM bandwidth
-    bandwidth  the bytes that each chip must send for its collectives: for an output of
-               B bytes on n chips, 2 B (n-1)/n for a sum, B (n-1)/n for a gather, B
-               for a step of a ring, and for a scattered sum of B on each chip,
-               B (n-1); over half of a chip's ports, since a slice that is no whole
-               torus has chips with so many
+    bandwidth  the bytes that each chip must send for its collectives (for an output of
+               B bytes on n chips: 2 B (n-1)/n for a sum, B (n-1)/n for a gather, B
+               for a step of a ring; for a scattered sum of B on each chip, B (n-1)),
+               divided by the bandwidth of half of a chip's ports, because a slice
+               that is not a whole torus has chips with only half of their links
     hops       1e-6 for each link that a collective crosses one after another: the
                sum of (side - 1) over the sides of the slice, twice for a sum; one
                for a step of a ring
 
     without overlap    compute + bandwidth          with overlap    the larger of them
 
-and the efficiency is the time of the smallest slice over that of another one. The
-table gives it without hops, as bandwidth alone would have it, and with hops; the
-second is pessimistic: XLA hides part of them, and latencies differ.
+The efficiency is the time of the smallest slice divided by the time of another slice.
+The table gives it without hops and with hops. The second is pessimistic, because XLA
+hides a part of the hops and latencies differ.
 
-Compiled with the least effort, which takes seconds instead of minutes: FLOPs and
-collectives are those of the usual effort, schedules and memory may be better there.
-XLA counts the body of a loop once. CRD by rows has two loops that turn once as a rule
-(`hintjax.memory`), and anchors are scored in one piece here instead of four.
+Programs are compiled with the least effort, which takes seconds instead of minutes.
+FLOPs and collectives are the same as with the usual effort; schedules and memory may be
+better there. XLA counts the body of a loop once. CRD by rows has two loops that usually
+turn once (`hintjax.memory`), and here anchors are scored in one piece instead of four.
 
-What follows from the committed numbers:
+Conclusions from the committed numbers:
 
-Distillation adds no collective to the task's 53 sums: KD, AT, FitNets and FSP have the
-same ones, and ReviewKD 8 more, for the BatchNorms of its fusion. The bytes are the
-gradients'; at 256 chips they cost 1 %.
+Distillation adds no collective to the 53 sums of the task. KD, AT, FitNets and FSP have
+the same sums, and ReviewKD has 8 more, for the BatchNorms of its fusion. The bytes are
+those of the gradients; they cost 1 % at 256 chips.
 
-What does not scale with a WRN is not the teacher but BatchNorm over the whole batch:
-some 50 small sums that wait for one another. If every hop cost its microsecond, half of
-the time at 256 chips would be theirs (efficiency 0.45 to 0.71). ViTs, which have
-none, keep theirs (they come out above 1: XLA tiles the largest slice better).
+In a WRN, BatchNorm over the whole batch limits the scaling, not the teacher: it needs
+about 50 small sums that wait for each other. If every hop took its microsecond, these
+sums would take half of the time at 256 chips (efficiency 0.45 to 0.71). ViTs have no
+BatchNorm and keep their efficiency (it is above 1, because XLA tiles the largest slice
+better).
 
-CRD holds the bar with shared negatives and a bank that is split by rows (0.981 at 256):
-the shared rows are summed, 17 MB on any slice, and an example's go to where they live.
-A bank that every device has whole must be sent and written the embeddings of the whole
-batch, 34 MB at 256 (0.757). Where each anchor has its own negatives by rows it is 0.946,
-and the step ten times as long: TPUs gather single scores slowly (29 of 32 GB).
+CRD reaches the bar with shared negatives and a bank that is split by rows (0.981 at
+256): the shared rows are summed, 17 MB on any slice, and an example's embeddings are
+sent only to the device that holds its rows. If every device holds the whole bank, every
+device must receive and write the embeddings of the whole batch, 34 MB at 256 (0.757).
+With a bank split by rows and separate negatives for each anchor, the efficiency is
+0.946, and the step takes ten times as long, because TPUs gather single scores slowly
+(29 of 32 GB).
 
 bfloat16 in both networks halves the bytes (2.46 to 1.31 GB for WRNs, 27.8 to 15.7 for
-ViTs); it also halves the sums of the student's gradients, which XLA makes in bfloat16.
-Arguments are padded to tiles: the WRNs' take 1.3 to 1.7 times their bytes.
+ViTs). It also halves the bytes of the sums of the student's gradients, which XLA
+computes in bfloat16. Arguments are padded to tiles: the arguments of WRNs take 1.3 to
+1.7 times their bytes.
 
 Constants: cloud.google.com/tpu/docs/v5e, v5p, v6e (peak of bfloat16, HBM bandwidth,
 interconnect per chip and its ports); v4: Jouppi et al., TPU v4, ISCA 2023, table 4.
@@ -77,7 +82,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
-# Read when libtpu is loaded: no TPU is asked for, and other processes may load it.
+# libtpu reads these when it is loaded: it looks for no TPU, and other processes may
+# load it too.
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 
@@ -89,7 +95,7 @@ import step_time
 from jax.experimental import topologies
 
 import hintjax as hj
-from hintjax import memory
+from hintjax.memory import rows
 from hintjax.models import VisionTransformer, vit_small, wrn_16_2, wrn_40_2
 from hintjax.networks import computed_in
 
@@ -98,13 +104,13 @@ HOP = 1e-6
 
 
 class Chip(NamedTuple):
-    """Published constants of one chip: per second, and of one port in one direction."""
+    """Published constants of one chip, per second; a port's are for one direction."""
 
     flops: float
     hbm: float
     port: float
     ports: int
-    options: Mapping[str, Any]  # what its topologies must be told
+    options: Mapping[str, Any]  # of its topologies
 
 
 CHIPS = {
@@ -124,7 +130,7 @@ SLICES = ((2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))
 
 
 class Case(NamedTuple):
-    """One program."""
+    """One program to compile."""
 
     pair: str  # "wrn" or "vit"
     method: str
@@ -136,7 +142,7 @@ class Case(NamedTuple):
 
 
 class Pair(NamedTuple):
-    """Teacher and student, and what of them is compared."""
+    """Teacher and student, with the sizes of their data and the pair of layers."""
 
     teacher: Any
     student: Any
@@ -167,7 +173,7 @@ CORE = (
 
 
 def cases() -> list[Case]:
-    """The whole matrix."""
+    """All programs of the benchmark."""
     wrn = [
         Case("wrn", name, sides=sides)
         for name in CORE
@@ -197,7 +203,7 @@ def cases() -> list[Case]:
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    """Compiles, prints the table, and returns what `--out` holds."""
+    """Compiles, prints the table, and returns the record that `--out` writes."""
     options = _options(arguments)
     if options.plot:
         record = json.loads(options.plot.read_text())
@@ -207,7 +213,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     chosen = [Case("small", options.small)] if options.small else cases()
     record = {"benchmark": "tpu_aot", "machine": machine(), "programs": []}
     done = []
-    if options.out and options.out.exists():  # a run that was cut off goes on
+    if options.out and options.out.exists():  # continues an interrupted run
         record = json.loads(options.out.read_text())
         done = [_case(row) for row in record["programs"]]
     for case in chosen:
@@ -225,7 +231,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 def machine() -> dict[str, Any]:
-    """Where it was compiled, and by which compiler."""
+    """The machine that compiled, and the versions of the compiler."""
     found = measure.machine()
     try:
         found["versions"]["libtpu"] = version("libtpu")
@@ -235,7 +241,7 @@ def machine() -> dict[str, Any]:
 
 
 def devices(case: Case, host: bool) -> jax.sharding.Mesh:
-    """The mesh of a slice that is not there, or of this host's own devices."""
+    """The mesh of a slice that does not exist here, or of this host's own devices."""
     if host:
         chips = jax.devices()
     else:
@@ -250,11 +256,11 @@ def devices(case: Case, host: bool) -> jax.sharding.Mesh:
 
 
 def told(case: Case, mesh: jax.sharding.Mesh) -> dict[str, Any]:
-    """What the compiler says of one program."""
+    """Compiles one program and returns its row of the record."""
     update, arguments = step(case, mesh)
     start = time.perf_counter()
-    # The body of a loop counts once: all anchors are scored in one piece.
-    with mock.patch.object(memory, "PIECES", 1):
+    # XLA counts the body of a loop once, so all anchors are scored in one piece.
+    with mock.patch.object(rows, "PIECES", 1):
         lowered = update.lower(*arguments)
     least = {"exec_time_optimization_effort": -1.0}
     on_tpu = mesh.devices.flat[0].platform == "tpu"
@@ -316,7 +322,7 @@ def step(case: Case, mesh: jax.sharding.Mesh) -> tuple[Any, tuple]:
 
 
 def objective(case: Case, mesh: jax.sharding.Mesh) -> hj.Method:
-    """A core method, as `step_time.py` has it."""
+    """A core method, with the weights of `step_time.py`."""
     task = hj.task(optax.softmax_cross_entropy_with_integer_labels)
     if case.method == "task":
         return hj.objective(task=task)
@@ -347,9 +353,9 @@ BITS = {"pred": 8, "bf16": 16}
 
 
 def collectives(text: str) -> dict[str, dict[str, int]]:
-    """How many collectives of each kind a program runs, and the bytes they give.
+    """Counts the collectives of a program by kind, and the bytes of their outputs.
 
-    Those in the body of a loop count as often as it turns.
+    A collective in the body of a loop counts once for each turn of the loop.
     """
     computations: dict[str, list[str]] = {}
     for line in text.splitlines():
@@ -359,7 +365,7 @@ def collectives(text: str) -> dict[str, dict[str, int]]:
             lines.append(line)
     turns = {}
     for condition, body in LOOP.findall(text):
-        # A loop that counts is compared with a constant, in a computation of its own.
+        # A counting loop compares its counter with a constant, in its own computation.
         limits = re.findall(r" constant\((\d+)\)", "\n".join(computations[condition]))
         turns[body] = int(limits[0]) if len(limits) == 1 else 1
     found: dict[str, dict[str, int]] = {}
@@ -372,9 +378,9 @@ def collectives(text: str) -> dict[str, dict[str, int]]:
             continue
         result, kind, started = match.groups()
         sizes = [_bytes(*array) for array in ARRAY.findall(result)]
-        if started and kind == "all-gather":  # it names its operands, then its results
+        if started and kind == "all-gather":  # lists operands, then results
             sizes = sizes[len(sizes) // 2 :]
-        if started and kind == "collective-permute":  # and its semaphores after them
+        if started and kind == "collective-permute":  # then semaphores
             sizes = sizes[:1]
         entry = found.setdefault(kind, {"count": 0, "bytes": 0})
         entry["count"] += times
@@ -382,7 +388,7 @@ def collectives(text: str) -> dict[str, dict[str, int]]:
     return found
 
 
-def _bytes(dtype, shape):
+def _bytes(dtype: str, shape: str) -> int:
     bits = BITS.get(dtype) or int(re.sub(r"\D", "", dtype))
     return math.prod(int(n) for n in shape.split(",") if n) * bits // 8
 
@@ -394,14 +400,14 @@ def ideal(compiled: jax.stages.Compiled, arguments: tuple) -> int:
     return sum(
         math.prod(sharding.shard_shape(shape.shape)) * shape.dtype.itemsize
         for shape, sharding in zip(shapes, placed, strict=True)
-        if sharding is not None  # what the program does not read
+        if sharding is not None  # the program does not read the argument
     )
 
 
 def modelled(
     row: Mapping[str, Any], chip: Chip, sides: Sequence[int]
 ) -> dict[str, Any]:
-    """Seconds of a step by the model above."""
+    """Seconds of a step, by the model at the top of this file."""
     n, diameter = row["chips"], sum(side - 1 for side in sides)
     sent = crossed = 0.0
     for kind, entry in row["collectives"].items():
@@ -421,9 +427,9 @@ def modelled(
 
 
 def efficiencies(record: Mapping[str, Any]) -> dict[Case, dict[str, float]]:
-    """Time of the smallest slice over that of each larger one, for each program."""
+    """The time of the smallest slice over the time of each other, for each program."""
 
-    def seconds(row):
+    def seconds(row: Mapping[str, Any]) -> dict[str, float]:
         compute, bandwidth = row["compute_seconds"], row["bandwidth_seconds"]
         return {
             "without overlap": compute + bandwidth,
@@ -431,10 +437,10 @@ def efficiencies(record: Mapping[str, Any]) -> dict[Case, dict[str, float]]:
             "with hops": compute + bandwidth + row["hop_seconds"],
         }
 
-    rows = {_case(row): row for row in record["programs"]}
+    programs = {_case(row): row for row in record["programs"]}
     found = {}
-    for case, row in rows.items():
-        alike = [r for c, r in rows.items() if c._replace(sides=case.sides) == case]
+    for case, row in programs.items():
+        alike = [r for c, r in programs.items() if c._replace(sides=case.sides) == case]
         least = seconds(min(alike, key=lambda r: r["chips"]))
         found[case] = {k: least[k] / v for k, v in seconds(row).items() if v}
     return found
@@ -472,7 +478,7 @@ KINDS = ("without overlap", "with overlap", "with hops")
 
 
 def plot(record: Mapping[str, Any], path: Path) -> None:
-    """Efficiency by chips, for every program that was compiled for several slices."""
+    """Draws the efficiency by chips, for programs with three slices or more."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4), layout="constrained")
@@ -494,12 +500,12 @@ def plot(record: Mapping[str, Any], path: Path) -> None:
             axes.set_xticks(chips, map(str, chips))
             axes.grid(alpha=0.3)
     left.axhline(0.95, color="k", lw=0.8, ls="--")
-    left.set_ylabel("modelled weak-scaling efficiency")
+    left.set_ylabel("modeled weak-scaling efficiency")
     right.legend(fontsize=7)
     figure.savefig(path, dpi=120)
 
 
-def _label(case):
+def _label(case: Case) -> str:
     words = [case.chip, case.pair, case.method]
     words += [f"fsdp{case.fsdp}"] if case.fsdp > 1 else []
     low = [name for name in ("student", "teacher") if getattr(case, name) != "float32"]
@@ -507,22 +513,20 @@ def _label(case):
     return " ".join(words)
 
 
-def _case(row):
+def _case(row: Mapping[str, Any]) -> Case:
     case = Case(**{name: row[name] for name in Case._fields})
     return case._replace(sides=tuple(case.sides))
 
 
-def _options(arguments):
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add(
-        "--out", type=Path, help="write the record here; goes on with one that is there"
-    )
-    add("--plot", type=Path, help="only draw this record")
-    add("--small", metavar="METHOD", help="one tiny program of this method")
-    add("--host", action="store_true", help="compile for this host's devices instead")
+    add("--out", type=Path, help="JSON file to write, or to continue if it exists")
+    add("--plot", type=Path, help="JSON file to draw, without compiling")
+    add("--small", metavar="METHOD", help="compile one tiny program of this method")
+    add("--host", action="store_true", help="compile for this host's devices, no TPU")
     return parser.parse_args(arguments)
 
 
