@@ -1,26 +1,28 @@
-"""What a run survives: killed, damaged, asked to stop, and left without room.
-
-Every campaign starts real processes (`reliability_run.py`: both stages, Adam,
-BatchNorm, a save every two steps) or damages real checkpoints, and compares with a run
-that nobody disturbed: every restored state, and the final one, bit for bit.
-
-* SIGKILL: at instants spread over the run; half of them while a save is in flight, some
-  while the process starts.
-* SIGTERM and SIGINT at such instants: exit code, seconds, and whether the step at hand
-  was saved.
-* Damage: bits flipped, files cut, zeroed, deleted in the newest checkpoint: seen, and
-  the older one read; or harmless, all values being equal; or read as wrong values.
-* A full disk: a file system with room for some checkpoints but not for another.
-* A second run on one directory.
-* Data: SIGKILLs within one epoch of `reliability_data.py`, which remembers what its
-  steps saw: each example once, in the same order, with the same pixels.
-* Goodput and the cost of saves: see `reliability_goodput.py`.
+"""What a run survives: kills, stops, damaged checkpoints and a full disk.
 
     python benchmarks/reliability.py --out benchmarks/results/reliability.json
 
-takes an hour of a quiet machine; `--only` takes some of the campaigns and leaves what
-the file says of the others. The table next to the JSON, of the same name, says what is
-promised, and what was found.
+Device: CPU. Minutes: 60 on a machine without other work. `--only` runs some of the
+campaigns and keeps the others' results in the file. Expected: the figures of the page
+next to the JSON file, `reliability.md`, which says what is promised.
+
+Every campaign starts real processes (`reliability_run.py`: both stages, Adam,
+BatchNorm, a save every two steps) or damages real checkpoints. It compares every
+restored state and the final state, bit for bit, with those of a run that is not
+disturbed.
+
+* SIGKILL: the run is killed at many instants, half of them during a save and some of
+  them while the process starts.
+* SIGTERM and SIGINT: the run is stopped at such instants; the campaign records the exit
+  code, the seconds, and whether the current step was saved.
+* Damage: bits are flipped, and files cut, zeroed or deleted, in the newest checkpoint.
+  Either the damage is seen and the older checkpoint is read, or the damage is harmless
+  and all values are equal, or wrong values are read.
+* Full disk: the file system has room for some checkpoints, but not for one more.
+* Second run: another run starts in the same directory.
+* Data: SIGKILLs within one epoch of `reliability_data.py`, which records the examples
+  of every step: each example once, in the same order, with the same pixels.
+* Goodput and the cost of saves: see `reliability_goodput.py`.
 """
 
 import argparse
@@ -35,7 +37,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,11 +52,11 @@ from hintjax.training import DamageError, open_checkpoints
 RUN = Path(__file__).parent / "reliability_run.py"
 DATA_RUN = Path(__file__).parent / "reliability_data.py"
 EVERY = 2  # steps between two saves
-SHARES = ("save", "step", "save", "start")  # instants of kills, in turn
+INSTANTS = ("save", "step", "save", "start")  # of kills, in turn
 
 
 class Life:
-    """One process of a run, and what it said."""
+    """One process of a run, with the lines that it printed."""
 
     def __init__(
         self,
@@ -63,7 +65,16 @@ class Life:
         prefix: Sequence[str] = (),
         script: Path = RUN,
         more: Sequence[str] = (),
-    ):
+    ) -> None:
+        """Starts the process.
+
+        Args:
+            run_dir: its run directory.
+            steps: the value of its option `--steps`, if it is given one.
+            prefix: a command that runs it.
+            script: the program.
+            more: its other arguments.
+        """
         command = [*prefix, sys.executable, str(script), str(run_dir), *more]
         if steps is not None:
             command += ["--steps", str(steps)]
@@ -81,14 +92,14 @@ class Life:
         self.said: list[tuple[float, list[str]]] = []
 
     def listen(self) -> Iterator[list[str]]:
-        """Its lines as they come, until it ends."""
+        """Yields its lines, as words, until it ends."""
         for line in self.process.stdout:
-            if line.endswith("\n"):  # a kill may cut one
+            if line.endswith("\n"):  # a kill can cut a line
                 self.said.append((time.perf_counter(), line.split()))
                 yield line.split()
 
     def end(self, number: int | None = None) -> int:
-        """Sends a signal, takes its last words, and gives the exit code."""
+        """Sends a signal if given, waits for the end, and returns the exit code."""
         if number is not None:
             self.process.send_signal(number)
         with self.process:
@@ -98,16 +109,16 @@ class Life:
         return self.process.returncode
 
     def all(self, word: str) -> list[list[str]]:
-        """The arguments of all its lines that begin with a word."""
+        """The arguments of all its lines that begin with `word`."""
         return [words[1:] for _, words in self.said if words[0] == word]
 
     def last(self, word: str) -> int:
-        """The last step that it named so; 0 if none."""
+        """The last step in its lines that begin with `word`; 0 if there is none."""
         return max((int(words[0]) for words in self.all(word)), default=0)
 
 
 def undisturbed(folder: Path, steps: int) -> dict[str, Any]:
-    """The states that every other run has to pass through, and times."""
+    """Runs without disturbance: the states of all saves, and times."""
     life = Life(folder / "whole", steps)
     if life.end() != 0:
         raise RuntimeError(life.errors)
@@ -129,7 +140,7 @@ def undisturbed(folder: Path, steps: int) -> dict[str, Any]:
 def until(
     life: Life, where: str, step: int, whole: dict, chance: random.Random
 ) -> bool:
-    """Waits for an instant; False if the process ended before."""
+    """Waits for an instant; returns False if the process ended before it."""
     if where == "start":
         time.sleep(chance.uniform(0, whole["start_seconds"] / 3))
         return life.process.poll() is None
@@ -146,19 +157,19 @@ def until(
 def kills(
     folder: Path, steps: int, whole: dict, number: int, chance: random.Random
 ) -> dict[str, Any]:
-    """SIGKILLs spread over one run, which is started again after each."""
+    """Spreads SIGKILLs over one run, which is started again after each."""
     run_dir, checkpoints = folder / "killed", folder / "killed" / "checkpoints"
     found = {"kills": 0, "in a save": 0, "at the start": 0, "left temporary files": 0}
     failed_restores = lost_committed = wrong_states = 0
     lost_steps, lost_seconds, committed, training = [], [], 0, 0.0
     for kill in range(number):
-        where = SHARES[kill % len(SHARES)]
+        where = INSTANTS[kill % len(INSTANTS)]
         target = 1 + (kill + 0.5 * chance.random()) * (steps - 4) / number
         life = Life(run_dir, steps)
         alive = until(life, where, int(target), whole, chance)
         saving = life.last("saving") > life.last("committed")
         if not alive:
-            raise RuntimeError(f"it ended before the kill: {life.end()} {life.errors}")
+            raise RuntimeError(f"ended before the kill: {life.end()} {life.errors}")
         code = life.end(signal.SIGKILL)
         saving = saving and life.last("saving") > life.last("committed")
         if code != -signal.SIGKILL:
@@ -198,7 +209,7 @@ def kills(
 def stops(
     folder: Path, steps: int, whole: dict, number: int, chance: random.Random
 ) -> dict[str, Any]:
-    """SIGTERM and SIGINT, in turn, spread over one run."""
+    """Spreads SIGTERM and SIGINT, in turn, over one run."""
     run_dir, seconds, codes, unsaved, wrong = folder / "stopped", [], {}, 0, 0
     for stop in range(number):
         signal_number = (signal.SIGTERM, signal.SIGINT)[stop % 2]
@@ -229,7 +240,7 @@ def stops(
 
 
 def damage(folder: Path, flips: int, chance: random.Random) -> dict[str, Any]:
-    """The newest of two checkpoints, damaged in one place at a time."""
+    """Damages the newest of two checkpoints in one place at a time."""
     path, trees = folder / "damaged", [_tree(step) for step in (1, 2)]
     with open_checkpoints(path) as checkpoints:
         for step, tree in enumerate(trees, start=1):
@@ -237,7 +248,7 @@ def damage(folder: Path, flips: int, chance: random.Random) -> dict[str, Any]:
     files = sorted(file for file in (path / "2").rglob("*") if file.is_file())
     sizes = [file.stat().st_size for file in files]
 
-    def flip(data):
+    def flip(data: bytearray) -> bytearray:
         data[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
         return data
 
@@ -261,7 +272,11 @@ def _tree(step: int) -> dict[str, Any]:
     return {"params": layers, "step": np.int32(step)}
 
 
-def _outcomes(path, trees, places):
+def _outcomes(
+    path: Path,
+    trees: Sequence[dict[str, Any]],
+    places: Sequence[tuple[Path, Callable[[bytearray], bytes | bytearray] | None]],
+) -> dict[str, int]:
     found = {"tried": 0, "seen, older one read": 0, "harmless": 0, "wrong values": 0}
     for file, how in places:
         whole = file.read_bytes()
@@ -295,7 +310,7 @@ def _outcomes(path, trees, places):
 
 
 def full_disk(folder: Path, steps: int) -> dict[str, Any]:
-    """A run on a file system of 3 MiB of its own, which is soon full."""
+    """Runs on a file system of 3 MiB, which is soon full."""
     place = folder / "small disk"
     place.mkdir()
     inside = (
@@ -321,7 +336,7 @@ def full_disk(folder: Path, steps: int) -> dict[str, Any]:
 
 
 def second_run(folder: Path, steps: int) -> dict[str, Any]:
-    """The same command again while the first trains."""
+    """Starts the same command again while the first process trains."""
     first = Life(folder / "owned", steps)
     for words in first.listen():
         if words[0] == "ready":
@@ -337,15 +352,15 @@ def second_run(folder: Path, steps: int) -> dict[str, Any]:
 
 
 def data(folder: Path, feed: str, number: int, chance: random.Random) -> dict[str, Any]:
-    """SIGKILLs spread over one epoch of a run that remembers what its steps saw."""
+    """Spreads SIGKILLs over one epoch of a run that records its examples."""
     examples, epochs = 400, 2
     steps = examples // reliability_data.BATCH
 
-    def live(name):
+    def live(name: str) -> Life:
         more = ["--feed", feed, "--examples", str(examples), "--epochs", str(epochs)]
         return Life(folder / f"{name} {feed}", script=DATA_RUN, more=more)
 
-    def seen(name):
+    def seen(name: str) -> dict[str, np.ndarray]:
         life = live(name)
         if life.end() != 0:
             raise RuntimeError(life.errors)
@@ -361,7 +376,7 @@ def data(folder: Path, feed: str, number: int, chance: random.Random) -> dict[st
                 break
         time.sleep(chance.uniform(0, 0.02))
         if life.end(signal.SIGKILL) != -signal.SIGKILL:
-            raise RuntimeError(f"it ended before the kill: {life.errors}")
+            raise RuntimeError(f"ended before the kill: {life.errors}")
         killed_at.append(life.last("at"))
         kept.append(life.last("committed"))
     found = reliability_data.compare(seen("seen"), whole, examples)
@@ -380,15 +395,15 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     )
     add = parser.add_argument
     add("--only", nargs="+", choices=CAMPAIGNS, default=CAMPAIGNS, metavar="CAMPAIGN")
-    add("--kills", type=int, default=50)
-    add("--stops", type=int, default=20)
-    add("--flips", type=int, default=400)
-    add("--steps", type=int, default=400, help="of the run that is killed")
-    add("--minutes", type=float, default=15, help="of each of two goodput campaigns")
-    add("--every", type=float, default=60, help="seconds between kills in these")
-    add("--rounds", type=int, default=30, help="of the cost of saves")
-    add("--seed", type=int, default=0)
-    add("--out", type=Path, help="write the results here, as JSON, with a table")
+    add("--kills", type=int, default=50, help="number of SIGKILLs")
+    add("--stops", type=int, default=20, help="number of SIGTERMs and SIGINTs")
+    add("--flips", type=int, default=400, help="bits to flip, one at a time")
+    add("--steps", type=int, default=400, help="steps of the run that is killed")
+    add("--minutes", type=float, default=15, help="minutes of each goodput campaign")
+    add("--every", type=float, default=60, help="seconds between kills, for goodput")
+    add("--rounds", type=int, default=30, help="rounds to measure the cost of saves")
+    add("--seed", type=int, default=0, help="seed of the random instants and places")
+    add("--out", type=Path, help="JSON file to write the results to, with a page")
     options = parser.parse_args(arguments)
     record = {}
     if options.out and options.out.exists():
@@ -412,16 +427,18 @@ CAMPAIGNS = (
 )
 
 
-def _campaigns(folder, options, chance):
-    """What is asked for, each as a function without arguments."""
+def _campaigns(
+    folder: Path, options: argparse.Namespace, chance: random.Random
+) -> dict[str, Callable[[], dict[str, Any]]]:
+    """The campaigns of `--only`, each as a function without arguments."""
     steps = options.steps
 
     @functools.cache
-    def known():
-        """The undisturbed run, made once."""
+    def known() -> dict[str, Any]:
+        """The result of the undisturbed run, which runs once."""
         return undisturbed(folder, steps)
 
-    def told():
+    def told() -> dict[str, Any]:
         return {name: known()[name] for name in known().keys() - {"states", "ended"}}
 
     asked = (options.minutes, options.every)

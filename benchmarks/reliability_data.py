@@ -1,12 +1,12 @@
-"""A run that remembers what its steps saw: for the exactness of the data.
+"""A run that records the examples of its steps, to test that its data are exact.
 
     python benchmarks/reliability_data.py RUN_DIR --feed streamed
 
-A term of the objective writes the position and the augmented pixels of every example
-that a step has seen into the memory of the stage, which is in the checkpoints: what
-they hold in the end is what the final parameters were trained on. One line for each
-event, as in `reliability_run.py`: `at STEP`, `committed STEP`, `ended`; then
-`RUN_DIR/seen.npz` holds the record.
+A term of the objective writes the index and the augmented pixels of every example of a
+step into the memory of the stage, which is saved in the checkpoints. So the memory at
+the end holds the examples that have trained the final parameters. The run prints one
+line for each event, as in `reliability_run.py`: `at STEP`, `committed STEP`, `ended`.
+At the end, `RUN_DIR/seen.npz` holds the record.
 """
 
 import argparse
@@ -33,18 +33,19 @@ FEEDS = ("on_device", "streamed")
 
 
 class Net(nn.Module):
-    """The least that can be trained."""
+    """One dense layer."""
 
     @nn.compact
-    def __call__(self, x, train=False):
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        """The logits."""
         return nn.Dense(3, name="classifier")(x.reshape(len(x), -1))
 
 
 def witness(steps: int) -> hj.Method:
-    """Remembers the examples of every step, in their order; has no loss.
+    """A method without a loss that records the examples of every step in order.
 
     Args:
-        steps: of the whole run.
+        steps: number of steps of the whole run.
     """
 
     def init(key, student, teacher, data):
@@ -64,16 +65,16 @@ def witness(steps: int) -> hj.Method:
 
 
 def make(feed: str, examples: int, epochs: int) -> Callable[..., dict[str, Any]]:
-    """A run of one stage, compiled once: `train(run_dir, watch=, ...)`.
+    """Makes a run of one stage, which is compiled once: `train(run_dir, watch=, ...)`.
 
     Args:
         feed: one of FEEDS.
-        examples: a multiple of BATCH.
-        epochs: of the run.
+        examples: number of examples, a multiple of BATCH.
+        epochs: number of epochs of the run.
 
     Returns:
-        The run, which goes on where it stopped and gives what was seen; `watch` may
-        replace its feed, and what else it is given is for `fit`.
+        A function that starts or continues the run and returns the recorded examples.
+        `watch` can replace its feed; other arguments go to `fit`.
     """
     split, image = noise(0, examples), jnp.zeros((1, *SHAPE))
     dataset = Dataset("noise", 3, *[split] * 3, statistics(split), ("a", "b", "c"))
@@ -89,10 +90,14 @@ def make(feed: str, examples: int, epochs: int) -> Callable[..., dict[str, Any]]
             made = on_device(dataset, BATCH, jax.random.key(3))
         else:
             made = streamed(dataset, BATCH, 3, AUGMENT)
-        # What the loop takes for an epoch is only when it saves.
+        # The loop only uses the length of an epoch to decide when to save.
         return made._replace(per_epoch=EVERY)
 
-    def train(run_dir, watch=lambda made: made, **more):
+    def train(
+        run_dir: Path,
+        watch: Callable[[Feed], Feed] = lambda made: made,
+        **more: Any,
+    ) -> dict[str, Any]:
         how = {"key": jax.random.key(4), "report_every": 1, "resume": True, **more}
         fitted = fit(run_dir, [phase], watch(fed()), variables, **how)
         return jax.device_get(fitted.state.memory["seen"])
@@ -101,12 +106,12 @@ def make(feed: str, examples: int, epochs: int) -> Callable[..., dict[str, Any]]
 
 
 def compare(seen: dict[str, Any], whole: dict[str, Any], examples: int) -> dict:
-    """What a run saw against one that nobody disturbed.
+    """Compares the record of a run with that of a run that was not disturbed.
 
     Args:
-        seen: its record.
-        whole: that of the other.
-        examples: in an epoch.
+        seen: the record of the run.
+        whole: the record of the undisturbed run.
+        examples: number of examples in an epoch.
     """
     epochs = seen["index"].reshape(-1, examples)
     counts = [np.bincount(epoch[epoch >= 0], minlength=examples) for epoch in epochs]
@@ -121,7 +126,7 @@ def compare(seen: dict[str, Any], whole: dict[str, Any], examples: int) -> dict:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Trains, talks, and leaves the record."""
+    """Trains, prints its events, and writes the record."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("--feed", choices=FEEDS, default=FEEDS[0])

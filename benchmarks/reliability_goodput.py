@@ -1,17 +1,17 @@
-"""Goodput: what share of a run's time is training that counts, if it is killed often.
+"""Goodput: the fraction of a run's time that counts as training, with frequent kills.
 
-`reliability.py` runs these campaigns. A real run of the command is killed by SIGKILL at
-fixed intervals and goes on with `hintjax resume`, at once. Every second of each process
-goes to one part:
+`reliability.py` runs these campaigns. SIGKILL ends a real run of the command at fixed
+intervals, and `hintjax resume` continues it at once. Every second of each process
+belongs to one part:
 
-* start: until all is imported;
+* start: all imports;
 * compilation: tracing, lowering, compiling, and reading the compilation cache;
 * preparation: the data, the networks, the check of the recipe, the fresh state;
-* restore: of the newest checkpoint;
-* checkpoint: the training thread blocked by a save, or waiting for one in flight;
-* data wait: for a batch;
-* lost: from the step of the newest checkpoint to the kill: it is done again;
-* evaluation, steps: what is left, and counts.
+* restore: reading the newest checkpoint;
+* checkpoint: the training thread is blocked by a save, or waits for a save in flight;
+* data wait: the device waits for a batch;
+* lost: from the step of the newest checkpoint to the kill; this time is repeated;
+* evaluation, steps: the rest, which counts.
 
     goodput = (steps + evaluation) / (all - start - compilation)
 """
@@ -24,7 +24,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -43,7 +43,7 @@ COMMAND = Path(__file__).parent / "reliability_timed.py"
 FEEDS = ("on_device", "streamed")
 EXCLUDED = ("start", "compilation")
 USEFUL = ("steps", "evaluation")
-# The first that covers an instant has it.
+# An instant that several parts cover belongs to the first of them.
 PARTS = (
     *("start", "compilation", "lost", "restore", "checkpoint", "data wait"),
     *("evaluation", "steps", "preparation"),
@@ -51,7 +51,7 @@ PARTS = (
 PART_OF = {"latest": "checkpoint", "save": "checkpoint", "data": "data wait"}
 STUDENT, TEACHER = "hintjax.models:resnet8", "hintjax.models:resnet20"
 SETTING = ("--batch-size", "64", "--pad", "2", "--flip")
-IMAGES = 2000  # an epoch, and so the time between two saves, is about a second
+IMAGES = 2000  # an epoch, after which a save follows, takes about a second
 
 
 class Span(NamedTuple):
@@ -63,15 +63,15 @@ class Span(NamedTuple):
 
 
 class Told(NamedTuple):
-    """What one process wrote down until it was killed."""
+    """The events that one process wrote to its log until it was killed."""
 
     spans: list[Span]
-    steps: list[tuple[int, float]]  # and when each was reported
+    steps: list[tuple[int, float]]  # step, and the time of its report
     marks: dict[str, float]
 
 
 def read(log: Path) -> Told:
-    """The lines of a log; the last may be cut."""
+    """Reads the lines of a log; an incomplete last line is left out."""
     told = Told([], [], {})
     for line in log.read_text().splitlines(keepends=True):
         word, *rest = line.split()
@@ -87,9 +87,10 @@ def read(log: Path) -> Told:
 
 
 def divide(spans: Iterable[Span], began: float, ended: float) -> dict[str, float]:
-    """Seconds of each part: of spans over one instant, the first of PARTS has it.
+    """Divides a time into the seconds of each part.
 
-    What no span covers is preparation.
+    An instant that several spans cover belongs to the first of them in PARTS. An
+    instant that no span covers is preparation.
 
     >>> spans = [Span("steps", 2, 9), Span("checkpoint", 4, 5), Span("lost", 8, 9)]
     >>> {part: s for part, s in divide(spans, 0, 9).items() if s}
@@ -111,13 +112,13 @@ def divide(spans: Iterable[Span], began: float, ended: float) -> dict[str, float
 
 
 def parts(told: Told, newest: int, began: float, ended: float) -> dict[str, float]:
-    """What the seconds of a killed process went into.
+    """The seconds of each part in the life of a killed process.
 
     Args:
-        told: by that process.
+        told: the events of the process.
         newest: the step of the newest checkpoint that it left.
-        began: when it was started.
-        ended: when it was killed.
+        began: the time when it was started.
+        ended: the time when it was killed.
     """
     imported = told.marks.get("imported", ended)
     first = told.marks.get("first", ended)
@@ -132,18 +133,18 @@ def parts(told: Told, newest: int, began: float, ended: float) -> dict[str, floa
 
 
 def share(seconds: Mapping[str, float]) -> float:
-    """The goodput."""
+    """The goodput, from the seconds of each part."""
     counted = sum(seconds[part] for part in PARTS if part not in EXCLUDED)
     return sum(seconds[part] for part in USEFUL) / counted
 
 
 def lasted(told: Told, name: str) -> list[float]:
-    """Seconds of every span of that name."""
+    """The seconds of every span with this name."""
     return [end - start for part, start, end in told.spans if part == name]
 
 
 def stalls(told: Told) -> list[float]:
-    """Seconds that every save kept the training thread, with the wait before it."""
+    """Seconds that each save blocked the training thread, with the wait before it."""
     found, waited = [], 0.0
     for part, start, end in told.spans:
         if part == "save":
@@ -154,13 +155,13 @@ def stalls(told: Told) -> list[float]:
 
 
 def goodput(folder: Path, feed: str, minutes: float, every: float) -> dict[str, Any]:
-    """A run that is killed again and again.
+    """Measures the goodput of a run that is killed again and again.
 
     Args:
-        folder: for everything.
+        folder: the folder for all files.
         feed: one of FEEDS.
-        minutes: until the last kill.
-        every: seconds from the start of a process to its end.
+        minutes: minutes until the last kill.
+        every: seconds from the start of a process to its kill.
     """
     run_dir, teacher = folder / f"killed {feed}", _teacher(folder)
     begin = ["distill", "--method", "fitnet", "--student", STUDENT]
@@ -214,11 +215,11 @@ def goodput(folder: Path, feed: str, minutes: float, every: float) -> dict[str, 
 def _lived(
     log: Path, feed: str, arguments: Sequence[str], seconds: float | None
 ) -> tuple[float, float]:
-    """One process, killed after so many seconds if any: when it began, and ended."""
+    """Runs one process, killed after `seconds` if given; returns its start and end."""
     path = os.pathsep.join([str(COMMAND.parents[1]), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": path}
     for name in ("XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR"):
-        environment.pop(name, None)  # one device, and what the command does by itself
+        environment.pop(name, None)  # one device, the command's own cache
     command = [sys.executable, str(COMMAND), str(log), feed, *arguments]
     began = time.perf_counter()
     with subprocess.Popen(
@@ -235,12 +236,12 @@ def _lived(
             process.wait()
             return began, time.perf_counter()
     if seconds is not None or process.returncode != 0:
-        raise RuntimeError(f"it ended before the kill: {process.returncode} {errors}")
+        raise RuntimeError(f"ended before the kill: {process.returncode} {errors}")
     return began, time.perf_counter()
 
 
 def _noise(folder: Path) -> Path:
-    """A data set without meaning, of small images."""
+    """A dataset of small random images."""
     path, random = folder / "noise.npz", np.random.default_rng(0)
     image = random.integers(0, 256, (IMAGES, 16, 16, 3), dtype=np.uint8)
     np.savez(path, image=image, label=np.arange(IMAGES) % 10)
@@ -248,7 +249,7 @@ def _noise(folder: Path) -> Path:
 
 
 def _teacher(folder: Path) -> Path:
-    """A finished run, for the others to learn from."""
+    """A finished run, as the teacher of the others."""
     path = folder / "teacher"
     if not path.exists():
         arguments = ["distill", "--method", "backprop", "--student", TEACHER]
@@ -259,15 +260,15 @@ def _teacher(folder: Path) -> Path:
 
 
 def saves(folder: Path, rounds: int, batch_size: int = 32) -> dict[str, Any]:
-    """What a save costs the training thread, and checksums cost the save.
+    """Measures the cost of a save for the training thread, and of checksums for a save.
 
-    The student is WRN-16-2 on CIFAR's shapes, with Adam and a regressor. In every
-    round a step runs alone, one beside a save, and both are set against each other.
+    The student is WRN-16-2 on CIFAR's shapes, with Adam and a regressor. Every round
+    runs one step alone and one step during a save, and compares them.
 
     Args:
-        folder: for the checkpoints.
-        rounds: how many.
-        batch_size: of a step.
+        folder: the folder for the checkpoints.
+        rounds: number of rounds.
+        batch_size: examples in a step.
     """
     student, teacher = (hj.linen(models.wrn_16_2(classes=10)) for _ in range(2))
     images = jax.random.normal(jax.random.key(0), (batch_size, 32, 32, 3))
@@ -285,8 +286,8 @@ def saves(folder: Path, rounds: int, batch_size: int = 32) -> dict[str, Any]:
     seconds = {name: [] for name in ("step", "blocked", "beside", "save", "checksums")}
     threads = {name: set() for name in seconds}
 
-    def clocked(name, call):
-        def timed(*arguments):
+    def clocked(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*arguments: Any) -> Any:
             start = time.perf_counter()
             result = jax.block_until_ready(call(*arguments))
             seconds[name].append(time.perf_counter() - start)
@@ -295,7 +296,7 @@ def saves(folder: Path, rounds: int, batch_size: int = 32) -> dict[str, Any]:
 
         return timed
 
-    def step():
+    def step() -> hj.stages.Metrics:
         nonlocal state
         state, metrics = stage.update(state, theirs, batch)
         return metrics

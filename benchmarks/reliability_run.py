@@ -1,9 +1,9 @@
-"""A small run in two stages that says what it does: what `reliability.py` kills.
+"""A small run in two stages that prints its events; `reliability.py` kills it.
 
     python benchmarks/reliability_run.py RUN_DIR --steps 400
 
-One line for each event: `ready` (the first step is done), `at STEP`, `saving STEP
-FINGERPRINT`, `blocked SECONDS` (by that save), `committed STEP`, `restored STEP
+It prints one line for each event: `ready` (the first step is done), `at STEP`, `saving
+STEP FINGERPRINT`, `blocked SECONDS` (by that save), `committed STEP`, `restored STEP
 FINGERPRINT`, `ended FINGERPRINT`.
 """
 
@@ -42,7 +42,8 @@ class Net(nn.Module):
     width: int
 
     @nn.compact
-    def __call__(self, x, train=False):
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        """The logits."""
         for layer in range(3):
             x = nn.Dense(self.width, name=f"dense{layer}")(x)
             x = nn.BatchNorm(not train, momentum=0.9, name=f"norm{layer}")(x)
@@ -51,12 +52,12 @@ class Net(nn.Module):
 
 
 def tell(*words: object) -> None:
-    """One line, in one write: lines of two threads never mix, and none is late."""
+    """Prints a line at once, in one write, so that lines of two threads never mix."""
     os.write(1, (" ".join(map(str, words)) + "\n").encode())
 
 
 def speak() -> None:
-    """Makes saves and restores tell of themselves."""
+    """Makes saves and restores print a line."""
     save, restore, commit = Checkpoints.save, Checkpoints.restore, checkpoints.commit
 
     def telling_save(self, step, tree, *rest, **more):
@@ -79,14 +80,14 @@ def speak() -> None:
 
 
 def noise(seed: int, n: int) -> Split:
-    """Images and labels without meaning."""
+    """Random images and labels."""
     random = np.random.default_rng(seed)
     image = random.integers(0, 256, (n, 4, 4, 1), dtype=np.uint8)
     return Split(image, random.integers(0, 3, n, dtype=np.int32))
 
 
 def train(run_dir: Path, steps: int, width: int) -> None:
-    """The run, half of it in a hint stage; it goes on where it stopped."""
+    """Starts or continues the run; half of its steps are in a hint stage."""
     split = noise(0, BATCH * EPOCH)
     others = (noise(1, 10), noise(2, 10))
     dataset = Dataset("noise", 3, split, *others, statistics(split), ("a", "b", "c"))
@@ -94,11 +95,11 @@ def train(run_dir: Path, steps: int, width: int) -> None:
     image = jnp.zeros((1, 4, 4, 1))
     hint = hj.fitnets([("dense1", "dense1")])
     task = hj.task(optax.softmax_cross_entropy_with_integer_labels)
-    optimiser = optax.adamw(1e-3)
+    optimizer = optax.adamw(1e-3)
     stages = {
-        "hint": hj.hint_stage(student, teacher, hj.objective(hint=hint), optimiser),
+        "hint": hj.hint_stage(student, teacher, hj.objective(hint=hint), optimizer),
         "distillation": hj.distillation_stage(
-            student, teacher, hj.objective(task=task, hint=hint), optimiser
+            student, teacher, hj.objective(task=task, hint=hint), optimizer
         ),
     }
     variables = teacher.init(jax.random.key(2), image)
@@ -136,7 +137,7 @@ def train(run_dir: Path, steps: int, width: int) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Trains, and talks."""
+    """Trains, and prints its events."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("--steps", type=int, default=400)
@@ -146,7 +147,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     jax.config.update("jax_compilation_cache_dir", cache)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     warnings.simplefilter("error")
-    # A shell starts what runs behind it with SIGINT ignored, and so it would stay.
+    # A shell starts background processes with SIGINT ignored; this undoes it.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     speak()
     train(options.run_dir, options.steps, options.width)

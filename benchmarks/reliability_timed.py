@@ -1,19 +1,21 @@
-"""The command `hintjax`, which writes down what its time goes into.
+"""The command `hintjax`, with a log of where its time goes.
 
     python benchmarks/reliability_timed.py LOG FEED resume RUN_DIR
 
-FEED is `on_device`, which takes the run as the command does, or `streamed`, which
-reads its training set by Grain, as if it did not fit on the device. One line for each
-event: `span NAME START END` and `step STEP TIME`, in seconds of a clock that all
-processes of the machine share. A killed process loses no line that it has written.
+FEED is `on_device`, as the command itself runs, or `streamed`, which reads the training
+set with Grain, as if it did not fit on the device. The log has one line for each event:
+`span NAME START END` and `step STEP TIME`, in seconds of a clock that all processes of
+the machine share. A killed process loses no line that it has written.
 """
 
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-# What the command imports only when it needs it: all of it counts as imports.
+# The command imports these only when it needs them; here they count as imports.
 import grain
 import jax
 import tensorboardX
@@ -28,18 +30,20 @@ LATE = (grain, tensorboardX, tyro)
 
 
 class Log:
-    """Lines in a file, each in one write."""
+    """A file of lines, each written at once."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path) -> None:
+        """Opens the file to append to it."""
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
 
     def __call__(self, *words: object) -> None:
+        """Writes one line."""
         os.write(self._file, (" ".join(map(str, words)) + "\n").encode())
 
-    def timed(self, name, function):
-        """The same function, with a line for every call."""
+    def timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The same function, which also writes a line at every call."""
 
-        def call(*arguments, **how):
+        def call(*arguments: Any, **how: Any) -> Any:
             start = time.perf_counter()
             try:
                 return function(*arguments, **how)
@@ -50,18 +54,20 @@ class Log:
 
 
 class Waiting:
-    """An iterator of Grain's, with a line where the device had to wait for a batch.
+    """An iterator of Grain that writes a line whenever the device waits for a batch.
 
-    Steps are dispatched ahead: while one of them runs, a batch that is late keeps
-    nothing from going on. If the last one ends in the meantime, all of the wait counts.
+    Steps are dispatched ahead: a late batch delays nothing while an earlier step runs.
+    If the last step ends before the batch comes, the whole wait counts.
     """
 
-    def __init__(self, batches, log: Log):
+    def __init__(self, batches: Any, log: Log) -> None:
+        """Follows the iterator `batches`."""
         self._batches, self._log = batches, log
         self.get_state, self.set_state = batches.get_state, batches.set_state
-        self.dispatched = ()  # what the last step gives
+        self.dispatched = ()  # the results of the last step
 
-    def __next__(self):
+    def __next__(self) -> Any:
+        """The next batch."""
         start = time.perf_counter()
         batch = next(self._batches)
         if all(array.is_ready() for array in self.dispatched):
@@ -70,10 +76,10 @@ class Waiting:
 
 
 def listen(log: Log, feed: str) -> None:
-    """Makes every part of a run tell of itself."""
+    """Makes every part of a run write to the log."""
 
     def compiled(event: str, seconds: float, **_: object) -> None:
-        # Tracing, lowering and compiling; they hold one another.
+        # Tracing, lowering and compiling; their spans contain each other.
         if event.startswith("/jax/core/compile/"):
             now = time.perf_counter()
             log("span", "compilation", now - seconds, now)
@@ -108,13 +114,15 @@ def listen(log: Log, feed: str) -> None:
         setattr(run, name, _followed(getattr(run, name), log, waiting))
 
 
-def _followed(make, log, waiting):
-    """A feed that tells when its first step is asked for, and what was dispatched."""
+def _followed(
+    make: Callable[..., feeds.Feed], log: Log, waiting: list[Waiting]
+) -> Callable[..., feeds.Feed]:
+    """A maker of feeds that log their first step and keep the results of the last."""
 
-    def made(*arguments):
+    def made(*arguments: Any) -> feeds.Feed:
         feed, told = make(*arguments), []
 
-        def advance(*where):
+        def advance(*where: Any) -> Any:
             if not told:
                 told.append(log("first", time.perf_counter()))
             state, metrics = feed.advance(*where)
@@ -128,7 +136,7 @@ def _followed(make, log, waiting):
 
 
 def main() -> None:
-    """The command, after the name of the log and of the feed."""
+    """Runs the command; its arguments follow the names of the log and the feed."""
     path, feed, *arguments = sys.argv[1:]
     log = Log(Path(path))
     listen(log, feed)
