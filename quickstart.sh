@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# From a fresh machine to distilled students: sets up .venv, then runs the main job.
+# Makes .venv on a fresh machine, then distills a teacher into students.
 #
-#   ./quickstart.sh                  the comparison on handwritten digits, 3 minutes
-#   ./quickstart.sh ARGUMENTS        hintjax distill ARGUMENTS (--help lists them)
+#   ./quickstart.sh                  compares methods on handwritten digits, 3 minutes
+#   ./quickstart.sh ARGUMENTS        runs hintjax distill ARGUMENTS (see --help)
 set -euo pipefail
 
 # shellcheck source=setup.sh

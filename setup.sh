@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# What quickstart.sh and test.sh share, to be sourced. Run by itself it makes .venv with
-# all that the command needs.
+# quickstart.sh and test.sh source this file for its functions. Run as a program, it makes
+# .venv with everything that the command needs.
 #
-#   find_python any|VERSION          prints a Python: any from 3.11 on, or a version
-#   set_up DIRECTORY PYTHON EXTRAS   makes a virtual environment there, with hintjax
+#   find_python any|VERSION          prints the path of a Python: 3.11 or newer, or VERSION
+#   set_up DIRECTORY PYTHON EXTRAS   makes a virtual environment with hintjax in DIRECTORY
 #
-# HINTJAX_ACCELERATOR=cpu|cuda12|cuda13|tpu chooses the build of jax; without it the
-# machine is looked at.
+# HINTJAX_ACCELERATOR=cpu|cuda12|cuda13|tpu chooses the build of jax. If it is not set, the
+# accelerator of the machine decides.
 
 hintjax_root="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)"
 
 # Version managers leave commands on the PATH that only print an error, and Debian has
-# Pythons that cannot make environments: nothing but running it tells.
+# Pythons that cannot make environments. So each candidate must run.
 usable_python() {
   "$1" - "$2" > /dev/null 2>&1 << 'PYTHON'
 import sys
@@ -39,7 +39,7 @@ find_python() {
   return 1
 }
 
-# Prints the extra with jax for this machine's accelerator, or nothing.
+# Prints the extra that installs jax for this machine's accelerator; nothing for a CPU.
 accelerator() {
   local gpu device
   if [ -n "${HINTJAX_ACCELERATOR:-}" ]; then
@@ -51,20 +51,21 @@ accelerator() {
   gpu="$(nvidia-smi --query-gpu=driver_version,compute_cap --format=csv,noheader \
     2> /dev/null)" || gpu=""
   if [[ "$gpu" =~ ^([0-9]+)\.[^,]*,\ *([0-9]+)\.([0-9]+) ]]; then
-    # CUDA 13 wants driver 580 and compute capability 7.5; CUDA 12 wants driver 525.
+    # CUDA 13 needs driver 580 and compute capability 7.5; CUDA 12 needs driver 525.
     local driver="${BASH_REMATCH[1]}" capability="${BASH_REMATCH[2]}${BASH_REMATCH[3]}"
     if [ "$driver" -ge 580 ] && [ "$capability" -ge 75 ]; then
       echo cuda13
     elif [ "$driver" -ge 525 ]; then
       echo cuda12
     else
-      echo "NVIDIA's driver $driver is too old for jax, which wants 525: using the CPU." >&2
+      echo "NVIDIA's driver $driver is too old for jax, which needs driver 525 or newer." \
+        "jax will use the CPU." >&2
     fi
   elif [ -e /dev/accel0 ]; then
     echo tpu
   elif [ -d /dev/vfio ]; then
-    # Newer TPUs are here, as other hardware may be: look for the chip (v4, v5p, v5e,
-    # v6e, 7x).
+    # Newer TPUs use this directory, but other hardware does too: look for the chips (v4,
+    # v5p, v5e, v6e, 7x).
     for device in /sys/bus/pci/devices/*; do
       case "$(cat "$device/vendor" "$device/device" 2> /dev/null | tr '\n' ' ')" in
         "0x1ae0 0x005e " | "0x1ae0 0x0062 " | "0x1ae0 0x0063 " | "0x1ae0 0x006f " | \
@@ -81,8 +82,8 @@ set_up() {
   local directory="$1" python="$2" extras="$3" build made_for project stamp extra
   local old="" old_project="" old_extras=""
   if [ -z "$python" ]; then
-    echo "hintjax wants Python 3.11 or newer with its venv module, and found none on the" \
-      "PATH. On Debian and Ubuntu: apt install python3 python3-venv." >&2
+    echo "hintjax needs Python 3.11 or newer with its venv module, and the PATH has none." \
+      "On Debian and Ubuntu: apt install python3 python3-venv." >&2
     return 1
   fi
   build="$(accelerator)"
@@ -90,18 +91,19 @@ set_up() {
   made_for="${build:-cpu} $directory"
   project="$(cksum < "$hintjax_root/pyproject.toml")"
 
-  # The stamp says what the environment was made of; it is there only if all went well.
+  # The stamp says how the environment was made; it is written only after a success.
   stamp="$directory/hintjax.stamp"
   if [ -f "$stamp" ]; then
     { read -r old && read -r old_project && read -r old_extras; } < "$stamp" || true
   fi
-  # Made anew: one without its Python, copied from elsewhere, or for another accelerator.
+  # Make it again if its Python is missing, if it was copied here from another place, or
+  # if it is for another accelerator.
   if ! "$directory/bin/python" -c "import pip" 2> /dev/null ||
     [ "${old:-$made_for}" != "$made_for" ]; then
     "$python" -m venv --clear "$directory"
     old_project="" old_extras=""
   fi
-  # The extras of before stay. When none is new, the two lists have one length.
+  # Keep the earlier extras. If no extra is new, the two lists have the same length.
   for extra in ${old_extras//,/ }; do
     case ",$extras," in
       *",$extra,"*) ;;
@@ -112,7 +114,7 @@ set_up() {
     return
   fi
   rm -f -- "$stamp"
-  echo "Installing hintjax[$extras] into $directory (once; it takes a few minutes)." >&2
+  echo "Installing hintjax[$extras] in $directory. This takes a few minutes, once." >&2
   "$directory/bin/python" -m pip install -qq --disable-pip-version-check \
     --editable "${hintjax_root}[$extras]"
   printf '%s\n' "$made_for" "$project" "$extras" > "$stamp"

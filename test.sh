@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Sets up .venv, then checks and tests everything.
+# Makes .venv, then checks and tests everything.
 #
-#   ./test.sh                        ruff and pytest, and on Python 3.13 a quick subset
+#   ./test.sh                        ruff, pytest, and a quick subset on Python 3.13
 #   ./test.sh --long                 the long campaigns too
-#   ./test.sh tests/losses/test_kd.py -x   pytest's own arguments; without the quick subset
+#   ./test.sh tests/losses/test_kd.py -x   arguments for pytest; no quick subset
 set -euo pipefail
 
 # shellcheck source=setup.sh
@@ -25,12 +25,12 @@ set_up "$hintjax_root/.venv" "$(find_python any || true)" "$extras"
 bin="$hintjax_root/.venv/bin"
 "$bin/ruff" check .
 "$bin/ruff" format --check .
-# Compilation keeps one core busy: a process for each, and whole files in each, which
-# share their compiled steps.
+# Compilation uses one core, so there is one process for each core. A process runs whole
+# files, because the tests of a file share their compiled steps.
 parallel=(-n logical --maxprocesses 4 --dist loadfile)
 "$bin/python" -m pytest "${parallel[@]}" -m "$marks" ${arguments[@]+"${arguments[@]}"}
 
-# A second Python, when the machine has one and the tests were not narrowed down.
+# A second Python, if the machine has one and no tests were selected.
 if [ ${#arguments[@]} -eq 0 ] && ! usable_python "$bin/python" 3.13 &&
   python="$(find_python 3.13)"; then
   set_up "$hintjax_root/.venv-3.13" "$python" "$extras"

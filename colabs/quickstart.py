@@ -17,15 +17,16 @@
 # %% [markdown]
 # # HintJAX: FitNets' two stages
 #
-# A plain network of 20 thin layers learns from a teacher of 3 wide ones. First its
-# middle layer learns to predict the teacher's (the *hint stage*), then the whole network
-# learns the task (the *distillation stage*). Choose a TPU or GPU runtime; a CPU will do.
+# A plain network of 20 thin layers learns from a teacher of 3 wide layers. First its
+# middle layer learns to predict the teacher's middle layer (the *hint stage*). Then the
+# whole network learns the task (the *distillation stage*). Choose a TPU or GPU runtime; a
+# CPU works too.
 
 # %%
 import importlib.util
 
 if importlib.util.find_spec("hintjax") is None:
-    # In a fresh runtime: from the folder of a clone, with what this device needs.
+    # In a fresh runtime: install the clone, with jax for this device.
     import jax
 
     extra = ",tpu" if jax.default_backend() == "tpu" else ""
@@ -52,8 +53,8 @@ print(jax.devices())
 
 # %% [markdown]
 # ## Data
-# Scikit-learn's handwritten digits, decoded once and kept on the device as uint8; batches
-# are cut out inside jit. The batch is split over all devices.
+# These are scikit-learn's handwritten digits, decoded once and kept on the device as
+# uint8. Batches are cut out inside jit. Each batch is split over all devices.
 
 # %%
 digits = load("digits")
@@ -81,7 +82,8 @@ test = take(digits.test, jnp.arange(digits.test.n), digits.standardize)
 
 # %% [markdown]
 # ## Networks and pairs
-# Any Flax module; what can be a hint is listed by tracing, without computing anything.
+# The networks can be any Flax modules. Tracing lists the layers that can be a hint, and
+# computes nothing.
 
 # %%
 student, teacher = hj.linen(plain_thin(10)), hj.linen(plain_wide(10))
@@ -92,7 +94,7 @@ print("guided layer, hint layer:", pairs)
 
 # %% [markdown]
 # ## The loop
-# One optax update step per batch; the same loop for the teacher and for both stages.
+# Each batch gives one optax update step. The teacher and both stages use the same loop.
 
 
 # %%
@@ -133,13 +135,12 @@ state, second = train(distil, hj.student_variables(state), taught)
 hinted = accuracy(student, hj.student_variables(state))
 
 # %% [markdown]
-# The same student without the hint stage, for as many steps in all:
+# The same student without the hint stage, with the same total number of steps:
 
 # %%
 state, _ = train(distil, fresh, taught, steps=2 * STEPS)
-print(
-    f"with hints {hinted:.3f}, by KD alone {accuracy(student, hj.student_variables(state)):.3f}"
-)
+unhinted = accuracy(student, hj.student_variables(state))
+print(f"with hints {hinted:.3f}, with KD alone {unhinted:.3f}")
 
 # %%
 figure, axes = plt.subplots(1, 2, figsize=(9, 3))
@@ -151,7 +152,7 @@ figure.tight_layout()
 
 # %% [markdown]
 # ## What a step costs on this device
-# The whole step of every method against the sum of its unavoidable parts.
+# The table compares the step of every method with the sum of its unavoidable parts.
 
 # %%
 import pathlib
