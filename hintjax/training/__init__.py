@@ -4,8 +4,9 @@ from hintjax.training.checkpoints import Checkpoints, open_checkpoints
 from hintjax.training.evaluation import evaluate
 from hintjax.training.feeds import Feed, Program, on_device, program, streamed
 from hintjax.training.ledger import Fitted
-from hintjax.training.loop import Phase, fit
+from hintjax.training.loop import fit
 from hintjax.training.metrics import open_metrics, read_metrics
+from hintjax.training.phase import Phase
 from hintjax.training.progress import progress
 from hintjax.training.sealed import DamageError
 from hintjax.training.trees import fingerprint, load_tree, save_tree

@@ -1,73 +1,44 @@
-"""The loop: batches through stages, with reports, validation, checkpoints, resume.
+"""The loop: batches through phases, with reports, validation, checkpoints and resume.
 
 A run is a list of phases, each a stage with its number of steps; the next phase
-starts from the student of the one before. Where a run stands is its global step,
-the phase, and the stage's state: all in one checkpoint, so that a run that was
-killed goes on to the same bits. SIGTERM and SIGINT save where the run stands before
-they end it; one process owns the run directory as long as it trains.
+starts from the student of the phase before. Where a run stands is its global step,
+its phase, and the state of the stage. One checkpoint holds all three, so that a run
+that was killed goes on to the same bits. SIGTERM and SIGINT save the run before they
+end it. One process owns the run directory as long as it trains.
 
-On a CPU every step is its own asynchronous dispatch (convolutions inside a scan are
-many times slower there); on an accelerator one dispatch is a scan of about a second
-of steps. The host waits for the device once per report, never per step, unless steps
-are so long that a signal would wait behind seconds of them.
-
-Several processes train one student on one mesh. Each runs this loop; what depends on
-a clock, a signal or the disk they decide together (`hintjax.processes`), and the first
-alone writes.
+Several processes train one student on one mesh, and each of them runs this loop.
+Whatever depends on a clock, a signal or the disk, they decide together
+(`hintjax.processes`). Only the first process writes.
 """
 
-import collections
-import math
 import os
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import chex
 import jax
 import numpy as np
-from jaxtyping import Array, Key
+from jaxtyping import Array, ArrayLike, Key
 
 from hintjax._checks import Refusal, message
 from hintjax.networks import Variables
-from hintjax.processes import agree, largest, told
-from hintjax.sharding import spread
-from hintjax.stages import State, checked, student_variables
-from hintjax.stages.debugging import raising
+from hintjax.processes import agree, told
+from hintjax.stages import State, student_variables
 from hintjax.stages.report import not_finite
 from hintjax.training.checkpoints import open_checkpoints
-from hintjax.training.dispatch import BEHIND, MEASURED, Timer
+from hintjax.training.dispatch import Every, Pace
 from hintjax.training.evaluation import evaluate
-from hintjax.training.feeds import Batch, Feed, Program
-from hintjax.training.ledger import Fitted, Now, check_identity, packed, unpacked
-from hintjax.training.metrics import open_metrics, read_metrics
+from hintjax.training.feeds import Batch, Feed
+from hintjax.training.keeping import Keeper
+from hintjax.training.ledger import Fitted, Now
+from hintjax.training.metrics import MetricsWriter, open_metrics
+from hintjax.training.phase import Phase, begin, template, with_checks
 from hintjax.training.run_directory import owned
 from hintjax.training.signals import stoppable
 from hintjax.training.trees import fingerprint
-
-
-class Phase(NamedTuple):
-    """A stage with its budget.
-
-    Attributes:
-        name: of the stage, in the metrics.
-        program: the compiled stage.
-        steps: how many, at most.
-        teacher: its teacher's variables; checkpoints hold their fingerprint only.
-        carry: take over regressors and memory of the same terms from the phase before.
-        patience: end after so many evaluations without a lower validation loss.
-        adjust: applied to the fresh state, e.g. to set a learning rate in it.
-    """
-
-    name: str
-    program: Program
-    steps: int
-    teacher: Variables | None = None
-    carry: bool = False
-    patience: int | None = None
-    adjust: Callable[[State], State] = lambda state: state
 
 
 def fit(
@@ -90,279 +61,218 @@ def fit(
     give_up: int = 20,
     show: Callable[[int, Mapping[str, Any], str], None] | None = None,
 ) -> Fitted:
-    """Trains a student through its phases, and leaves all in the run directory.
+    """Trains a student through its phases, and leaves everything in the run directory.
 
-    In the main thread SIGTERM and SIGINT end it after the step at hand, once that is
-    saved: with SystemExit(143), or with KeyboardInterrupt as at any other time. If one
-    of several processes is told to end, all do, within about a second of steps.
+    In the main thread SIGTERM and SIGINT end the run after the step at hand, once that
+    step is saved: with SystemExit(143), or with KeyboardInterrupt as at any other time.
+    If one of several processes is told to end, all of them end, within about a second
+    of steps.
 
     Args:
-        run_dir: metrics and checkpoints go here.
-        phases: the stages, in their order.
+        run_dir: the directory of metrics and checkpoints.
+        phases: the phases, in their order.
         feed: the batches.
-        student: where the first phase starts.
-        key: of the run.
-        validation: gives the batches that are evaluated, never trained on.
+        student: the variables that the first phase starts from.
+        key: the key of the run.
+        validation: gives the batches to evaluate; they are never trained on.
         evaluate_every: epochs between evaluations.
         checkpoint_every: epochs between checkpoints; each phase also ends with one.
-        checkpoint_seconds: if the last one is so old at a report, one is saved, too.
+        checkpoint_seconds: a report also saves a checkpoint if the last one is older
+            than this many seconds; None means never.
         report_every: steps between reports; by default an epoch, at most 100 steps.
-        resume: go on from the newest checkpoint that is whole, if there is one.
-        identity: what must be equal for a resume to make sense; JSON. Key, teachers,
-            labels, steps in an epoch and names of phases are in any case.
-        harmless: names in `identity` of what may differ; it is said, not refused.
-        dispatch: steps in one dispatch; by default 1 on a CPU, about a second's on an
-            accelerator.
-        debug: check every step by itself, and every evaluation (`hintjax.checked`), and
-            at every report that parameters and metrics are finite.
-        give_up: after so many updates in a row that were skipped, because a number was
-            not finite or for a spike; looked at when reports are due.
-        show: `(steps done, metrics, phase)`, called at every report.
+        resume: whether to go on from the newest checkpoint that is whole, if there is
+            one.
+        identity: settings that must be equal when the run is resumed; JSON. The key,
+            the teachers, the labels, the steps in an epoch and the names of the phases
+            are always among them.
+        harmless: names in `identity` that may differ; a warning then shows the
+            difference.
+        dispatch: steps in one dispatch; by default 1 on a CPU, and on an accelerator
+            as many as take about a second.
+        debug: whether to check every step by itself, and every evaluation
+            (`hintjax.checked`), and at every report that parameters and metrics are
+            finite.
+        give_up: the number of updates skipped in a row, because a number was not
+            finite or for a spike, after which the run ends with an error. It is
+            checked at reports.
+        show: `(steps done, metrics, name of the phase)`, called at every report.
 
     Returns:
         The final state and how it was reached.
 
     Raises:
-        ValueError: if a resumed run has another identity, with all differences; or if
-            another process owns the run directory, or several processes train it that
-            were not told the same; or, with debug, for a value that is wrong.
-        OSError: if a checkpoint could not be written, at the next step.
-        FloatingPointError: if it gave up; the first batch of the run says which terms
-            and layers are not finite.
+        ValueError: if a resumed run has another identity, with all differences; if
+            another process owns the run directory; if several processes were given
+            different settings; or, with debug, for a value that is wrong.
+        OSError: if a checkpoint could not be written; raised at the next step.
+        FloatingPointError: if it gave up. The message says which terms and layers are
+            not finite on the first batch of the run.
     """
-    identity = {
-        **(identity or {}),
+    identity = _identity(identity or {}, phases, feed, key)
+    agree("settings", identity)
+    if debug:
+        phases = [with_checks(phase) for phase in phases]
+    every = Every(
+        report=report_every or min(feed.per_epoch, 100),
+        evaluation=evaluate_every * feed.per_epoch,
+        checkpoint=checkpoint_every * feed.per_epoch,
+    )
+    with (
+        owned(run_dir),
+        stoppable() as request,
+        open_checkpoints(Path(run_dir) / "checkpoints") as checkpoints,
+    ):
+        keeper = Keeper(
+            run_dir, checkpoints, request, feed, identity, checkpoint_seconds
+        )
+        if resume and checkpoints.latest() is not None:
+            like = partial(template, phases, feed, key, student)
+            state, now, metrics = keeper.restore(like, harmless)
+        else:
+            on_cpu = jax.default_backend() == "cpu"
+            now = Now(dispatch=dispatch or (1 if on_cpu else None))
+            state, metrics = begin(phases, feed, key, 0, student), None
+        _check_devices(state)
+        # Restored metrics are those that a signal kept from their line.
+        written = now.at - (metrics is not None)
+        with open_metrics(run_dir, resume=written if resume else None) as lines:
+            reports = _Reports(
+                lines, keeper, feed, validation, every.evaluation, debug, give_up, show
+            )
+            while now.phase < len(phases):
+                pace = Pace(phases[now.phase], feed, keeper, every, single=debug)
+                state, now = _train(pace, reports, state, now, metrics)
+                now, metrics = now.next_phase(), None
+                if now.phase < len(phases):
+                    start = student_variables(state)
+                    state = begin(phases, feed, key, now.phase, start, state)
+        checkpoints.wait()
+    return Fitted(state, now.at, now.seconds, tuple(now.ended), now.spent)
+
+
+def _train(
+    pace: Pace,
+    reports: "_Reports",
+    state: State,
+    now: Now,
+    metrics: Mapping[str, ArrayLike] | None,
+) -> tuple[State, Now]:
+    """Trains one phase to its end.
+
+    Args:
+        pace: makes the steps from one report to the next.
+        reports: makes the reports.
+        state: the state of the phase; donated.
+        now: where the run stands.
+        metrics: of the last step, if they still need a report.
+
+    Returns:
+        The state and where the run stands at the end of the phase.
+    """
+    phase, keeper = pace.phase, pace.keeper
+    while metrics is not None or not now.over(phase):
+        if metrics is None:
+            state, now, metrics = pace.stride(state, now)
+            keeper.heed(state, now, metrics)
+        now, metrics = reports.make(phase, state, now, metrics), None
+        at_checkpoint = now.at % pace.every.checkpoint == 0
+        if now.over(phase) or at_checkpoint or told(keeper.late):
+            now = keeper.save(state, now)
+        keeper.heed(state, now)
+    return state, now
+
+
+class _Reports(NamedTuple):
+    """Makes the reports of a run: validation, the line of metrics, and what is shown.
+
+    Attributes:
+        lines: the open metrics.
+        keeper: is asked between the batches of an evaluation whether a signal ends the
+            run.
+        feed: its example is looked into when a run gives up.
+        validation: gives the batches to evaluate.
+        evaluate_every: steps between evaluations.
+        debug: whether parameters and metrics must be finite.
+        give_up: the number of updates skipped in a row that ends the run.
+        show: is called with every report.
+    """
+
+    lines: MetricsWriter
+    keeper: Keeper
+    feed: Feed
+    validation: Callable[[], Iterable[Batch]] | None
+    evaluate_every: int
+    debug: bool
+    give_up: int
+    show: Callable[[int, Mapping[str, Any], str], None] | None
+
+    def make(
+        self, phase: Phase, state: State, now: Now, metrics: Mapping[str, ArrayLike]
+    ) -> Now:
+        """Reports the last step of a stride, evaluated if that is due."""
+        due = now.at == now.end(phase) or now.at % self.evaluate_every == 0
+        found: Mapping[str, float] = {}
+        if self.validation is not None and due:
+            start = time.perf_counter()
+            batches = self._heeded(state, now, metrics)
+            found = evaluate(phase.program.stage, state, phase.teacher, batches)
+            now = now.spend("evaluation", time.perf_counter() - start)
+            now = now.validated(found["loss"])
+        validated = {f"validation/{name}": value for name, value in found.items()}
+        shown = {**metrics, **validated}
+        if self.debug:
+            chex.assert_tree_all_finite((shown, state.params, state.state))
+        self.lines.write(now.at, phase.name, shown)
+        in_a_row = int(state.skipped.in_a_row)
+        if in_a_row >= self.give_up:
+            _give_up(phase, state, self.feed.example, now.at, in_a_row)
+        if self.show is not None:
+            self.show(now.at, shown, phase.name)
+        return now
+
+    def _heeded(
+        self, state: State, now: Now, metrics: Mapping[str, ArrayLike]
+    ) -> Iterator[Batch]:
+        """The validation batches; before each of them a signal may end the run."""
+        for batch in self.validation():
+            self.keeper.heed(state, now, metrics, meet=False)
+            yield batch
+
+
+def _identity(
+    settings: Mapping[str, Any],
+    phases: Sequence[Phase],
+    feed: Feed,
+    key: Key[Array, ""],
+) -> dict[str, Any]:
+    """All that must be equal when a run is resumed; JSON."""
+    return {
+        **settings,
         "key": np.ravel(jax.random.key_data(key)).tolist(),
         "labels": fingerprint({"labels": feed.data.labels}),
         "phases": [phase.name for phase in phases],
         "steps_per_epoch": feed.per_epoch,
         "teachers": [fingerprint(phase.teacher) for phase in phases],
     }
-    agree("settings", identity)
-    if debug:
-        phases = [phase._replace(program=_checked(phase.program)) for phase in phases]
-    several = jax.process_count() > 1
-    report_every = report_every or min(feed.per_epoch, 100)
-    evaluate_every, checkpoint_every = (
-        epochs * feed.per_epoch for epochs in (evaluate_every, checkpoint_every)
-    )
-    pauses = (report_every, evaluate_every, checkpoint_every)
-
-    def begin(number, variables, earlier):
-        phase = phases[number]
-        state = phase.program.stage.init(
-            jax.random.fold_in(key, number),
-            variables,
-            phase.teacher,
-            feed.example,
-            feed.data,
-            earlier if phase.carry else None,
-        )
-        # What is adjusted stays where it was: elsewhere it would be another program.
-        return jax.tree.map(_beside, phase.adjust(state), state)
-
-    last = time.perf_counter()  # when something was saved, or nothing yet to lose
-
-    def late():
-        age = time.perf_counter() - last
-        return checkpoint_seconds is not None and age > checkpoint_seconds
-
-    def save(state, now, owed=None):
-        """A step that is there already was saved by the run that this one resumes."""
-        nonlocal last
-        start = last = time.perf_counter()
-        if now.at <= (checkpoints.latest() or 0):  # waits for a save in flight
-            return now
-        lowest = now.found is not None and (
-            now.lowest is None or now.found < now.lowest
-        )
-        now = now._replace(lowest=now.found if lowest else now.lowest)
-        extra = {"now": now._asdict(), "position": feed.position(), "of": identity}
-        extra |= {"owed": packed(owed), "time": time.time()}
-        checkpoints.save(now.at, state, extra, best=lowest)
-        return now.spend("checkpoints", time.perf_counter() - start)
-
-    def heed(state, now, owed=None, *, meet=True):
-        """Ends the run if a signal has asked for that, but saves it first.
-
-        Several processes have to `meet` for it, so that all end at the same step.
-        """
-        asked = request.signal
-        if several:
-            asked = (largest(asked or 0) or None) if meet else None
-        if asked is not None:
-            save(state, now, owed)
-            checkpoints.wait()
-            request.signal = asked
-            request.obey(f"step {now.at} is saved, and resuming goes on from there")
-
-    def template(number):
-        """A state of the shapes that a phase has."""
-        carry = phases[number].carry
-        return begin(number, student, template(number - 1) if carry else None)
-
-    def restore():
-        start, made = time.perf_counter(), 0.0
-
-        def like(extra):
-            nonlocal made
-            check_identity(run_dir, extra["of"], identity, harmless)
-            begun = time.perf_counter()
-            state = template(extra["now"]["phase"])
-            made += time.perf_counter() - begun
-            return state
-
-        state, extra = checkpoints.restore(like)
-        feed.seek(extra["position"])
-        now, saved = Now(**extra["now"]), extra["time"]
-        now = now.spend("compilation", made)
-        now = now.spend("checkpoints", time.perf_counter() - start - made)
-
-        def lost():
-            """What it did after this checkpoint, as far as it said, is done again."""
-            lines = [line for line in read_metrics(run_dir) if line["step"] > now.at]
-            return max((line["time"] for line in lines), default=saved) - saved
-
-        return state, now.spend("lost", max(told(lost), 0.0)), unpacked(extra["owed"])
-
-    def report(lines, state, metrics, now):
-        """Says how things are."""
-        phase = phases[now.phase]
-
-        def batches():
-            for batch in validation():
-                heed(state, now, metrics, meet=False)
-                yield batch
-
-        found = {}
-        ended = now.at == now.began + phase.steps
-        if validation is not None and (ended or now.at % evaluate_every == 0):
-            start = time.perf_counter()
-            found = evaluate(phase.program.stage, state, phase.teacher, batches())
-            now = now.spend("evaluation", time.perf_counter() - start)
-            loss = found["loss"]
-            better = math.isfinite(loss) and (now.best is None or loss < now.best)
-            now = now._replace(
-                best=loss if better else now.best,
-                waited=0 if better else now.waited + 1,
-                found=loss if math.isfinite(loss) else None,
-            )
-        shown = metrics | {f"validation/{name}": value for name, value in found.items()}
-        if debug:
-            chex.assert_tree_all_finite((shown, state.params, state.state))
-        lines.write(now.at, phase.name, shown)
-        in_a_row = int(state.skipped.in_a_row)
-        if in_a_row >= give_up:
-            _give_up(phase, state, feed.example, now.at, in_a_row)
-        if show is not None:
-            show(now.at, shown, phase.name)
-        return now
-
-    def over(now):
-        phase = phases[now.phase]
-        tired = phase.patience is not None and now.waited >= phase.patience
-        return tired or now.at == now.began + phase.steps
-
-    def train(lines, state, now, owed):
-        """One phase, to its end. `owed` are metrics that a signal kept from a report."""
-        phase = phases[now.phase]
-        end, timer = now.began + phase.steps, None
-        ahead, most = collections.deque(), None  # dispatched and not waited for
-        calls = 0
-        periods = (*pauses, feed.per_epoch)  # no dispatch reaches over one of these
-        while owed is not None or not over(now):
-            if owed is None:
-                stop = min(end, *(now.at - now.at % every + every for every in periods))
-                while now.at < stop:
-                    heed(state, now, meet=most is not None and calls % most == 0)
-                    start = time.perf_counter()
-                    count = 1 if debug else now.dispatch or 1
-                    count = count if now.at + count <= stop else 1
-                    state, metrics = feed.advance(
-                        phase.program, state, phase.teacher, now.at, count
-                    )
-                    checkpoints.poll()
-                    calls += 1
-                    now = now._replace(at=now.at + count, found=None)
-                    ahead.append(metrics)
-                    if most is not None and len(ahead) > most:
-                        jax.block_until_ready(ahead.popleft())
-                    if timer is None:  # that was compilation
-                        jax.block_until_ready(metrics)
-                        feed.waited()  # for its batch, in the same seconds
-                        timer = Timer()
-                        now = now.spend("compilation", time.perf_counter() - start)
-                    elif most is None:
-                        jax.block_until_ready(metrics)
-                        rate = timer.calls() / max(timer.seconds(), 1e-9)
-                        most = told(partial(max, 2, int(BEHIND * rate)))
-                    elif now.dispatch is None and timer.calls() == MEASURED:
-                        jax.block_until_ready(metrics)
-                        now = now._replace(dispatch=told(timer.steps_in_a_second))
-                if now.at < end and all(now.at % every for every in pauses):
-                    continue
-                owed = jax.device_get(metrics)
-                ahead.clear()
-                waited = feed.waited()
-                seconds = now.seconds + timer.seconds() - waited
-                now = now._replace(seconds=seconds).spend("data", waited)
-                heed(state, now, owed)
-            now, owed = report(lines, state, owed, now), None
-            if over(now) or now.at % checkpoint_every == 0 or told(late):
-                now = save(state, now)
-            heed(state, now)
-            timer = timer and Timer()
-        return state, now
-
-    with (
-        owned(run_dir),
-        stoppable() as request,
-        open_checkpoints(Path(run_dir) / "checkpoints") as checkpoints,
-    ):
-        if resume and checkpoints.latest() is not None:
-            state, now, owed = restore()
-        else:
-            on_cpu = jax.default_backend() == "cpu"
-            now = Now(dispatch=dispatch or (1 if on_cpu else None))
-            state, owed = begin(0, student, None), None
-        if several and state.step.is_fully_addressable:
-            wanted = "stages on the devices of all processes"
-            do = "Make them with mesh=hintjax.make_mesh()."
-            raise Refusal(message("fit", wanted, "this process' own", do))
-        # What is owed a report has not had its line yet.
-        written = now.at - (owed is not None)
-        with open_metrics(run_dir, resume=written if resume else None) as lines:
-            while True:
-                state, now = train(lines, state, now, owed)
-                now, owed = now._replace(ended=[*now.ended, now.at]), None
-                if now.phase + 1 == len(phases):
-                    break
-                now = now._replace(
-                    phase=now.phase + 1, began=now.at, best=None, waited=0, lowest=None
-                )
-                state = begin(now.phase, student_variables(state), state)
-        checkpoints.wait()
-    return Fitted(state, now.at, now.seconds, tuple(now.ended), now.spent)
 
 
-def _beside(new, old):
-    """A new array where the old one is, if that has been said."""
-    return spread(new, old.sharding) if getattr(old, "committed", False) else new
+def _check_devices(state: State) -> None:
+    """Refuses stages on the devices of one process where several train."""
+    if jax.process_count() > 1 and state.step.is_fully_addressable:
+        wanted = "stages on the devices of all processes"
+        do = "Make them with mesh=hintjax.make_mesh()."
+        raise Refusal(message("fit", wanted, "stages on this process' own", do))
 
 
-def _checked(program):
-    """The same program, with checks; one step at a time."""
-    one = raising(program.one.__wrapped__)
-    return program._replace(stage=checked(program.stage), one=one)
-
-
-def _give_up(phase, state, batch, at, in_a_row):
-    """Raises, with what is not finite in the loss of a batch."""
+def _give_up(
+    phase: Phase, state: State, batch: Batch, at: int, in_a_row: int
+) -> NoReturn:
+    """Raises an error that names what is not finite in the loss of a batch."""
     report = phase.program.stage.report(state, phase.teacher, batch)
     terms, layers = not_finite(report)
-    found = f"On the run's first batch the terms {terms} and layers {layers} are not"
+    found = f"On the run's first batch terms {terms} and layers {layers} are not finite"
     if not terms and not layers:
-        found = "On the run's first batch all is finite: look at the later ones"
+        found = "On the run's first batch all is finite: look at later batches"
     if state.norms and state.norms.spikes > 0:
         found += f"; {state.norms.spikes} updates were too long for the SpikeGuard"
     wanted = f"finite losses and gradients in phase {phase.name!r}"

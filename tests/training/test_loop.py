@@ -31,10 +31,12 @@ from hintjax.training import (
     DamageError,
     Fitted,
     Phase,
+    dispatch,
     evaluate,
     feeds,
     fingerprint,
     fit,
+    keeping,
     loop,
     metrics,
     on_device,
@@ -356,7 +358,7 @@ def test_a_run_gives_up_after_updates_skipped_in_a_row_and_says_why(world, tmp_p
         train(world, tmp_path, phases=[phase], report_every=2, give_up=3)
     said = str(raised.value)
     assert "in phase 'distillation', got 4 skipped updates in a row at step 4" in said
-    assert "the terms ['hint'] and layers ['regressors/hint/dense1->dense1', " in said
+    assert "terms ['hint'] and layers ['regressors/hint/dense1->dense1', " in said
     assert "student/dense1" in said
     assert "Dense_0" not in said
     last = read_metrics(tmp_path)[-1]
@@ -561,7 +563,7 @@ def test_where_the_time_went_is_told_over_all_attempts(world, tmp_path, monkeypa
         time=lambda: next(ticks), perf_counter=time.perf_counter
     )
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "time", clock)
+        patch.setattr(keeping, "time", clock)
         patch.setattr(metrics, "time", clock)
         with pytest.raises(Killed):
             train(world, tmp_path, report_every=1, show=killer(7))
@@ -625,14 +627,14 @@ def test_long_steps_do_not_queue_up_before_a_signal(world, tmp_path, monkeypatch
         dispatched.append(where[-2])
         return made.advance(*where)
 
-    monkeypatch.setattr(loop, "BEHIND", 0.0)  # then every step is long
+    monkeypatch.setattr(dispatch, "BEHIND", 0.0)  # then every step is long
     monkeypatch.setattr(jax, "block_until_ready", block)
     hint = Phase("hint", world["programs"]["hint"], 8, world["teacher"])
     feed = made._replace(advance=advance)
     train(world, tmp_path / "long", feed=feed, phases=[hint], report_every=8)
     # The first two are measured; reports, at 4 and 8, wait for all.
     assert waited == [1, 2, 3, 4, 7, 8]
-    monkeypatch.setattr(loop, "BEHIND", 1e9)
+    monkeypatch.setattr(dispatch, "BEHIND", 1e9)
     waited.clear(), dispatched.clear()
     train(world, tmp_path / "short", feed=feed, phases=[hint], report_every=8)
     assert waited == [1, 2]
