@@ -1,5 +1,6 @@
-"""The training loop: batches through stages, with reports, checkpoints and resume."""
+"""The training loop: batches through phases, with reports, checkpoints and resume."""
 
+from hintjax.training.arrays import fingerprint
 from hintjax.training.checkpoints import Checkpoints, open_checkpoints
 from hintjax.training.evaluation import evaluate
 from hintjax.training.feeds import Feed, Program, on_device, program, streamed
@@ -9,7 +10,7 @@ from hintjax.training.metrics import open_metrics, read_metrics
 from hintjax.training.phase import Phase
 from hintjax.training.progress import progress
 from hintjax.training.sealed import DamageError
-from hintjax.training.trees import fingerprint, load_tree, save_tree
+from hintjax.training.trees import load_tree, save_tree
 
 __all__ = [
     "Checkpoints",

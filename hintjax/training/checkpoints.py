@@ -1,20 +1,20 @@
-"""Checkpoints and exports on disk; the only file that imports Orbax.
+"""Checkpoints: the steps of one run on disk, each one whole or not there.
 
-A checkpoint is one directory, ``<directory>/<step>``: an Orbax tree of plain nested
-dicts of numpy arrays and, in it, ``hintjax.json`` with the caller's `extra` and the
-path, dtype and shape of every array and the size and checksum of every file. Both are
+A checkpoint is one directory, ``<directory>/<step>``. It holds an Orbax tree of plain
+nested dicts of numpy arrays, and ``hintjax.json`` with the caller's `extra`, the path,
+dtype and shape of every array, and the size and checksum of every file. Both are
 written under a temporary name and renamed together, so that a step is there whole or
-not at all. What is damaged later is seen before Orbax reads it, and an older step is
-read instead.
+not at all. Damage that happens later is seen before Orbax reads the directory, and an
+older step is read instead.
 
-Of several processes the first reads and writes; what it reads it sends to the others,
-and what is stored in shares is gathered for it, so that nothing but the first process
-needs the directory. All of them have to make the same calls.
+Of several processes only the first reads and writes, so that no other process needs
+the directory. It sends the arrays that it reads to the others, and arrays that are
+sharded over processes are gathered for it. All processes have to make the same calls.
 
-Orbax is asked for two things only, to write and to read one directory, and writes on
-one thread of ours. Its managers stay out: one skips a save while another is in flight,
-one deletes the newest step when it keeps the best one, both cast on restore, and both
-lose what is in flight when the interpreter ends.
+Orbax only writes and reads single directories, and it writes on one thread of ours.
+Its checkpoint managers are not used: one skips a save while another is in flight, one
+deletes the newest step when it keeps the best one, both cast on restore, and both lose
+a save in flight when the interpreter ends.
 """
 
 import atexit
@@ -60,16 +60,16 @@ from hintjax.training.sealed import (
 )
 
 _DAMAGED = ".damaged"
-_SHOWN = 10  # differences that an error lists
+_SHOWN = 10  # differences that an error lists at most
 
-# Saves whose outcome nobody has been told yet.
+# Saves whose outcome has not been raised or returned yet.
 _UNTOLD: set[Future] = set()
 
 
 class Checkpoints(contextlib.AbstractContextManager):
     """The checkpoints of one run; made by `open_checkpoints`.
 
-    Whatever reads waits for a save in flight first.
+    Every method that reads waits for a save in flight first.
     """
 
     def __init__(self, directory: Path, keep: int):
@@ -87,16 +87,18 @@ class Checkpoints(contextlib.AbstractContextManager):
         *,
         best: bool = False,
     ) -> None:
-        """Copies `tree` to the host, returns, and writes it and `extra` behind.
+        """Copies `tree` to the host, and writes it and `extra` in the background.
 
-        The arrays may be donated straight afterwards. A save in flight is waited for;
-        if it failed, that is raised here, and this one has not started.
+        The arrays may be donated as soon as the call returns. A save in flight is
+        waited for. If that save failed, its error is raised here and the new save has
+        not started.
 
         Args:
-          step: above every step that is there.
-          tree: arrays, typed PRNG keys among them, in any pytree.
-          extra: what JSON can hold, stored and read together with the tree.
-          best: marks the step; the newest one so marked outlives the latest `keep`.
+          step: the number of the step, above every step that is there.
+          tree: arrays, also typed PRNG keys, in any pytree.
+          extra: JSON values that are stored and read together with the tree.
+          best: marks the step. The newest marked step is kept besides the latest
+            `keep` steps.
         """
         step, newest = operator.index(step), max(self.steps(), default=-1)
         if step <= newest:
@@ -104,7 +106,7 @@ class Checkpoints(contextlib.AbstractContextManager):
             raise Refusal(message("save", f"a step above {newest}", f"{step}", do))
         leaves, arrays = flatten("save", tree)
         record = {"best": best, "extra": _json(extra or {})}
-        # A view of a CPU device's memory would keep that memory from being donated.
+        # Copied: a view of a CPU device's memory would prevent its donation.
         host = [array.copy() for array in fetch(arrays)]
         target, staging = self.directory / str(step), self.directory / STAGING
         told(partial(make_staging, "save", staging, target, host))
@@ -122,44 +124,50 @@ class Checkpoints(contextlib.AbstractContextManager):
         host: list[np.ndarray],
         record: dict[str, Any],
     ) -> None:
+        """Writes one step, on the thread of the saves."""
         try:
             self._set_aside()
             record["leaves"] = entries(leaves, host)
             commit("save", staging, target, nest(leaves, host), record)
-            with contextlib.suppress(OSError):  # it is saved; the next save tries again
+            with contextlib.suppress(
+                OSError
+            ):  # the step is saved; the next save retires again
                 self._retire(staging)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
 
     def _set_aside(self) -> None:
-        """Renames what a restore found damaged: the run goes over these steps again."""
+        """Renames the steps that a restore found damaged: they will be made again."""
         for step in self._damaged:
             path = self.directory / str(step)
             aside = path.with_name(f"{step}{_DAMAGED}")
-            shutil.rmtree(aside, ignore_errors=True)  # of a still earlier fall
+            shutil.rmtree(aside, ignore_errors=True)  # left by earlier damage
             with contextlib.suppress(OSError):
                 path.rename(aside)
         self._damaged.clear()
 
     def _retire(self, trash: Path) -> None:
-        """Moves away what is not kept: half deleted, it must not look like a step.
+        """Moves away the steps that are not kept, to be deleted there.
 
-        The newest step has just been written whole; those that are damaged are aside.
+        A step that is half deleted must not look like a step. The newest step has just
+        been written whole, and damaged steps have been set aside.
         """
         steps = self._steps()
         for step in set(steps) - {*steps[-self.keep :], self._best(steps)}:
             (self.directory / str(step)).rename(trash / f"{step}.retired")
 
     def _steps(self) -> list[int]:
+        """The steps on the disk of this process, ascending."""
         if not self.directory.is_dir():
             return []
-        # Either file may be what is missing of a step.
+        # In a damaged step, one of the two files may be missing.
         found = [self.directory.glob(f"*/{name}") for name in (RECORD, ORBAX)]
         names = {file.parent.name for files in found for file in files}
         steps = {int(name) for name in names if name.isdecimal()}
         return sorted(steps - self._damaged)
 
     def _best(self, steps: list[int]) -> int | None:
+        """The newest of these steps that was saved with ``best=True``."""
         for step in reversed(steps):
             with contextlib.suppress(DamageError):
                 if read_record(self.directory / str(step))["best"]:
@@ -181,7 +189,7 @@ class Checkpoints(contextlib.AbstractContextManager):
         return told(lambda: self._best(steps))
 
     def _find(self, caller: str, step: SupportsIndex | None) -> list[Path]:
-        """The directory of a step, or those of all, the newest first."""
+        """The directory of a step, or the directories of all, newest first."""
         steps = self.steps()
         if not steps:
             raise Refusal(message(caller, f"a checkpoint in {self.directory}", "none"))
@@ -192,10 +200,7 @@ class Checkpoints(contextlib.AbstractContextManager):
         return [self.directory / str(step) for step in chosen]
 
     def peek(self, step: SupportsIndex | None = None) -> dict[str, Any]:
-        """The `extra` of a step, the newest if None, without reading its tree.
-
-        It says which stage wrote the step.
-        """
+        """Reads the `extra` of a step, by default the newest, but not its tree."""
         path = self._find("peek", step)[0]
         return told(lambda: read_record(path), DamageError)["extra"]
 
@@ -204,19 +209,19 @@ class Checkpoints(contextlib.AbstractContextManager):
         like: PyTree | Callable[[dict[str, Any]], PyTree],
         step: SupportsIndex | None = None,
     ) -> tuple[PyTree, dict[str, Any]]:
-        """Reads a step, the newest if None, into the structure of `like`.
+        """Reads a step, by default the newest, into the structure of `like`.
 
-        If the newest is damaged, the newest that is not is read instead, with a
-        warning; the next save sets the damaged ones aside as ``<step>.damaged``.
+        If the newest step is damaged, the newest whole step is read instead, with a
+        warning. The next save renames the damaged steps to ``<step>.damaged``.
 
         Args:
-          like: a tree of arrays or `jax.ShapeDtypeStruct`, or a function that makes one
-            for a step's `extra`. Values are not read, so that donated arrays will do;
-            every array goes where its counterpart lies.
-          step: which step.
+          like: a tree of arrays or `jax.ShapeDtypeStruct`, or a function from a step's
+            `extra` to such a tree. Its values are not read, so the arrays may have been
+            donated. Every array is placed like its counterpart in this tree.
+          step: the step to read; None for the newest one.
 
         Returns:
-          The tree, equal bit for bit to the one that was saved, and its `extra`.
+          The saved tree, equal in every bit, and its `extra`.
 
         Raises:
           DamageError: the step is damaged, or every step is.
@@ -235,7 +240,7 @@ class Checkpoints(contextlib.AbstractContextManager):
             if damaged:
                 self._damaged |= {int(path.name) for path in damaged}
                 errors = "\n".join(map(str, damaged.values()))
-                went = f"went back to step {path.name}, the newest that is whole"
+                went = f"went back to step {path.name}, the newest whole step"
                 warnings.warn(f"{errors}\nrestore: {went}.", stacklevel=2)
             return tree, extra
         errors = "\n".join(map(str, damaged.values()))
@@ -243,17 +248,20 @@ class Checkpoints(contextlib.AbstractContextManager):
         raise DamageError(message("restore", wanted, f"none:\n{errors}"))
 
     def poll(self) -> None:
-        """Raises OSError if a save has failed; waits for nothing, and so leaves it to
-        the next call where there are several processes, which have to raise together.
+        """Raises OSError if a save has failed, without waiting for one.
+
+        Several processes have to raise together. There the next call that waits raises
+        the error instead.
         """
         if jax.process_count() == 1 and self._saving and self._saving.done():
             self._wait()
 
     def wait(self) -> None:
-        """Returns when nothing is in flight; raises OSError if the save failed."""
+        """Waits until no save is in flight; raises OSError if the save failed."""
         told(self._wait)
 
     def _wait(self) -> None:
+        """Waits in this process only."""
         if self._saving is None:
             return
         error = self._saving.exception()
@@ -263,7 +271,7 @@ class Checkpoints(contextlib.AbstractContextManager):
             raise error
 
     def close(self) -> None:
-        """Waits, as the end of a ``with`` block does, for what this process saves."""
+        """Waits for the save of this process, as the end of a ``with`` block does."""
         self._wait()
 
     def __exit__(self, kind, error, traceback) -> None:
@@ -272,15 +280,17 @@ class Checkpoints(contextlib.AbstractContextManager):
         except OSError as failure:
             if error is None:
                 raise
-            error.add_note(str(failure))  # what ended the block stays the error
+            error.add_note(
+                str(failure)
+            )  # the error that ended the block stays the error
 
 
 def open_checkpoints(directory: str | os.PathLike, *, keep: int = 2) -> Checkpoints:
-    """The checkpoints in `directory`; the first save makes it if it is not there.
+    """Opens the checkpoints in `directory`; the first save makes the directory.
 
     Args:
       directory: a local directory; relative paths and ``~`` are resolved now.
-      keep: how many of the latest steps stay, besides the best one.
+      keep: the number of latest steps that are kept, besides the best step.
 
     >>> from tempfile import TemporaryDirectory
     >>> with TemporaryDirectory() as directory:
@@ -300,16 +310,16 @@ def open_checkpoints(directory: str | os.PathLike, *, keep: int = 2) -> Checkpoi
 
 
 def _json(extra: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy as JSON will give it back."""
+    """A copy of `extra`, as it will be read back from JSON."""
     try:
         return json.loads(json.dumps(dict(extra)))
     except (TypeError, ValueError) as error:
-        wanted = "extra to hold what JSON can"
+        wanted = "extra to hold JSON values"
         raise WrongType(message("save", wanted, str(error))) from error
 
 
 def _restore(path: Path, like: Any) -> tuple[PyTree, dict[str, Any]]:
-    """One step in the structure of `like`, with its `extra`."""
+    """Reads one step into the structure of `like`, with its `extra`."""
     record = told(lambda: read_record(path), DamageError)
     like = like(record["extra"]) if callable(like) else like
     leaves, targets = flatten("restore", like)
@@ -323,7 +333,7 @@ def _restore(path: Path, like: Any) -> tuple[PyTree, dict[str, Any]]:
 
 
 def _refuse_other(path: Path, stored: list[dict], wanted: list[Leaf]) -> None:
-    """Raise, listing the differences, unless the two have one structure."""
+    """Raises, with the differences, unless the two trees have the same structure."""
     there = {tuple(x["path"]): kind_of(x["dtype"], x["shape"]) for x in stored}
     here = {leaf.path: kind_of(leaf.dtype, leaf.shape) for leaf in wanted}
     differences = [
@@ -343,13 +353,13 @@ def _refuse_other(path: Path, stored: list[dict], wanted: list[Leaf]) -> None:
 
 
 def _finish() -> None:
-    """Lets a save in flight end, and tells of failures that nobody asked for."""
+    """Waits for saves in flight at exit, and prints failures not yet raised."""
     for saving in tuple(_UNTOLD):
         error = saving.exception()
         if error is not None:
             print(f"{type(error).__name__}: {error}", file=sys.stderr)
 
 
-# Orbax needs threads, and none start once the interpreter shuts down, which is before
-# atexit: what is in flight has to end earlier.
+# Orbax starts threads, and no thread starts once the interpreter shuts down, which is
+# before atexit. So a save in flight has to end earlier.
 getattr(threading, "_register_atexit", atexit.register)(_finish)

@@ -1,12 +1,13 @@
-"""A stage's metrics over a whole split."""
+"""Evaluation: the metrics of a stage over a whole split."""
 
 from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
 
+from hintjax._checks import Refusal, message
 from hintjax.networks import Variables
-from hintjax.stages import Stage, State
+from hintjax.stages import Metrics, Stage, State
 from hintjax.training.feeds import Batch
 
 
@@ -20,15 +21,16 @@ def evaluate(
 
     Args:
         stage: the stage.
-        state: its state; untouched.
+        state: the state of the stage; it is not changed.
         teacher: the teacher's variables.
-        batches: with "where", as `data.evaluation_batches` gives them; on the stage's
-            mesh, if there are several processes.
+        batches: batches with "where", as `data.evaluation_batches` gives them. If there
+            are several processes, the batches are on the mesh of the stage.
 
     Returns:
         The metrics by name, on the host.
     """
-    total, count = None, 0
+    total: Metrics | None = None
+    count = 0
     for batch in batches:
         valid = jnp.sum(batch["where"])
         metrics = stage.evaluate(state, teacher, batch)
@@ -36,8 +38,7 @@ def evaluate(
         total = weighted if total is None else jax.tree.map(jnp.add, total, weighted)
         count += valid
     if total is None:
-        raise ValueError(
-            "evaluate: expected batches, got none. Give a split that has examples."
-        )
+        do = "Give a split that has examples."
+        raise Refusal(message("evaluate", "batches", "none", do))
     total, count = jax.device_get((total, count))
     return {name: float(value) / int(count) for name, value in total.items()}

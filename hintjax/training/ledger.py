@@ -78,12 +78,14 @@ class Now(NamedTuple):
         return tired or self.at == self.end(phase)
 
     def moved(self, steps: int) -> "Now":
-        """The run stands some steps later, where no validation loss is known yet."""
+        """Goes some steps further, where no validation loss is known yet."""
         return self._replace(at=self.at + steps, found=None)
 
     def validated(self, loss: float) -> "Now":
-        """The validation loss at this step is known; a loss that is not finite is no
-        progress."""
+        """Notes the validation loss at this step.
+
+        A loss that is not finite counts as an evaluation without progress.
+        """
         finite = math.isfinite(loss)
         better = finite and (self.best is None or loss < self.best)
         return self._replace(
@@ -98,7 +100,7 @@ class Now(NamedTuple):
         return known and (self.lowest is None or self.found < self.lowest)
 
     def next_phase(self) -> "Now":
-        """The phase has ended at this step, and the next one begins."""
+        """Ends the phase at this step and begins the next one."""
         return self._replace(
             ended=[*self.ended, self.at],
             phase=self.phase + 1,
@@ -109,6 +111,6 @@ class Now(NamedTuple):
         )
 
     def spend(self, name: str, seconds: float) -> "Now":
-        """Seconds went into something that is not a training step."""
+        """Adds seconds of some work that is not a training step."""
         more = self.spent.get(name, 0.0) + seconds
         return self._replace(spent={**self.spent, name: more})

@@ -28,6 +28,7 @@ from hintjax.networks import Variables
 from hintjax.processes import agree, told
 from hintjax.stages import State, student_variables
 from hintjax.stages.report import not_finite
+from hintjax.training.arrays import fingerprint
 from hintjax.training.checkpoints import open_checkpoints
 from hintjax.training.dispatch import Every, Pace
 from hintjax.training.evaluation import evaluate
@@ -38,7 +39,6 @@ from hintjax.training.metrics import MetricsWriter, open_metrics
 from hintjax.training.phase import Phase, begin, template, with_checks
 from hintjax.training.run_directory import owned
 from hintjax.training.signals import stoppable
-from hintjax.training.trees import fingerprint
 
 
 def fit(

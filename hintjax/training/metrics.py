@@ -1,8 +1,8 @@
-"""What a run says about itself: its metrics on disk, a progress bar, and statistics.
+"""Metrics: the numbers that a run reports, on disk.
 
 One line of ``metrics.jsonl`` is one report: ``{"step": 40, "stage": "hint", "time":
-1700000000.0, "loss": 0.5, "hint/r2": 0.9}``. The same numbers go to TensorBoard, under
-``stage/name``, when tensorboardX is installed.
+1700000000.0, "loss": 0.5, "hint/r2": 0.9}``, where "stage" is the name of the phase.
+The same numbers go to TensorBoard, as ``phase/name``, when tensorboardX is installed.
 """
 
 import contextlib
@@ -34,27 +34,27 @@ class MetricsWriter(contextlib.AbstractContextManager):
         self._events = events
 
     def write(
-        self, step: SupportsInt, stage: str, metrics: Mapping[str, ArrayLike]
+        self, step: SupportsInt, phase: str, metrics: Mapping[str, ArrayLike]
     ) -> None:
-        """Appends one line, flushed: a killed process loses nothing it has written.
+        """Appends one line and flushes it, so that a killed process does not lose it.
 
         Args:
-          step: the step of the run, counted through all its stages.
-          stage: the name of the stage, e.g. "hint" or "distillation".
+          step: the step of the run, counted through all its phases.
+          phase: the name of the phase, e.g. "hint" or "distillation".
           metrics: scalars by name, on the host or on a device (one transfer for all).
-            What is not finite is written as null: JSON has no word for it.
+            Numbers that are not finite are written as null, since JSON has none.
         """
         values = {name: _number(name, v) for name, v in on_host(metrics).items()}
-        head = {"step": int(step), "stage": stage, "time": round(time.time(), 3)}
+        head = {"step": int(step), "stage": phase, "time": round(time.time(), 3)}
         self._lines.write(json.dumps(head | values, allow_nan=False) + "\n")
         self._lines.flush()
         if self._events is not None:
             for name, value in values.items():
                 if value is not None:
-                    self._events.add_scalar(f"{stage}/{name}", value, int(step))
+                    self._events.add_scalar(f"{phase}/{name}", value, int(step))
 
     def close(self) -> None:
-        """Closes the files; calling it twice is harmless."""
+        """Closes the files; a second call does nothing."""
         self._lines.close()
         if self._events is not None:
             self._events.close()
@@ -69,17 +69,18 @@ def open_metrics(
 ) -> MetricsWriter:
     """Opens the metrics of a run for appending.
 
-    Of several processes only the first keeps what it writes.
+    Of several processes only the first writes; the writers of the others drop lines.
 
     Args:
-      run_dir: the directory of the run; made when it is not there.
-      resume: None for a new run. A restored step, to go on from it: lines of later
-        steps are removed (they will be written again), and so is a line that was
-        half written when the process died. 0 or -1 when nothing was restored.
-      tensorboard: whether to write TensorBoard events too, if tensorboardX is there.
+      run_dir: the directory of the run; it is made if it does not exist.
+      resume: None for a new run, or the restored step of a run that goes on. Lines of
+        later steps are removed, because they will be written again, and so is a line
+        that was half written when the process died. 0 or -1 if nothing was restored.
+      tensorboard: whether to write TensorBoard events, too, if tensorboardX is
+        installed.
 
     Returns:
-      A writer with `write(step, stage, metrics)` and `close()`; a context manager.
+      A writer with `write(step, phase, metrics)` and `close()`; a context manager.
     """
     if not first():
         return MetricsWriter(pathlib.Path(os.devnull).open("a", encoding="utf-8"))
@@ -88,14 +89,9 @@ def open_metrics(
     if resume is not None:
         _truncate(path, resume)
     elif path.exists() and path.stat().st_size:
-        raise Refusal(
-            message(
-                "open_metrics",
-                "a run directory without metrics",
-                str(path),
-                "Choose another directory, or pass the restored step as resume=.",
-            )
-        )
+        wanted = "a run directory without metrics"
+        do = "Choose another directory, or pass the restored step as resume=."
+        raise Refusal(message("open_metrics", wanted, str(path), do))
     events = None
     if tensorboard and importlib.util.find_spec("tensorboardX") is not None:
         import tensorboardX
@@ -109,7 +105,7 @@ def open_metrics(
 
 
 def read_metrics(run_dir: str | os.PathLike) -> list[dict[str, Any]]:
-    """Reads the lines of a run, oldest first, without a half-written last one."""
+    """Reads the lines of a run, oldest first, without a half-written last line."""
     path = pathlib.Path(run_dir) / FILE
     if not path.exists():
         return []
@@ -117,12 +113,13 @@ def read_metrics(run_dir: str | os.PathLike) -> list[dict[str, Any]]:
 
 
 def _whole_lines(path: pathlib.Path) -> list[str]:
+    """The lines that end with a newline."""
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines(True)
     return [line for line in lines if line.endswith("\n")]
 
 
 def _truncate(path: pathlib.Path, step: int) -> None:
-    """Keeps the lines up to a step; the file is replaced whole or not at all."""
+    """Keeps the lines up to a step; the file is replaced as a whole or not at all."""
     if not path.exists():
         return
     kept = [line for line in _whole_lines(path) if json.loads(line)["step"] <= step]
@@ -132,23 +129,21 @@ def _truncate(path: pathlib.Path, step: int) -> None:
 
 
 def on_host(metrics: Mapping[str, ArrayLike]) -> dict[str, Any]:
-    """One transfer for all, in the order given (a tree_map would sort the names)."""
+    """Copies metrics to the host in one transfer, in the order given."""
+    # A tree_map would sort the names.
     return dict(zip(metrics, jax.device_get(list(metrics.values())), strict=True))
 
 
 def _number(name: str, value: ArrayLike) -> int | float | None:
+    """A metric as JSON holds it; None if it is not finite."""
     value = np.asarray(value)
     if name in _RESERVED or value.ndim != 0:
-        raise Refusal(
-            message(
-                "MetricsWriter.write",
-                f"scalars under names other than {', '.join(_RESERVED)}",
-                f"{name!r} of shape {value.shape}",
-                "Rename the metric, or reduce it to one number.",
-            )
-        )
+        wanted = f"scalars under names other than {', '.join(_RESERVED)}"
+        got = f"{name!r} of shape {value.shape}"
+        do = "Rename the metric, or reduce it to one number."
+        raise Refusal(message("MetricsWriter.write", wanted, got, do))
     if value.dtype == bool or np.issubdtype(value.dtype, np.integer):
         return int(value)
-    # Through the shortest text of its own precision: 0.1, not 0.10000000149011612.
+    # Through the shortest text in its own precision: 0.1, not 0.10000000149011612.
     number = float(str(value[()]))
     return number if math.isfinite(number) else None

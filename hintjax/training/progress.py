@@ -1,4 +1,4 @@
-"""A progress bar, or plain lines where there is no terminal."""
+"""Progress of a run: a bar on a terminal, plain lines anywhere else."""
 
 import collections
 import contextlib
@@ -25,19 +25,19 @@ def progress(
     """Shows how far a run is: a bar on a terminal, plain lines anywhere else.
 
     Args:
-      total: the number of steps when all is done.
-      description: what is running.
-      start: the steps that were done before (a resumed run).
-      images_per_step: the batch size, to show images/s; 0 to leave it out.
+      total: the number of steps of the whole run.
+      description: the name of the current work.
+      start: the steps that a resumed run has done before.
+      images_per_step: the batch size, to show images/s; 0 hides images/s.
       every: seconds between two plain lines.
-      stream: where to write; stderr unless given.
+      stream: the file to write to; by default stderr.
 
     Yields:
-      `report(step, metrics=None, new_description=None)`: call it with the steps done so
-      far, whenever metrics have reached the host anyway, never just for the bar. It
-      shows the metrics whose names have no slash: the total and each term of the loss.
+      `report(step, metrics=None, new_description=None)`. Call it with the steps done so
+      far, whenever metrics have reached the host for another reason, never just for the
+      bar. It shows the metrics whose names have no slash: the total loss and each term.
     """
-    # Speed over the last reports only: the first step compiles, and stages differ.
+    # Speed over the last reports only: the first step compiles, and phases differ.
     seen = collections.deque([(time.perf_counter(), start)], maxlen=10)
     terms = ""
 
@@ -63,7 +63,7 @@ def progress(
 def _display(
     total: int, description: str, start: int, every: SupportsFloat, stream: Any
 ) -> Iterator[Callable[[int, str, str], None]]:
-    """A function that shows (step, description, text), on whatever there is."""
+    """Gives a function that shows (step, description, text) on the stream."""
     if importlib.util.find_spec("rich") is None or not stream.isatty():
         yield _plain_lines(total, every, stream)
         return
@@ -80,7 +80,7 @@ def _display(
         progress.TextColumn(
             "{task.fields[text]}",
             markup=False,
-            # What a narrow terminal has no room for is cut here, at the end.
+            # On a narrow terminal the end of this text is cut off.
             table_column=table.Column(ratio=1, no_wrap=True, overflow="ellipsis"),
         ),
     )
@@ -91,7 +91,10 @@ def _display(
         )
 
 
-def _plain_lines(total: int, every: SupportsFloat, stream: Any):
+def _plain_lines(
+    total: int, every: SupportsFloat, stream: Any
+) -> Callable[[int, str, str], None]:
+    """A function that prints a line, unless the last one is too recent."""
     last = -math.inf
 
     def show(step: int, description: str, text: str) -> None:
@@ -104,6 +107,7 @@ def _plain_lines(total: int, every: SupportsFloat, stream: Any):
 
 
 def _terms(metrics: Mapping[str, Any]) -> str:
+    """The metrics without a slash in their name, as text."""
     return "  ".join(
         f"{name} {float(value):.4g}"
         for name, value in on_host(metrics).items()
@@ -114,6 +118,7 @@ def _terms(metrics: Mapping[str, Any]) -> str:
 def _speed(
     seen: Sequence[tuple[float, int]], total: int, images_per_step: int
 ) -> tuple[str, str]:
+    """The time left and the speed over some reports, as texts."""
     (then, before), (now, step) = seen[0], seen[-1]
     if step <= before or now <= then:
         return "", ""

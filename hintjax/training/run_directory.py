@@ -20,8 +20,8 @@ from hintjax.processes import first, told
 
 LOCK = "run.lock"
 
-# What this process owns, by the thread that took it: a run takes its directory again
-# for each of its parts, and two threads are two runs.
+# The directories that this process owns, with the thread that took each of them: a run
+# takes its directory again for each of its parts, and two threads are two runs.
 _OWNED: set[tuple[Path, int]] = set()
 
 
@@ -29,20 +29,20 @@ _OWNED: set[tuple[Path, int]] = set()
 def owned(run_dir: str | os.PathLike[str]) -> Iterator[None]:
     """Makes a run directory and owns it until the block ends.
 
-    The kernel frees the lock when the process ends, however it ends, so that none is
-    ever stale. Of several processes the first owns the directory for all.
+    The kernel frees the lock when the process ends, however it ends, so that no lock
+    is ever stale. Of several processes the first owns the directory for all.
 
     Args:
-        run_dir: of the run.
+        run_dir: the directory.
 
     Raises:
-        ValueError: at once, if another run owns it, naming its process, host and start;
-            or if it cannot be written.
+        ValueError: at once, if another run owns the directory (the message names its
+            process, host and start) or if the directory cannot be written.
     """
     path = Path(run_dir).expanduser().absolute()
     mine = (path, threading.get_ident())
 
-    def take():
+    def take() -> int | None:
         if mine in _OWNED:
             return None
         try:
@@ -67,6 +67,7 @@ def owned(run_dir: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def _lock(run_dir: Path) -> int:
+    """Locks a directory and returns the open lock file, which names the owner."""
     path = run_dir / LOCK
     while True:
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
@@ -82,7 +83,7 @@ def _lock(run_dir: Path) -> int:
         except OSError as error:  # some network file systems have no locks
             text = f"{run_dir} is not protected from a second run: {error}"
             warnings.warn(text, stacklevel=4)
-        # An owner that ended in between has removed the file that was opened.
+        # An owner that ended in between has removed the file that is open here.
         with contextlib.suppress(FileNotFoundError):
             if os.fstat(file).st_ino == path.stat().st_ino:
                 break
@@ -95,15 +96,23 @@ def _lock(run_dir: Path) -> int:
 
 
 def _owner(lock: Path) -> str:
+    """Describes the owner of a lock."""
     try:
         owner = json.loads(lock.read_text(encoding="utf-8"))
         return f"process {owner['pid']} on {owner['host']} since {owner['since']}"
-    except (OSError, ValueError, KeyError, TypeError):  # it has only just begun
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+    ):  # it has not written its name yet
         return "another process"
 
 
 def inside(root: Path, name: str) -> Path:
-    """`root / name`, which has to lie in `root`, links followed.
+    """Returns `root / name`, and refuses a name that leads out of `root`.
+
+    Links are followed.
 
     >>> inside(Path("runs"), "digits/seed0")
     PosixPath('runs/digits/seed0')
@@ -119,7 +128,7 @@ def inside(root: Path, name: str) -> Path:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replaces a file by one of that text, whole or not at all.
+    """Replaces the text of a file, as a whole or not at all.
 
     Of several processes the first does it.
     """
@@ -127,11 +136,12 @@ def write_text(path: Path, text: str) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """What a JSON file of the run directory holds, in all processes; None without it."""
+    """Reads a JSON file, in all processes; returns None if there is no such file."""
     return told(lambda: json.loads(path.read_text()) if path.exists() else None)
 
 
-def _write_text(path, text):
+def _write_text(path: Path, text: str) -> None:
+    """Replaces the text of a file in this process."""
     staging = path.with_name(f".{path.name}.tmp")
     data = text.encode()
     try:
@@ -147,13 +157,17 @@ def _write_text(path, text):
 
 
 def unwritten(caller: str, target: Path, needed: int, error: Exception) -> OSError:
-    """What is raised instead when something could not be written.
+    """Makes the error that says that a file or directory was not written.
 
     Args:
-        caller: who wanted to.
-        target: its path.
-        needed: bytes.
-        error: what went wrong.
+        caller: the function that the user called.
+        target: the path that was to be written.
+        needed: the number of bytes.
+        error: the error that writing has raised.
+
+    Returns:
+        An error to raise instead, with the room that is needed and the room that is
+        free.
     """
     reason = str(error).partition("\n")[0][:300]
     code = getattr(error, "errno", None) or errno.EIO
@@ -163,6 +177,6 @@ def unwritten(caller: str, target: Path, needed: int, error: Exception) -> OSErr
     free = shutil.disk_usage(there).free
     text = (
         f"{caller}: nothing was written, {reason}; {needed} bytes are needed and "
-        f"{free} are free. What was there before is as it was"
+        f"{free} are free. Earlier content is unchanged"
     )
     return FileRefusal(code, text, str(target))

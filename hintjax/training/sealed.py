@@ -1,4 +1,7 @@
-"""Sealed directories: Orbax trees whose files and arrays have checksums."""
+"""Sealed directories: Orbax trees whose files have checksums.
+
+This is the only file that imports Orbax.
+"""
 
 import contextlib
 import errno
@@ -22,22 +25,21 @@ from hintjax.processes import told, told_arrays
 from hintjax.training.run_directory import unwritten
 
 RECORD = "hintjax.json"
-ORBAX = "_METADATA"  # in all that Orbax writes
+ORBAX = "_METADATA"  # a file in every directory that Orbax writes
 _FORMAT = 2
 STAGING = ".hintjax-tmp"
-_LARGEST_RECORD = 2**28  # bytes that are read of what may be anything
-_BLOCK = 2**20  # bytes of a file that are summed at once
-_TOGETHER, _EACH = 4, 2**25  # threads that sum, at most, and bytes that are worth one
+_LARGEST_RECORD = 2**28  # bytes; a larger file is no record and is not read
+_BLOCK = 2**20  # bytes of a file in memory while its checksum is computed
+_TOGETHER = 4  # threads that compute checksums, at most
+_EACH = 2**25  # bytes of files for each of these threads
 
 
 class DamageError(Refusal):
-    """What is on disk is not what was written there."""
-
-
-# Directories.
+    """A file on disk is not as it was written."""
 
 
 def resolve(caller: str, path: str | os.PathLike) -> Path:
+    """The absolute path of a local directory; a URL is refused."""
     if "://" in str(path):
         raise Refusal(message(caller, "a local path", str(path)))
     return Path(path).expanduser().absolute()
@@ -46,7 +48,14 @@ def resolve(caller: str, path: str | os.PathLike) -> Path:
 def make_staging(
     caller: str, staging: Path, target: Path, host: list[np.ndarray]
 ) -> None:
-    """Makes `staging` anew, if there is room; a killed process may have left it."""
+    """Makes an empty directory to write in, if the disk has room for the arrays.
+
+    Args:
+        caller: the function that the user called, for the message of an error.
+        staging: the directory. A killed process may have left it; then it is emptied.
+        target: the path that will be written, for the message of an error.
+        host: the arrays.
+    """
     if not any(array.size for array in host):
         raise Refusal(message(caller, "a tree with arrays in it", "none"))
     shutil.rmtree(staging, ignore_errors=True)
@@ -63,7 +72,7 @@ def make_staging(
 def commit(
     caller: str, staging: Path, target: Path, tree: dict, record: dict[str, Any]
 ) -> None:
-    """Writes tree and record under `staging`, and renames them into place together."""
+    """Writes tree and record in `staging`, and renames them to `target` together."""
     staged = staging / target.name
     try:
         with _orbax() as orbax:
@@ -83,7 +92,7 @@ def commit(
 
 
 def _sums(paths: Sequence[Path]) -> list[list[int]]:
-    """Size and checksum of files, several at a time."""
+    """Size and checksum of each file, computed by several threads."""
 
     def one(path: Path) -> list[int]:
         size = crc32 = 0
@@ -99,10 +108,17 @@ def _sums(paths: Sequence[Path]) -> list[list[int]]:
 
 
 def _size(host: list[np.ndarray]) -> int:
+    """The bytes of all arrays."""
     return sum(array.nbytes for array in host)
 
 
 def read_record(path: Path) -> dict[str, Any]:
+    """Reads the record of a sealed directory, and checks it against its checksum.
+
+    Raises:
+        DamageError: the record is missing or damaged.
+        ValueError: another format wrote it.
+    """
     file = path / RECORD
     try:
         if not file.is_file() or file.is_symlink():
@@ -114,26 +130,31 @@ def read_record(path: Path) -> dict[str, Any]:
         if version == _FORMAT:
             found = record.pop("crc32")
             if found != zlib.crc32(json.dumps(record).encode()):
-                raise ValueError("its checksum is another")
+                raise ValueError("its checksum has changed")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise _damaged(file, error) from error
     if version != _FORMAT:
         got = f"format {version} in {path}"
-        do = "Read it with the version of hintjax that wrote it, or a newer one."
+        do = "Read it with the version of hintjax that wrote it, or with a newer one."
         raise Refusal(message("checkpoint", f"format {_FORMAT}", got, do))
     return record
 
 
 def is_export(path: Path) -> bool:
+    """Whether `save_tree` wrote this directory."""
     return (path / RECORD).is_file() and "export" in read_record(path)
 
 
 def read_arrays(path: Path, record: dict[str, Any]) -> tuple[dict, dict]:
-    """{path: (array, key implementation)}, all as recorded, and nested dicts with a 0
-    for each of what Orbax wrote; in all processes."""
+    """Reads the arrays of a sealed directory, in all processes.
+
+    Returns:
+        `{path: (array, key implementation)}` for every recorded array, and the nested
+        dicts of arrays that Orbax wrote, with 0 in place of each array.
+    """
     entries, here = record["leaves"], []
 
-    def read():
+    def read() -> dict:
         arrays, tree = _arrays(path, record)
         here.extend(arrays)
         return jax.tree.map(lambda _: 0, tree)
@@ -148,27 +169,8 @@ def read_arrays(path: Path, record: dict[str, Any]) -> tuple[dict, dict]:
 
 
 def _arrays(path: Path, record: dict[str, Any]) -> tuple[list[np.ndarray], dict]:
-    """The arrays that lie there, as recorded, and Orbax's tree of them.
-
-    Before Orbax opens a file, it has to be a file in its place, of its size, and whole;
-    and there is nothing else that it could read instead.
-    """
-    files = {path / name: sums for name, sums in record["files"].items()}
-    for file in sorted(path.rglob("[!.]*")):
-        if file not in files and file.name != RECORD and not file.is_dir():
-            raise _damaged(file, "it was not written there")
-    for file, (size, _) in files.items():
-        if file.resolve() != path.resolve() / file.relative_to(path):
-            raise _damaged(file, "it is a link")
-        if not file.is_file() or file.stat().st_size != size:
-            raise _damaged(file, f"it is not a file of {size} bytes")
-    try:
-        found = _sums(list(files))
-    except OSError as error:
-        raise _damaged(path, error) from error
-    for file, sums in zip(files, found, strict=True):
-        if sums != files[file]:
-            raise _damaged(file, "its checksum is another")
+    """Reads the recorded arrays, and the tree in which Orbax stores them."""
+    _check_files(path, record)
     try:
         with _orbax() as orbax:
             tree = orbax.restore(path)
@@ -189,20 +191,44 @@ def _arrays(path: Path, record: dict[str, Any]) -> tuple[list[np.ndarray], dict]
     return arrays, tree
 
 
-def _damaged(path: Path, what: object) -> DamageError:
-    got = f"damage: {what}".partition("\n")[0][:200]
+def _check_files(path: Path, record: dict[str, Any]) -> None:
+    """Refuses a directory whose files are not exactly the recorded ones.
+
+    Before Orbax opens the directory, every file has to be in its place, with its size
+    and checksum, and there may be no other file that Orbax could read instead.
+    """
+    files = {path / name: sums for name, sums in record["files"].items()}
+    for file in sorted(path.rglob("[!.]*")):
+        if file not in files and file.name != RECORD and not file.is_dir():
+            raise _damaged(file, "it was not written there")
+    for file, (size, _) in files.items():
+        if file.resolve() != path.resolve() / file.relative_to(path):
+            raise _damaged(file, "it is a link")
+        if not file.is_file() or file.stat().st_size != size:
+            raise _damaged(file, f"it is not a file of {size} bytes")
+    try:
+        found = _sums(list(files))
+    except OSError as error:
+        raise _damaged(path, error) from error
+    for file, sums in zip(files, found, strict=True):
+        if sums != files[file]:
+            raise _damaged(file, "its checksum has changed")
+
+
+def _damaged(path: Path, reason: object) -> DamageError:
+    """The error for a file or directory that is damaged."""
+    got = f"damage: {reason}".partition("\n")[0][:200]
     do = "Restore another step."
     return DamageError(message("checkpoint", f"{path} as it was written", got, do))
 
 
 @contextlib.contextmanager
 def _orbax() -> Iterator[ocp.Checkpointer]:
-    """Orbax for one directory, in silence: what goes wrong is raised.
+    """Opens Orbax to write or read one directory without logging.
 
-    It is this process' own, and waits for no other.
-
-    It logs by absl at every level; only its own records are dropped, and only while
-    it works for us.
+    Errors are raised. Orbax works in this process alone and waits for no other one.
+    It logs by absl at every level. Only its own records are dropped, and only until the
+    block ends.
     """
     inside = f"{os.sep}orbax{os.sep}"
     absl = logging.getLogger("absl")

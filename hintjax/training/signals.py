@@ -1,26 +1,29 @@
-"""Signals that ask a run to end: noticed between steps, obeyed once all is saved."""
+"""Signals that ask a run to end: noticed at once, obeyed when the run is saved."""
 
 import contextlib
 import signal
 import threading
 import time
 from collections.abc import Iterator
+from types import FrameType
 
-_PATIENCE = 1.0  # seconds; what sends a signal often sends it twice at once
+_PATIENCE = 1.0  # seconds; many senders send a signal twice at once
 
 
 class Request:
-    """Which signal has asked the loops of this process to end, if any has."""
+    """The signal, if any, that has asked the loops of this process to end."""
 
     def __init__(self):
         self.signal: int | None = None
 
     def obey(self, saved: str) -> None:
-        """Raises, if it was asked: after SIGINT KeyboardInterrupt, after SIGTERM the
-        SystemExit whose code shells give to a process that ended by it.
+        """Raises the exception that ends the run, if a signal has asked for that.
+
+        It is KeyboardInterrupt after SIGINT. After SIGTERM it is SystemExit, with the
+        code that shells give to a process that SIGTERM ended.
 
         Args:
-            saved: what is safe, for whoever reads the KeyboardInterrupt.
+            saved: says what is saved, as the text of the KeyboardInterrupt.
         """
         if self.signal == signal.SIGINT:
             raise KeyboardInterrupt(saved)
@@ -28,8 +31,8 @@ class Request:
             raise SystemExit(128 + self.signal)
 
 
-# Of the loop in the main thread, which alone may install handlers. Loops that it
-# started in other threads look at the same one.
+# The request to the loop in the main thread, the only thread that may install handlers.
+# Loops that it started in other threads look at the same request.
 _CURRENT: list[Request] = []
 
 
@@ -37,22 +40,23 @@ _CURRENT: list[Request] = []
 def stoppable() -> Iterator[Request]:
     """Takes SIGINT and SIGTERM as requests until the block ends.
 
-    A second one, a moment later, does what it did before, at once. Signals that are
-    ignored stay ignored, and a handler of the caller's is called when the block ends.
+    A second signal, more than a moment later, does at once what it did before the
+    block. Ignored signals stay ignored. A handler that the caller has installed is
+    called when the block ends.
 
     Yields:
-        The request; whoever has saved what must not be lost calls its `obey`.
+        The request. Code that has saved the run calls its `obey`.
     """
     if _CURRENT or threading.current_thread() is not threading.main_thread():
         yield _CURRENT[0] if _CURRENT else Request()
         return
     request, before, first = Request(), {}, [0.0]
 
-    def restore():
+    def restore() -> None:
         for number, handler in before.items():
             signal.signal(number, handler)
 
-    def ask(number, frame):
+    def ask(number: int, frame: FrameType | None) -> None:
         if request.signal is None:
             request.signal, first[0] = number, time.monotonic()
         elif time.monotonic() - first[0] > _PATIENCE:
@@ -67,7 +71,7 @@ def stoppable() -> Iterator[Request]:
     _CURRENT.append(request)
     try:
         yield request
-        request.obey("all is saved")  # it came when there was nothing left to do
+        request.obey("all is saved")  # for a signal after the last step
     finally:
         _CURRENT.clear()
         restore()

@@ -1,19 +1,15 @@
-"""Exported trees of arrays on disk, and fingerprints of trees."""
+"""Exports: trees of arrays on disk that need nothing else to be read."""
 
-import hashlib
-import json
 import os
 import shutil
 from collections.abc import Mapping
 from typing import Any
 
 import jax
-from jaxtyping import PyTree
 
 from hintjax._checks import Refusal, WrongType, message
 from hintjax.processes import told
 from hintjax.training.arrays import (
-    bytes_of,
     entries,
     fetch,
     flatten,
@@ -33,42 +29,26 @@ from hintjax.training.sealed import (
 )
 
 
-def fingerprint(tree: PyTree) -> str:
-    """SHA-256 over the sorted paths, dtypes, shapes and bytes of a tree.
-
-    Containers and devices do not count: a dict, a NamedTuple of the same fields and
-    sharded copies of either have one fingerprint.
-
-    >>> fingerprint({"w": np.zeros(2, np.float32)})[:12]
-    'bdce4ce55dfb'
-    """
-    leaves, arrays = flatten("fingerprint", tree)
-    digest = hashlib.sha256()
-    for leaf, array in sorted(zip(leaves, fetch(arrays), strict=True)):
-        digest.update(json.dumps([leaf.path, leaf.dtype, leaf.shape]).encode())
-        digest.update(bytes_of(array))
-    return digest.hexdigest()
-
-
 def save_tree(path: str | os.PathLike, tree: Mapping[str, Any]) -> None:
-    """Writes nested dicts of arrays as one Orbax directory, there when it returns.
+    """Writes nested dicts of arrays as one Orbax directory.
 
-    Plain Orbax reads it as well: ``StandardCheckpointer().restore(path)``.
+    The directory is complete when the function returns. Plain Orbax reads it as well:
+    ``StandardCheckpointer().restore(path)``.
 
     Args:
       path: a new or empty directory, or an earlier export, which is replaced.
-      tree: what ``module.apply`` takes: ``{"params": ..., "batch_stats": ...}``.
+      tree: variables for ``module.apply``: ``{"params": ..., "batch_stats": ...}``.
     """
     target = resolve("save_tree", path)
 
-    def look():
+    def refuse_other_content() -> None:
         empty = target.is_dir() and not any(target.iterdir())
         if target.exists() and not empty and not is_export(target):
             wanted = "a new or empty directory or an earlier export"
-            do = "Choose another path: what others wrote is not overwritten."
+            do = "Choose another path: only exports are overwritten."
             raise Refusal(message("save_tree", wanted, str(target), do))
 
-    told(look)
+    told(refuse_other_content)
     tree = _plain(tree, ())
     leaves, arrays = flatten("save_tree", tree)
     host = fetch(arrays)
@@ -79,7 +59,7 @@ def save_tree(path: str | os.PathLike, tree: Mapping[str, Any]) -> None:
     staging = target.with_name(f".{target.name}{STAGING}")
     tree = jax.tree.unflatten(jax.tree.structure(tree), host)
 
-    def write():
+    def write() -> None:
         make_staging("save_tree", staging, target, host)
         try:
             record = {"export": True, "leaves": entries(leaves, host)}
@@ -91,7 +71,7 @@ def save_tree(path: str | os.PathLike, tree: Mapping[str, Any]) -> None:
 
 
 def load_tree(path: str | os.PathLike) -> dict[str, Any]:
-    """Reads what `save_tree` wrote: nested dicts of arrays, with nothing else to know.
+    """Reads the nested dicts of arrays that `save_tree` wrote.
 
     >>> from tempfile import TemporaryDirectory
     >>> with TemporaryDirectory() as directory:
@@ -101,13 +81,13 @@ def load_tree(path: str | os.PathLike) -> dict[str, Any]:
     """
     source = resolve("load_tree", path)
 
-    def look():
+    def record() -> dict[str, Any]:
         if not is_export(source):
             wanted = "a directory that save_tree wrote"
             raise Refusal(message("load_tree", wanted, str(source)))
         return read_record(source)
 
-    stored, outline = read_arrays(source, told(look, DamageError))
+    stored, outline = read_arrays(source, told(record, DamageError))
 
     def place(path: Any, _: int) -> jax.Array:
         names = names_of(path)
@@ -119,7 +99,7 @@ def load_tree(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def _plain(node: Any, path: tuple[str, ...]) -> Any:
-    """The same dicts as plain ones: nothing else comes back as what it was."""
+    """Copies dicts to plain dicts; other containers could not be read back."""
     if isinstance(node, Mapping) and all(isinstance(key, str) for key in node):
         return {key: _plain(child, (*path, key)) for key, child in node.items()}
     if path and hasattr(node, "dtype"):

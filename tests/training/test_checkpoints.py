@@ -279,7 +279,7 @@ def test_what_cannot_be_saved_is_refused_before_anything_is(tmp_path, unchecked)
         with pytest.raises(error, match=text):
             checkpoints.save(0, tree)
     for extra in ({"a": b"bytes"}, {"a": np.ones(1)}, ["no", "dict"]):
-        with pytest.raises(TypeError, match="extra to hold what JSON can"):
+        with pytest.raises(TypeError, match="extra to hold JSON values"):
             checkpoints.save(0, SMALL, extra)
     assert checkpoints.steps() == []
     with pytest.raises(ValueError, match="keep to be an integer >= 1"):
@@ -470,7 +470,7 @@ def test_damage_is_seen(tmp_path):
     record = tmp_path / "1" / "hintjax.json"
     whole = record.read_text()
     record.write_text(whole.replace('"best": true', '"best": false'))
-    with pytest.raises(DamageError, match="its checksum is another"):
+    with pytest.raises(DamageError, match="its checksum has changed"):
         checkpoints.restore(tree)
     # A record of another tree than the one that is there.
     wrong = json.loads(whole)
