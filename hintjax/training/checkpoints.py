@@ -292,6 +292,7 @@ def open_checkpoints(directory: str | os.PathLike, *, keep: int = 2) -> Checkpoi
       directory: a local directory; relative paths and ``~`` are resolved now.
       keep: the number of latest steps that are kept, besides the best step.
 
+    >>> import jax.numpy as jnp
     >>> from tempfile import TemporaryDirectory
     >>> with TemporaryDirectory() as directory:
     ...     with open_checkpoints(directory) as checkpoints:

@@ -1,4 +1,4 @@
-"""Where batches come from: the device, or Grain."""
+"""Feeds: the batches of training, from the device or from Grain."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Key
+from jaxtyping import Array, Key, PyTree
 
 from hintjax._checks import Refusal, message
 from hintjax.data import Augment, Dataset, order, place, steps_per_epoch, stream, take
@@ -17,34 +17,40 @@ from hintjax.sharding import from_process, over_batch, replicated, spread
 from hintjax.stages import Stage, State
 
 Batch = Mapping[str, Array]
+Metrics = Mapping[str, Array]
 
 
 class Program(NamedTuple):
     """A stage compiled together with the making of its batches.
 
     Share one program between runs: seeds and initial values are arguments.
+
+    Attributes:
+        stage: the stage.
+        one: makes one batch and one step.
+        many: makes `count` steps in one dispatch.
     """
 
     stage: Stage
-    one: Callable[..., tuple[State, Mapping[str, Array]]]
-    many: Callable[..., tuple[State, Mapping[str, Array]]]
+    one: Callable[..., tuple[State, Metrics]]
+    many: Callable[..., tuple[State, Metrics]]
 
 
 class Feed(NamedTuple):
-    """Where batches come from.
+    """Trains on batches from one source.
 
     Attributes:
-        advance: `(program, state, teacher, at, count) -> (state, metrics)`: the steps
-            `at` to `at + count` of the run.
+        advance: `(program, state, teacher, at, count) -> (state, metrics)`: makes the
+            steps `at` to `at + count` of the run.
         example: one batch, for its shapes.
         data: size and labels of the training set.
         per_epoch: steps in an epoch.
-        position: what a checkpoint must hold to go on from here; JSON.
-        seek: goes to such a position.
-        waited: seconds in which steps waited for a batch, since it was asked last.
+        position: gives the position in the source, for a checkpoint; JSON.
+        seek: goes to a position that `position` gave.
+        waited: seconds in which steps waited for a batch, since the last call.
     """
 
-    advance: Callable[..., tuple[State, Mapping[str, Array]]]
+    advance: Callable[..., tuple[State, Metrics]]
     example: Batch
     data: Data
     per_epoch: int
@@ -63,7 +69,7 @@ def program(
 
     Args:
         stage: the stage.
-        batch_size: of a step.
+        batch_size: examples in a step.
         augment: crops and flips.
         mesh: the stage's mesh, if it has one.
 
@@ -101,13 +107,13 @@ def on_device(
 ) -> Feed:
     """Batches of a training split that is kept on the device as uint8.
 
-    Shuffled anew every epoch; where the run stands follows from its step.
+    The order changes with every epoch. The step of the run alone tells the position.
 
     Args:
-        dataset: decoded.
-        batch_size: of a step.
-        key: of the order and of crops and flips.
-        mesh: the split is replicated over it.
+        dataset: a dataset in memory, decoded.
+        batch_size: examples in a step.
+        key: the key of the order, the crops and the flips.
+        mesh: the mesh over which the split is replicated.
 
     Returns:
         The feed.
@@ -151,14 +157,15 @@ def streamed(
     """Batches of a training split that does not fit on the device, by Grain.
 
     Args:
-        dataset: its training split is read from the host, or from disk.
-        batch_size: of a step, of all processes together.
-        seed: of the order and of crops and flips.
+        dataset: its training split is read from the host's memory or from disk.
+        batch_size: examples in a step, over all processes together.
+        seed: the seed of the order, the crops and the flips.
         augment: crops and flips, made on the host.
-        mesh: each process reads its own part of a batch, which is split over it.
+        mesh: the mesh over which a batch is split. Each process reads its own part of
+            the batch.
 
     Returns:
-        The feed; its position is Grain's own, and the same in all processes.
+        The feed. Its position is that of Grain, and the same in all processes.
     """
     train, processes = dataset.train, jax.process_count()
     if batch_size % processes:
@@ -175,14 +182,14 @@ def streamed(
         process_count=processes,
     )
 
-    dispatched, seconds = [], 0.0
+    dispatched, seconds = [], 0.0  # arrays of the last step; waited since last asked
 
-    def following():
+    def following() -> Mapping[str, Any]:
         nonlocal seconds
         start = time.perf_counter()
         batch = next(batches)
-        # While an earlier step still runs, a batch that is late holds up nothing. If
-        # that step ended in the meantime, all of the wait counts.
+        # While an earlier step still runs, a late batch delays nothing. If that step
+        # has ended by now, the whole wait counts.
         if all(array.is_ready() for array in dispatched):
             seconds += time.perf_counter() - start
         return batch if mesh is None else from_process(batch, mesh)
@@ -197,7 +204,7 @@ def streamed(
             dispatched[:] = jax.tree.leaves(metrics)
         return state, metrics
 
-    def waited():
+    def waited() -> float:
         nonlocal seconds
         since, seconds = seconds, 0.0
         return since
@@ -213,8 +220,8 @@ def streamed(
     )
 
 
-def _on(mesh, where, arrays):
-    """Arrays where a mesh wants them; without one, on the device."""
+def _on(mesh: Mesh | None, where: Callable[[Mesh], Any], arrays: PyTree) -> PyTree:
+    """Places arrays by a sharding of the mesh; without a mesh, on the device."""
     if mesh is None:
         return jax.device_put(arrays)
     return spread(arrays, where(mesh))

@@ -131,4 +131,5 @@ def _speed(
 
 
 def _three_digits(value: float) -> str:
+    """A number with about three digits."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

@@ -119,7 +119,7 @@ def inside(root: Path, name: str) -> Path:
     >>> inside(Path("runs"), "../elsewhere")
     Traceback (most recent call last):
     ...
-    ValueError: run: expected a name within runs, got '../elsewhere'.
+    hintjax._checks.Refusal: run: expected a name within runs, got '../elsewhere'.
     """
     path, top = root / name, root.resolve()
     if top not in path.resolve().parents:

@@ -73,6 +73,7 @@ def save_tree(path: str | os.PathLike, tree: Mapping[str, Any]) -> None:
 def load_tree(path: str | os.PathLike) -> dict[str, Any]:
     """Reads the nested dicts of arrays that `save_tree` wrote.
 
+    >>> import jax.numpy as jnp
     >>> from tempfile import TemporaryDirectory
     >>> with TemporaryDirectory() as directory:
     ...     save_tree(f"{directory}/student", {"params": {"bias": jnp.ones(2)}})

@@ -744,7 +744,7 @@ for directory in sys.argv[1:]:
     process = python(code, tmp_path / "a", tmp_path / "b", stderr=subprocess.PIPE)
     error = process.communicate(timeout=60)[1]
     assert open_checkpoints(tmp_path / "a").latest() == 1
-    assert "OSError: [Errno 39] save: nothing was written" in error
+    assert "FileRefusal: [Errno 39] save: nothing was written" in error
     assert names(tmp_path / "b") == ["1"] and names(tmp_path / "b" / "1") == ["other"]
 
 
