@@ -94,7 +94,7 @@ def fingerprint(tree: PyTree) -> str:
     digest = hashlib.sha256()
     for leaf, array in sorted(zip(leaves, fetch(arrays), strict=True)):
         digest.update(json.dumps([leaf.path, leaf.dtype, leaf.shape]).encode())
-        digest.update(_bytes_of(array))
+        digest.update(_bytes_of(array).data)
     return digest.hexdigest()
 
 
@@ -143,7 +143,7 @@ def placed_like(path: tuple[str, ...], value: np.ndarray, key: str, like: Any) -
         return value if isinstance(like, np.ndarray) else value[()]
     placed: Any = value
     if key:
-        placed = jax.random.wrap_key_data(value, impl=key)
+        placed = jax.random.wrap_key_data(jnp.asarray(value), impl=key)
     elif like.weak_type:
         # With a strong type, later operations would promote to other dtypes.
         placed = jnp.full(value.shape, value.dtype.type(0).item()).at[...].set(value)

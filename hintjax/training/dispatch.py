@@ -89,7 +89,8 @@ class Pace:
         metrics = jax.device_get(metrics)
         self._ahead.clear()
         waited = self.feed.waited()
-        seconds = now.seconds + self._timer.seconds() - waited
+        spent = 0.0 if self._timer is None else self._timer.seconds()
+        seconds = now.seconds + spent - waited
         return state, now._replace(seconds=seconds).spend("data", waited), metrics
 
     def _dispatch(

@@ -40,5 +40,5 @@ def evaluate(
     if total is None:
         do = "Give a split that has examples."
         raise Refusal(message("evaluate", "batches", "none", do))
-    total, count = jax.device_get((total, count))
-    return {name: float(value) / int(count) for name, value in total.items()}
+    sums, examples = jax.device_get((total, count))
+    return {name: float(value) / int(examples) for name, value in sums.items()}

@@ -10,8 +10,17 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Key, PyTree
 
-from hintjax._checks import Refusal, message
-from hintjax.data import Augment, Dataset, order, place, steps_per_epoch, stream, take
+from hintjax._checks import Refusal, WrongType, message
+from hintjax.data import (
+    Augment,
+    Dataset,
+    Split,
+    order,
+    place,
+    steps_per_epoch,
+    stream,
+    take,
+)
 from hintjax.method import Data
 from hintjax.sharding import from_process, over_batch, replicated, spread
 from hintjax.stages import Stage, State
@@ -118,6 +127,10 @@ def on_device(
     Returns:
         The feed.
     """
+    if not isinstance(dataset.train, Split):
+        got = type(dataset.train).__name__
+        do = "Read it with hintjax.training.streamed."
+        raise WrongType(message("on_device", "a decoded training split", got, do))
     n, per_epoch = dataset.train.n, steps_per_epoch(dataset.train.n, batch_size)
     orders, crops = jax.random.split(key)
     everywhere = None if mesh is None else replicated(mesh)
@@ -172,7 +185,7 @@ def streamed(
         do = f"Use a multiple of {processes}."
         wanted = f"a batch size that {processes} processes can share"
         raise Refusal(message("streamed", wanted, f"{batch_size}", do))
-    batches = stream(
+    batches: Any = stream(  # an iterator of Grain, with a position
         train,
         batch_size // processes,
         dataset.standardize,

@@ -96,8 +96,9 @@ class Now(NamedTuple):
 
     def is_lowest(self) -> bool:
         """Whether no saved step of the phase has a validation loss as low as this."""
-        known = self.found is not None
-        return known and (self.lowest is None or self.found < self.lowest)
+        if self.found is None:
+            return False
+        return self.lowest is None or self.found < self.lowest
 
     def next_phase(self) -> "Now":
         """Ends the phase at this step and begins the next one."""

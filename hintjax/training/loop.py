@@ -214,7 +214,7 @@ class _Reports(NamedTuple):
         found: Mapping[str, float] = {}
         if self.validation is not None and due:
             start = time.perf_counter()
-            batches = self._heeded(state, now, metrics)
+            batches = self._heeded(self.validation(), state, now, metrics)
             found = evaluate(phase.program.stage, state, phase.teacher, batches)
             now = now.spend("evaluation", time.perf_counter() - start)
             now = now.validated(found["loss"])
@@ -231,10 +231,14 @@ class _Reports(NamedTuple):
         return now
 
     def _heeded(
-        self, state: State, now: Now, metrics: Mapping[str, ArrayLike]
+        self,
+        batches: Iterable[Batch],
+        state: State,
+        now: Now,
+        metrics: Mapping[str, ArrayLike],
     ) -> Iterator[Batch]:
         """The validation batches; before each of them a signal may end the run."""
-        for batch in self.validation():
+        for batch in batches:
             self.keeper.heed(state, now, metrics, meet=False)
             yield batch
 

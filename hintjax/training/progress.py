@@ -99,7 +99,7 @@ def _plain_lines(
 
     def show(step: int, description: str, text: str) -> None:
         nonlocal last
-        if step >= total or time.perf_counter() - last >= every:
+        if step >= total or time.perf_counter() - last >= float(every):
             last = time.perf_counter()
             print(f"{description}: {step}/{total}  {text}", file=stream, flush=True)
 

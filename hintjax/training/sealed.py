@@ -10,7 +10,7 @@ import logging
 import os
 import shutil
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -70,7 +70,11 @@ def make_staging(
 
 
 def commit(
-    caller: str, staging: Path, target: Path, tree: dict, record: dict[str, Any]
+    caller: str,
+    staging: Path,
+    target: Path,
+    tree: Mapping[str, Any],
+    record: dict[str, Any],
 ) -> None:
     """Writes tree and record in `staging`, and renames them to `target` together."""
     staged = staging / target.name
@@ -145,7 +149,9 @@ def is_export(path: Path) -> bool:
     return (path / RECORD).is_file() and "export" in read_record(path)
 
 
-def read_arrays(path: Path, record: dict[str, Any]) -> tuple[dict, dict]:
+def read_arrays(
+    path: Path, record: dict[str, Any]
+) -> tuple[dict[tuple[str, ...], tuple[np.ndarray, str]], dict]:
     """Reads the arrays of a sealed directory, in all processes.
 
     Returns:

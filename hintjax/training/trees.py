@@ -62,7 +62,7 @@ def save_tree(path: str | os.PathLike, tree: Mapping[str, Any]) -> None:
     def write() -> None:
         make_staging("save_tree", staging, target, host)
         try:
-            record = {"export": True, "leaves": entries(leaves, host)}
+            record: dict[str, Any] = {"export": True, "leaves": entries(leaves, host)}
             commit("save_tree", staging, target, tree, record)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
