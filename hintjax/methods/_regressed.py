@@ -1,6 +1,6 @@
 """What methods share that put a regressor on the guided layer of each pair."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -9,7 +9,7 @@ from jaxtyping import Array, Key
 
 from hintjax import regressors
 from hintjax._numerics import at_smaller_size
-from hintjax.method import Pairs
+from hintjax.method import Data, Pairs
 from hintjax.networks import Features
 
 Level = Callable[[Array, Array], tuple[Array, Array]]
@@ -22,6 +22,19 @@ class Pair(NamedTuple):
     module: nn.Module
     guided: Any
     hint: Any
+
+
+class Beside(NamedTuple):
+    """The regressors of a method, which are trained beside the student.
+
+    Attributes:
+        init: `(key, student, teacher, data) -> (params, memory)`, as `Method.init`.
+        predict: `(params, memory, student, teacher, train) -> (predictions, memory)`:
+            for each pair its name, the prediction and the hint.
+    """
+
+    init: Callable[..., tuple[dict, dict]]
+    predict: Callable[..., tuple[list[tuple[str, Array, Array]], dict]]
 
 
 def smaller(guided: Array, hint: Array) -> tuple[Array, Array]:
@@ -54,23 +67,38 @@ def ready(
         yield Pair(f"{guided}->{hint}", module, ours, theirs)
 
 
-def init(key: Key[Array, ""], pairs: Iterable[Pair]) -> tuple[dict, dict]:
-    """Parameters and state of all regressors, by name."""
-    params, memory = {}, {}
-    for number, (name, module, guided, _) in enumerate(pairs):
-        one = jax.random.fold_in(key, number)
-        params[name], memory[name] = regressors.init(module, one, guided.shape)
-    return params, memory
+def beside(pairs: Pairs, sizing: regressors.Sizing, level: Level = smaller) -> Beside:
+    """The regressors of all pairs, as functions on the features of both networks.
 
+    Args:
+        pairs: (guided layer, hint layer) for each pair.
+        sizing: sizes the regressor of one pair.
+        level: brings the two layers of a pair to one size.
 
-def apply(
-    params: dict, memory: dict, pairs: Iterable[Pair], train: bool
-) -> tuple[list[tuple[str, Array, Array]], dict]:
-    """(name, prediction, hint) of each pair, and the regressors' state."""
-    predictions, remembered = [], {}
-    for name, module, guided, hint in pairs:
-        predicted, remembered[name] = regressors.apply(
-            module, params[name], memory[name], guided, train
-        )
-        predictions.append((name, predicted, hint))
-    return predictions, remembered
+    Returns:
+        `init` and `predict`. The parameters and the state are dicts by `guided->hint`.
+    """
+
+    def init(
+        key: Key[Array, ""], student: Features, teacher: Features, data: Data | None
+    ) -> tuple[dict, dict]:
+        params, memory = {}, {}
+        ready_pairs = ready(pairs, sizing, student, teacher, level)
+        for number, (name, module, guided, _) in enumerate(ready_pairs):
+            one = jax.random.fold_in(key, number)
+            params[name], memory[name] = regressors.init(module, one, guided.shape)
+        return params, memory
+
+    def predict(
+        params: dict, memory: dict, student: Features, teacher: Features, train: bool
+    ) -> tuple[list[tuple[str, Array, Array]], dict]:
+        predictions, remembered = [], {}
+        ready_pairs = ready(pairs, sizing, student, teacher, level)
+        for name, module, guided, hint in ready_pairs:
+            predicted, remembered[name] = regressors.apply(
+                module, params[name], memory[name], guided, train
+            )
+            predictions.append((name, predicted, hint))
+        return predictions, remembered
+
+    return Beside(init, predict)

@@ -48,19 +48,10 @@ def activation_boundary(
     positive("activation_boundary", margin=margin)
     function("activation_boundary", regressor=regressor)
     student_wants, teacher_wants = hints_of("activation_boundary", pairs)
-
-    def ready(student, teacher):
-        return _regressed.ready(
-            pairs, regressor, student, teacher, _regressed.as_they_are
-        )
-
-    def init(key, student, teacher, data):
-        return _regressed.init(key, ready(student, teacher))
+    init, predict = _regressed.beside(pairs, regressor, _regressed.as_they_are)
 
     def apply(params, memory, student, teacher, batch, context):
-        predictions, memory = _regressed.apply(
-            params, memory, ready(student, teacher), context.train
-        )
+        predictions, memory = predict(params, memory, student, teacher, context.train)
         total = 0.0
         for _, predicted, hint in predictions:  # halved once for each deeper pair
             loss = activation_boundary_loss(predicted, hint, margin=margin)

@@ -40,19 +40,10 @@ def channel_wise(
     positive("channel_wise", temperature=temperature)
     function("channel_wise", regressor=regressor)
     student_wants, teacher_wants = hints_of("channel_wise", pairs)
-
-    def ready(student, teacher):
-        return _regressed.ready(
-            pairs, regressor, student, teacher, _regressed.as_they_are
-        )
-
-    def init(key, student, teacher, data):
-        return _regressed.init(key, ready(student, teacher))
+    init, predict = _regressed.beside(pairs, regressor, _regressed.as_they_are)
 
     def apply(params, memory, student, teacher, batch, context):
-        predictions, memory = _regressed.apply(
-            params, memory, ready(student, teacher), context.train
-        )
+        predictions, memory = predict(params, memory, student, teacher, context.train)
         loss = partial(channel_loss, temperature=temperature, where=batch.get("where"))
         values = [loss(predicted, hint) for _, predicted, hint in predictions]
         return sum(values), memory, {}

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
@@ -21,6 +20,7 @@ from hintjax._checks import (
 from hintjax._numerics import as_float, keep, masked_mean
 from hintjax.losses import hint_loss
 from hintjax.method import Method, Pairs, hints_of
+from hintjax.methods import _regressed
 from hintjax.methods._tokens import counted
 
 
@@ -64,38 +64,23 @@ def fitnets(
     """
     function("fitnets", regressor=regressor, loss=loss)
     student_wants, teacher_wants = hints_of("fitnets", pairs)
-    names = [f"{guided}->{hint}" for guided, hint in pairs]
-
-    def sized(student, teacher):
-        for (guided, hint), name in zip(pairs, names, strict=True):
-            shape, target = student.hints[guided].shape, teacher.hints[hint].shape
-            module = regressor(shape[1:], target[1:])
-            yield name, module, student.hints[guided], teacher.hints[hint]
-
-    def init(key, student, teacher, data):
-        params, memory = {}, {}
-        for number, (name, module, guided, _) in enumerate(sized(student, teacher)):
-            one = jax.random.fold_in(key, number)
-            params[name], memory[name] = regressors.init(module, one, guided.shape)
-        return params, memory
+    init, predict = _regressed.beside(pairs, regressor, _regressed.as_they_are)
 
     def apply(params, memory, student, teacher, batch, context):
-        total, remembered, losses, r2 = 0.0, {}, {}, {}
+        predictions, memory = predict(params, memory, student, teacher, context.train)
+        total, losses, r2 = 0.0, {}, {}
         where, tokens = batch.get("where"), counted("fitnets", batch, padding)
         told = {} if padding is None else {"where": tokens}
-        for name, module, guided, hint in sized(student, teacher):
-            predicted, remembered[name] = regressors.apply(
-                module, params[name], memory[name], guided, context.train
-            )
+        for name, predicted, hint in predictions:
             values = loss(predicted, hint, **told)
             total = total + values
             losses[name] = masked_mean(values, where)
             r2[name] = explained_variance(predicted, hint, tokens)
         metrics = {"r2": sum(r2.values()) / len(r2)}
-        if len(names) > 1:
+        if len(losses) > 1:
             metrics |= {f"{name}/loss": value for name, value in losses.items()}
             metrics |= {f"{name}/r2": value for name, value in r2.items()}
-        return total, remembered, metrics
+        return total, memory, metrics
 
     return Method(student_wants, teacher_wants, init, apply)
 

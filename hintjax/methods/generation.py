@@ -70,8 +70,7 @@ def masked_generation(
             raise Refusal(message("masked_generation", "maps (h, w, c)", got))
         return regressors.Generator(teacher[-1])
 
-    def init(key, student, teacher, data):
-        return _regressed.init(key, _regressed.ready(pairs, sizing, student, teacher))
+    init, _ = _regressed.beside(pairs, sizing)
 
     def apply(params, memory, student, teacher, batch, context):
         total = 0.0

@@ -55,6 +55,8 @@ def overhaul(
         wanted = f"one of norms for each of {len(pairs)} pairs"
         raise Refusal(message("overhaul", wanted, f"{norms}"))
 
+    beside = _regressed.beside(pairs, regressor)
+
     def init(key, student, teacher, data):
         for path in norms:
             found = teacher.params[path]
@@ -62,16 +64,11 @@ def overhaul(
                 wanted = f"the teacher's {path!r} to be a BatchNorm with scale and bias"
                 do = "Name the BatchNorm before the ReLU with norms=."
                 raise Refusal(message("overhaul", wanted, f"{list(found)}", do))
-        return _regressed.init(
-            key, _regressed.ready(pairs, regressor, student, teacher)
-        )
+        return beside.init(key, student, teacher, data)
 
     def apply(params, memory, student, teacher, batch, context):
-        predictions, memory = _regressed.apply(
-            params,
-            memory,
-            _regressed.ready(pairs, regressor, student, teacher),
-            context.train,
+        predictions, memory = beside.predict(
+            params, memory, student, teacher, context.train
         )
         total = 0.0
         for (_, predicted, hint), path in zip(predictions, norms, strict=True):

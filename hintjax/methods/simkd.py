@@ -47,29 +47,24 @@ def simkd(
     References:
         Chen et al. 2022, Knowledge Distillation with the Reused Teacher Classifier.
     """
-    pairs = [pair]
-    student_wants, teacher_wants = hints_of("simkd", pairs)
+    student_wants, teacher_wants = hints_of("simkd", [pair])
     instance("simkd", str, classifier=classifier)
     function("simkd", regressor=regressor)
     teacher_wants = teacher_wants._replace(params=(classifier,))
+
+    beside = _regressed.beside([pair], regressor)
 
     def init(key, student, teacher, data):
         if "kernel" not in teacher.params[classifier]:
             wanted = f"the teacher's {classifier!r} to be a dense layer with a kernel"
             got = f"{list(teacher.params[classifier])}"
             raise Refusal(message("simkd", wanted, got))
-        return _regressed.init(
-            key, _regressed.ready(pairs, regressor, student, teacher)
-        )
-
-    def projected(params, memory, student, teacher, train):
-        ((_, found, hint),), memory = _regressed.apply(
-            params, memory, _regressed.ready(pairs, regressor, student, teacher), train
-        )
-        return found, hint, memory
+        return beside.init(key, student, teacher, data)
 
     def apply(params, memory, student, teacher, batch, context):
-        found, hint, memory = projected(params, memory, student, teacher, context.train)
+        ((_, found, hint),), memory = beside.predict(
+            params, memory, student, teacher, context.train
+        )
         metrics = {}
         if "label" in batch:
             logits = reused_classifier(found, teacher.params[classifier])
@@ -78,7 +73,7 @@ def simkd(
         return hint_loss(found, hint), memory, metrics
 
     def deploy(params, memory, student, teacher):
-        found, _, _ = projected(params, memory, student, teacher, False)
+        ((_, found, _),), _ = beside.predict(params, memory, student, teacher, False)
         return reused_classifier(found, teacher.params[classifier])
 
     return Method(student_wants, teacher_wants, init, apply, deploy=deploy)

@@ -55,9 +55,11 @@ def variational(
     student_wants, teacher_wants = hints_of("variational", pairs)
     initial_scale = math.log(math.expm1(initial_variance - LEAST_VARIANCE))
 
+    beside = _regressed.beside(pairs, regressor)
+
     def init(key, student, teacher, data):
-        ready = list(_regressed.ready(pairs, regressor, student, teacher))
-        means, memory = _regressed.init(key, ready)
+        means, memory = beside.init(key, student, teacher, data)
+        ready = _regressed.ready(pairs, regressor, student, teacher)
         scales = {pair.name: pair.hint.shape[-1:] for pair in ready}
         params = {
             name: {
@@ -69,11 +71,9 @@ def variational(
         return params, memory
 
     def apply(params, memory, student, teacher, batch, context):
-        predictions, memory = _regressed.apply(
-            {name: own["mean"] for name, own in params.items()},
-            memory,
-            _regressed.ready(pairs, regressor, student, teacher),
-            context.train,
+        means = {name: own["mean"] for name, own in params.items()}
+        predictions, memory = beside.predict(
+            means, memory, student, teacher, context.train
         )
         values = [
             variational_loss(predicted, hint, scale=params[name]["scale"])
