@@ -27,7 +27,9 @@ def simkd(
     The published setting has this at weight 1 and neither the task nor KD: the
     student's own classifier is not used. Where sizes differ, the larger map is averaged
     down first. The student is deployed with the projector and the teacher's classifier:
-    see `hintjax.export.deployed`.
+    see `hintjax.export.deployed`. The deployed projector uses the running variance of
+    its BatchNorms, which differs from torch's: see
+    `hintjax.regressors.modules.batch_norm`.
 
     Args:
         pair: (last map of the student, last map of the teacher), before the pooling.

@@ -13,6 +13,34 @@ Shape = tuple[int, ...]
 Sizing = Callable[[Shape, Shape], nn.Module]
 
 
+def batch_norm(train: bool, name: str | None = None) -> nn.BatchNorm:
+    """The BatchNorm of every regressor, with torch's constants.
+
+    Torch's momentum 0.1 is 0.9 here. The variance is computed in two passes, because
+    E[x^2] - E[x]^2 cancels for large means.
+
+    The running variance differs from torch's. Flax averages the biased variance of a
+    batch; torch averages n / (n - 1) times it, where n counts the examples and
+    positions of one channel. The largest measured difference is 4.4e-2 of the running
+    variance, at 1x1 maps of a batch of 3; large maps differ far less. Training uses
+    the batch's own variance, and is not affected.
+
+    Args:
+        train: use the batch's statistics instead of the running ones.
+        name: the submodule's name.
+
+    Returns:
+        The module.
+    """
+    return nn.BatchNorm(
+        use_running_average=not train,
+        momentum=0.9,
+        epsilon=1e-5,
+        use_fast_variance=False,
+        name=name,
+    )
+
+
 class Regressor(nn.Module):
     """Layers in a row, then optionally BatchNorm, a non-linearity and maxout.
 
@@ -36,13 +64,7 @@ class Regressor(nn.Module):
         for layer in self.layers:
             x = layer(x)
         if self.batch_norm:
-            # Two-pass variance: E[x^2] - E[x]^2 cancels for large means.
-            x = nn.BatchNorm(
-                use_running_average=not train,
-                momentum=0.9,
-                epsilon=1e-5,
-                use_fast_variance=False,
-            )(x)
+            x = batch_norm(train)(x)
         if self.pieces > 1:
             x = x.reshape(*x.shape[:-1], -1, self.pieces).max(-1)
         return x if self.activation is None else self.activation(x)
@@ -106,16 +128,6 @@ class ABF(nn.Module):
         Float[Array, "batch height width mid"],
     ]:
         """The output, to compare with the hint, and the fusion, for the next ABF."""
-
-        def norm(name):
-            return nn.BatchNorm(
-                use_running_average=not train,
-                momentum=0.9,
-                epsilon=1e-5,
-                use_fast_variance=False,
-                name=name,
-            )
-
         # The published initialisations: U(+-sqrt(3 / fan_in)) around the fusion and
         # torch's own, U(+-sqrt(1 / fan_in)), for the attention.
         wide = nn.initializers.variance_scaling(1, "fan_in", "uniform")
@@ -128,7 +140,7 @@ class ABF(nn.Module):
         x = nn.Conv(self.mid, (1, 1), use_bias=False, kernel_init=wide, name="reduce")(
             x
         )
-        x = norm("reduce_norm")(x)
+        x = batch_norm(train, name="reduce_norm")(x)
         if deeper is not None:
             y = nearest_resize(deeper, x.shape[1:3])
             weigh = nn.Conv(
@@ -145,7 +157,7 @@ class ABF(nn.Module):
             kernel_init=wide,
             name="expand",
         )
-        return norm("expand_norm")(expand(x)), x
+        return batch_norm(train, name="expand_norm")(expand(x)), x
 
 
 class Embedding(nn.Module):
@@ -185,7 +197,7 @@ class Coder(nn.Module):
         for features in self.channels:
             x = nn.Conv(features, (3, 3), padding=1)(x)
             if self.batch_norm:
-                x = _batch_norm(train)(x)
+                x = batch_norm(train)(x)
             x = nn.leaky_relu(x, 0.1)
         return x
 
@@ -237,7 +249,7 @@ class Bottleneck(nn.Module):
             (self.features, 1),
         ):
             x = nn.Conv(features, 2 * (kernel,), padding=kernel // 2, use_bias=False)(x)
-            x = nn.relu(_batch_norm(train)(x))
+            x = nn.relu(batch_norm(train)(x))
         return x
 
 
@@ -270,12 +282,3 @@ def apply(
         {"params": params, **state}, x, train, mutable=list(state) if train else []
     )
     return y, {**state, **changed}
-
-
-def _batch_norm(train):
-    return nn.BatchNorm(
-        use_running_average=not train,
-        momentum=0.9,
-        epsilon=1e-5,
-        use_fast_variance=False,
-    )
