@@ -100,12 +100,14 @@ def key(caller: str, axes: int, **keys: Array) -> None:
             raise WrongType(message(caller, wanted, described(array)))
 
 
-def mask(caller: str, where: Array | None, *shapes: tuple[int, ...]) -> None:
+def mask(
+    caller: str, where: Array | None, *shapes: tuple[int, ...], name: str = "where"
+) -> None:
     """Raise unless `where` is None, or boolean and of one of the shapes."""
     if where is None:
         return
     if not is_array(where) or where.dtype != bool or where.shape not in shapes:
-        wanted = f"where to be bool {' or '.join(map(str, dict.fromkeys(shapes)))}"
+        wanted = f"{name} to be bool {' or '.join(map(str, dict.fromkeys(shapes)))}"
         raise Refusal(message(caller, wanted, described(where)))
 
 

@@ -198,12 +198,5 @@ def _check_scores(caller, positive, negatives, valid, where):
         wanted = "positive (*batch) and negatives (*batch k)"
         got = f"positive {positive.shape} and negatives {negatives.shape}"
         raise ValueError(_checks.message(caller, wanted, got))
-    if valid is not None and (
-        not _checks.is_array(valid)
-        or valid.dtype != bool
-        or valid.shape != negatives.shape
-    ):
-        got = _checks.described(valid)
-        wanted = f"valid to be bool {negatives.shape}"
-        raise ValueError(_checks.message(caller, wanted, got))
+    _checks.mask(caller, valid, negatives.shape, name="valid")
     _checks.mask(caller, where, positive.shape)
