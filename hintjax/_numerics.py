@@ -33,7 +33,7 @@ def as_float(caller: str, *arrays: Array) -> Array | list[Array]:
     raised = raise_float(caller, *arrays)
     if not all(array.size for array in arrays):
         got = " and ".join(map(_checks.described, arrays))
-        raise ValueError(_checks.message(caller, "arrays with entries", got))
+        raise _checks.Refusal(_checks.message(caller, "arrays with entries", got))
     return raised
 
 
@@ -45,7 +45,9 @@ def raise_float(caller: str, *arrays: Array) -> Array | list[Array]:
     ):
         got = " and ".join(map(_checks.described, arrays))
         do = "Convert first, e.g. x.astype(jnp.float32)."
-        raise TypeError(_checks.message(caller, "floating-point arrays", got, do))
+        raise _checks.WrongType(
+            _checks.message(caller, "floating-point arrays", got, do)
+        )
     arrays = [jnp.asarray(array) for array in arrays]
     wide = any(array.dtype == jnp.float64 for array in arrays)
     arrays = [array.astype(jnp.float64 if wide else jnp.float32) for array in arrays]

@@ -130,10 +130,9 @@ def head(layers: Mapping[str, jax.ShapeDtypeStruct]) -> tuple[str, str]:
     _check("head", layers=layers)
     vectors = [path for path, layer in layers.items() if len(layer.shape) == 2]
     if len(vectors) < 2:
-        raise ValueError(
-            f"head: expected a pooled vector and a classifier, got the vectors "
-            f"{vectors} among {list(layers)[-4:]}. Name the pair by hand."
-        )
+        got = f"the vectors {vectors} among {list(layers)[-4:]}"
+        do = "Name the pair by hand."
+        raise Refusal(message("head", "a pooled vector and a classifier", got, do))
     return vectors[-2], vectors[-1]
 
 
@@ -159,10 +158,9 @@ def _depths(which, layers):
     _check("pairing", **{which: layers})
     maps = [path for path, layer in layers.items() if len(layer.shape) >= 3]
     if not maps:
-        raise ValueError(
-            f"pairing: expected feature maps in the {which}, got layers "
-            f"{list(layers)[:5]} with none of them. Name the pairs by hand."
-        )
+        got = f"layers {list(layers)[:5]} with none of them"
+        do = "Name the pairs by hand."
+        raise Refusal(message("pairing", f"feature maps in the {which}", got, do))
     deepest = max(path.count("/") for path in maps)
     for level in range(deepest + 1):
         outermost = [path for path in maps if path.count("/") <= level]

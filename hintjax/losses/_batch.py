@@ -17,7 +17,7 @@ def vectors(
         wanted = "student and teacher to have the same batch, their first axis"
         got = f"student {arrays[0].shape} and teacher {arrays[1].shape}"
         do = "Give both networks the same examples."
-        raise ValueError(_checks.message(caller, wanted, got, do))
+        raise _checks.Refusal(_checks.message(caller, wanted, got, do))
     _checks.mask(caller, where, arrays[0].shape[:1])
     return [flat(keep(x, where)) for x in arrays]
 

@@ -169,7 +169,7 @@ def _scores(caller, student, teacher, where):
     *batch, _, queries, keys = student.shape
     if queries != keys:
         got = f"student and teacher {student.shape}"
-        raise ValueError(_checks.message(caller, "as many queries as keys", got))
+        raise _checks.Refusal(_checks.message(caller, "as many queries as keys", got))
     _checks.mask(caller, where, tuple(batch), (*batch, keys))
     return student, teacher
 

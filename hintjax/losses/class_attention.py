@@ -31,7 +31,7 @@ def class_activation_map(
     if kernel.ndim != 2 or kernel.shape[0] != features.shape[-1]:
         wanted = "a kernel (c, classes) for features (*batch, h, w, c)"
         got = f"features {features.shape} and kernel {kernel.shape}"
-        raise ValueError(_checks.message(caller, wanted, got))
+        raise _checks.Refusal(_checks.message(caller, wanted, got))
     return jnp.matmul(features, kernel, precision=jax.lax.Precision.HIGHEST)
 
 
@@ -76,7 +76,7 @@ def class_attention_loss(
     if fixed[0] != fixed[1]:
         wanted = "student and teacher to have the same examples and classes"
         got = f"student {student.shape} and teacher {teacher.shape}"
-        raise ValueError(_checks.message(caller, wanted, got))
+        raise _checks.Refusal(_checks.message(caller, wanted, got))
     _checks.positive_int(caller, size=size)
     _checks.mask(caller, where, student.shape[:-3])
     ours, theirs = (

@@ -62,7 +62,7 @@ def contrastive_loss(
     if shapes[0] != (*shapes[1][:-2], *shapes[1][-1:]):
         wanted = "student (*batch d) and teacher (*batch candidates d)"
         got = f"student {shapes[0]} and teacher {shapes[1]}"
-        raise ValueError(_checks.message(caller, wanted, got))
+        raise _checks.Refusal(_checks.message(caller, wanted, got))
     _checks.mask(caller, where, student.shape[:-1])
     student, teacher = keep(student, where), keep(teacher, where)
     scores = jnp.einsum(
@@ -197,6 +197,6 @@ def _check_scores(caller, positive, negatives, valid, where):
     if positive.shape != negatives.shape[:-1] or negatives.ndim < 1:
         wanted = "positive (*batch) and negatives (*batch k)"
         got = f"positive {positive.shape} and negatives {negatives.shape}"
-        raise ValueError(_checks.message(caller, wanted, got))
+        raise _checks.Refusal(_checks.message(caller, wanted, got))
     _checks.mask(caller, valid, negatives.shape, name="valid")
     _checks.mask(caller, where, positive.shape)

@@ -60,7 +60,9 @@ def decoupled_kd_loss(
     )
     batch, classes = student.shape[:-1], student.shape[-1]
     if classes < 2:
-        raise ValueError(_checks.message(caller, "2 or more classes", f"{classes}"))
+        raise _checks.Refusal(
+            _checks.message(caller, "2 or more classes", f"{classes}")
+        )
     _checks.labels(caller, batch, label=label)
     _checks.not_negative(caller, alpha=alpha, beta=beta)
     own = jax.nn.one_hot(label, classes, dtype=bool)

@@ -59,7 +59,7 @@ def dist_loss(
     )
     if student.ndim != 2:
         got = f"shape {student.shape}"
-        raise ValueError(_checks.message(caller, "logits (batch, classes)", got))
+        raise _checks.Refusal(_checks.message(caller, "logits (batch, classes)", got))
     _checks.not_negative(caller, beta=beta, gamma=gamma)
     q, p = jax.nn.softmax(student), jax.nn.softmax(teacher)
     within = 1 - _pearson(q, p)

@@ -226,7 +226,9 @@ def _flows(caller, student, teacher, where):
     for name, flow in {"student": student, "teacher": teacher}.items():
         if not isinstance(flow, Sequence) or isinstance(flow, str) or len(flow) != 2:
             wanted = f"{name} to be two maps"
-            raise TypeError(_checks.message(caller, wanted, _checks.described(flow)))
+            raise _checks.WrongType(
+                _checks.message(caller, wanted, _checks.described(flow))
+            )
     maps = as_float(caller, *student, *teacher)
     for x in maps:
         _checks.rank(caller, 3, "*batch h w c", each_map=x)
@@ -238,7 +240,7 @@ def _flows(caller, student, teacher, where):
         wanted = "student and teacher to have the same examples and channels"
         do = "Put a regressor between them (hintjax.regressors.linear)."
         got = f"student {student}, teacher {teacher}"
-        raise ValueError(_checks.message(caller, wanted, got, do))
+        raise _checks.Refusal(_checks.message(caller, wanted, got, do))
     _checks.mask(caller, where, maps[0].shape[:-3])
     first, second, *teacher = (keep(x, where) for x in maps)
     return (first, second), tuple(teacher)

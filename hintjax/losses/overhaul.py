@@ -70,7 +70,7 @@ def margin_relu(
     if margin.shape != features.shape[-1:]:
         wanted = "a margin for each channel"
         got = f"features {features.shape} and margin {margin.shape}"
-        raise ValueError(_checks.message("margin_relu", wanted, got))
+        raise _checks.Refusal(_checks.message("margin_relu", wanted, got))
     return jnp.maximum(features, jnp.expand_dims(margin, range(features.ndim - 1)))
 
 

@@ -60,7 +60,7 @@ def relation_loss(
         if x.shape[-1] % heads:
             wanted = f"heads to divide the width of the {name}"
             got = f"{heads} heads and {name} {x.shape}"
-            raise ValueError(_checks.message(caller, wanted, got))
+            raise _checks.Refusal(_checks.message(caller, wanted, got))
     tokens = tokens_of(where, batch, n)
     log_q, log_p = (
         over_keys(_relations(keep(x, tokens), heads), tokens)

@@ -58,7 +58,7 @@ def variational_loss(
     _checks.rank(caller, batch_dims + 1, "*batch *positions c", student=student)
     if scale.shape != student.shape[-1:]:
         wanted = f"scale to have one entry for each of {student.shape[-1]} channels"
-        raise ValueError(_checks.message(caller, wanted, f"shape {scale.shape}"))
+        raise _checks.Refusal(_checks.message(caller, wanted, f"shape {scale.shape}"))
     _checks.mask(caller, where, student.shape[:batch_dims], student.shape[:-1])
     variance = jnp.expand_dims(variance_of(scale), range(student.ndim - 1))
     squares = jnp.square(keep(student - teacher, where))

@@ -93,10 +93,9 @@ def same_positions(where, student, teacher):
             (2, 2): "regressors.resampled between unequal numbers of tokens",
         }
         view = "regressors.to_grid, with hintjax.viewed, to see tokens as a map"
-        raise ValueError(
-            f"{where}: expected the same positions, got student {student} and teacher "
-            f"{teacher}. Use {ways.get((len(student), len(teacher)), view)}."
-        )
+        got = f"student {student} and teacher {teacher}"
+        do = f"Use {ways.get((len(student), len(teacher)), view)}."
+        raise Refusal(message(where, "the same positions", got, do))
 
 
 def check_shapes(where, student, teacher):

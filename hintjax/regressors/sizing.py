@@ -73,10 +73,9 @@ def identity(student: Shape, teacher: Shape) -> Regressor:
     """
     check_shapes("regressors.identity", student, teacher)
     if student != teacher:
-        raise ValueError(
-            f"regressors.identity: expected equal shapes, got student {student} and "
-            f"teacher {teacher}. Use regressors.linear or regressors.conv."
-        )
+        got = f"student {student} and teacher {teacher}"
+        do = "Use regressors.linear or regressors.conv."
+        raise Refusal(message("regressors.identity", "equal shapes", got, do))
     return Regressor(layers=())
 
 
@@ -253,11 +252,10 @@ def valid_conv(
     _options("regressors.valid_conv", activation, pieces=pieces)
     kernel = tuple(n - m + 1 for n, m in zip(student[:-1], teacher[:-1], strict=True))
     if min(kernel) < 1:
-        raise ValueError(
-            f"regressors.valid_conv: expected a guided map at least as large as the "
-            f"hint map, got student {student} and teacher {teacher}. Use "
-            f"regressors.conv, which transposes."
-        )
+        wanted = "a guided map at least as large as the hint map"
+        got = f"student {student} and teacher {teacher}"
+        do = "Use regressors.conv, which transposes."
+        raise Refusal(message("regressors.valid_conv", wanted, got, do))
     layer = nn.Conv(teacher[-1] * pieces, kernel, padding="VALID")
     return Regressor((layer,), batch_norm, activation, pieces)
 
@@ -347,7 +345,6 @@ def _options(where, activation, **counts):
 def _maps(where, student, teacher):
     check_shapes(where, student, teacher)
     if len(student) != 3 or len(teacher) != 3:
-        raise ValueError(
-            f"{where}: expected two maps (h, w, c), got student {student} and teacher "
-            f"{teacher}. Use regressors.linear between vectors or tokens."
-        )
+        got = f"student {student} and teacher {teacher}"
+        do = "Use regressors.linear between vectors or tokens."
+        raise Refusal(message(where, "two maps (h, w, c)", got, do))
