@@ -164,9 +164,11 @@ def attention_transfer_loss(
         One value in [0, 2 / (h w)] per example; 0 where nothing counts.
 
     Convention:
-        `.mean()` is what the authors' code and RepDistiller weigh by beta = 1000, once
-        for each pair of layers. It is ||q(s) - q(t)||^2 / (h w), where the paper's
-        Eq. 2 has the norm not squared: `attention_transfer_loss_paper`.
+        For an even p, `.mean()` is what the authors' code and RepDistiller weigh by
+        beta = 1000, once for each pair of layers. For an odd p their code averages x^p
+        where the paper and this function have |x|^p; the two agree on features >= 0.
+        The value is ||q(s) - q(t)||^2 / (h w), where the paper's Eq. 2 has the norm
+        not squared: `attention_transfer_loss_paper`.
 
     >>> student = jnp.array([[[1.0], [0.0]]])
     >>> attention_transfer_loss(student, student[:, ::-1])

@@ -20,8 +20,10 @@ def attention_transfer(
     The maps of each pair are computed first; those of one size are then compared
     at once, by vmap over the pairs, and summed. Nothing is trained beside the
     student, and channel counts may differ. The field pairs all groups of a residual
-    network at weight 1000 with the official code's loss (the default); the paper's
-    form is `loss=attention_map_loss_paper` at weight beta / 2.
+    network at weight 1000 with the official code's loss (the default). The default is
+    the code's loss exactly for an even power; for an odd one see
+    `attention_transfer_loss`. The paper's form is `loss=attention_map_loss_paper` at
+    weight beta / 2.
 
     Args:
         pairs: (guided layer, hint layer) for each pair, as paths.

@@ -40,9 +40,8 @@ def review(
     Returns:
         The method. It trains one ABF per pair, named `guided->hint`; remembers their
         BatchNorm statistics; reports each pair's `loss` if there are several. The
-        statistics are Flax's: the running variance is the biased one, where torch
-        keeps n / (n - 1) times it, with n = batch x height x width; training does
-        not read it.
+        running variance differs from torch's: see
+        `hintjax.regressors.modules.batch_norm`.
 
     Raises:
         ValueError: without pairs, for a pair given twice, or (when a stage is
