@@ -177,7 +177,7 @@ def _now(weight, kept, step, dtype):
     return jnp.asarray(weight(step) if callable(weight) else weight, dtype)
 
 
-def _split(terms):
+def _split(terms: dict[str, Weighted]) -> Callable[[dict], dict] | None:
     """`Method.split` of an objective: those of its terms."""
     own = _own(terms, "split")
     if not own:
@@ -192,7 +192,7 @@ def _split(terms):
     return split
 
 
-def _select(terms):
+def _select(terms: dict[str, Weighted]) -> Callable[..., dict] | None:
     """`Method.select` of an objective: those of its terms."""
     own = _own(terms, "select")
     if not own:
@@ -209,13 +209,13 @@ def _select(terms):
     return select
 
 
-def _own(terms, field):
+def _own(terms: dict[str, Weighted], field: str) -> dict[str, Callable]:
     """What terms have in a field of their methods that may be None."""
     found = {name: getattr(term.method, field) for name, term in terms.items()}
     return {name: has for name, has in found.items() if has is not None}
 
 
-def _deployed(terms):
+def _deployed(terms: dict[str, Weighted]) -> Callable[..., Array] | None:
     """`Method.deploy` of an objective: that of its one term that has it."""
     found = [name for name, term in terms.items() if term.method.deploy is not None]
     if len(found) > 1:
@@ -262,6 +262,6 @@ def task(
     return Method(Wants(output=True), Wants(), nothing, apply)
 
 
-def _fold(key, name):
+def _fold(key: Array, name: str) -> Array:
     """A key of its own for each name, whatever the other names are."""
     return jax.random.fold_in(key, zlib.crc32(name.encode()))

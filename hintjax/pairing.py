@@ -1,7 +1,8 @@
 """Pairs: which layer of the student follows which of the teacher, and how well."""
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -136,25 +137,25 @@ def head(layers: Mapping[str, jax.ShapeDtypeStruct]) -> tuple[str, str]:
     return vectors[-2], vectors[-1]
 
 
-def _blocks(which, layers):
+def _blocks(which: str, layers: Mapping[str, Any]) -> dict[str, float]:
     """Depths of the outermost maps that are made of layers, or else of all."""
     outermost = list(_depths(which, layers))
     inside = [p for p in outermost if any(q.startswith(f"{p}/") for q in layers)]
     return _evenly(inside or outermost)
 
 
-def _ends(layers, blocks):
+def _ends(layers: Mapping[str, Any], blocks: dict[str, float]) -> list[str]:
     """The last layer of each resolution."""
     runs = itertools.groupby(blocks, key=lambda path: layers[path].shape[1:-1])
     return [list(run)[-1] for _, run in runs]
 
 
-def _at(depths, depth):
+def _at(depths: dict[str, float], depth: float) -> str:
     """The layer of the nearest depth."""
     return min(depths, key=lambda path: abs(depths[path] - depth))
 
 
-def _depths(which, layers):
+def _depths(which: str, layers: Mapping[str, Any]) -> dict[str, float]:
     _check("pairing", **{which: layers})
     maps = [path for path, layer in layers.items() if len(layer.shape) >= 3]
     if not maps:
@@ -169,7 +170,7 @@ def _depths(which, layers):
     return _evenly(outermost)
 
 
-def _check(caller, **networks):
+def _check(caller: str, **networks: Any) -> None:
     instance(caller, Mapping, **networks)
     for layers in networks.values():
         for path, layer in layers.items():
@@ -178,7 +179,7 @@ def _check(caller, **networks):
                 raise WrongType(message(caller, wanted, described(layer)))
 
 
-def _evenly(paths):
+def _evenly(paths: Iterable[str]) -> dict[str, float]:
     return {path: (i + 1) / len(paths) for i, path in enumerate(paths)}
 
 
@@ -222,7 +223,7 @@ def linearly_explained(
     return explained_variance(new_guided @ solution, new_hint)
 
 
-def _rows(guided, hint):
+def _rows(guided: Array, hint: Array) -> tuple[Array, Array]:
     """Positions as rows, at one resolution, with a column of ones."""
     if guided.ndim == hint.ndim == 4:
         size = tuple(map(min, guided.shape[1:3], hint.shape[1:3]))

@@ -236,5 +236,5 @@ def moving_average(
     return jax.tree.map(one, teacher, student)
 
 
-def _is_of(name, path):
+def _is_of(name: str, path: str) -> bool:
     return path.partition("/")[0] == name

@@ -226,7 +226,9 @@ def attention_transfer_loss_paper(
     return attention_map_loss_paper(student, teacher, where=_flat(where, student))
 
 
-def _maps(caller, student, teacher, power, where):
+def _maps(
+    caller: str, student: Array, teacher: Array, power: int, where: Array | None
+) -> tuple[Array, Array]:
     """Both attention maps at the smaller size, with errors in the caller's name."""
     student, teacher = as_float(caller, student, teacher)
     _checks.rank(caller, 3, "*batch h w c", student=student, teacher=teacher)
@@ -245,14 +247,14 @@ def _maps(caller, student, teacher, power, where):
     )
 
 
-def _flat(where, maps):
+def _flat(where: Array | None, maps: Array) -> Array | None:
     """A mask of examples or positions, in the shape of the flattened maps."""
     if where is None or where.ndim < maps.ndim:
         return where
     return where.reshape(maps.shape)
 
 
-def _error(caller, student, teacher, where):
+def _error(caller: str, student: Array, teacher: Array, where: Array | None) -> Array:
     """Student's map minus teacher's, checked, and 0 at what does not count."""
     student, teacher = as_float(caller, student, teacher)
     _checks.rank(caller, 1, "*batch n", student=student)

@@ -1,6 +1,7 @@
 """Matching self-attention: its scores (TinyBERT), or what they choose (MiniLM)."""
 
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -139,14 +140,14 @@ def attention_distribution_loss(
     return over_queries(divergence(log_p, log_q), tokens)
 
 
-def tokens_of(where, batch, n):
+def tokens_of(where: Array | None, batch: Sequence[int], n: int) -> Array | None:
     """The tokens that count, (*batch, n), from a mask of examples or of tokens."""
     if where is None or where.ndim > len(batch):
         return where
     return jnp.broadcast_to(where[..., None], (*batch, n))
 
 
-def over_keys(scores, tokens):
+def over_keys(scores: Array, tokens: Array | None) -> Array:
     """log of the distribution of each query over the keys that count."""
     if tokens is not None:
         # Not -inf: among nothing but -inf a softmax is nan, and here it is uniform.
@@ -155,12 +156,14 @@ def over_keys(scores, tokens):
     return jax.nn.log_softmax(scores)
 
 
-def over_queries(values, tokens):
+def over_queries(values: Array, tokens: Array | None) -> Array:
     """The mean of (*batch, heads, n) over the heads, and the queries that count."""
     return masked_mean(jnp.mean(values, -2), tokens, values.ndim - 2)
 
 
-def _scores(caller, student, teacher, where):
+def _scores(
+    caller: str, student: Array, teacher: Array, where: Array | None
+) -> tuple[Array, Array]:
     """Checked scores of both networks."""
     student, teacher = as_float(caller, student, teacher)
     do = "Pair layers of as many heads, or compare relations (hintjax.minilm)."
@@ -174,17 +177,17 @@ def _scores(caller, student, teacher, where):
     return student, teacher
 
 
-def _pairs(tokens):
+def _pairs(tokens: Array) -> Array:
     """The pairs (query, key) of which both count."""
     return tokens[..., :, None] & tokens[..., None, :]
 
 
-def _keep_pairs(x, tokens):
+def _keep_pairs(x: Array, tokens: Array | None) -> Array:
     """Scores, or their differences, and 0 at pairs of tokens that do not count."""
     return x if tokens is None else jnp.where(_pairs(tokens)[..., None, :, :], x, 0)
 
 
-def _mean_square(student, teacher, where):
+def _mean_square(student: Array, teacher: Array, where: Array | None) -> Array:
     """The mean squared difference over heads and pairs of tokens."""
     tokens = tokens_of(where, student.shape[:-3], student.shape[-1])
     square = jnp.mean(jnp.square(_keep_pairs(student - teacher, tokens)), -3)

@@ -58,7 +58,7 @@ def channel_loss(
     return temperature**2 * jnp.mean(divergence(log_p, log_q), -1)
 
 
-def _spread(x, temperature, where):
+def _spread(x: Array, temperature: ScalarLike, where: Array | None) -> Array:
     """log of the distribution of each channel, (*batch, c, positions)."""
     x = keep(x, where) / temperature
     if where is not None:

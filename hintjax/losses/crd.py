@@ -193,7 +193,13 @@ def contrastive_log_constant(
     return jnp.logaddexp(*sums) - jnp.log(jnp.maximum(number, 1)) + math.log(size)
 
 
-def _check_scores(caller, positive, negatives, valid, where):
+def _check_scores(
+    caller: str,
+    positive: Array,
+    negatives: Array,
+    valid: Array | None,
+    where: Array | None,
+) -> None:
     if positive.shape != negatives.shape[:-1] or negatives.ndim < 1:
         wanted = "positive (*batch) and negatives (*batch k)"
         got = f"positive {positive.shape} and negatives {negatives.shape}"

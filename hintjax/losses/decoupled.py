@@ -72,7 +72,7 @@ def decoupled_kd_loss(
     return keep(temperature**2 * (alpha * target + beta * others), where)
 
 
-def _split(z, own):
+def _split(z: Array, own: Array) -> tuple[Array, Array]:
     """log of (p_y, 1 - p_y), and of the distribution among the other classes."""
     all_classes = jax.nn.logsumexp(z, -1)
     label = jnp.sum(jnp.where(own, z, 0), -1)

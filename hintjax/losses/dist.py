@@ -67,7 +67,7 @@ def dist_loss(
     return keep(temperature**2 * (beta * within + gamma * between), where)
 
 
-def _pearson(x, y, where=None):
+def _pearson(x: Array, y: Array, where: Array | None = None) -> Array:
     """Correlation along the last axis; 0 of what does not vary."""
     x, y = deviations(x, where), deviations(y, where)
     return jnp.sum(x * y, -1) / (norm(x) * norm(y) + EPS)

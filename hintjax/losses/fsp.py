@@ -1,6 +1,6 @@
 """Matching the flow between two layers: FSP, the flow of solution procedure."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -209,7 +209,9 @@ def fsp_loss_paper(
     return fsp_matrix_loss_paper(fsp_matrix_paper(*student), fsp_matrix_paper(*teacher))
 
 
-def _matrix(caller, first, second, pool):
+def _matrix(
+    caller: str, first: Array, second: Array, pool: Callable[..., Array]
+) -> Array:
     """The matrix at the smaller of the two sizes."""
     first, second = as_float(caller, first, second)
     _checks.rank(caller, 3, "*batch h w c", first=first, second=second)
@@ -246,7 +248,7 @@ def _flows(caller, student, teacher, where):
     return (first, second), tuple(teacher)
 
 
-def _error(caller, student, teacher, where):
+def _error(caller: str, student: Array, teacher: Array, where: Array | None) -> Array:
     """Student's matrix minus teacher's, checked, and 0 at what does not count."""
     student, teacher = as_float(caller, student, teacher)
     _checks.rank(caller, 2, "*batch m n", student=student)

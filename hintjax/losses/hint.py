@@ -90,7 +90,9 @@ def hint_loss_paper(
     return jnp.sum(jnp.square(error), tuple(range(batch_dims, error.ndim))) / 2
 
 
-def _error(caller, student, teacher, batch_dims, where):
+def _error(
+    caller: str, student: Array, teacher: Array, batch_dims: int, where: Array | None
+) -> Array:
     """Student minus teacher, checked, and 0 at what does not count."""
     student, teacher = as_float(caller, student, teacher)
     do = "Put a regressor between them (hintjax.regressors)."

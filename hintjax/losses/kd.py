@@ -106,7 +106,7 @@ def scaled(caller, student, teacher, temperature, where):
     )
 
 
-def divergence(log_p, log_q):
+def divergence(log_p: Array, log_q: Array) -> Array:
     """KL(p || q) = sum_c q_c - p_c - p_c log(q_c / p_c), along the last axis.
 
     Both sums are 1, but so no term is negative, and near equality the terms are of

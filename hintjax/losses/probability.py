@@ -59,7 +59,7 @@ def probability_loss(
     return keep(divergence / count(valid, divergence), where)
 
 
-def _neighbours(rows, valid):
+def _neighbours(rows: Array, valid: Array) -> Array:
     """Conditional probabilities from the cosine similarities."""
     length = norm(rows)[:, None]
     rows = rows / (length + EPS)

@@ -98,23 +98,23 @@ def angle_loss(
     return keep(total / count(valid, error) ** 2, where)
 
 
-def _smooth(x):
+def _smooth(x: Array) -> Array:
     """Smooth L1."""
     size = jnp.abs(x)
     return jnp.where(size < 1, jnp.square(x) / 2, size - 0.5)
 
 
-def _pairs(valid):
+def _pairs(valid: Array) -> Array:
     """The pairs of two valid and different examples."""
     return valid[:, None] & valid[None, :] & ~jnp.eye(len(valid), dtype=bool)
 
 
-def _differences(rows):
+def _differences(rows: Array) -> Array:
     """f_j - f_i; not from a Gram matrix, which cancels for near examples."""
     return rows[None, :, :] - rows[:, None, :]
 
 
-def _distances(rows, valid):
+def _distances(rows: Array, valid: Array) -> Array:
     """Distances over their mean, 0 except between pairs."""
     pairs = _pairs(valid)
     square = jnp.sum(jnp.square(_differences(rows)), -1)
@@ -125,7 +125,7 @@ def _distances(rows, valid):
     return distance / jnp.where(jnp.any(pairs), mean, 1)
 
 
-def _angles(rows, valid):
+def _angles(rows: Array, valid: Array) -> Array:
     """Cosines at i (first axis) between the directions to j and to k."""
     differences = _differences(rows)
     pairs = _pairs(valid)

@@ -53,7 +53,7 @@ def selectivity_loss(
     return _kernel(s, s) + _kernel(t, t) - 2 * _kernel(s, t)
 
 
-def _kernel(a, b):
+def _kernel(a: Array, b: Array) -> Array:
     """The mean of <a_i, b_j>^2 over all pairs of channels."""
     precision = jax.lax.Precision.HIGHEST
     gram = jnp.einsum("...hwi,...hwj->...ij", a, b, precision=precision)

@@ -81,5 +81,5 @@ def similarity_loss(
     return keep(jnp.sum(square, 1) / count(valid, square), where)
 
 
-def _similarity(rows):
+def _similarity(rows: Array) -> Array:
     return unit(jnp.matmul(rows, rows.T, precision=jax.lax.Precision.HIGHEST))

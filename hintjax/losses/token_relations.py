@@ -69,7 +69,7 @@ def relation_loss(
     return over_queries(divergence(log_p, log_q), tokens)
 
 
-def _relations(x, heads):
+def _relations(x: Array, heads: int) -> Array:
     """Scaled products of all tokens with each other, (*batch, heads, n, n)."""
     x = x.reshape(*x.shape[:-1], heads, -1)
     x = x * jnp.asarray(x.shape[-1] ** -0.25, x.dtype)

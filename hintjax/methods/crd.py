@@ -312,7 +312,7 @@ def crd_bytes(
     return {"bank": 8 * size * feature_dim, "step": 8 * (gathered + batch * count)}
 
 
-def _keys(key, index):
+def _keys(key: Array, index: Array) -> Array:
     """A key per example, whatever its place in the batch."""
     return jax.vmap(lambda i: jax.random.fold_in(key, i))(index)
 
@@ -353,6 +353,6 @@ def _scores(anchors, positives, vectors, index, mesh):
     return own, jnp.einsum("bd,bkd->bk", anchors, gathered, precision=HIGHEST)
 
 
-def _all_scored(size, count):
+def _all_scored(size: int, count: int) -> bool:
     """Is it cheaper to score the whole bank than to gather the candidates?"""
     return size <= 4 * count

@@ -12,6 +12,7 @@ from hintjax._checks import Refusal, function, message, scalar
 from hintjax._numerics import as_float
 from hintjax.losses import factor_loss
 from hintjax.method import PREPARED, Method, Pairs, hints_of
+from hintjax.networks import Features
 
 
 def factor_transfer(
@@ -157,7 +158,9 @@ class _Pair(NamedTuple):
     decoder: regressors.Coder
 
 
-def _ready(pairs, rate, student, teacher) -> Iterator[_Pair]:
+def _ready(
+    pairs: Pairs, rate: float, student: Features, teacher: Features
+) -> Iterator[_Pair]:
     for guided, hint in pairs:
         ours, theirs = student.hints[guided], teacher.hints[hint]
         if not len(ours.shape) == len(theirs.shape) == 4:

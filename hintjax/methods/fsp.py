@@ -10,6 +10,7 @@ from hintjax import regressors
 from hintjax._checks import Refusal, described, function, instance, message
 from hintjax.losses import fsp_matrix, fsp_matrix_loss
 from hintjax.method import Method, Pairs, hints_of, over_pairs
+from hintjax.networks import Features
 
 Flows = Sequence[tuple[tuple[str, str], tuple[str, str]]]
 
@@ -124,7 +125,9 @@ def flows(pairs: Pairs) -> Flows:
     return [tuple(zip(*both, strict=True)) for both in itertools.pairwise(pairs)]
 
 
-def _same_channels(guided, hint, student, teacher):
+def _same_channels(
+    guided: str, hint: str, student: Features, teacher: Features
+) -> None:
     ours, theirs = student.hints[guided].shape, teacher.hints[hint].shape
     if ours[-1] != theirs[-1]:
         wanted = f"{guided} and {hint} to have the same channels"

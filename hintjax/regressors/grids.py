@@ -27,6 +27,7 @@ def to_grid(
     Raises:
         ValueError: if what is left does not form the grid.
 
+    >>> import jax
     >>> to_grid(jax.numpy.zeros((2, 1 + 7 * 7, 8)), drop=1).shape
     (2, 7, 7, 8)
     """
@@ -54,6 +55,7 @@ def to_tokens(maps: Float[Array, "batch h w c"]) -> Float[Array, "batch n c"]:
     Raises:
         ValueError: if it is no map.
 
+    >>> import jax
     >>> to_tokens(jax.numpy.zeros((2, 7, 7, 8))).shape
     (2, 49, 8)
     """
@@ -65,7 +67,9 @@ def to_tokens(maps: Float[Array, "batch h w c"]) -> Float[Array, "batch n c"]:
     return maps.reshape(batch, height * width, channels)
 
 
-def grid_of(where, tokens, aside, name, size=None):
+def grid_of(
+    where: str, tokens: int, aside: int, name: str, size: tuple[int, int] | None = None
+) -> tuple[int, int]:
     """Height and width of the grid of all tokens but the first `aside`."""
     if not 0 <= aside < tokens:
         wanted = f"{name} from 0 to less than the {tokens} tokens"
@@ -85,7 +89,10 @@ def grid_of(where, tokens, aside, name, size=None):
     return height, width
 
 
-def same_positions(where, student, teacher):
+def same_positions(
+    where: str, student: tuple[int, ...], teacher: tuple[int, ...]
+) -> None:
+    """Raise unless both shapes have the same axes but for the channels."""
     check_shapes(where, student, teacher)
     if student[:-1] != teacher[:-1]:
         ways = {
@@ -98,5 +105,8 @@ def same_positions(where, student, teacher):
         raise Refusal(message(where, "the same positions", got, do))
 
 
-def check_shapes(where, student, teacher):
+def check_shapes(
+    where: str, student: tuple[int, ...], teacher: tuple[int, ...]
+) -> None:
+    """Raise unless both are shapes of arrays."""
     sizes(where, 0, student=student, teacher=teacher)

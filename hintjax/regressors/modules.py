@@ -61,6 +61,7 @@ class Regressor(nn.Module):
     def __call__(
         self, x: Float[Array, "batch ..."], train: bool = False
     ) -> Float[Array, "batch ..."]:
+        """The layers' output, behind BatchNorm, maxout and the non-linearity."""
         for layer in self.layers:
             x = layer(x)
         if self.batch_norm:
@@ -87,6 +88,7 @@ class Resampled(nn.Module):
     def __call__(
         self, x: Float[Array, "batch ..."], train: bool = False
     ) -> Float[Array, "batch ..."]:
+        """The regressor's output on the resampled grid."""
         if x.ndim == 4:
             x = adaptive_average_pool(x, self.size)
         else:
@@ -175,6 +177,7 @@ class Embedding(nn.Module):
     def __call__(
         self, x: Float[Array, "batch ..."], train: bool = False
     ) -> Float[Array, "batch features"]:
+        """The embedding of each example."""
         x = x.mean(tuple(range(1, x.ndim - 1)))
         return unit(nn.Dense(self.features, name="linear")(x))
 
@@ -194,6 +197,7 @@ class Coder(nn.Module):
     def __call__(
         self, x: Float[Array, "batch h w c"], train: bool = False
     ) -> Float[Array, "batch h w k"]:
+        """The code of each position."""
         for features in self.channels:
             x = nn.Conv(features, (3, 3), padding=1)(x)
             if self.batch_norm:
@@ -221,6 +225,7 @@ class Generator(nn.Module):
         train: bool = False,
         mask: Bool[Array, "batch _ _ _"] | None = None,
     ) -> Float[Array, "batch h w features"]:
+        """The generated hint map."""
         if x.shape[-1] != self.features:
             x = nn.Conv(self.features, (1, 1), name="align")(x)
         x = x if mask is None else jax.numpy.where(mask, x, 0)
@@ -243,6 +248,7 @@ class Bottleneck(nn.Module):
     def __call__(
         self, x: Float[Array, "batch h w c"], train: bool = False
     ) -> Float[Array, "batch h w features"]:
+        """The projected map."""
         for features, kernel in (
             (self.hidden, 1),
             (self.hidden, 3),

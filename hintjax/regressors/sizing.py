@@ -316,7 +316,7 @@ def fit(student: Shape, teacher: Shape) -> Regressor:
     return conv(student, teacher) if maps else linear(student, teacher)
 
 
-def _shrink(extent):
+def _shrink(extent: tuple[int, int]) -> tuple[int, int, tuple[int, int]]:
     n, m = extent
     if m >= n:
         return 1, 1, (0, 0)
@@ -326,7 +326,7 @@ def _shrink(extent):
     return n - m + 1, 1, (0, 0)
 
 
-def _grow(extent):
+def _grow(extent: tuple[int, int]) -> tuple[int, int, tuple[int, int]]:
     n, m = extent
     if m <= n:
         return 1, 1, (0, 0)
@@ -336,13 +336,15 @@ def _grow(extent):
     return m - n + 1, 1, (m - n, m - n)
 
 
-def _options(where, activation, **counts):
+def _options(
+    where: str, activation: Callable[[Array], Array] | None, **counts: int
+) -> None:
     integer(where, 1, **counts)
     if activation is not None:
         function(where, activation=activation)
 
 
-def _maps(where, student, teacher):
+def _maps(where: str, student: Shape, teacher: Shape) -> None:
     check_shapes(where, student, teacher)
     if len(student) != 3 or len(teacher) != 3:
         got = f"student {student} and teacher {teacher}"
