@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# quickstart.sh and test.sh source this file for its functions. Run as a program, it makes
-# .venv with everything that the command needs.
+# quickstart.sh and test.sh source this file for its functions. Run as a program, it
+# makes .venv with everything that the command needs.
 #
-#   find_python any|VERSION          prints the path of a Python: 3.11 or newer, or VERSION
-#   set_up DIRECTORY PYTHON EXTRAS   makes a virtual environment with hintjax in DIRECTORY
+#   find_python any|VERSION          prints a Python, 3.11 or newer, or VERSION
+#   set_up DIRECTORY PYTHON EXTRAS   makes a virtual environment there, with hintjax
 #
-# HINTJAX_ACCELERATOR=cpu|cuda12|cuda13|tpu chooses the build of jax. If it is not set, the
-# accelerator of the machine decides.
+# HINTJAX_ACCELERATOR=cpu|cuda12|cuda13|tpu chooses the build of jax. If it is not set,
+# the accelerator of the machine decides.
 
 hintjax_root="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)"
 
@@ -58,14 +58,14 @@ accelerator() {
     elif [ "$driver" -ge 525 ]; then
       echo cuda12
     else
-      echo "NVIDIA's driver $driver is too old for jax, which needs driver 525 or newer." \
+      echo "NVIDIA's driver $driver is too old for jax, which needs 525 or newer." \
         "jax will use the CPU." >&2
     fi
   elif [ -e /dev/accel0 ]; then
     echo tpu
   elif [ -d /dev/vfio ]; then
-    # Newer TPUs use this directory, but other hardware does too: look for the chips (v4,
-    # v5p, v5e, v6e, 7x).
+    # Newer TPUs use this directory, but other hardware does too: look for the chips
+    # (v4, v5p, v5e, v6e, 7x).
     for device in /sys/bus/pci/devices/*; do
       case "$(cat "$device/vendor" "$device/device" 2> /dev/null | tr '\n' ' ')" in
         "0x1ae0 0x005e " | "0x1ae0 0x0062 " | "0x1ae0 0x0063 " | "0x1ae0 0x006f " | \
@@ -82,7 +82,7 @@ set_up() {
   local directory="$1" python="$2" extras="$3" build made_for project stamp extra
   local old="" old_project="" old_extras=""
   if [ -z "$python" ]; then
-    echo "hintjax needs Python 3.11 or newer with its venv module, and the PATH has none." \
+    echo "hintjax needs Python 3.11 or newer with its venv module on the PATH." \
       "On Debian and Ubuntu: apt install python3 python3-venv." >&2
     return 1
   fi

@@ -1,4 +1,4 @@
-"""Set-up of all tests: 8 CPU devices, checked annotations, golden vectors."""
+"""The setup of all tests: 8 CPU devices, checked annotations, golden vectors."""
 
 import os
 from pathlib import Path
@@ -49,11 +49,11 @@ def pytest_configure(config):
 
 @pytest.fixture(autouse=True, scope="session")
 def no_pickle():
-    """Nothing in the whole suite unpickles: what is read cannot run code.
+    """No test unpickles anything, so no file that is read can run code.
 
-    Excepted are the queues of multiprocessing, which hold what this very process or its
-    workers have put there: TensorBoard's events and Grain's batches. They took
-    `pickle.loads` when they were imported.
+    The queues of multiprocessing are excepted: they hold objects of this process and its
+    workers only (TensorBoard's events and Grain's batches), and they imported
+    `pickle.loads` earlier.
     """
 
     def refuse(*args, **kwargs):
@@ -75,14 +75,14 @@ def strict():
 
 @pytest.fixture
 def unchecked():
-    """Annotations unchecked, as users have them: the library's own errors are seen."""
+    """Annotations are not checked, as for users, so the library's own errors appear."""
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
 
 
 class Golden:
-    """One case of tests/golden: its arrays, and how far others are from them."""
+    """One case of tests/golden: its arrays, and the errors of other arrays."""
 
     def __init__(self, name: str):
         path = HERE / "golden" / f"{name.replace('/', '__')}.npz"
@@ -112,7 +112,7 @@ def golden():
 
 @pytest.fixture(scope="session")
 def corners(tmp_path_factory):
-    """A data set as a file: 4 classes that differ in their brightest corner."""
+    """A dataset in a file: 4 classes that differ in their brightest corner."""
     random = np.random.default_rng(0)
     label = np.arange(120) % 4
     image = random.integers(0, 60, (120, 8, 8), dtype=np.uint8)

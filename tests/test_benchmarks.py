@@ -1,4 +1,4 @@
-"""The benchmarks still run, and say what they mean; nothing here reads the clock."""
+"""The benchmarks run, and their numbers mean what they say; no test reads the clock."""
 
 import ast
 import json
@@ -58,7 +58,7 @@ def test_step_time_measures_methods_against_their_parts(script, tmp_path):
         assert len(program["rounds"]) == record["rounds"] == 6
         assert positive(program["step_seconds"])
     assert {"date", "device", "processor", "versions"} <= {*record["machine"]}
-    # What the compiler counts does not depend on the machine's load.
+    # The compiler's counts do not depend on the load of the machine.
     assert record["ratios"]["hint_stage"]["flops"] <= step_time.BAR
     cut = record["ratios"]["hint_stage / cut networks"]["flops"]
     assert cut == pytest.approx(1, abs=0.02)
@@ -89,7 +89,7 @@ def test_the_other_programs_of_step_time_trace(small_steps, name):
         step, state, rest = small_steps[name]()
         return state, step(state, *rest)[0]
 
-    # Equal shapes and types, or the second step would be compiled once more.
+    # With other shapes or types, the second step would be compiled again.
     before, after = jax.eval_shape(stepped)
     assert after == before
 
@@ -129,7 +129,7 @@ def test_plain_flax_takes_the_same_step_as_the_task_stage(small_steps):
     (plain, *ours), (task, *theirs) = steps["plain"](), steps["task"]()
     (_, stats, opt_state), _ = plain(ours[0], *ours[1])
     state, _ = task(theirs[0], *theirs[1])
-    # The optimiser's trace holds the gradients, whatever the rate.
+    # The optimizer's trace holds the gradients, at any learning rate.
     for a, b in [(opt_state, state.opt_state), (stats, state.state)]:
         for one, other in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
             np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
@@ -179,7 +179,7 @@ def test_students_of_a_population_are_measured_against_one_alone(script, tmp_pat
         assert set(found["students"]) == {"together 2", "apart 2", "mesh 2"}
         for student in found["students"].values():
             assert positive(student["cost"])
-        # The work of a teacher is shared; on two devices each has one student.
+        # Students share the teacher's work; each of two devices has one student.
         flops = {name: student["flops"] for name, student in found["students"].items()}
         shared = 1 - found["teach"]["flops"] / found["alone"]["flops"] / 2
         assert flops["together 2"] == pytest.approx(shared, rel=0.05)
@@ -217,7 +217,7 @@ def test_crd_negatives_are_measured_against_none(script, tmp_path):
 
 
 def test_gathering_as_published_gives_what_crd_gives(script):
-    """The loss, the gradients, and the banks after a step."""
+    """Compares the loss, the gradients, and the banks after a step."""
     crd_negatives = script("crd_negatives")
     size, k, n = 64, 6, 3
     keys = jax.random.split(jax.random.key(0), 3)
@@ -262,13 +262,13 @@ def test_interval_is_that_of_order_statistics(script):
     measure = script("measure")
     assert measure.summary(range(1, 31)) == {"median": 15.5, "low": 10, "high": 21}
     assert measure.summary(range(1, 7)) == {"median": 3.5, "low": 1, "high": 6}
-    # Five have no interval of that confidence; then nothing is decided by the clock.
+    # Five values have no such interval; then times decide nothing.
     assert measure.summary(range(5)) == {"median": 2, "low": 0, "high": 4}
     assert measure.FEWEST_ROUNDS == 6
 
 
 def test_ratios_are_paired_within_a_round(script):
-    # The machine slows down fourfold; every round agrees on the ratio all the same.
+    # The machine becomes four times slower, but every round has the same ratio.
     seconds = {"whole": [3.0] * 3 + [12.0] * 3, "part": [2.0] * 3 + [8.0] * 3}
     ratio = script("measure").paired(seconds, "whole", ["part"])
     assert ratio == {"median": 1.5, "low": 1.5, "high": 1.5}
@@ -299,7 +299,7 @@ def test_every_second_of_a_killed_process_has_its_part(script, tmp_path):
     log.write_text(
         "imported 12.0\n"
         "span compilation 13.0 15.0\n"
-        "span compilation 12.5 16.0\n"  # holds the one before
+        "span compilation 12.5 16.0\n"  # contains the span before
         "span restore 15.0 17.0\n"
         "first 18.0\n"
         "span data 18.0 18.5\n"
@@ -333,7 +333,7 @@ def test_every_second_of_a_killed_process_has_its_part(script, tmp_path):
 
 
 def test_the_page_of_reliability_promises_what_is_tested(script):
-    """Every test that it names is there, and every promise has one."""
+    """Every test that the page names exists, and every promise has a test."""
     page = script("reliability_page")
     campaigns = script("reliability").CAMPAIGNS
     for promise in page.PROMISES:
@@ -352,7 +352,7 @@ def test_the_page_of_reliability_says_what_was_found(script):
     record = json.loads(file.read_text(encoding="utf-8"))
     text = file.with_suffix(".md").read_text(encoding="utf-8")
     assert text == page.page(record)
-    # What failed, or was not tried, is not promised.
+    # A campaign that failed or was not tried promises nothing.
     promised, _, _ = text.partition("## Not promised")
     assert promised.count("campaign *SIGKILL*") == 1
     kills = record["SIGKILL"] | {"committed steps lost": 1}

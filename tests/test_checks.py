@@ -1,4 +1,4 @@
-"""Error messages: where, wanted, got, do."""
+"""Error messages: the caller, what it wanted, what it got, what to do."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""The command, as a person runs it."""
+"""The command, run as a user runs it."""
 
 import json
 import os
@@ -94,8 +94,8 @@ def test_a_teacher_that_knows_little_is_named(finished, corners):
     config = Config(dataset=corners, teacher=str(finished), devices=1)
     setting = prepare(config, teach=True)
     trained = load_student(finished)[1]
-    assert check_teacher(setting, trained) == 1.0  # and warns of nothing
-    # As if it had been trained on inputs of another scale and sign.
+    assert check_teacher(setting, trained) == 1.0  # without a warning
+    # As if the teacher had been trained on inputs with another scale and sign.
     other = setting.dataset.standardize._replace(
         std=-100 * setting.dataset.standardize.std
     )
@@ -122,7 +122,7 @@ def test_the_comparison_shows_a_table_and_a_picture(
     assert report["compression"] == 1.0
     assert report["baseline"] in {"backprop", "KD", "AT"}
     assert (run_dir / "comparison.png").read_bytes().startswith(b"\x89PNG")
-    # What is finished is not run again.
+    # A finished run is not repeated.
     before = (run_dir / "KD" / "rate0.001-seed0" / "result.json").stat().st_mtime_ns
     main(["resume", str(run_dir)])
     after = (run_dir / "KD" / "rate0.001-seed0" / "result.json").stat().st_mtime_ns
@@ -223,7 +223,7 @@ def test_bad_input_is_one_sentence_before_anything_is_trained(
     error = capsys.readouterr().err
     assert sentence in error
     assert "Traceback" not in error
-    assert not run_dir.exists() or not list(run_dir.iterdir())  # to be used again
+    assert not run_dir.exists() or not list(run_dir.iterdir())  # can be used again
 
 
 @pytest.mark.quick

@@ -1,7 +1,8 @@
-"""What every loss owes, and what every method owes.
+"""The promises of every loss and of every method.
 
-One row per loss or method in the tables below; one test per promise. A row waives a
-promise by the name of its test and says why. A new loss or method without a row fails.
+The tables below have one row for each loss or method, and each promise has one test. A
+row waives a promise by the name of its test, with the reason. A new loss or method
+without a row fails.
 """
 
 import functools
@@ -30,21 +31,21 @@ pytestmark = pytest.mark.usefixtures("strict")
 
 
 class Loss(NamedTuple):
-    """How to call a loss, and what it does not promise."""
+    """How to call a loss, and which promises it does not make."""
 
     loss: Callable[..., jax.Array]
     student: Any  # shape of one example, or a tree of shapes
     teacher: Any = None  # as the student's by default
-    positions: int = 0  # first axes of an example that a mask may cover too
-    batch_dims: bool = False  # must be told how many axes are the batch?
-    coupled: bool = False  # does it compare the examples of a batch, its first axis?
+    positions: int = 0  # number of first axes of an example that a mask can cover
+    batch_dims: bool = False  # does it need the number of batch axes?
+    coupled: bool = False  # does it compare the examples of a batch?
     tied: bool = False  # must equal sizes stay equal on whatever axes they stand?
     least: int = 1  # smallest size of an axis
     waived: Mapping[str, str] = MappingProxyType({})  # test without "test_": reason
     name: str = ""  # filled in from the table
 
     def over(self, batch_dims):
-        """The loss for that many batch axes."""
+        """The loss for this number of batch axes."""
         if self.batch_dims:
             return functools.partial(self.loss, batch_dims=batch_dims)
         return self.loss
@@ -85,13 +86,13 @@ ORDER = {"a_method_does_not_mind_the_order_of_examples": "it goes by their order
 
 
 def labelled(student, teacher, *, where=None):
-    """Decoupled KD where all have one label."""
+    """Decoupled KD with the same label for all examples."""
     label = jnp.full(student.shape[:-1], 1, jnp.int32)
     return losses.decoupled_kd_loss(student, teacher, label, where=where)
 
 
 def varied(student, teacher, *, batch_dims=1, where=None):
-    """VID where all channels have one variance."""
+    """VID with the same variance for all channels."""
     scale = jnp.ones(student.shape[-1:], student.dtype)
     return losses.variational_loss(
         student, teacher, scale=scale, batch_dims=batch_dims, where=where
@@ -191,7 +192,7 @@ def row(request):
 
 
 def random(shapes, batch=(4,), seed=0, dtype=np.float32):
-    """Random arrays in the tree of one example's shapes, with batch axes in front."""
+    """Random arrays with the shapes of one example, after the batch axes."""
     generator = np.random.default_rng(seed)
 
     def one(shape):
@@ -205,7 +206,7 @@ def is_shape(tree):
 
 
 def pair(row, seed=0, **kwargs):
-    """Student and teacher, of the shapes that the row gives."""
+    """Student and teacher arrays with the shapes of the row."""
     teacher = row.student if row.teacher is None else row.teacher
     student = random(row.student, seed=seed, **kwargs)
     return student, random(teacher, seed=seed + 1, **kwargs)
@@ -219,7 +220,7 @@ def axes(row, shape):
 
 
 def resized(row, draw):
-    """The row with sizes drawn anew; equal sizes of a kind of axis stay equal."""
+    """The row with new random sizes; equal sizes of a kind of axis stay equal."""
     shapes = row.student, row.teacher
     leaves = jax.tree.leaves(shapes, is_leaf=is_shape)
     known = dict.fromkeys(axis for shape in leaves for axis in axes(row, shape))
@@ -233,7 +234,7 @@ def resized(row, draw):
 
 
 def peers(row, **kwargs):
-    """Student and teacher of one shape."""
+    """Student and teacher arrays of the same shape."""
     return pair(row._replace(teacher=None), **kwargs)
 
 
@@ -260,7 +261,7 @@ def largest(tree):
 
 
 def assert_close(got, want, rtol):
-    """Close against the largest entry: what a gradient needs."""
+    """Compares with a tolerance relative to the largest entry, as gradients need."""
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         atol = rtol * np.abs(b).max()
         np.testing.assert_allclose(a, b, rtol=rtol, atol=atol)
@@ -470,7 +471,7 @@ def test_refuses_a_wrong_mask(row, unchecked, where):
 
 
 def test_teacher_may_be_stopped(row):
-    """The loss stops nothing itself; stopped outside, only the student learns."""
+    """The loss stops no gradient; if the caller stops it, only the student learns."""
     student, teacher = pair(row)
     _, by_student, by_teacher = compiled(row.loss)(student, teacher)
     assert largest(by_student) > 0
@@ -485,7 +486,7 @@ def test_teacher_may_be_stopped(row):
 def test_a_batch_of_one(row):
     student, teacher = pair(row)
     one = jax.tree.map(lambda x: x[:1], (student, teacher))
-    if row.coupled:  # there is nothing to compare with
+    if row.coupled:  # one example has no other to compare with
         got = compiled(row.loss)(*one)
         assert np.isfinite(got[0]).all()
         assert largest(got[1:]) < 100
@@ -496,7 +497,7 @@ def test_a_batch_of_one(row):
 
 @pytest.mark.parametrize("near", [0, 1e-7, 1e-6])
 def test_bounded_gradient_at_duplicates(row, near):
-    """Examples that are equal, or all but equal, and one of zeros among them."""
+    """Equal examples, almost equal examples, and an example of zeros."""
     student, teacher = pair(row, batch=(8,))
 
     def doubled(x):
@@ -538,7 +539,7 @@ def test_finite_at_any_magnitude(row, dtype, seed, sizes):
     assert np.isfinite(largest(gradients))
 
 
-# Each example compiles anew, and sizes are small already: a failure is not shrunk.
+# Failures are not shrunk: each example is compiled, and sizes are already small.
 ANEW = (hypothesis.Phase.generate,)
 
 
@@ -573,8 +574,10 @@ def test_any_sizes(row, data, dtype):
 
 
 def test_sharded_is_one_device():
-    """All losses at once, with the batch over 8 devices; float64, since devices sum in
-    another order."""
+    """All losses at once, with the batch over 8 devices.
+
+    In float64, because devices sum in another order.
+    """
     arrays = {name: pair(row, batch=(8,)) for name, row in LOSSES.items()}
 
     @jax.jit
@@ -594,7 +597,7 @@ def test_sharded_is_one_device():
 
 
 class Taught(NamedTuple):
-    """A method and the shapes of one example of all that it wants to see."""
+    """A method, with the shapes of one example of every feature that it wants."""
 
     method: Method
     student: Features
@@ -788,7 +791,7 @@ def seen(row, size=4):
 
 @functools.cache
 def started(name):
-    """What a method trains and remembers at first, made for another batch size."""
+    """A method's first parameters and memory, made for another batch size."""
     row = METHODS[name]
     shapes = jax.eval_shape(lambda: seen(row, size=6)[:2])
     data = Data(labels=np.arange(32, dtype=np.int32) % 10)
@@ -808,7 +811,7 @@ def applied(name, train):
         )
         return values.sum(), (values, memory, metrics)
 
-    chex.clear_trace_counter()  # chex counts by name, and all of these have one
+    chex.clear_trace_counter()  # chex counts by name, and these functions share one
     once = chex.assert_max_traces(total, n=1)
     return jax.jit(jax.grad(once, (0, 1, 2), has_aux=True))
 
@@ -896,7 +899,7 @@ def test_a_method_keeps_nan_to_its_example(taught):
     computed=st.sampled_from([True, False, False, False, False]),
 )
 def test_a_method_takes_any_sizes(taught, data, dtype, computed):
-    """What it trains takes its sizes from the features; most are traced alone."""
+    """Regressors take their sizes from the features; most methods are only traced."""
     row = resized(taught, data.draw)
     student, teacher, batch = seen(row)
     student, teacher = (
@@ -931,7 +934,7 @@ def test_a_method_takes_any_sizes(taught, data, dtype, computed):
 
 
 def linear(shapes, seed):
-    """A network whose hints are linear in its inputs, of the shapes that a row gives."""
+    """A network whose hints are linear in its inputs, with the shapes of a row."""
     shown = {"output": (10,), **shapes.hints}
     kernels = {name: (3, math.prod(shape)) for name, shape in shown.items()}
     params = random({"kernels": kernels, "shown": shapes.params}, (), seed)
@@ -950,7 +953,7 @@ def linear(shapes, seed):
 
 @pytest.mark.parametrize("kind", ["hint", "distillation"])
 def test_a_method_stands_in_both_stages(taught, kind):
-    """In the second beside the task and KD; compiled once."""
+    """The second stage also has the task and KD; each stage is compiled once."""
     if kind == "hint" and taught.method.student.output:
         pytest.skip("a hint stage has no outputs")
     (student, ours), (teacher, theirs) = (
@@ -999,7 +1002,7 @@ def widened(leaf):
 
 
 def accumulated(name, count):
-    """Parameters after an update from so many micro-batches; SGD, float64."""
+    """Parameters after an update from a number of micro-batches; SGD, float64."""
     row = METHODS[name]
     (student, ours), (teacher, theirs) = (
         linear(shapes, seed) for seed, shapes in enumerate((row.student, row.teacher))
@@ -1037,7 +1040,7 @@ def test_micro_batches_give_a_method_the_same_update_or_it_is_said(name):
 
 
 def scoped(name, method):
-    """The method among others: its names carry its own before them."""
+    """The names of a method among others start with its own name."""
 
     def wants(of):
         return of._replace(
@@ -1064,7 +1067,7 @@ def scoped(name, method):
 
 
 def together(sides):
-    """One network that shows what all rows want, each from weights of its own."""
+    """One network with the features of all rows, each from its own weights."""
     hints, params = {}, {}
     for name, shapes in sides.items():
         hints |= {f"{name}.{path}": shape for path, shape in shapes.hints.items()}
@@ -1074,8 +1077,10 @@ def together(sides):
 
 @pytest.mark.long
 def test_every_method_gives_eight_devices_the_numbers_of_one():
-    """All in one step, each with weights of its own, so that it is compiled once for
-    each way to place them; float64, since devices sum in another order."""
+    """All methods are in one step, which is compiled once for each placement.
+
+    Each has its own weights. In float64, because devices sum in another order.
+    """
     (student, ours), (teacher, theirs) = (
         linear(together(sides), seed)
         for seed, sides in enumerate(

@@ -1,4 +1,4 @@
-"""What is shipped gives what training saw."""
+"""The shipped network gives the outputs that training saw."""
 
 import jax
 import numpy as np

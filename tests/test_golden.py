@@ -1,4 +1,4 @@
-"""Every golden case in double precision: the loss to 1e-12 of what the code gives.
+"""Golden cases in double precision: each loss is within 1e-12 of the authors' code.
 
 Gradients and changed state were recorded in float32; the tests of each loss and method
 compare them.
@@ -16,7 +16,7 @@ import pytest
 from hintjax import losses, regressors
 from hintjax._numerics import at_smaller_size
 
-# A case c maps names to arrays. Those of the authors' modules, under Flax's names:
+# A case c maps names to arrays. These are the authors' parameters under Flax's names:
 
 
 def dense(c, name):

@@ -1,4 +1,4 @@
-"""The house: which room may import which, and what each may import from outside.
+"""The house: the imports that each room is allowed, from other rooms and from outside.
 
 Nothing below `training/` imports it, and nothing below `experiments/` imports it. The
 order of all chapters is `ORDER`.
@@ -34,7 +34,7 @@ APPLICATION = ("training", "experiments", "cli")
 MATHEMATICS = {"jax", "jaxtyping"}
 MODELS = MATHEMATICS | {"flax", "numpy"}
 UPDATES = MODELS | {"optax"}
-# What each chapter of the library may import from outside, besides Python's own.
+# The packages that each room of the library may import, besides Python's own.
 OUTSIDE = {
     "_checks": MATHEMATICS | {"numpy"},
     "_numerics": MATHEMATICS | {"numpy"},
@@ -68,7 +68,7 @@ ONLY_IN = {
 
 
 def modules():
-    """(dotted name, file) of everything in the package."""
+    """Yields (dotted name, file) of every module in the package."""
     for path in sorted(PACKAGE.rglob("*.py")):
         parts = ("hintjax", *path.relative_to(PACKAGE).with_suffix("").parts)
         yield ".".join(parts).removesuffix(".__init__"), path
@@ -78,7 +78,7 @@ MODULES = dict(modules())
 
 
 def imports(module, source):
-    """Dotted names of all that a file imports, also inside its functions."""
+    """Dotted names of all imports of a file, also those inside its functions."""
     package = module if MODULES[module].name == "__init__.py" else parent(module)
     found = []
     for node in ast.walk(ast.parse(source)):
@@ -107,7 +107,7 @@ def room(module):
 
 
 def complaints(module, source):
-    """The imports of a file that break a rule, in words."""
+    """Yields a sentence for each import of a file that breaks a rule."""
     mine, file = room(module), module.partition(".")[2]
     for name in imports(module, source):
         top = name.partition(".")[0]
@@ -126,7 +126,7 @@ def complaints(module, source):
 
 
 def entries():
-    """What `ls hintjax` shows of Python: files and folders."""
+    """The Python files and folders that `ls hintjax` shows."""
     found = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"}
     return found | {path.parent.name for path in PACKAGE.glob("*/*.py")}
 
@@ -203,7 +203,7 @@ def test_an_import_that_keeps_the_rules_is_let_through(module, line):
     assert not list(complaints(module, line))
 
 
-# Other packages that take seconds, or that a plain installation does not have.
+# Packages that take seconds to import, or that a plain installation does not have.
 HEAVY = (
     *("tensorflow", "tensorflow_datasets", "orbax", "grain", "matplotlib", "flax.nnx"),
     *("PIL", "sklearn", "tensorboardX", "tyro", "pandas", "torch"),
@@ -211,7 +211,7 @@ HEAVY = (
 
 
 def test_import_is_light_and_touches_no_device():
-    # With a platform that does not exist, whatever needs a device raises.
+    # The platform does not exist, so any use of a device raises.
     code = (
         "import sys, hintjax\n"
         f"print(*[name for name in {HEAVY!r} if name in sys.modules])\n"

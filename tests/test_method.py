@@ -23,7 +23,7 @@ def context(step=0, train=True, key=KEY):
 
 
 def constant(*values, wants=None, **metrics):
-    """A method with these values; it remembers how often it was applied."""
+    """A method with these values that counts how often it was applied."""
 
     def init(key, student, teacher, data):
         return {"at": jax.random.key_data(key)}, {"calls": 0}
@@ -97,7 +97,7 @@ def test_a_schedule_that_starts_at_zero_is_a_weight():
 
 
 def test_an_adjustable_weight_is_that_of_the_memory():
-    """Times its schedule, and beside the terms."""
+    """The weight multiplies its schedule; the memory holds it beside the terms."""
     schedule = optax.linear_schedule(1.0, 0.0, 4)
     method = objective(
         a=weighted(constant(1.0, 3.0), Adjustable(8)),
@@ -309,7 +309,7 @@ def difference(student, teacher):
 )
 @pytest.mark.parametrize("half", [False, True])
 def test_over_pairs_is_the_loop(shapes, half):
-    """In any order, of any shapes, and of any dtypes."""
+    """Pairs can have any order, shapes and dtypes."""
     generator = np.random.default_rng(0)
     dtypes = [jnp.bfloat16 if half and i == 2 else jnp.float32 for i in range(5)]
     students, teachers = (

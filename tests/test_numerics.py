@@ -1,4 +1,4 @@
-"""Numbers that stay numbers."""
+"""Numerically safe functions: finite values and finite gradients."""
 
 import jax
 import jax.numpy as jnp

@@ -33,7 +33,7 @@ def convs(count):
 def test_hints_are_the_middle_third_of_the_teacher(teacher, middle):
     pairs = suggest_pairs(convs(teacher), convs(teacher), count=99)
     assert [hint for _, hint in pairs] == [f"conv{i}" for i in sorted(middle)]
-    # Of two equal networks, each layer follows itself.
+    # If both networks are equal, each layer is paired with itself.
     assert all(guided == hint for guided, hint in pairs)
 
 

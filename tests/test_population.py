@@ -1,4 +1,4 @@
-"""Many students under one teacher: the numbers of separate runs, the teacher once."""
+"""Many students under one teacher: the results of separate runs, one teacher pass."""
 
 import re
 from collections import Counter
@@ -84,7 +84,7 @@ def adjusted(number, state):
 
 @pytest.fixture(scope="module")
 def alone():
-    """What each student comes to by itself, its weight a number of its objective."""
+    """The result of each student alone, with its weight as a number."""
     found = []
     with jax.enable_x64(True):
         by_weight = {weight: made(weight) for weight in WEIGHTS}
@@ -101,7 +101,7 @@ def alone():
 @pytest.mark.parametrize("devices", [None, 2])
 @pytest.mark.parametrize("together", [True, False])
 def test_each_student_comes_to_what_it_would_alone(alone, together, devices):
-    """With a seed, parameters, a learning rate and a weight of its own."""
+    """Each student has its own seed, parameters, learning rate and weight."""
     stage, ours, theirs = made(hj.Adjustable(1.0))
     mesh = devices and hj.data_mesh(jax.devices()[:devices])
     crowd = hj.population(stage, N, together=together, mesh=mesh)
@@ -123,7 +123,7 @@ def test_each_student_comes_to_what_it_would_alone(alone, together, devices):
             ),
             (want._replace(key=None), reported),
         )
-    # One of them goes on alone.
+    # One student continues alone.
     state, _ = stage.update(states[1], theirs, images())
     assert state.step == STEPS + 1
 
@@ -141,7 +141,7 @@ def test_the_teacher_is_computed_once():
         totals.append(flops(crowd.update, members, theirs, images()))
     once = flops(jax.jit(partial(stage.teach, None)), theirs, images())
     one, all_of_them = totals
-    # Less even: what the losses make of the teacher's features is shared, too.
+    # Even less: students also share what the losses compute from the features.
     assert all_of_them <= N * one - (N - 1) * once
     assert once > one / 20
 
@@ -153,7 +153,7 @@ OPERATION = re.compile(
 
 
 def test_devices_tell_each_other_the_teachers_features_and_nothing_else(tmp_path):
-    """Each has a student, and an eighth of the teacher's work; they can be saved."""
+    """Each device has one student and an eighth of the teacher's work."""
     stage, ours, theirs = made(hj.Adjustable(1.0))
     mesh = hj.data_mesh()
     crowd = hj.population(stage, mesh.size, mesh=mesh)
@@ -230,7 +230,7 @@ def test_only_adjustable_weights_can_be_set():
     assert new.memory["weights"] == {"hint": 2}
     assert state.memory["weights"] == {"hint": 1}
     assert new.memory["weights"]["hint"].dtype == state.memory["weights"]["hint"].dtype
-    # The stage after begins with its own weight, not with that of the stage before.
+    # The next stage begins with its own weight, not with that of the stage before.
     carried = stage.init(keys()[0], ours[0], theirs, images(), carry=new)
     assert carried.memory["weights"] == {"hint": 1}
     fixed = made(1.0)[0].init(keys()[0], ours[0], theirs, images())

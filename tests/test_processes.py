@@ -1,4 +1,4 @@
-"""Several processes as one run, each with two devices of its own."""
+"""One run in several processes, each with two devices."""
 
 import json
 import os
@@ -26,7 +26,7 @@ PATIENCE = 300  # seconds, on a machine that is very busy
 
 
 def spawn(words, port, **how):
-    """A process with two devices; where the first of all is comes last."""
+    """Starts a process with two devices; the last argument is the coordinator."""
     environment = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
@@ -49,7 +49,7 @@ def free_port():
 
 
 def ended(both):
-    """What two processes printed, and their exit codes."""
+    """The outputs and the exit codes of two processes."""
     try:
         said = [process.communicate(timeout=PATIENCE)[0] for process in both]
     finally:
@@ -79,7 +79,7 @@ def test_one_process_asks_nobody():
     assert processes.told(lambda: {"a": 1}) == {"a": 1}
     assert processes.largest(3) == 3
     assert processes.each(lambda: 4) == 4
-    processes.agree("settings", {"a": object()})  # not even looked at
+    processes.agree("settings", {"a": object()})  # is not read
 
 
 class Ended(Exception):
@@ -91,7 +91,7 @@ class Ended(Exception):
     ("error", "code"), [(SystemExit(143), 143), (RuntimeError("a defect"), 1)]
 )
 def test_after_an_error_nobody_is_waited_for_long(error, code, monkeypatch, capsys):
-    """The others may be waiting for this process, for ever."""
+    """An error ends the process, because other processes may wait for it forever."""
     never, codes = threading.Event(), []
 
     def leave(code):
@@ -134,7 +134,7 @@ def test_a_start_says_what_it_waits_for_and_compares_devices(monkeypatch, capsys
     assert "waiting for all 2 at host:1; this is process 1" in capsys.readouterr().err
 
 
-# A loop of one's own making, on data that is read by Grain.
+# A user's own loop, on data that Grain reads.
 STREAMED = """
 import jax, jax.numpy as jnp, numpy as np, optax
 import hintjax as hj
@@ -178,7 +178,7 @@ launch.start(coordinator, 2, process)
 mesh = sharding.make_mesh(fsdp=2)
 found = {}
 
-# What the first finds, even if it is an error of a kind that only the caller knows.
+# The result of the first process, even an error of a type that only the caller knows.
 def find():
     raise DamageError("a tooth: expected none, got one")
 
@@ -193,7 +193,7 @@ except ValueError as error:
 processes.agree("settings", {"rate": 0.1})
 found["largest"] = processes.largest(process)
 
-# What only one finds wrong, each in its own place.
+# Errors that only one process finds, each at another place.
 def look():
     if process == 1:
         raise OSError("no such file")
@@ -205,12 +205,12 @@ except (OSError, ValueError) as error:
     found["each"] = f"{type(error).__name__}: {error}"
 assert processes.each(lambda: process) == process
 
-# Bit for bit, the sign of zero and what is no number too.
+# Values are compared bit for bit, with the sign of zero and nan.
 odd = np.array([-0.0, np.nan, np.inf, 1e-45], np.float32)
 (got,) = processes.told_arrays([odd] if process == 0 else None, [((4,), np.float32)])
 found["odd"] = got.tobytes() == odd.tobytes()
 
-# Each reads its own part of the batches.
+# Each process reads its own part of the batches.
 image = np.arange(24 * 3, dtype=np.uint8).reshape(24, 3, 1, 1)
 split = data.Split(image, np.arange(24, dtype=np.int32) % 4)
 batches = data.stream(split, 4, data.statistics(split), process_index=process,
@@ -229,7 +229,7 @@ try:
 except ValueError as error:
     found["spans"] = str(error)
 
-# A state in shares, of which no process has all.
+# A sharded state; no process has all shards.
 rows = NamedSharding(mesh, PartitionSpec("fsdp"))
 apart = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
 tree = {
@@ -380,7 +380,7 @@ OPTIONS = (
 
 
 def pair(command, run_dir, *rest, cwd):
-    """The command in two processes, of which only the first has the run directory."""
+    """The command in two processes; only the first has the run directory."""
     port = free_port()
 
     def one(process):
@@ -394,7 +394,7 @@ def pair(command, run_dir, *rest, cwd):
 
 
 def wait_for_step(run_dir, step, both):
-    """Returns once a run has said that it is beyond a step."""
+    """Returns when a run has reported a later step than `step`."""
     end = time.monotonic() + PATIENCE
     while time.monotonic() < end and all(process.poll() is None for process in both):
         if any(line["step"] > step for line in read_metrics(run_dir)):
@@ -407,9 +407,12 @@ def wait_for_step(run_dir, step, both):
 def test_a_run_moves_from_two_processes_to_one_and_back(
     corners, tmp_path, monkeypatch, capsys
 ):
-    """Stopped in the hint stage by a signal to one of two processes, gone on with in
-    one process with four shares, stopped there, and finished by two again: the
-    student is the one of a run that was never stopped, but for rounding."""
+    """A run that moves ends with the student of a run that was never stopped.
+
+    A signal to one of two processes stops the run in the hint stage. One process with
+    parameters in four shards continues it and is stopped; two processes finish it. The
+    students are equal up to rounding.
+    """
     run_dir, whole = tmp_path / "moved", tmp_path / "whole"
     options = ("--dataset", corners, *OPTIONS)
     main(["distill", "--run-dir", str(whole), *options])
@@ -417,7 +420,7 @@ def test_a_run_moves_from_two_processes_to_one_and_back(
 
     both = pair("distill", run_dir, *options, *teacher, cwd=tmp_path)
     wait_for_step(run_dir, 0, both)
-    both[1].send_signal(signal.SIGTERM)  # the other learns of it
+    both[1].send_signal(signal.SIGTERM)  # the other process learns of it
     said, codes = ended(both)
     assert codes == [143, 143], said
     with open_checkpoints(run_dir / "checkpoints") as checkpoints:

@@ -1,4 +1,4 @@
-"""One device or eight: the same numbers, a share of the work."""
+"""Eight devices give the same results as one, and each does a part of the work."""
 
 import flax.linen as nn
 import jax
@@ -41,7 +41,7 @@ def images(seed=0):
     return {
         "image": generator.normal(size=(BATCH, 8, 8, 1)),
         "label": generator.integers(0, CLASSES, BATCH).astype(np.int32),
-        # Devices see unlike numbers of examples that count.
+        # The number of examples that count differs between devices.
         "where": np.arange(BATCH) % 5 > 0,
     }
 
@@ -59,7 +59,7 @@ def normed(student, teacher):
 
 
 def image(batch):
-    """The inputs, counting how often they are traced."""
+    """The inputs, with a count of how often they are traced."""
     image.traced += 1
     return batch["image"]
 
@@ -95,7 +95,7 @@ def distillation(mesh):
 
 
 def test_eight_devices_give_the_numbers_of_one():
-    """With dropout and learning rates by layer; traced once for all updates."""
+    """Dropout and learning rates by layer; the step is traced once for all updates."""
     results = []
     with jax.enable_x64(True):
         ours, theirs = made(4, 0)[1], made(6, 1)[1]
@@ -128,7 +128,7 @@ def test_each_device_does_its_share():
         stage = hint(mesh)
         state = stage.init(KEY, ours, theirs, images())
         lowered = stage.update.lower(state, theirs, images())
-        # As much work, compiled in less time: this program is never run.
+        # The same work, compiled faster; this program never runs.
         compiled.append(lowered.compile({"xla_backend_optimization_level": 0}))
     one, eight = (c.cost_analysis()["flops"] for c in compiled)
     assert eight < one / 6

@@ -1,4 +1,4 @@
-"""CRD's bank, split by rows over 8 devices: where rows live, and what a step takes."""
+"""CRD's bank, split by rows over 8 devices: its placement and the cost of a step."""
 
 import jax
 import jax.numpy as jnp
@@ -40,7 +40,7 @@ ROWS = 512
 
 
 def banks_and_batch(batch, among):
-    """The same bank whole and split, and a batch of examples among its first ones."""
+    """The same bank whole and split, and a batch from its first examples."""
     generator = np.random.default_rng(0)
     index = jnp.asarray(generator.integers(0, among, batch), jnp.int32)
     embeddings = jnp.asarray(generator.normal(size=(2, batch, 6)), jnp.float32)
@@ -56,7 +56,7 @@ def assert_alike(got, want):
 @pytest.mark.quick
 @pytest.mark.parametrize("among", [ROWS, 40])
 def test_rows_are_found_and_written_however_a_batch_is_spread(among):
-    """If all examples live on one device, what has no room at first goes later."""
+    """If one device holds all examples, those without room are sent in a later turn."""
     mesh, plain, split, index, (s, t) = banks_and_batch(256, among)
     where = jnp.arange(256) % 3 > 0
 
@@ -74,7 +74,7 @@ def test_rows_are_found_and_written_however_a_batch_is_spread(among):
 @pytest.mark.parametrize("batch", [8, 128])
 @pytest.mark.parametrize("good", [True, False])
 def test_a_bad_step_is_undone_where_rows_live(batch, good):
-    """For a batch much smaller than a device's share of the rows, and for a larger one."""
+    """The batch is much smaller than a device's rows, or larger."""
     mesh, plain, split, index, (s, t) = banks_and_batch(batch, ROWS)
 
     @jax.jit
@@ -98,7 +98,7 @@ def test_what_is_not_in_the_bank_scores_nothing():
 
 
 def temporary_bytes(mesh, method, split):
-    """Of one step of CRD alone with its gradients, on each device."""
+    """The memory of one step of CRD alone with its gradients, on each device."""
     hints = jax.ShapeDtypeStruct((BATCH, WIDTH), jnp.float32)
     student, teacher = (hj.Features(hints={name: hints}) for name in ("a", "b"))
     labels = jax.ShapeDtypeStruct((BATCH,), jnp.int32)
@@ -135,8 +135,10 @@ def temporary_bytes(mesh, method, split):
 
 
 def test_a_split_bank_takes_an_eighth_of_a_gather_or_less():
-    """Of a gather from a bank that every device has whole, and of what the partitioner
-    makes of that gather where the rows are split: it sends whole rows to everybody."""
+    """Compares its memory with two gathers: from whole banks, and from split rows.
+
+    For split rows, the partitioner sends whole rows to all devices.
+    """
     mesh, kind = make_mesh(), hj.AnchorNegatives(NEGATIVES)
     pair = ("a", "b")
     by_rows = hj.crd(pair, negatives=kind, feature_dim=WIDTH, mesh=mesh)

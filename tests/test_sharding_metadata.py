@@ -1,4 +1,4 @@
-"""Names that Flax modules give the axes of their parameters: where those are stored."""
+"""Parameters whose axes have names from Flax: on which devices they are stored."""
 
 from functools import partial
 
@@ -22,7 +22,7 @@ INIT = nn.linear.default_kernel_init
 
 
 class Net(nn.Module):
-    """Names of axes of the mesh, names of its own, and no names."""
+    """A module with names of mesh axes, other names, and no names."""
 
     @nn.compact
     def __call__(self, x, train: bool = False):
@@ -37,7 +37,7 @@ class Net(nn.Module):
 
 
 def named(rngs):
-    """The like, in NNX."""
+    """The same module in NNX."""
     init = nnx.initializers.lecun_normal()
     physical = nnx.with_partitioning(init, ("fsdp", "model"))
     logical = nnx.with_partitioning(init, ("embed", "classes"))
@@ -74,7 +74,7 @@ TASK = hj.task(optax.softmax_cross_entropy_with_integer_labels)
 
 
 def trained(make, network, pair, mesh):
-    """Some steps under a teacher with the same names."""
+    """Runs some steps under a teacher with the same names."""
     hint = hj.fitnets([pair])
     terms = {} if make is hj.hint_stage else {"task": TASK, "kd": hj.kd()}
     method = hj.objective(hint=hint, **terms)
@@ -131,7 +131,7 @@ def test_eight_devices_store_what_is_named_in_shares_and_give_the_numbers_of_one
         return tree["kernel"]
 
     def shares(tree, path):
-        """The shapes that devices have, and how many devices have different ones."""
+        """The shapes on devices, and the number of different shards."""
         box = at(tree, path)
         pieces = getattr(box, "value", box).addressable_shards
         return {s.data.shape for s in pieces}, len({str(s.index) for s in pieces})
@@ -152,7 +152,7 @@ def test_eight_devices_store_what_is_named_in_shares_and_give_the_numbers_of_one
 
 @pytest.mark.quick
 def test_students_and_checkpoints_are_what_flax_knows(tmp_path):
-    """In boxes, as module.init gives them; a method sees what is in them."""
+    """Parameters are in boxes, as from module.init; a method sees the contents."""
     network = hj.linen(Net())
     stage = hj.distillation_stage(
         network, None, hj.objective(task=TASK), optax.adam(1e-3), mesh=layout()
@@ -230,14 +230,14 @@ RULES = (("embed", "model"), ("heads", None))
     [
         (("fsdp", "model"), {}, P("fsdp", "model")),
         ((None, ("fsdp", "model")), {}, P(None, ("fsdp", "model"))),
-        # A name may stand for another axis than its own.
+        # A rule can map a name to another axis of the mesh.
         (("fsdp", "model"), {"logical": {"model": None}}, P("fsdp", None)),
         ((None, "mlp"), {"logical": {"mlp": ("fsdp", "model")}}, P(None, ("fsdp", "model"))),
-        # As in Flax, the first of two names has the axis.
+        # As in Flax, the first of two names takes the axis.
         (("a", "b"), {"logical": {"b": "model", "a": "model"}}, P(None, "model")),
-        # Where metadata split nothing, the rule for large parameters does not.
+        # If metadata split nothing, the rule for large parameters does nothing.
         ((None, None), {"at_least": 1}, P(None, None)),
-        # The user's rules come first, and see no box.
+        # The user's rules come first; they see the contents of boxes.
         (("x", "y"), {"rules": {"kernel$": P("model")}}, P("model")),
     ],
 )  # fmt: skip

@@ -1,5 +1,8 @@
-"""Every method on one device, on 8 that share the batch, and on 2 x 4 that share the
-parameters too: the same numbers, and the collectives that it needs and no others."""
+"""Every method gives the same results on one device and on eight.
+
+The eight devices share the batch, or, as 2 x 4, the parameters too. Programs have only
+the collectives that they need.
+"""
 
 import re
 from collections import Counter
@@ -53,7 +56,7 @@ def images(seed=0):
         "image": generator.normal(size=(BATCH, SIDE, SIDE, 3)),
         "label": LABELS[index],
         "index": index.astype(np.int32),
-        # Devices see unlike numbers of examples that count.
+        # The number of examples that count differs between devices.
         "where": np.arange(BATCH) % 5 > 0,
     }
 
@@ -122,9 +125,9 @@ def hints(mesh):
 
 OBJECTIVES = {"uncoupled": uncoupled, "contrastive": contrastive, "hints": hints}
 HEAD = (8, CLASSES)
-# CRD's indices go to all devices, and so do its embeddings where each anchor has its
-# own negatives: scores come back, and for them the sums of gradients. What all anchors
-# share is summed. Other rows are asked of where they live, and sent there.
+# CRD sends its indices to all devices, and its embeddings too if each anchor has its
+# own negatives; then scores and the sums of their gradients come back. Shared negatives
+# are summed. Other rows are requested from their device, and sent to it.
 NEGATIVES, SHARED, WIDTH = 5, 11, 6
 OWN, ROWS = BATCH // 8, -(-SIZE // 8)
 BROUGHT = {
@@ -158,7 +161,7 @@ def layouts():
 
 
 def run(make, objective, layout):
-    """Some steps, and an evaluation."""
+    """Runs some steps and an evaluation."""
     mesh = None if layout is None else layout.mesh
     student, ours = made(4, 0)
     teacher, theirs = made(8, 1)
@@ -168,7 +171,7 @@ def run(make, objective, layout):
     update = stage.update.lower(state, theirs, images()).compile()
     reported = []
     for seed in range(STEPS):
-        # An executable wants its arguments where it was compiled for.
+        # An executable needs its arguments on the devices that it was compiled for.
         (_, where, batch), _ = update.input_shardings
         placed = jax.device_put((theirs, images(seed)), (where, batch))
         state, metrics = update(state, *placed)
@@ -192,7 +195,7 @@ def runs(request):
 
 
 def numbers(ran):
-    """All floats but the rows that fill up a bank."""
+    """All floats except the rows that pad a bank."""
 
     def read(leaf):
         x = np.asarray(leaf)
@@ -235,7 +238,7 @@ OPERATION = re.compile(
 
 
 def collectives(compiled):
-    """How often each kind of collective gives each shape."""
+    """Counts the collectives by kind and by the shape of the output."""
     found = Counter()
     for line in compiled.as_text().splitlines():
         if match := OPERATION.search(line):
@@ -246,7 +249,7 @@ def collectives(compiled):
 
 
 def unread(sharding):
-    """Is it that of an argument which the compiled step does not read?"""
+    """Is it the sharding of an argument that the compiled step does not read?"""
     return sharding is None
 
 
@@ -266,7 +269,7 @@ def test_weights_are_gathered_and_gradients_summed_and_no_more(runs, layout):
         if not unread(sharding) and not sharding.is_fully_replicated
     ]
     assert bool(in_shares) == (layout == "fsdp")
-    # Other matrices than weights go between devices only where CRD's bank lives.
+    # Except for weights, only CRD's bank sends matrices between devices.
     gathered, summed, others = Counter(), Counter(), set()
     for (operation, _, shape), count in found.items():
         if operation == "all-gather" and shape not in BROUGHT[kind]:
@@ -276,7 +279,7 @@ def test_weights_are_gathered_and_gradients_summed_and_no_more(runs, layout):
         elif operation != "all-reduce":
             others.add((operation, shape))
     assert gathered == Counter(leaf.shape for leaf in in_shares)
-    # The hint stage sums no gradient of what it does not train.
+    # The hint stage sums no gradient of a parameter that it does not train.
     trained = [leaf for leaf in jax.tree.leaves(state.params) if leaf.ndim > 1]
     if kind == "hints":
         trained = [leaf for leaf in trained if leaf.shape != HEAD]

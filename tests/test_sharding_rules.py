@@ -1,4 +1,4 @@
-"""Meshes and rules: what is stored where, and what is refused."""
+"""Meshes and rules: the placement of parameters, and the rules that are refused."""
 
 import flax.linen as nn
 import jax
@@ -119,7 +119,7 @@ def test_the_first_rule_that_is_found_counts():
             "odd": P(),
         },
     }
-    # In a step, what was split over the batch's axes is whole; the rest stays split.
+    # In a step, axes that were split as the batch is are whole; others stay split.
     computed = specs(whole(got))["student"]
     assert computed["conv"]["kernel"] == P(None, None, None, "model")
     assert computed["conv"]["bias"] == P(None)
@@ -176,7 +176,7 @@ class Net(nn.Module):
 
 
 def test_a_stage_follows_rules_and_layers_may_be_split_over_model():
-    """The same numbers with the head's outputs on different devices."""
+    """The results are the same with the head's outputs on different devices."""
     network = hj.linen(Net(), call=lambda module, x, train: module(x))
     batch = {
         "image": np.random.default_rng(0).normal(size=(8, 2, 2, 1)).astype(np.float32),

@@ -1,4 +1,4 @@
-"""The ahead-of-time benchmark: what it reads off a program, and its model of time."""
+"""The ahead-of-time benchmark: how it reads a program, and its model of time."""
 
 import json
 from importlib import import_module
@@ -97,7 +97,7 @@ def test_efficiency_is_that_of_the_smallest_slice_over_each(tpu_aot):
 
 @pytest.mark.quick
 def test_a_batch_of_shapes_is_that_of_all_processes():
-    """So that steps are compiled for slices of several hosts, of which none is here."""
+    """Steps can be compiled for slices of several hosts that do not exist here."""
     slices = mock.Mock(spec=jax.sharding.Mesh, is_multi_process=True)
     check_spans({"image": jax.ShapeDtypeStruct((8, 2), np.float32)}, slices)
     with pytest.raises(ValueError, match="expected a batch on the devices of all"):
@@ -116,7 +116,7 @@ def test_the_matrix_has_all_core_methods_on_every_generation(tpu_aot):
 
 @pytest.mark.quick
 def test_the_page_says_what_the_record_has(tpu_aot):
-    """The table of efficiencies, and that all but what is named there holds the bar."""
+    """The page has all efficiencies, and names all forms that miss the bar."""
     record = json.loads((FOLDER / "results" / "tpu_aot.json").read_text())
     page = (FOLDER / "results" / "README.md").read_text()
     found = {
@@ -137,7 +137,7 @@ def test_the_page_says_what_the_record_has(tpu_aot):
 
 
 def test_a_program_is_compiled_and_told_of(tpu_aot, tmp_path, capsys):
-    """For this host's devices; with libtpu, without --host, it is one for a TPU."""
+    """The program is for this host; without --host, libtpu compiles it for a TPU."""
     out = tmp_path / "aot.json"
     arguments = ["--small", "kd", "--host", "--out", str(out)]
     record = tpu_aot.main(arguments)
@@ -146,7 +146,7 @@ def test_a_program_is_compiled_and_told_of(tpu_aot, tmp_path, capsys):
     assert row["memory"]["argument"] == row["memory"]["argument_ideal"]
     assert set(row["collectives"]) == {"all-reduce"}
     assert "v5e small kd" in capsys.readouterr().out
-    # A run that was cut off goes on where it was.
+    # An interrupted run continues.
     assert (
         tpu_aot.main(arguments)["programs"] == json.loads(out.read_text())["programs"]
     )

@@ -1,4 +1,4 @@
-"""Views: tokens seen as maps, in both directions and both stages; heads as outputs."""
+"""Views: tokens as maps, in both directions and both stages; heads as outputs."""
 
 from functools import partial
 
@@ -40,7 +40,7 @@ def test_a_method_sees_its_hints_through_the_views_and_nothing_else_changes():
     want, _, _ = method.apply({}, {}, maps, TEACHER, {}, CONTEXT)
     np.testing.assert_array_equal(got, want)
     assert (seen.student, seen.teacher) == (method.student, method.teacher)
-    # The other way round, and the vector that another term wants is not seen.
+    # The other direction; the vector that another term wants has no view.
     back = hj.viewed(hj.attention_transfer([("group2", "block2")]), teacher=GRID)
     terms = hj.objective(at=back, vector=hj.fitnets([("pool", "token")]))
     params, memory = terms.init(KEY, TEACHER, STUDENT, None)
@@ -86,7 +86,7 @@ def test_tokens_that_form_no_grid_are_refused_when_a_stage_is_initialised():
 
 @pytest.mark.quick
 def test_a_head_stands_for_the_output():
-    """DeiT's objective: labels for the class token, the teacher for the other one."""
+    """DeiT's objective: labels for the class token, the teacher for the other token."""
     heads = {
         "classifier": values(4, 5),
         "distillation_classifier": values(4, 5, seed=1),
