@@ -307,7 +307,7 @@ def test_processes_that_were_told_otherwise_name_what_differs(together):
 
 def test_what_one_process_finds_wrong_ends_all(together):
     first, second = (found["each"] for found in together[1])
-    assert first.startswith("ValueError: processes: expected process 1 to go on, got ")
+    assert first.startswith("Refusal: processes: expected process 1 to go on, got ")
     assert "no such file" in first
     assert second == "OSError: no such file"
 
