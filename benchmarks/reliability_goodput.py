@@ -16,6 +16,7 @@ belongs to one part:
     goodput = (steps + evaluation) / (all - start - compilation)
 """
 
+import itertools
 import os
 import signal
 import statistics
@@ -184,7 +185,7 @@ def goodput(folder: Path, feed: str, minutes: float, every: float) -> dict[str, 
         blocked += stalls(told)
         steps += [
             (after - before) / (at - earlier)
-            for (earlier, before), (at, after) in zip(told.steps, told.steps[1:])
+            for (earlier, before), (at, after) in itertools.pairwise(told.steps)
         ]
     seconds = {part: sum(life[part] for life in lives) for part in PARTS}
     step = statistics.median(steps)

@@ -476,7 +476,7 @@ def plot(record: Mapping[str, Any], path: Path) -> None:
     height = 1.4 + 0.29 * len(record["ratios"])
     figure = Figure(figsize=(7, height), layout="constrained")
     axes, shown = figure.subplots(), {}
-    for place, (name, row) in enumerate(record["ratios"].items()):
+    for place, row in enumerate(record["ratios"].values()):
         time = row["time"]
         axes.plot([time["low"], time["high"]], [place, place], color="C0", lw=3)
         median = axes.plot(time["median"], place, "o", color="C0")

@@ -19,8 +19,8 @@
 #
 # A plain network of 20 thin layers learns from a teacher of 3 wide layers. First its
 # middle layer learns to predict the teacher's middle layer (the *hint stage*). Then the
-# whole network learns the task (the *distillation stage*). Choose a TPU or GPU runtime; a
-# CPU works too.
+# whole network learns the task (the *distillation stage*). Choose a TPU or GPU runtime;
+# a CPU works too.
 
 # %%
 import importlib.util
@@ -144,9 +144,13 @@ print(f"with hints {hinted:.3f}, with KD alone {unhinted:.3f}")
 
 # %%
 figure, axes = plt.subplots(1, 2, figsize=(9, 3))
-axes[0].plot(*zip(*[(step, metrics["hint/r2"]) for step, metrics in first]))
+axes[0].plot(
+    *zip(*[(step, metrics["hint/r2"]) for step, metrics in first], strict=True)
+)
 axes[0].set(title="hint stage", xlabel="step", ylabel="$R^2$ of the hint")
-axes[1].plot(*zip(*[(step, metrics["task/accuracy"]) for step, metrics in second]))
+axes[1].plot(
+    *zip(*[(step, metrics["task/accuracy"]) for step, metrics in second], strict=True)
+)
 axes[1].set(title="distillation stage", xlabel="step", ylabel="accuracy on the batch")
 figure.tight_layout()
 

@@ -51,8 +51,8 @@ def pytest_configure(config):
 def no_pickle():
     """No test unpickles anything, so no file that is read can run code.
 
-    The queues of multiprocessing are excepted: they hold objects of this process and its
-    workers only (TensorBoard's events and Grain's batches), and they imported
+    The queues of multiprocessing are excepted: they hold objects of this process and
+    its workers only (TensorBoard's events and Grain's batches), and they imported
     `pickle.loads` earlier.
     """
 

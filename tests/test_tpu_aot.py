@@ -34,7 +34,7 @@ PROGRAM = """
 ENTRY %main (p: f32[8,4]) -> f32[8,4] {
   %w = (s32[], f32[4]) while(%t), condition=%cond.1, body=%body.1, metadata={}
   %a = f32[8,4]{1,0:T(8,128)} all-reduce(%x), channel_id=1, to_apply=%add
-  %b = (f32[16]{0:T(128)}, bf16[3,2]{1,0:T(8,128)(2,1)}) all-reduce(%x, %y), channel_id=2
+  %b = (f32[16]{0:T(128)}, bf16[3,2]{1,0:T(8,128)(2,1)}) all-reduce(%x, %y)
   %c = (f32[2,8]{1,0}, f32[16,8]{1,0}) all-gather-start(%z), dimensions={0}
   %d = f32[16,8]{1,0} all-gather-done(%c)
   %e = f32[2]{0} reduce-scatter(%w), dimensions={0}

@@ -1,4 +1,4 @@
-"""Whatever a public function is given: a result, or an error that says what is wrong."""
+"""Public functions give a result for any argument, or an error that says what to do."""
 
 import importlib
 import inspect

@@ -18,8 +18,7 @@ NOBODY = 65534
 
 @contextlib.contextmanager
 def without_rights():
-    """As a user who may not write everywhere: the superuser, whom nothing stops, becomes
-    another one for the moment."""
+    """As a user without all rights: the superuser becomes another user here."""
     if os.getuid() != 0:
         yield
         return
