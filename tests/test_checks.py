@@ -1,5 +1,9 @@
 """Error messages: the caller, what it wanted, what it got, what to do."""
 
+import ast
+import copy
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -118,3 +122,33 @@ def test_numpys_integers_are_integers(unchecked):
     _checks.positive_int("loss", n=np.int64(3))
     with pytest.raises(ValueError, match="n to be an integer >= 1, got"):
         _checks.positive_int("loss", n=np.int64(0))
+
+
+# Sentences inside another error's message, caught in the function that raises them.
+INSIDE = {"training/sealed.py", "weights/safetensors.py"}
+
+
+@pytest.mark.parametrize("kind", ["ValueError", "TypeError", "OSError"])
+def test_every_error_about_input_is_a_refusal(kind):
+    """The command shows a `Refusal` as a sentence, and any other error as a defect."""
+    package = Path(_checks.__file__).parent
+    raised = {
+        f"{path.relative_to(package)}:{node.lineno}"
+        for path in package.rglob("*.py")
+        if str(path.relative_to(package)) not in INSIDE
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Raise)
+        and isinstance(node.exc, ast.Call)
+        and ast.unparse(node.exc.func) == kind
+    }
+    assert raised == set()
+
+
+def test_a_refusal_is_also_the_error_that_python_has_for_it():
+    assert issubclass(_checks.Refusal, ValueError)
+    assert issubclass(_checks.WrongType, (TypeError, _checks.Refusal))
+    full = _checks.FileRefusal(28, "save: nothing was written", "run")
+    assert isinstance(full, OSError) and full.errno == 28
+    assert isinstance(full, _checks.Refusal)
+    copied = copy.copy(_checks.WrongType("kd: expected a, got b."))
+    assert type(copied) is _checks.WrongType and str(copied) == "kd: expected a, got b."

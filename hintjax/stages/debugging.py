@@ -81,7 +81,7 @@ def raising(function: Callable[..., Any]) -> Callable[..., Any]:
     def call(*arguments):
         error, result = compiled(*arguments)
         if sentence := error.get():
-            raise ValueError(sentence.removesuffix(" (`check` failed)"))
+            raise Refusal(sentence.removesuffix(" (`check` failed)"))
         return result
 
     return call
