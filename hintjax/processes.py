@@ -1,10 +1,10 @@
-"""Several processes as one run: what depends on a disk, a clock or a signal is agreed.
+"""Several processes as one run: they agree on what comes from disk, clock or signals.
 
-JAX runs one program in all processes, and a collective that one of them does not
-reach holds up all others. So the first process owns whatever is on disk and tells the
-others what they have to know; and what each sees for itself is put together before
-anyone acts on it. Every process calls these functions, in the same order. Where there
-is only one process, they cost nothing.
+JAX runs one program in all processes, and a collective that one process does not
+reach blocks all others. So process 0 owns all files and broadcasts their content,
+and the processes share what each one sees before any of them acts on it. Every
+process calls these functions in the same order. With only one process, they cost
+nothing.
 """
 
 import json
@@ -17,26 +17,26 @@ from jax.experimental import multihost_utils
 
 from hintjax._checks import FileRefusal, Refusal, WrongType, message
 
-# Errors that other processes raise as the kind that they were in the first.
+# Errors that the other processes raise with the type that they have in process 0.
 _RAISED = (WrongType, FileRefusal, Refusal, ValueError, TypeError, OSError)
-_SAID = 2000  # bytes of an error that others repeat
+_SAID = 2000  # bytes of an error message that are sent to other processes
 
 
 def first() -> bool:
-    """Whether this process is the one that owns what is on disk."""
+    """Whether this is process 0, which owns all files."""
     return jax.process_index() == 0
 
 
 def told(find: Callable[[], Any], *kinds: type[Exception]) -> Any:
-    """What the first process finds, in all of them.
+    """Runs `find` in process 0 and broadcasts its result.
 
     Args:
-        find: called in the first process only; gives what JSON can hold.
-        *kinds: errors that are to be the same in all, besides those below.
+        find: called in process 0 only; its result must be JSON.
+        *kinds: more types of errors that all processes raise, besides those below.
 
     Raises:
         ValueError, TypeError, OSError: what `find` raises, in all processes.
-        RuntimeError: in the others, if it raises anything else.
+        RuntimeError: in the other processes, if `find` raises any other error.
     """
     if jax.process_count() == 1:
         return find()
@@ -57,14 +57,14 @@ def told(find: Callable[[], Any], *kinds: type[Exception]) -> Any:
 
 
 def each(find: Callable[[], Any]) -> Any:
-    """What this process finds; if one of them raises, all do.
+    """Runs `find` in every process; if one process raises, all processes raise.
 
     Args:
-        find: called in every process; must not wait for others.
+        find: must not wait for other processes.
 
     Raises:
-        Exception: what `find` raises, here.
-        ValueError: if it raises elsewhere, with what it said there.
+        Exception: what `find` raises in this process.
+        ValueError: if `find` raises in another process, with the message from there.
     """
     if jax.process_count() == 1:
         return find()
@@ -80,7 +80,7 @@ def each(find: Callable[[], Any]) -> Any:
 
 
 def _gathered(text: str) -> dict[int, str]:
-    """What processes say, by their number, less those that say nothing."""
+    """The texts of all processes by process number, without the empty ones."""
     text, ours = text.encode()[:_SAID], np.zeros(_SAID, np.uint8)
     ours[: len(text)] = np.frombuffer(text, np.uint8)
     all_of_them = multihost_utils.process_allgather(ours).astype(np.uint8)
@@ -92,7 +92,7 @@ def _gathered(text: str) -> dict[int, str]:
 
 
 def _said(what: Any) -> Any:
-    """JSON of the first process, in all."""
+    """Broadcasts a JSON value from process 0."""
     text = np.frombuffer(json.dumps(what).encode(), np.uint8)
     size = int(multihost_utils.broadcast_one_to_all(np.int32(text.size)))
     text = text if first() else np.zeros(size, np.uint8)
@@ -102,11 +102,11 @@ def _said(what: Any) -> Any:
 def told_arrays(
     arrays: Sequence[np.ndarray] | None, kinds: Sequence[tuple[Sequence[int], Any]]
 ) -> list[np.ndarray]:
-    """The arrays of the first process, in all of them, bit for bit.
+    """Broadcasts the arrays of process 0, bit for bit.
 
     Args:
-        arrays: in the first process; what others give is not looked at.
-        kinds: their shapes and dtypes, which all know.
+        arrays: the arrays of process 0; ignored in the other processes.
+        kinds: the shape and dtype of each array, known in every process.
     """
     if jax.process_count() == 1:
         return list(arrays)
@@ -124,30 +124,31 @@ def told_arrays(
 
 
 def _broadcast(data: np.ndarray) -> np.ndarray:
+    """The bytes of process 0."""
     return np.asarray(multihost_utils.broadcast_one_to_all(data)).astype(np.uint8)
 
 
 def gather(array: jax.Array) -> np.ndarray:
-    """An array that is split over the devices of several processes, whole in each."""
+    """An array sharded over several processes, gathered whole in each process."""
     return multihost_utils.process_allgather(array, tiled=True)
 
 
 def largest(number: int) -> int:
-    """The largest that any process has."""
+    """The largest number of all processes."""
     if jax.process_count() == 1:
         return number
     return int(multihost_utils.process_allgather(np.int32(number)).max())
 
 
 def agree(what: str, ours: Mapping[str, Any]) -> None:
-    """Raises, in all processes, unless all have the same.
+    """Raises, in all processes, unless their values are the same.
 
     Args:
-        what: what is compared, for the message.
-        ours: what this process has, by name; JSON.
+        what: a name for the values, for the message.
+        ours: the values of this process by name; JSON.
 
     Raises:
-        ValueError: naming the processes that differ from the first, and what differs.
+        ValueError: names the processes that differ from process 0, and the values.
     """
     if jax.process_count() == 1:
         return

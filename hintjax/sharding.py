@@ -1,17 +1,17 @@
 """Meshes, and where arrays live on them.
 
-A mesh has an axis `data`, or `fsdp`, or both: batches are split over all of them.
-Parameters are on every device, except that on an axis `fsdp` each large one is stored
-in shares, and that rules, or Flax's metadata, may place any of them otherwise. Inside
-a step, what was stored in shares over the batch's axes is whole again: weights are
-gathered, and activations are not. What is split over another axis, such as `model`,
-stays split.
+A mesh has an axis `data`, or `fsdp`, or both: batches are sharded over all of them.
+Parameters are replicated on every device, with two exceptions: large parameters are
+sharded over an axis `fsdp`, and rules or Flax's metadata may place any parameter
+otherwise. Inside a step, parameters that are sharded over the batch's axes are
+gathered, and activations are not. Parameters that are sharded over another axis, such
+as `model`, stay sharded.
 
 Metadata are the names that `nn.with_partitioning`, `nn.with_logical_partitioning` or
 `nnx.with_partitioning` give the axes of a parameter. Such parameters stay in the boxes
-that Flax's `init` puts them in, in a stage's state and its optimiser's, too: that is
-what `module.apply` and `nn.get_partition_spec` take. `nn.unbox` takes the arrays out,
-for an export (`hintjax.training.save_tree`).
+that Flax's `init` puts them in, because `module.apply` and `nn.get_partition_spec`
+expect the boxes. The same holds in the state of a stage and of its optimizer.
+`nn.unbox` takes the arrays out, for an export (`hintjax.training.save_tree`).
 """
 
 import math
@@ -19,7 +19,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -31,32 +31,33 @@ from jaxtyping import PyTree
 from hintjax._checks import Refusal, message, nearest, positive_int
 from hintjax.processes import agree
 
-BATCH = ("data", "fsdp")  # the axes that split batches
+BATCH = ("data", "fsdp")  # the axes over which batches are sharded
 NO_RULES: Mapping[str, PartitionSpec] = MappingProxyType({})
 Axes = str | tuple[str, ...] | None
-# Shapes of batches, with their mesh, that all processes have.
-_AGREED: set[tuple] = set()
+# Shapes of batches, with their mesh, on which all processes agree.
+_AGREED: set[tuple[object, ...]] = set()
 NO_NAMES: Mapping[str, Axes] = MappingProxyType({})
 
 
 class Layout(NamedTuple):
-    """A mesh, and which parameters are stored in shares.
+    """A mesh, and how parameters are sharded over it.
 
     Attributes:
         mesh: the mesh; see `make_mesh`.
-        rules: regular expressions and the `PartitionSpec` of the parameters whose path
-            they are found in, such as `{"head/kernel$": PartitionSpec(None, "model")}`.
-            Paths begin with "student/", "regressors/" or "teacher/". The first that is
-            found counts; one that is found nowhere is an error. The optimiser's state
-            lives where its parameters do.
-        at_least: what neither a rule nor metadata place is split over `fsdp`, if the
-            mesh has it, along its largest axis that divides, if it has at least so many
-            entries.
+        rules: regular expressions, each with the `PartitionSpec` of the parameters
+            whose path it matches, such as `{"head/kernel$": PartitionSpec(None, "model")}`.
+            Paths begin with "student/", "regressors/" or "teacher/". The first rule
+            that matches counts; a rule that matches nothing is an error. The state of
+            the optimizer is placed like its parameters.
+        at_least: parameters with at least this many entries are sharded over `fsdp`, if
+            the mesh has it, along their largest divisible axis, unless a rule or
+            metadata places them.
         logical: the axes of the mesh that the names in Flax's metadata stand for, such
-            as `{"embed": None, "heads": "model"}`; None for an axis that is not split.
-            As in Flax, an axis of the mesh splits an array once: the first name here
-            has it. Names that are axes of the mesh need not be here. Metadata count
-            where no rule does, and where they split nothing, nothing is split.
+            as `{"embed": None, "heads": "model"}`; None for an axis that is not
+            sharded. As in Flax, an axis of the mesh shards an array once: the first
+            name here takes it. Names that are axes of the mesh need no entry. Metadata
+            count where no rule matches; a parameter that they do not shard is
+            replicated.
     """
 
     mesh: Mesh
@@ -72,12 +73,12 @@ def make_mesh(
     model: int | None = None,
     devices: Sequence[jax.Device] | None = None,
 ) -> Mesh:
-    """A mesh with the axes `data`, `fsdp` and `model`, those that are given a size.
+    """A mesh with those of the axes `data`, `fsdp` and `model` that have a size.
 
     Args:
-        data: devices along `data`; by default all that are left by the others.
-        fsdp: devices along `fsdp`, over which large parameters are split too.
-        model: devices along `model`, for rules that split layers.
+        data: devices along `data`; by default, all devices that the other axes leave.
+        fsdp: devices along `fsdp`, over which large parameters are sharded, too.
+        model: devices along `model`, for rules that shard layers.
         devices: all devices by default.
 
     Returns:
@@ -85,7 +86,7 @@ def make_mesh(
         `jax.make_mesh`, Flax's convolutions have no backward pass.
 
     Raises:
-        ValueError: if the sizes do not make up the number of devices.
+        ValueError: if the product of the sizes is not the number of devices.
     """
     devices = jax.devices() if devices is None else devices
     sizes = {"data": data, "fsdp": fsdp, "model": model}
@@ -107,7 +108,7 @@ def make_mesh(
 
 
 def data_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh of one axis, `data`, over which batches are split.
+    """A mesh of one axis, `data`, over which batches are sharded.
 
     Args:
         devices: all devices by default.
@@ -119,10 +120,10 @@ def data_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
 
 
 def batch_axes(mesh: Mesh) -> tuple[str, ...]:
-    """The axes of a mesh that split batches.
+    """The axes of a mesh over which batches are sharded.
 
     Raises:
-        ValueError: if there is none.
+        ValueError: if the mesh has no such axis.
     """
     axes = tuple(name for name in BATCH if name in mesh.axis_names)
     if not axes:
@@ -133,35 +134,41 @@ def batch_axes(mesh: Mesh) -> tuple[str, ...]:
 
 
 def shares(mesh: Mesh) -> int:
-    """Into how many parts a batch is split."""
+    """The number of parts into which a batch is sharded."""
     return math.prod(mesh.shape[name] for name in batch_axes(mesh))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The same array on every device."""
+    """The sharding of an array that is whole on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def over_batch(mesh: Mesh) -> NamedSharding:
-    """The leading axis split over `data` and `fsdp`."""
+    """The sharding of the leading axis over `data` and `fsdp`."""
     axes = batch_axes(mesh)
     return NamedSharding(mesh, PartitionSpec(axes if len(axes) > 1 else axes[0]))
 
 
 def check_batch(batch: PyTree, mesh: Mesh) -> None:
-    """Raises unless the examples of a batch can be shared out evenly."""
+    """Raises unless the devices of a mesh can share a batch evenly."""
     parts = shares(mesh)
     check_even(batch, parts, f"{parts} devices")
 
 
-def check_even(batch: PyTree, parts: int, those: str) -> None:
-    """Raises unless there are as many examples for each of those parts."""
+def check_even(batch: PyTree, parts: int, sharers: str) -> None:
+    """Raises unless every part of a batch has the same number of examples.
+
+    Args:
+        batch: arrays with a leading axis of examples.
+        parts: the number of parts.
+        sharers: the name of the parts in the message, such as "8 devices".
+    """
     for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
         n = leaf.shape[0] if leaf.ndim else 0
         if n == 0 or n % parts:
             low = n - n % parts
             sizes = [f"{size}" for size in (low, low + parts) if size > 0]
-            wanted = f"batches whose size {those} can share evenly"
+            wanted = f"batches whose size {sharers} can share evenly"
             got = f"{_name(path)!r} of shape {tuple(leaf.shape)}"
             do = (
                 f"Use a multiple of {parts}, such as {' or '.join(sizes)}, or fill it "
@@ -171,11 +178,11 @@ def check_even(batch: PyTree, parts: int, those: str) -> None:
 
 
 def check_spans(batch: PyTree, mesh: Mesh) -> None:
-    """Raises if the mesh has several processes, and a batch only one's examples."""
+    """Raises if a batch is on one process, and the mesh spans several processes."""
     if not mesh.is_multi_process:
         return
     for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
-        # What is traced, or only a shape to compile for, has no place yet.
+        # A traced array, or a shape to compile for, is not on any device yet.
         shape = isinstance(leaf, jax.core.Tracer | jax.ShapeDtypeStruct)
         if not shape and getattr(leaf, "is_fully_addressable", True):
             wanted = "a batch on the devices of all processes"
@@ -185,30 +192,31 @@ def check_spans(batch: PyTree, mesh: Mesh) -> None:
 
 
 def check_rules(layout: Layout, params: PyTree) -> None:
-    """Raises if there is a rule that no parameter answers to."""
+    """Raises if a rule matches no parameter."""
     leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=_is_box)
     paths = [_name(path) for path, _ in leaves]
     for rule in layout.rules:
         if not any(re.search(rule, path) for path in paths):
-            got = f"{rule!r}, which none does"
+            got = f"the rule {rule!r}, which matches no parameter"
             do = f"The nearest are {nearest(rule, paths)}."
             wanted = "rules that match a parameter's path"
             raise Refusal(message("layout", wanted, got, do))
 
 
 def stored(layout: Layout, params: PyTree) -> PyTree:
-    """The sharding that each parameter is stored with.
+    """The sharding with which each parameter is stored.
 
     Args:
         layout: mesh and rules.
-        params: the parameters, or their shapes; their paths are what rules see.
+        params: the parameters, or their shapes; rules match their paths.
 
     Returns:
         A tree of `NamedSharding`, of the same structure.
 
     Raises:
-        ValueError: if a rule's spec has more axes than an array, names one that the
-            mesh has not, or does not divide; if a name in metadata is unknown.
+        ValueError: if the spec of a rule has more axes than an array, names an axis
+            that the mesh does not have, or does not divide the array evenly; if a name in
+            metadata is unknown.
     """
 
     def place(path, leaf):
@@ -221,7 +229,7 @@ def stored(layout: Layout, params: PyTree) -> PyTree:
 
 
 def whole(shardings: PyTree) -> PyTree:
-    """The same shardings, without the axes that split batches: as a step computes."""
+    """The shardings inside a step: without the axes over which batches are sharded."""
 
     def gather(sharding):
         kept = [
@@ -234,10 +242,10 @@ def whole(shardings: PyTree) -> PyTree:
 
 
 def alike(shardings: PyTree, params: PyTree, tree: PyTree, mesh: Mesh) -> PyTree:
-    """Shardings of a tree in which parameters recur, as in an optimiser's state.
+    """Shardings of a tree that contains copies of parameters, such as Adam's moments.
 
-    What has the shape of a parameter and a path that ends with its path is stored as
-    it is; all else is replicated.
+    An array with the shape of a parameter, and a path that ends with the path of this
+    parameter, gets the same sharding; all other arrays are replicated.
     """
     known = {
         path: (leaf.shape, sharding)
@@ -259,16 +267,16 @@ def alike(shardings: PyTree, params: PyTree, tree: PyTree, mesh: Mesh) -> PyTree
 
 
 def spread(tree: PyTree, shardings: PyTree) -> PyTree:
-    """Arrays that every process has, as arrays on the devices of all of them.
+    """Places arrays that every process has on the devices of all processes.
 
     In one process this is `jax.device_put`.
 
     Args:
         tree: arrays; in several processes, the same in each, or already on a mesh.
-        shardings: one for all, or a tree that begins like `tree`.
+        shardings: one sharding for all arrays, or a tree that is a prefix of `tree`.
 
     Returns:
-        The same arrays, where the shardings say.
+        The same arrays, with these shardings.
     """
     return jax.tree.map(
         lambda sharding, part: jax.tree.map(partial(_spread, sharding), part),
@@ -277,7 +285,8 @@ def spread(tree: PyTree, shardings: PyTree) -> PyTree:
     )
 
 
-def _spread(sharding, leaf):
+def _spread(sharding: jax.sharding.Sharding, leaf: Any) -> jax.Array:
+    """Places one array as `spread` does."""
     if isinstance(leaf, jax.core.Tracer):
         return jax.lax.with_sharding_constraint(leaf, sharding)
     elsewhere = isinstance(leaf, jax.Array) and not leaf.is_fully_addressable
@@ -291,19 +300,19 @@ def _spread(sharding, leaf):
 
 
 def from_process(batch: PyTree, mesh: Mesh | Layout) -> PyTree:
-    """One batch of the whole mesh, of which each process has read its share.
+    """Makes one batch of the whole mesh from the examples that each process has read.
 
     Args:
-        batch: this process' examples: of a batch of B, B / `jax.process_count()`. Its
-            shapes change in all processes at once, if at all.
+        batch: the examples of this process: B / `jax.process_count()` of a batch of B.
+            Shapes may change only in all processes at once.
         mesh: the stage's.
 
     Returns:
-        The batch as the stage wants it, split over `data` and `fsdp`.
+        The batch as the stage expects it, sharded over `data` and `fsdp`.
     """
     mesh = mesh.mesh if isinstance(mesh, Layout) else mesh
     sharding = over_batch(mesh)
-    # Of the parts of a batch, those that this process holds.
+    # The number of parts of a batch that this process holds.
     ours = max(shares(mesh) * mesh.local_mesh.size // mesh.size, 1)
     check_even(batch, ours, f"the {ours} devices of a process")
     shapes = {
@@ -312,7 +321,7 @@ def from_process(batch: PyTree, mesh: Mesh | Layout) -> PyTree:
     }
     known = (mesh, *shapes.items())
     if mesh.is_multi_process and known not in _AGREED:
-        # Each would compute with another batch, and none would notice.
+        # Otherwise each process would compute with another batch, unnoticed.
         agree("shapes of their batches", shapes)
         _AGREED.add(known)
     return jax.tree.map(
@@ -321,9 +330,9 @@ def from_process(batch: PyTree, mesh: Mesh | Layout) -> PyTree:
 
 
 def place(variables: PyTree, mesh: Mesh | Layout) -> PyTree:
-    """A teacher's variables, where a stage on this mesh wants them.
+    """Places the variables of a teacher where a stage on this mesh expects them.
 
-    `update` would send a teacher that lives elsewhere to all devices at every step.
+    `update` would copy a teacher that is elsewhere to all devices at every step.
 
     Args:
         variables: `(params, state)`, as a network's `init` gives them.
@@ -341,7 +350,9 @@ def place(variables: PyTree, mesh: Mesh | Layout) -> PyTree:
     )
 
 
-def _spec(layout, path, shape, box):
+def _spec(
+    layout: Layout, path: str, shape: tuple[int, ...], box: nn.Partitioned | None
+) -> PartitionSpec:
     """The `PartitionSpec` of one parameter, which may be in a box with metadata."""
     mesh = layout.mesh
     for rule, spec in layout.rules.items():
@@ -360,7 +371,7 @@ def _spec(layout, path, shape, box):
     return PartitionSpec(*[None] * largest, "fsdp")
 
 
-def _annotated(layout, path, box):
+def _annotated(layout: Layout, path: str, box: nn.Partitioned) -> PartitionSpec:
     """The `PartitionSpec` that metadata give."""
     axes = layout.mesh.axis_names
     # Flax's own rules, of `nn.with_logical_partitioning`, come after the layout's.
@@ -376,12 +387,15 @@ def _annotated(layout, path, box):
     return nn.logical_to_mesh_axes(box.names, rules)
 
 
-def _is_box(node):
-    """Whether it is a parameter with names of its axes."""
+def _is_box(node: Any) -> bool:
+    """Whether a node is a parameter whose axes have names."""
     return isinstance(node, nn.Partitioned)
 
 
-def _check_spec(caller, spec, path, shape, mesh):
+def _check_spec(
+    caller: str, spec: PartitionSpec, path: str, shape: tuple[int, ...], mesh: Mesh
+) -> None:
+    """Raises unless a parameter of this shape can be sharded so."""
     names = [_names(entry) for entry in spec]
     unknown = [n for entry in names for n in entry if n not in mesh.axis_names]
     if unknown:
@@ -404,5 +418,6 @@ def _names(entry: str | Iterable[str] | None) -> tuple[str, ...]:
     return (entry,) if isinstance(entry, str) else tuple(entry)
 
 
-def _name(path):
+def _name(path: tuple[Any, ...]) -> str:
+    """The path of an array as one string."""
     return jax.tree_util.keystr(path, simple=True, separator="/")

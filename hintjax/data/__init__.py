@@ -1,4 +1,10 @@
-"""Images from disk to the device, as batches."""
+"""Images from disk to the device, as batches.
+
+`load` reads a dataset from disk: its training, validation and test splits. A split that
+fits on the device is put there once by `place`, and `take` cuts batches out of it
+inside jit, in the `order` of each epoch. `stream` reads batches of a larger split on the host.
+`statistics` measures what `Standardize` needs; `evaluation_batches` reads a split once.
+"""
 
 from hintjax.data.batches import evaluation_batches, order, place, steps_per_epoch, take
 from hintjax.data.images import PLAIN, AnyArray, Augment, Placed, Split, Standardize

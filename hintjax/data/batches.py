@@ -15,16 +15,15 @@ from hintjax.data.records import Records
 from hintjax.data.standardize import standardized
 from hintjax.sharding import spread
 
-# On the device.
-
 
 def place(
     split: Split, device: jax.Device | jax.sharding.Sharding | None = None
 ) -> Placed:
     """Puts a split on the device, or on all devices of a (replicated) sharding.
 
-    One row per image, because a TPU keeps [n h w c] with n innermost: gathering from
-    that first copies the whole set, at every step (four times CIFAR-10's 154 MB).
+    The device keeps one row per image. A TPU would keep [n h w c] with n innermost, and
+    a gather would first copy the whole split at every step (four times CIFAR-10's
+    154 MB).
     """
     pixels = split.image.reshape(split.n, -1)
     if isinstance(device, jax.sharding.Sharding):
@@ -35,7 +34,7 @@ def place(
 
 
 def steps_per_epoch(n: int, batch_size: int) -> int:
-    """How many whole batches one epoch has; what is left over waits for the next order.
+    """The number of whole batches in one epoch; the rest waits for the next epoch.
 
     >>> steps_per_epoch(1293, 64)
     20
@@ -66,11 +65,11 @@ def take(
     image = (augmented / 255 - mean) / std
 
     Args:
-      split: by `place`. An argument of the jitted function: a constant there would be
-        compiled into it.
+      split: made by `place`. Pass it as an argument to the jitted function: a constant
+        would be compiled into it.
       index: positions in the split, such as a part of `order`.
-      standardize: of the training split, for every split.
-      key: of this step; needed when `augment` does anything.
+      standardize: the statistics of the training split, for every split.
+      key: the random key of this step; needed when `augment` crops or flips.
       augment: a Python constant.
 
     Returns:
@@ -116,6 +115,7 @@ def augmented(xp: Any, image: Any, shift: Any, flip: Any, augment: Augment) -> A
 
 
 def _crop_index(xp: Any, shift: Any, length: int, augment: Augment) -> Any:
+    """Positions that a shifted crop reads along one axis; outside they are padding."""
     if augment.reflect and augment.pad >= length:
         wanted = f"a reflecting pad below the image's {length} pixels"
         raise Refusal(message("take", wanted, str(augment.pad), "Lower it."))
@@ -123,9 +123,6 @@ def _crop_index(xp: Any, shift: Any, length: int, augment: Augment) -> Any:
     if augment.reflect:  # -1 reads 1, and length reads length - 2
         index = length - 1 - xp.abs(length - 1 - xp.abs(index))
     return index
-
-
-# Evaluation, and sets that do not fit.
 
 
 def evaluation_batches(
@@ -136,10 +133,10 @@ def evaluation_batches(
     Args:
       source: a split, on the device or on the host, or Records.
       batch_size: may be larger than the split.
-      standardize: of the training split.
+      standardize: the statistics of the training split.
 
     Yields:
-      Batches as `take` gives them, with "where" (bool [batch]). The last batch is
+      Batches as `take` returns them, with "where" (bool [batch]). The last batch is
       filled with repeats of the last example, where "where" is False.
     """
     if batch_size < 1 or not source.n:

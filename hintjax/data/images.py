@@ -13,17 +13,19 @@ AnyArray = Array | np.ndarray
 
 
 class Split(NamedTuple):
-    """Decoded images and their labels, on the host."""
+    """The decoded images and labels of one split, on the host."""
 
     image: UInt8[AnyArray, "n h w c"]
     label: Int32[AnyArray, " n"]
 
     @property
     def n(self) -> int:
+        """The number of examples."""
         return self.image.shape[0]
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """The shape of one image, [h w c]."""
         return self.image.shape[1:]
 
     def read(self, index: Sequence[int] | Integer[AnyArray, " batch"]) -> "Split":
@@ -31,7 +33,7 @@ class Split(NamedTuple):
         return Split(self.image[index], self.label[index])
 
     def labels(self, index: Sequence[int] | Integer[AnyArray, " batch"]) -> AnyArray:
-        """Their labels alone."""
+        """The labels at these positions, without the images."""
         return self.label[index]
 
 
@@ -50,6 +52,7 @@ class Placed:
 
     @property
     def n(self) -> int:
+        """The number of examples."""
         return self.pixels.shape[0]
 
     def read(self, index: Integer[AnyArray, " batch"]) -> Split:
@@ -59,14 +62,14 @@ class Placed:
 
 
 class Standardize(NamedTuple):
-    """What `take` subtracts and divides by, per channel, of images in [0, 1]."""
+    """Mean and standard deviation of each channel, for pixels in [0, 1]."""
 
     mean: Float32[AnyArray, " c"]
     std: Float32[AnyArray, " c"]
 
 
 class Augment(NamedTuple):
-    """Crops after padding by `pad` pixels (black, or mirrored), and left-right flips."""
+    """Crops after padding by `pad` pixels (black or mirrored), and left-right flips."""
 
     pad: int = 0
     flip: bool = False

@@ -24,7 +24,7 @@ MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 class Records:
     """One split of a prepared TFDS set, decoded when it is read. Made by `records`."""
 
-    def __init__(self, name: str, split: str, builder: Any, size: int | None):
+    def __init__(self, name: str, split: str, builder: Any, size: int | None) -> None:
         tfds = importlib.import_module("tensorflow_datasets")
         features = dict(builder.info.features.items())
         keys = builder.info.supervised_keys or ("image", "label")
@@ -71,7 +71,7 @@ class Records:
         """The examples at these positions, decoded.
 
         Without threads: on images of 28 to 256 pixels two threads decode no faster
-        than one, because what they share is the interpreter.
+        than one, because they share the interpreter.
         """
         images = np.empty((len(index), *self.shape), np.uint8)
         labels = np.empty(len(index), np.int32)
@@ -85,6 +85,7 @@ class Records:
         return Split(images, labels)
 
     def _raw(self, index: Any) -> Iterator[tuple[int, Mapping[str, Any]]]:
+        """Each position with its example, not yet decoded."""
         # In bulk, which is twice as fast as one by one, but never the whole set.
         index = np.asarray(index).tolist()
         for start in range(0, len(index), CHUNK):
@@ -92,6 +93,7 @@ class Records:
             yield from zip(part, self._source.__getitems__(part), strict=True)
 
     def _decode(self, i: int, example: Mapping[str, Any]) -> np.ndarray:
+        """The pixels of one example, [h w c]."""
         try:
             with pillow().open(io.BytesIO(example[self._keys[0]])) as image:
                 if image.mode != MODES[self._channels]:
@@ -122,8 +124,8 @@ def records(
       name: as for `load`, a TFDS name.
       data_dir: as for `load`.
       split: a split or a part of one: "train", "train[:90%]", "train[90%:]".
-      size: images are scaled and cut at the centre to size x size. Sets whose images
-        differ in shape need it.
+      size: images are scaled and cropped at the center to size x size. Required if
+        the images differ in shape.
 
     Returns:
       Records with `n`, `shape`, `class_names` and `read(index)`, for `stream`,
@@ -133,8 +135,9 @@ def records(
 
 
 def builder_of(name: str, data_dir: str | os.PathLike[str] | None) -> Any:
+    """The TFDS builder of a dataset that is prepared on disk."""
     # tfds.builder(name) may ask the network about a set that is not prepared,
-    # and insists on its own version of one that is: what is on disk decides instead.
+    # and insists on its own version of a prepared one: here the disk decides.
     tfds = importlib.import_module("tensorflow_datasets")
     default = os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
     data_dir = Path(data_dir or default).expanduser()
@@ -167,6 +170,7 @@ def builder_of(name: str, data_dir: str | os.PathLike[str] | None) -> Any:
 
 
 def _prepare(name: str, data_dir: str | os.PathLike[str]) -> str:
+    """The advice how to prepare a dataset."""
     return (
         "Prepare it once, with TensorFlow (pip install tensorflow) and a network: "
         f"tfds.builder({name!r}, data_dir={str(data_dir)!r})"
@@ -175,6 +179,7 @@ def _prepare(name: str, data_dir: str | os.PathLike[str]) -> str:
 
 
 def optional_module(module: str) -> Any:
+    """Imports a module of the extra `data`, or says how to install it."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
@@ -184,9 +189,11 @@ def optional_module(module: str) -> Any:
 
 
 def pillow() -> Any:
+    """The module PIL.Image."""
     return optional_module("PIL.Image")
 
 
 def cropped(image: Any, size: int) -> Any:
+    """A Pillow image, scaled and cropped at the center to size x size."""
     bilinear = pillow().Resampling.BILINEAR
     return optional_module("PIL.ImageOps").fit(image, (size, size), method=bilinear)

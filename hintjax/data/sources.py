@@ -25,7 +25,7 @@ from hintjax.data.standardize import statistics
 
 ON_DEVICE = 2 * 2**30  # bytes: a set up to this size is kept on the device
 IN_MEMORY = 16 * 2**30  # bytes: a set above this size stays on disk
-TEST = 0.2  # the share of a set that brings no test split which becomes one
+TEST = 0.2  # fraction held out as a test split when the dataset has none
 _SAVE = "Write it with numpy.savez(path, image=..., label=...)."
 
 
@@ -41,9 +41,6 @@ class Dataset(NamedTuple):
     class_names: tuple[str, ...]
 
 
-# From disk.
-
-
 def load(
     name: str,
     data_dir: str | os.PathLike[str] | None = None,
@@ -53,11 +50,12 @@ def load(
     size: int | None = None,
     seed: int = 0,
 ) -> Dataset:
-    """Reads an image classification set, into memory as uint8 if it fits there.
+    """Reads an image classification dataset, into memory as uint8 if it fits.
 
-    A set with its own "validation" and "test" splits keeps them. Without "test", its
-    "validation" is the test split, or else a fifth of "train", which is the same for
-    every seed. Without "validation", a part of "train" is. Splits are cut by class.
+    A dataset with its own "validation" and "test" splits keeps them. Without "test",
+    its "validation" becomes the test split; without both, a fifth of "train", the same
+    for every seed. Without "validation", a part of "train" becomes the validation
+    split. Splits are cut by class.
 
     Args:
       name: "digits" (scikit-learn's, embedded), a path that ends in .npz, or a set of
@@ -66,16 +64,16 @@ def load(
         `label` (integers), and may hold `image_test`, `label_test` and `class_names`.
       data_dir: where prepared sets are; by default TFDS_DATA_DIR, or
         ~/tensorflow_datasets.
-      validation: share of "train" that becomes the validation split, in (0, 1).
-      limit: how many training examples are kept; a smaller limit keeps a subset of a
-        larger one's. Validation, test and `standardize` do not depend on it.
-      size: images are scaled and cut at the centre to size x size. None keeps them.
-      seed: of the validation split and of the limit.
+      validation: fraction of "train" that becomes the validation split, in (0, 1).
+      limit: number of training examples to keep; a smaller limit keeps a subset of
+        what a larger limit keeps. Validation, test and `standardize` do not depend on it.
+      size: images are scaled and cropped at the center to size x size. None keeps them.
+      seed: the seed of the validation split and of the limit.
 
     Returns:
       A Dataset of numpy arrays; or, above IN_MEMORY, of Records, which stay on disk and
-      are cut by per cent instead of by class. `standardize` is that of "train" before `limit`, so
-      that a student with few labels sees its teacher's inputs.
+      are cut by percent instead of by class. `standardize` is measured on "train"
+      before `limit`, so that a student with few labels sees the inputs of its teacher.
 
     >>> digits = load("digits", limit=500)
     >>> digits.train.image.shape, digits.validation.n, digits.test.n, digits.classes
@@ -122,6 +120,7 @@ def load(
 
 
 def _digits() -> tuple[dict[str, Split], Sequence[str]]:
+    """The splits and class names of the digits of scikit-learn."""
     bunch = optional_module("sklearn.datasets").load_digits()
     image = np.round(bunch.images * (255 / 16)).astype(np.uint8)
     names = [str(name) for name in bunch.target_names]
@@ -129,6 +128,7 @@ def _digits() -> tuple[dict[str, Split], Sequence[str]]:
 
 
 def _npz(path: Path) -> tuple[dict[str, Split], Sequence[str]]:
+    """The splits and class names of an .npz file."""
     wanted = ("image", "label", "image_test", "label_test", "class_names")
     try:
         with np.load(path, allow_pickle=False) as file:
@@ -154,7 +154,7 @@ def _npz(path: Path) -> tuple[dict[str, Split], Sequence[str]]:
             str(i) for i in range(min(int(labels.max(initial=0)) + 1, len(labels)))
         ]
     else:
-        names = []  # `_checked` says what is wrong
+        names = []  # `checked_split` raises
     splits = {
         key: checked_split(
             f"{image} of {path.name}", arrays[image], arrays[label], len(names)
@@ -195,10 +195,10 @@ def _on_disk(
         wanted = f"no limit for {train.name!r}, which stays on disk"
         raise Refusal(message("load", wanted, str(limit), "Pass a smaller size=."))
 
-    def part(of, where):
+    def part(of: str, where: str) -> Records:
         return records(train.name, data_dir, f"{of}[{where}]", size=size)
 
-    # By per cent of the file: TFDS shuffles when it prepares a set.
+    # By percent of the file: TFDS shuffles when it prepares a set.
     if "test" not in splits:
         kept = 100 - round(100 * TEST)
         splits["test"] = part("train", f"{kept}%:")
@@ -221,6 +221,7 @@ def _on_disk(
 
 
 def _resized(split: Split, size: int) -> Split:
+    """The split with images scaled and cropped to size x size."""
     if split.shape[:2] == (size, size):
         return split
     if split.n * size * size * split.shape[-1] > IN_MEMORY:
@@ -237,6 +238,7 @@ def _resized(split: Split, size: int) -> Split:
 
 
 def _nbytes(source: Split | Records) -> int:
+    """The size of a split decoded to uint8."""
     return source.n * int(np.prod(source.shape))
 
 

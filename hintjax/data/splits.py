@@ -5,12 +5,11 @@ import numpy as np
 from hintjax._checks import Refusal, WrongType, message
 from hintjax.data.images import Split
 
-# Splits.
-
 
 def checked_split(
     where: str, image: np.ndarray, label: np.ndarray, classes: int
 ) -> Split:
+    """A Split of arrays that are checked first."""
     if image.dtype != np.uint8:
         do = "Scale them to 0..255, round them and convert them."
         wanted = f"uint8 pixels in {where}"
@@ -28,6 +27,7 @@ def checked_split(
 
 
 def check_labels(where: str, label: np.ndarray, classes: int) -> None:
+    """Raises unless the labels are integers in 0..classes - 1."""
     if not np.issubdtype(label.dtype, np.integer):
         wanted = f"integer labels in {where}"
         raise WrongType(message("load", wanted, str(label.dtype), "Convert them."))
@@ -54,6 +54,7 @@ def stratified(label: np.ndarray, count: int, seed: int) -> np.ndarray:
 
 
 def carved(name: str, split: Split, count: int, seed: int) -> tuple[Split, Split]:
+    """Holds out `count` examples as the split `name`; returns it and the rest."""
     if not 0 < count < split.n:
         wanted = f"at least one example in {name} and in train"
         got = f"{count} and {split.n - count}"

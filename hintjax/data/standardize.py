@@ -12,8 +12,8 @@ def statistics(source: Split | Records, *, sample: int = 4096) -> Standardize:
     """Mean and standard deviation of each channel, of pixels in [0, 1].
 
     Args:
-      source: the training split. Records are sampled, a Split is counted whole.
-      sample: how many Records, evenly spaced, are decoded.
+      source: the training split. Records are sampled; a Split is counted whole.
+      sample: the number of examples, evenly spaced, that are decoded from Records.
 
     Returns:
       Standardize. A channel that never changes has 1/255, so that it becomes 0.
@@ -41,5 +41,6 @@ def statistics(source: Split | Records, *, sample: int = 4096) -> Standardize:
 
 
 def standardized(xp: Any, image: Any, standardize: Standardize) -> Any:
+    """(image / 255 - mean) / std, with jax.numpy and numpy alike."""
     mean, std = (xp.asarray(x, dtype=xp.float32) for x in standardize)
     return (image.astype(xp.float32) / xp.float32(255) - mean) / std

@@ -1,4 +1,4 @@
-"""Batches of a set that does not fit on the device, read by Grain."""
+"""Batches of a split that does not fit on the device, read by Grain."""
 
 import importlib
 import operator
@@ -27,27 +27,27 @@ def stream(
     process_count: int = 1,
     workers: int = 0,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Endless shuffled batches of a set that does not fit on the device, by Grain.
+    """Endless shuffled batches of a split that does not fit on the device, by Grain.
 
-    The examples form one sequence, in a new order each epoch and each example once per
-    epoch; a batch may reach over the end of an epoch. Process p of P takes the p-th part
-    of every batch, so that the processes' batches together are the same batches, with
-    the same crops and flips, whatever P is, and so is the position in them.
+    The examples form one sequence, with a new order each epoch and each example once per
+    epoch; a batch may span the end of an epoch. Process p of P takes the p-th part of
+    every batch. So the batches of all processes together, their crops and flips, and
+    the position in the sequence do not depend on P.
 
     Args:
       source: Records, or a Split on the host.
-      batch_size: of this process.
-      standardize: of the training split.
-      augment: as for `take`, drawn and done in numpy.
-      seed: of the order, the crops and the flips.
-      process_index: this process, as jax.process_index().
-      process_count: of all processes.
-      workers: how many worker processes decode; the batches do not depend on it. The
-        program then has to start under `if __name__ == "__main__":`. 0 decodes in a
+      batch_size: the number of examples per batch in this process.
+      standardize: the statistics of the training split.
+      augment: as for `take`, computed in numpy.
+      seed: the seed of the order, the crops and the flips.
+      process_index: the number of this process, as jax.process_index().
+      process_count: the number of processes.
+      workers: the number of worker processes that decode; the batches do not depend on
+        it. With workers, the program must start under `if __name__ == "__main__":`. 0 decodes in a
         background thread.
 
     Returns:
-      Grain's iterator of batches as `take` gives them, of numpy arrays. Its
+      Grain's iterator of batches as `take` returns them, with numpy arrays. Its
       `get_state()` is plain JSON; `set_state` of an equal stream continues from there.
       `close()` ends its workers.
     """
@@ -60,8 +60,8 @@ def stream(
     standardize = Standardize(*map(np.asarray, standardize))  # workers have no device
     if isinstance(source, Split):
         source = Split(*map(np.asarray, source))
-    # Grain carries positions; a batch is read in one go, which is twice as fast as
-    # example by example. Crops are drawn before the split by process.
+    # Grain carries positions; a batch is read in one go, twice as fast as
+    # example by example. Crops are drawn before processes take their parts.
     positions = grain.MapDataset.range(source.n).seed(seed).shuffle().repeat()
     drawn = positions.random_map(partial(_drawn, augment=augment))
     part = _Part(drawn, batch_size, process_index, process_count)
@@ -78,14 +78,14 @@ def stream(
 
 
 class _Part:
-    """What one process reads of an endless sequence of batches, by position."""
+    """The part of an endless sequence of batches that one process reads."""
 
-    def __init__(self, drawn: Any, size: int, process: int, processes: int):
+    def __init__(self, drawn: Any, size: int, process: int, processes: int) -> None:
         self._drawn, self._size = drawn, size
         self._process, self._processes = process, processes
 
     def __len__(self) -> int:
-        # Endless, but for what still fits when Grain and `drawn` count in examples.
+        # Endless in effect; Grain and `drawn` count examples, and that number must fit.
         return sys.maxsize // self._processes // 2
 
     def __getitem__(self, at: SupportsIndex) -> dict[str, Any]:
@@ -96,6 +96,7 @@ class _Part:
 def _drawn(
     index: int, random: np.random.Generator, *, augment: Augment
 ) -> dict[str, Any]:
+    """A position, with the random crop and flip of its example."""
     end = 2 * augment.pad + 1
     *shift, flip = random.integers(0, (end, end, 2))
     return {"index": np.int32(index), "shift": np.array(shift), "flip": flip == 1}
@@ -107,6 +108,7 @@ def _read(
     augment: Augment,
     drawn: dict[str, np.ndarray],
 ) -> dict[str, np.ndarray]:
+    """Reads, crops, flips and standardizes one batch."""
     image, label = source.read(drawn["index"])
     if augment.pad or augment.flip:
         image = augmented(np, image, drawn["shift"], drawn["flip"], augment)
