@@ -43,7 +43,7 @@ def population(
     """n students that differ in seed, weights or what is in their state.
 
     What each comes to is what `stage.update` would have made of it alone. A learning
-    rate that differs is one in the optimiser's state (`optax.inject_hyperparams`), a
+    rate that differs is one in the optimizer's state (`optax.inject_hyperparams`), a
     weight of a term that differs is `Adjustable`::
 
         hint = weighted(fitnets(pairs), Adjustable(100.0))

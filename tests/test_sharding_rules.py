@@ -128,7 +128,10 @@ def test_the_first_rule_that_is_found_counts():
 @pytest.mark.parametrize(
     "rules, complaint",
     [
-        ({"heed/kernel": P()}, "none does.*nearest are .*'student/head/kernel'"),
+        (
+            {"heed/kernel": P()},
+            "matches no parameter.*nearest are .*'student/head/kernel'",
+        ),
         ({"head/bias": P("rows")}, r"expected axes among \('data', 'fsdp'\)"),
         ({"head/bias": P(None, "fsdp")}, "at most the 1 axes of 'student/head/bias'"),
         ({"odd": P("fsdp")}, r"divide 'student/odd' evenly.* over 4 devices"),

@@ -14,7 +14,7 @@ SMALL = nn.initializers.truncated_normal(0.02)
 
 
 class Embedding(nn.Module):
-    """Token ids as vectors, plus learned positions, normalised.
+    """Token ids as vectors, plus learned positions, normalized.
 
     Args:
         vocabulary: how many token ids there are.
@@ -68,7 +68,7 @@ class Encoder(nn.Module):
 
     Hint paths, of n tokens:
 
-    * `embed` (n, width), normalised, and `embed/words`, before positions are added;
+    * `embed` (n, width), normalized, and `embed/words`, before positions are added;
     * `block1`, `block2`, ... (n, width), and inside each of them `attention`, `norm1` (the
       stream between attention and MLP), `mlp`, `mlp/hidden` (before the GELU);
     * `block1/attention/query`, `/key`, `/value` (n, heads, d), `/scores` (heads, n, n),

@@ -47,7 +47,7 @@ class Group(nn.Module):
 class WideResNet(nn.Module):
     """WRN-d-k: three groups of (d - 4) / 6 pre-activation blocks, k times as wide.
 
-    Hint paths: `stem`, `group1`, `group2`, `group3` (residual sums, neither normalised
+    Hint paths: `stem`, `group1`, `group2`, `group3` (residual sums, neither normalized
     nor activated), `pool` (the pooled vector) and `classifier` are f0 to f4 and the
     logits of the CRD benchmark code; `group1/block1`, ... are the blocks; `norm` is the
     last BatchNorm. What OFD, AB and ReviewKD attach to are the BatchNorms that follow a
@@ -92,7 +92,7 @@ class WideResNet(nn.Module):
 
     @property
     def preactivations(self) -> dict[str, str]:
-        """For each group, the path of its output, normalised, before the ReLU."""
+        """For each group, the path of its output, normalized, before the ReLU."""
         return {
             "group1": "group2/block1/norm1",
             "group2": "group3/block1/norm1",

@@ -18,7 +18,7 @@ From then on, without torch::
     tensors = weights.read_safetensors("resnet50.safetensors")
     variables = weights.from_torch(tensors, weights.RESNET, like)
 
-Images are channels last, and normalised as those that the weights were trained on.
+Images are channels last, and normalized as those that the weights were trained on.
 
 | names | files | model |
 |---|---|---|
