@@ -232,7 +232,11 @@ RULES = (("embed", "model"), ("heads", None))
         ((None, ("fsdp", "model")), {}, P(None, ("fsdp", "model"))),
         # A rule can map a name to another axis of the mesh.
         (("fsdp", "model"), {"logical": {"model": None}}, P("fsdp", None)),
-        ((None, "mlp"), {"logical": {"mlp": ("fsdp", "model")}}, P(None, ("fsdp", "model"))),
+        (
+            (None, "mlp"),
+            {"logical": {"mlp": ("fsdp", "model")}},
+            P(None, ("fsdp", "model")),
+        ),
         # As in Flax, the first of two names takes the axis.
         (("a", "b"), {"logical": {"b": "model", "a": "model"}}, P(None, "model")),
         # If metadata split nothing, the rule for large parameters does nothing.
@@ -240,7 +244,7 @@ RULES = (("embed", "model"), ("heads", None))
         # The user's rules come first; they see the contents of boxes.
         (("x", "y"), {"rules": {"kernel$": P("model")}}, P("model")),
     ],
-)  # fmt: skip
+)
 def test_rules_come_first_then_metadata_then_the_size(names, fields, want):
     assert spec(boxed(names), **fields) == want
 
@@ -257,12 +261,20 @@ def test_flaxs_own_rules_come_after_the_layouts():
     "params, fields, complaint",
     [
         (boxed(("modle", None)), {}, "'modle' of 'student/kernel'. Nearest: model,"),
-        (boxed(("embd", None)), {"logical": {"embed": None}}, "Nearest: embed, .*; or a"),
-        (boxed(("a", None)), {"logical": {"a": "rows"}}, "metadata: expected axes among"),
+        (
+            boxed(("embd", None)),
+            {"logical": {"embed": None}},
+            "Nearest: embed, .*; or a",
+        ),
+        (
+            boxed(("a", None)),
+            {"logical": {"a": "rows"}},
+            "metadata: expected axes among",
+        ),
         (boxed(("model",), (6,)), {}, r"divide 'student/kernel' evenly.*4 devices"),
         (boxed((None, "model"), (8,)), {}, "at most the 1 axes of 'student/kernel'"),
     ],
-)  # fmt: skip
+)
 def test_metadata_that_cannot_be_followed(params, fields, complaint):
     with pytest.raises(ValueError, match=f"^layout.*{complaint}"):
         spec(params, **fields)
