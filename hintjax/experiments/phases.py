@@ -1,12 +1,15 @@
 """The phases of a recipe, as compiled stages."""
 
+import dataclasses
 import functools
+from collections.abc import Hashable
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from hintjax.data import Augment, steps_per_epoch
+from hintjax.experiments.config import Config
 from hintjax.experiments.recipes import Recipe, Step
 from hintjax.experiments.setting import Setting
 from hintjax.method import Data
@@ -45,9 +48,9 @@ def check(setting: Setting, recipe: Recipe) -> list[Step]:
 
 
 def compiled_phase(setting, step, config, per_epoch):
-    label = (step.name, step.epochs, step.hints_only)
-    if label not in setting.programs:
-        setting.programs[label] = program(
+    built_with = _built_with(step, config)
+    if built_with not in setting.programs:
+        setting.programs[built_with] = program(
             _stage(setting, step, config, per_epoch),
             config.batch_size,
             Augment(pad=config.pad, flip=config.flip),
@@ -61,12 +64,24 @@ def compiled_phase(setting, step, config, per_epoch):
 
     return Phase(
         name=step.name,
-        program=setting.programs[label],
+        program=setting.programs[built_with],
         steps=step.epochs * per_epoch,
         carry=step.carry,
         patience=config.patience if step.hints_only else None,
         adjust=adjust,
     )
+
+
+def _built_with(step: Step, config: Config) -> Hashable:
+    """All that the program of a phase is built with, besides data and networks.
+
+    The learning rate and the seed are arguments of a program.
+    """
+    others = dataclasses.replace(
+        config, learning_rate=Config.learning_rate, seed=Config.seed
+    )
+    rates = tuple(sorted(step.rates.items()))
+    return step.name, step.source, step.epochs, step.hints_only, rates, others
 
 
 def _stage(setting, step, config, per_epoch):

@@ -6,7 +6,7 @@ weight, in which stages. It sees the shapes of layers, never data.
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -82,6 +82,9 @@ class Step(NamedTuple):
         name: of the phase, in the metrics.
         method: what is trained.
         epochs: how long.
+        source: all that `method` was made from, besides the config and the networks.
+            Phases that are equal in it, too, share a compiled program: methods hold
+            closures, which tell nothing by comparison.
         hints_only: whether it is a hint stage.
         carry: see `hintjax.training.Phase`.
         rates: see `distillation_stage`.
@@ -91,6 +94,7 @@ class Step(NamedTuple):
     name: str
     method: Method
     epochs: int
+    source: Hashable
     hints_only: bool = False
     carry: bool = False
     rates: Mapping[str, float] = {}
@@ -115,7 +119,8 @@ def backprop(
     config: Config, places: Places, per_epoch: int, epochs: int | None = None
 ) -> list[Step]:
     """The recipe of the task alone; also how a teacher is trained."""
-    return [Step("backprop", objective(task=cross_entropy()), epochs or config.epochs)]
+    method = objective(task=cross_entropy())
+    return [Step("backprop", method, epochs or config.epochs, backprop)]
 
 
 class Grown(NamedTuple):
@@ -189,11 +194,13 @@ class Beside(NamedTuple):
             term = kd(_or(config.temperature, 4.0))
             terms["logits"] = weighted(term, config.kd_weight)
         whole, note = objective(**terms), self.note(config, places)
+        source = (self, rest)  # on which the schedule of the weight depends
         if not before:
-            return [Step(name, whole, epochs, note=note)]
+            return [Step(name, whole, epochs, source, note=note)]
+        first = f"before {name}"
         return [
-            Step(f"before {name}", whole.prepare, before, hints_only=True),
-            Step(name, whole, rest, carry=True, note=note),
+            Step(first, whole.prepare, before, source, hints_only=True),
+            Step(name, whole, rest, source, carry=True, note=note),
         ]
 
 
@@ -224,8 +231,9 @@ class BeforeTask(NamedTuple):
         if config.hinted_rate != 1:
             rates = {path: config.hinted_rate for path in method.student.hints}
         rest = (epochs or config.epochs) - before
+        source = (self.method, self.where, self.make)  # whatever follows
         return [
-            Step(name, method, before, hints_only=True),
+            Step(name, method, before, source, hints_only=True),
             *(
                 step._replace(rates=rates)
                 for step in self.after(config, places, per_epoch, rest)
@@ -250,7 +258,7 @@ class Alone(NamedTuple):
         """The phases."""
         name = self.method.__name__
         method = objective(**{name: _made(self, config, places)})
-        return [Step(name, method, epochs or config.epochs)]
+        return [Step(name, method, epochs or config.epochs, self)]
 
 
 def _made(recipe, config, places):

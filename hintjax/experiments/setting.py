@@ -32,7 +32,8 @@ class Setting(NamedTuple):
         teacher: the network; None if no teacher is needed.
         places: where methods attach to the networks.
         layout: the mesh that they train on; None for a single device.
-        programs: compiled stages by name, epochs and kind; filled as they are used.
+        programs: compiled stages by all that they are built with; filled as they are
+            used.
     """
 
     config: Config

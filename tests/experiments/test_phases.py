@@ -1,0 +1,61 @@
+"""Compiled programs: shared by phases that are built alike, and only by them."""
+
+import dataclasses
+
+import pytest
+
+from hintjax.experiments import recipes
+from hintjax.experiments.config import Config
+from hintjax.experiments.phases import check
+from hintjax.experiments.setting import prepare
+
+RESNETS = dict.fromkeys(("student", "teacher"), "hintjax.models:resnet8")
+
+
+@pytest.fixture
+def setting(corners):
+    config = Config(dataset=corners, devices=1, hinted_rate=0.1, **RESNETS)
+    return prepare(config, teach=True)
+
+
+def test_phases_of_one_name_with_other_rates_are_other_programs(setting):
+    """AB and FSP both end with the task, but had their hints at other layers."""
+    check(setting, recipes.AB)
+    before = set(setting.programs)
+    check(setting, recipes.FSP)
+    assert len(setting.programs) == len(before) + 2
+
+
+def test_phases_of_one_name_with_other_methods_are_other_programs(setting):
+    middle = recipes.AT._replace(where=recipes.middle)
+    check(setting, recipes.AT)
+    check(setting, middle)
+    check(setting, middle._replace(weight=1.0))
+    assert len(setting.programs) == 3
+
+
+def test_a_config_that_builds_another_stage_makes_another_program(setting):
+    check(setting, recipes.KD)
+    for change in ({"kd_weight": 1.0}, {"weight_decay": 0.1}, {"accumulate": 2}):
+        changed = dataclasses.replace(setting.config, **change)
+        check(setting._replace(config=changed), recipes.KD)
+    assert len(setting.programs) == 4
+
+
+@pytest.mark.parametrize(
+    ("arms", "programs"),
+    [
+        ((recipes.FITNETS, recipes.FITNETS), 2),
+        ((recipes.AT, recipes.AT), 1),
+        # Both have the hint stage of FitNets.
+        ((recipes.FITNETS, recipes.HINTS_THEN_TASK), 3),
+    ],
+)
+def test_arms_share_what_is_built_alike_whatever_their_rate_and_seed(
+    arms, programs, setting
+):
+    for number, recipe in enumerate(arms):
+        rate = {"learning_rate": 0.1**number, "seed": number}
+        config = dataclasses.replace(setting.config, **rate)
+        check(setting._replace(config=config), recipe)
+    assert len(setting.programs) == programs
