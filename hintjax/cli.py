@@ -18,7 +18,7 @@ from hintjax.experiments.distill import claim, distill, evaluate_run, resume
 from hintjax.experiments.factories import layers, network
 from hintjax.experiments.finished import load_student
 from hintjax.experiments.launch import leaving, start
-from hintjax.experiments.methods_table import methods_table
+from hintjax.experiments.methods_table import show_methods
 from hintjax.processes import first, told
 
 
@@ -52,9 +52,13 @@ def show_layers(
         print(f"{path:40} {layer.shape[1:]}  {layer.dtype}")
 
 
-def show_methods() -> None:
-    """Lists every method of `distill --method` as a Markdown table."""
-    print(methods_table())
+def methods(*, markdown: bool = False) -> None:
+    """Lists every method of `distill --method`.
+
+    Args:
+        markdown: print a Markdown table, which also has the papers and the files.
+    """
+    show_methods(markdown_page=markdown)
 
 
 def doctor() -> None:
@@ -135,7 +139,7 @@ def _main(argv):
                 "resume": resume_command,
                 "eval": evaluate_run,
                 "layers": show_layers,
-                "methods": show_methods,
+                "methods": methods,
                 "doctor": doctor,
             },
             prog="hintjax",

@@ -1,85 +1,338 @@
-"""The table of all methods that the command knows."""
+"""The methods that the command knows, and the table that `hintjax methods` prints."""
 
-import inspect
-import re
+from typing import NamedTuple
 
-from hintjax.experiments import recipes
-from hintjax.experiments.recipes import Recipe
+from hintjax.experiments import attachment, recipes
+from hintjax.experiments.recipes import Alone, BeforeTask, Beside, Recipe, Where
 
+
+class Named(NamedTuple):
+    """A method of the command: how it trains, and its row in the table.
+
+    Attributes:
+        recipe: the published way to train with the method.
+        title: the acronym of the method, and its variant.
+        transfers: what the student learns from the teacher.
+        reference: the paper.
+        trains: what is trained beside the student.
+    """
+
+    recipe: Beside | BeforeTask | Alone
+    title: str
+    transfers: str
+    reference: str
+    trains: str = "nothing"
+
+
+_PER_PAIR = "one regressor per pair"
+_HEADS = "two heads"
+_FITNETS = "Romero et al. 2015, FitNets: Hints for Thin Deep Nets"
+_CRD = "Tian, Krishnan, Isola 2020, Contrastive Representation Distillation"
+
+METHODS: dict[str, Named] = {
+    "ab": Named(
+        recipes.AB,
+        "AB",
+        "behind a regressor, the student's neurons are active where the teacher's "
+        "neurons are active",
+        "Heo et al. 2019, Knowledge Transfer via Distillation of Activation Boundaries "
+        "Formed by Hidden Neurons",
+        _PER_PAIR,
+    ),
+    "at": Named(
+        recipes.AT,
+        "AT",
+        "the student's attention maps match the teacher's attention maps",
+        "Zagoruyko and Komodakis 2017, Paying More Attention to Attention",
+    ),
+    "catkd": Named(
+        recipes.CAT_KD,
+        "CAT-KD",
+        "the student finds evidence for each class at the teacher's positions",
+        "Guo et al. 2023, Class Attention Transfer Based Knowledge Distillation",
+    ),
+    "cc": Named(
+        recipes.CC,
+        "CC, the benchmark's form",
+        "the embeddings agree along the batch (`correlation_loss`)",
+        "Peng et al. 2019, Correlation Congruence for Knowledge Distillation; Tian et "
+        "al. 2020, CRD, code (CC.py, LinearEmbed)",
+        "two heads per pair",
+    ),
+    "cosine": Named(
+        recipes.COSINE,
+        "DistilBERT",
+        "hidden states have the direction of the teacher's hidden states",
+        "Sanh et al. 2019, DistilBERT, a distilled version of BERT",
+    ),
+    "crd": Named(
+        recipes.CRD,
+        "CRD",
+        "the two embeddings of an example are told from negatives, which are drawn "
+        "for each example",
+        _CRD,
+        _HEADS,
+    ),
+    "crd_in_batch": Named(
+        recipes.CRD_IN_BATCH,
+        "CRD in the batch",
+        "the two embeddings of an example are told from the other examples of the "
+        "batch",
+        _CRD,
+        _HEADS,
+    ),
+    "crd_shared": Named(
+        recipes.CRD_SHARED,
+        "CRD, shared negatives",
+        "the two embeddings of an example are told from negatives, which the batch "
+        "shares",
+        _CRD,
+        _HEADS,
+    ),
+    "cwd": Named(
+        recipes.CWD,
+        "CWD",
+        "each channel is active at the teacher's positions",
+        "Shu et al. 2021, Channel-wise Knowledge Distillation for Dense Prediction",
+        _PER_PAIR,
+    ),
+    "dist": Named(
+        recipes.DIST,
+        "DIST",
+        "the student's output correlates with the teacher's output",
+        "Huang et al. 2022, Knowledge Distillation from A Stronger Teacher",
+    ),
+    "dkd": Named(
+        recipes.DKD,
+        "DKD",
+        "KD with one term for the label's class and one for the other classes",
+        "Zhao et al. 2022, Decoupled Knowledge Distillation",
+    ),
+    "fitnet": Named(
+        recipes.FITNETS_JOINTLY,
+        "FitNets in one stage",
+        "a regressor on the guided layer predicts the hint layer",
+        _FITNETS,
+        _PER_PAIR,
+    ),
+    "fitnets": Named(
+        recipes.FITNETS,
+        "FitNets",
+        "a regressor on the guided layer predicts the hint layer",
+        _FITNETS,
+        _PER_PAIR,
+    ),
+    "fsp": Named(
+        recipes.FSP,
+        "FSP",
+        "the flow between two layers (their FSP matrix) matches the teacher's flow",
+        "Yim et al. 2017, A Gift from Knowledge Distillation",
+        "one regressor per matched layer if widths differ",
+    ),
+    "ft": Named(
+        recipes.FT,
+        "FT",
+        "a translator of the guided layer predicts the teacher's factor, which a "
+        "paraphraser makes of the hint layer",
+        "Kim, Park, Kwak 2018, Paraphrasing Complex Network: Network Compression via "
+        "Factor Transfer",
+        "one translator per pair (three 3x3 convolutions with BatchNorm)",
+    ),
+    "kd": Named(
+        recipes.KD,
+        "KD",
+        "the student's softened output matches the teacher's softened output",
+        "Hinton, Vinyals, Dean 2015, Distilling the Knowledge in a Neural Network",
+    ),
+    "mgd": Named(
+        recipes.MGD,
+        "MGD",
+        "a generator predicts all of the teacher's features from a part of the "
+        "student's features",
+        "Yang et al. 2022, Masked Generative Distillation",
+        "one generator per pair",
+    ),
+    "minilm": Named(
+        recipes.MINILM,
+        "MiniLM",
+        "the relations between tokens match the teacher's relations",
+        "Wang et al. 2020, MiniLM: Deep Self-Attention Distillation for Task-Agnostic "
+        "Compression of Pre-Trained Transformers; Wang et al. 2021, MiniLMv2: "
+        "Multi-Head Self-Attention Relation Distillation for Compressing Pretrained "
+        "Transformers",
+    ),
+    "nst": Named(
+        recipes.NST,
+        "NST",
+        "the student's channels select the positions that the teacher's channels "
+        "select",
+        "Huang and Wang 2017, Like What You Like: Knowledge Distill via Neuron "
+        "Selectivity Transfer",
+    ),
+    "ofd": Named(
+        recipes.OFD,
+        "OFD",
+        "the student's features before the ReLU match the teacher's margin ReLU",
+        "Heo et al. 2019, A Comprehensive Overhaul of Feature Distillation",
+        _PER_PAIR,
+    ),
+    "pkd": Named(
+        recipes.PKD,
+        "PKD",
+        "the class token has the direction of the teacher's class token",
+        "Sun et al. 2019, Patient Knowledge Distillation for BERT Model Compression",
+    ),
+    "pkt": Named(
+        recipes.PKT,
+        "PKT",
+        "each example has the neighbors that it has for the teacher",
+        "Passalis and Tefas 2018, Learning Deep Representations with Probabilistic "
+        "Knowledge Transfer",
+    ),
+    "review": Named(
+        recipes.REVIEW,
+        "ReviewKD",
+        "each stage of the student, fused with the deeper stages, predicts a hint",
+        "Chen et al. 2021, Distilling Knowledge via Knowledge Review",
+        "one ABF per pair",
+    ),
+    "rkd": Named(
+        recipes.RKD,
+        "RKD",
+        "distances and angles between the examples of a batch match "
+        "(`distance_loss`, `angle_loss`)",
+        "Park et al. 2019, Relational Knowledge Distillation",
+    ),
+    "simkd": Named(
+        recipes.SIMKD,
+        "SimKD",
+        "a projector predicts the teacher's last map, and the teacher's classifier "
+        "follows it",
+        "Chen et al. 2022, Knowledge Distillation with the Reused Teacher Classifier",
+        "the projector",
+    ),
+    "soft": Named(
+        recipes.SOFT,
+        "KD as in FitNets' second stage",
+        "cross-entropy of the softened outputs",
+        f"{_FITNETS}, Eq. 2",
+    ),
+    "sp": Named(
+        recipes.SP,
+        "SP",
+        "the examples that are alike for the teacher are alike for the student",
+        "Tung and Mori 2019, Similarity-Preserving Knowledge Distillation",
+    ),
+    "std_kd": Named(
+        recipes.STANDARDIZED_KD,
+        "KD of standardized logits",
+        "the student matches the relations between logits, not their size",
+        "Sun et al. 2024, Logit Standardization in Knowledge Distillation",
+    ),
+    "tinybert": Named(
+        recipes.TINYBERT,
+        "TinyBERT",
+        "hidden states match through a regressor, and attention scores match directly",
+        "Jiao et al. 2020, TinyBERT: Distilling BERT for Natural Language Understanding",
+        "the regressor",
+    ),
+    "vid": Named(
+        recipes.VID,
+        "VID",
+        "the student predicts each hint's mean, and the variance of each channel",
+        "Ahn et al. 2019, Variational Information Distillation for Knowledge Transfer",
+        "a regressor `mean` and the numbers `scale` per pair",
+    ),
+}
+# The names of `--method` and `--compare`.
 RECIPES: dict[str, Recipe] = {
-    "ab": recipes.AB,
-    "at": recipes.AT,
     "backprop": recipes.backprop,
-    "catkd": recipes.CAT_KD,
-    "cc": recipes.CC,
-    "cosine": recipes.COSINE,
-    "crd": recipes.CRD,
-    "crd_in_batch": recipes.CRD_IN_BATCH,
-    "crd_shared": recipes.CRD_SHARED,
-    "cwd": recipes.CWD,
-    "dist": recipes.DIST,
-    "dkd": recipes.DKD,
-    "fitnet": recipes.FITNETS_JOINTLY,
-    "fitnets": recipes.FITNETS,
-    "fsp": recipes.FSP,
-    "ft": recipes.FT,
-    "kd": recipes.KD,
-    "mgd": recipes.MGD,
-    "minilm": recipes.MINILM,
-    "nst": recipes.NST,
-    "ofd": recipes.OFD,
-    "pkd": recipes.PKD,
-    "pkt": recipes.PKT,
-    "review": recipes.REVIEW,
-    "rkd": recipes.RKD,
-    "simkd": recipes.SIMKD,
-    "soft": recipes.SOFT,
-    "sp": recipes.SP,
-    "std_kd": recipes.STANDARDIZED_KD,
-    "tinybert": recipes.TINYBERT,
-    "vid": recipes.VID,
+    **{name: named.recipe for name, named in METHODS.items()},
+}
+# Where a recipe attaches its method, in words.
+ATTACHED: dict[Where, str] = {
+    attachment.outputs: "the outputs",
+    attachment.middle: "the middle of both networks",
+    attachment.stages: "the ends of the stages",
+    attachment.last_stage: "the end of the last stage",
+    attachment.middle_stage: "the end of the middle stage",
+    attachment.first_and_stages: "the first layers and the ends of the stages",
+    attachment.before_relu: "the ends of the stages, before their ReLU",
+    attachment.but_last: "the ends of the stages without the last stage",
+    attachment.hidden_and_scores: (
+        "the ends of the stages (a third of the blocks each), and their attention "
+        "scores"
+    ),
+    attachment.last_relations: "queries, keys and values of the last blocks",
+    attachment.pooled: "the pooled vectors, which the classifiers read",
+    attachment.stages_and_pooled: (
+        "the ends of the stages (the teacher's before their ReLU), and the pooled "
+        "vectors"
+    ),
+    attachment.last_maps: "the last maps, which are pooled for the classifiers",
 }
 
 
-def methods_table() -> str:
-    """The table of `hintjax methods`, read off recipes and docstrings."""
+def markdown() -> str:
+    """The table of all methods as the page `hintjax/methods/README.md` has it."""
     columns = ("name", "method", "transfers", "attaches to", "trains", "weight")
     rows = [(*columns, "reference", "file"), ("---",) * 8]
-    for name, recipe in RECIPES.items():
-        if recipe is recipes.backprop:
-            continue
-        method = recipe.method
-        text = inspect.getdoc(method)
-        summary = re.sub(r" \(see .*|\.$", "", text.splitlines()[0])
-        where = inspect.getdoc(recipe.where)
-        returned = " ".join(_section(text, "Returns").split())
-        trains = re.search(r"trains (.*?)(?:[.;,]| beside)(?: |$)", returned)
+    for name, named in METHODS.items():
+        method = named.recipe.method
         rows.append(
             (
                 f"`{name}`",
                 f"`{method.__name__}`",
-                summary,
-                where[0].lower() + where[1:].rstrip("."),
-                trains[1] if trains else "nothing",
-                _weight(recipe),
-                " ".join(_section(text, "References").split()).rstrip("."),
+                f"{named.title}: {named.transfers}",
+                ATTACHED[named.recipe.where],
+                named.trains,
+                _weight(named.recipe),
+                named.reference,
                 f"`{method.__module__.replace('.', '/')}.py`",
             )
         )
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def _section(text, name):
-    """What a docstring says under a heading."""
-    found = re.search(rf"^{name}:\n((?:(?: .*)?\n?)+)", text, re.MULTILINE)
-    return found[1] if found else ""
+def show_methods(*, markdown_page: bool = False) -> None:
+    """Prints the table for a terminal, or in Markdown.
+
+    Args:
+        markdown_page: whether to print `markdown()`, which has more columns.
+    """
+    if markdown_page:
+        print(markdown())
+        return
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    console = Console(highlight=False, width=min(max(console.width, 80), 120))
+    shown = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    shown.add_column("--method", no_wrap=True)
+    shown.add_column("what the student learns", ratio=3)
+    shown.add_column("attaches to", ratio=2)
+    shown.add_column("weight", width=14)
+    for name, named in METHODS.items():
+        learns = f"{named.title}: {named.transfers}".replace("`", "")
+        row = (name, learns, ATTACHED[named.recipe.where], _weight(named.recipe))
+        shown.add_row(*row)
+    shown.add_row("backprop", "the task alone, without a teacher", "", "")
+    console.print(shown)
+    print(
+        "Change the attachment points with --pairs and the weights with --weight and\n"
+        "--task-weight. `hintjax methods --markdown` adds the papers and the files."
+    )
 
 
-def _weight(recipe):
-    if isinstance(recipe, recipes.BeforeTask):
-        return "alone, in a hint stage before the task"
-    if isinstance(recipe, recipes.Alone):
-        return "alone, without the task"
+def _weight(recipe: Beside | BeforeTask | Alone) -> str:
+    """The weights of the method and of the task, in words."""
+    match recipe:
+        case BeforeTask():
+            return "alone, in a hint stage"
+        case Alone():
+            return "alone, without the task"
     number = recipe.weight
     shown = f"{number:g}" if isinstance(number, float) else str(number)
     task = recipe.task_weight

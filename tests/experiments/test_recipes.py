@@ -1,6 +1,7 @@
 """Every method by its name in the command: where it attaches, and in which stages."""
 
 import json
+import re
 from pathlib import Path
 
 import jax
@@ -11,7 +12,7 @@ from hintjax.cli import main
 from hintjax.experiments import recipes
 from hintjax.experiments.config import Config
 from hintjax.experiments.finished import load_student
-from hintjax.experiments.methods_table import RECIPES, methods_table
+from hintjax.experiments.methods_table import ATTACHED, METHODS, RECIPES, markdown
 from hintjax.experiments.phases import check
 from hintjax.experiments.recipes import backprop
 from hintjax.experiments.run import load_deployed
@@ -88,14 +89,35 @@ HELPERS = {
 }
 
 
-def test_the_table_of_methods_is_current(capsys):
-    """Write it anew with `hintjax methods` when this fails."""
-    main(["methods"])
-    assert capsys.readouterr().out.strip() == methods_table()
+def test_the_page_of_methods_is_current(capsys):
+    """Write its table anew with `hintjax methods --markdown` when this fails."""
+    main(["methods", "--markdown"])
+    assert capsys.readouterr().out.strip() == markdown()
     file = Path(methods.__file__).parent / "README.md"
-    assert methods_table() in file.read_text()
-    cells = [line.strip("| ").split(" | ") for line in methods_table().splitlines()]
+    assert markdown() in file.read_text()
+
+
+def test_the_row_of_every_method_is_complete():
+    cells = [line.strip("| ").split(" | ") for line in markdown().splitlines()]
     assert all(len(row) == len(cells[0]) and all(row) for row in cells)
+    assert {named.recipe.where for named in METHODS.values()} == set(ATTACHED)
+    assert [*METHODS] == sorted(METHODS)
+    years = re.compile(r"^[A-Z][\w, ]+(?:et al\.)? \d{4}, \w")
+    for named in METHODS.values():
+        assert years.match(named.reference)
+        assert not (named.transfers + named.reference).endswith(".")
+
+
+@pytest.mark.parametrize("width", [40, 80, 100, 120, 200])
+def test_the_table_of_methods_fits_the_terminal(width, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", str(width))
+    main(["methods"])
+    out = capsys.readouterr().out
+    lines = out.splitlines()
+    assert max(map(len, lines)) <= min(max(width, 80), 120)
+    first = [line.split()[0] for line in lines if line[:1].strip()]
+    assert [name for name in first if name in RECIPES] == [*METHODS, "backprop"]
+    assert "…" not in out and "`at" not in out
 
 
 @pytest.fixture(scope="module")
