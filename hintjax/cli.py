@@ -6,32 +6,49 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
 
 from hintjax._checks import Refusal
 from hintjax.experiments import config as configs
-from hintjax.experiments.config import Config
+from hintjax.experiments import methods_table
+from hintjax.experiments.config import (
+    Config,
+    DataOptions,
+    HardwareOptions,
+    MethodOptions,
+    NetworkOptions,
+    OutputOptions,
+    ScheduleOptions,
+    part,
+)
 from hintjax.experiments.distill import claim, distill, evaluate_run, resume
 from hintjax.experiments.factories import layers, network
 from hintjax.experiments.finished import load_student
 from hintjax.experiments.launch import leaving, start
-from hintjax.experiments.methods_table import show_methods
 from hintjax.processes import first, told
 
 
 @dataclasses.dataclass(frozen=True)
-class Several:
-    """One run by several processes; on the hosts of a Cloud TPU, without options."""
+class Processes:
+    """Several processes for one run; on a Cloud TPU they are found without options.
+
+    Attributes:
+        coordinator: Address of the first process as host:port, the same in all
+            processes. Only the first process needs the run directory.
+        processes: Number of processes. Each is started with the same options, except
+            --process.
+        process: Number of this process, from 0.
+    """
 
     coordinator: str | None = None
-    """Where the first process is: host:port; it alone needs the run directory."""
     processes: int | None = None
-    """How many processes there are; each is given the same command but for the next."""
     process: int | None = None
-    """Which of them this is, from 0."""
+
+
+ALONE = Processes()
 
 
 def show_layers(
@@ -40,9 +57,9 @@ def show_layers(
     """Lists every layer that can be a hint or guided layer, with its shape.
 
     Args:
-        model: package.module:factory, or the directory of a finished run.
-        shape: of one input.
-        classes: what the factory is called with.
+        model: factory as package.module:factory, or directory of a finished run.
+        shape: height, width and channels of one input.
+        classes: number of classes with which the factory is called.
     """
     if ":" in model:
         found = network(model, classes)
@@ -52,17 +69,17 @@ def show_layers(
         print(f"{path:40} {layer.shape[1:]}  {layer.dtype}")
 
 
-def methods(*, markdown: bool = False) -> None:
+def show_methods(*, markdown: bool = False) -> None:
     """Lists every method of `distill --method`.
 
     Args:
-        markdown: print a Markdown table, which also has the papers and the files.
+        markdown: whether to print Markdown, which also has the papers and files.
     """
-    show_methods(markdown_page=markdown)
+    methods_table.show(in_markdown=markdown)
 
 
 def doctor() -> None:
-    """Says what a report of a problem should hold: versions, devices, disk."""
+    """Prints versions, devices and disk space, for the report of a problem."""
     print(f"python       {platform.python_version()} on {platform.platform()}")
     for name in (
         *("hintjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "chex"),
@@ -82,81 +99,120 @@ def doctor() -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The entry point of the command."""
+    """Runs the command.
+
+    Args:
+        argv: arguments of the command; by default those of this process.
+    """
     with leaving():
-        _main(argv)
+        try:
+            _run(list(sys.argv[1:] if argv is None else argv))
+        except KeyboardInterrupt as stopped:
+            print(f"hintjax: stopped. {stopped}".rstrip(), file=sys.stderr)
+            sys.exit(130)
+        except Refusal as error:
+            # Every other error is a defect, whose traceback helps to mend it.
+            print(f"hintjax: {error}", file=sys.stderr)
+            sys.exit(2)
 
 
-def _main(argv):
+def _run(argv: list[str]) -> None:
+    """Reads the arguments, and runs the command that they name."""
     import tyro
 
-    argv = list(sys.argv[1:] if argv is None else argv)
-    try:
-        default, argv = _from_file(argv)
-        alone = Several()
+    default, argv = _from_file(argv)
+    tyro.extras.subcommand_cli_from_dict(
+        {
+            "distill": _distill_command(default),
+            "resume": _resume_command(),
+            "eval": evaluate_run,
+            "layers": show_layers,
+            "methods": show_methods,
+            "doctor": doctor,
+        },
+        prog="hintjax",
+        args=argv,
+        config=(tyro.conf.PositionalRequiredArgs,),
+    )
 
-        def distill_command(
-            config: tyro.conf.OmitArgPrefixes[Config] = default,
-            run_dir: Path | None = None,
-            several: tyro.conf.OmitArgPrefixes[Several] = alone,
-        ) -> None:
-            """Distils a teacher into a student; without --method, compares methods.
 
-            --config FILE takes a run's config.yaml for the defaults of all options.
+def _distill_command(default: Config) -> Callable[..., None]:
+    """The command `distill`, whose options are those of a config, by subject."""
+    from tyro.conf import OmitArgPrefixes as Flat
 
-            Args:
-                config: what to run.
-                run_dir: where all of it goes; by default a new directory in runs/.
-                several: processes.
-            """
-            checked = configs.check(config)
-            start(**dataclasses.asdict(several))
-            path = Path(told(lambda: str(claim(run_dir, checked))))
-            if first():
-                print(f"run directory: {path}")
-            distill(checked, path)
+    default_method = part(default, MethodOptions)
+    default_data = part(default, DataOptions)
+    default_networks = part(default, NetworkOptions)
+    default_schedule = part(default, ScheduleOptions)
+    default_output = part(default, OutputOptions)
+    default_hardware = part(default, HardwareOptions)
 
-        def resume_command(
-            run_dir: Path,
-            devices: int | None = None,
-            fsdp: int | None = None,
-            several: tyro.conf.OmitArgPrefixes[Several] = alone,
-        ) -> None:
-            """Goes on with a run, or a comparison, where it stopped.
+    def distill_command(
+        run_dir: Path | None = None,
+        method: Flat[MethodOptions] = default_method,
+        data: Flat[DataOptions] = default_data,
+        networks: Flat[NetworkOptions] = default_networks,
+        schedule: Flat[ScheduleOptions] = default_schedule,
+        output: Flat[OutputOptions] = default_output,
+        hardware: Flat[HardwareOptions] = default_hardware,
+        processes: Flat[Processes] = ALONE,
+    ) -> None:
+        """Distills a teacher into a student; without --method, compares methods.
 
-            Args:
-                run_dir: its run directory.
-                devices: another number of them than before.
-                fsdp: another number of shares than before.
-                several: processes.
-            """
-            start(**dataclasses.asdict(several))
-            resume(run_dir, devices, fsdp)
+        --config FILE reads the defaults of all options from a run's config.yaml.
 
-        tyro.extras.subcommand_cli_from_dict(
-            {
-                "distill": distill_command,
-                "resume": resume_command,
-                "eval": evaluate_run,
-                "layers": show_layers,
-                "methods": methods,
-                "doctor": doctor,
-            },
-            prog="hintjax",
-            args=argv,
-            config=(tyro.conf.PositionalRequiredArgs,),
+        Args:
+            run_dir: Run directory, which holds all results. By default a new directory
+                in runs/.
+            method: How the student learns from the teacher.
+            data: The images and labels.
+            networks: The teacher and the student.
+            schedule: How long the student is trained, and with which steps.
+            output: How often a run is evaluated and saved.
+            hardware: The devices, and what they do at once.
+            processes: Several processes for one run. On a Cloud TPU they are found
+                without options.
+        """
+        config = configs.check(
+            configs.joined(method, data, networks, schedule, output, hardware)
         )
-    except KeyboardInterrupt as stopped:
-        print(f"hintjax: stopped. {stopped}".rstrip(), file=sys.stderr)
-        sys.exit(130)
-    except Refusal as error:
-        # Every other error is a defect, whose traceback helps to mend it.
-        print(f"hintjax: {error}", file=sys.stderr)
-        sys.exit(2)
+        start(**dataclasses.asdict(processes))
+        path = Path(told(lambda: str(claim(run_dir, config))))
+        if first():
+            print(f"run directory: {path}")
+        distill(config, path)
+
+    return distill_command
+
+
+def _resume_command() -> Callable[..., None]:
+    """The command `resume`."""
+    from tyro.conf import OmitArgPrefixes as Flat
+
+    def resume_command(
+        run_dir: Path,
+        devices: int | None = None,
+        fsdp: int | None = None,
+        processes: Flat[Processes] = ALONE,
+    ) -> None:
+        """Continues a run, or a comparison, where it stopped.
+
+        Args:
+            run_dir: Run directory of the run.
+            devices: Number of devices, if it differs from before.
+            fsdp: Number of devices over which large parameters are sharded, if it
+                differs from before.
+            processes: Several processes for one run. On a Cloud TPU they are found
+                without options.
+        """
+        start(**dataclasses.asdict(processes))
+        resume(run_dir, devices, fsdp)
+
+    return resume_command
 
 
 def _from_file(argv: Sequence[str]) -> tuple[Config, list[str]]:
-    """Takes --config FILE off the arguments: it gives the defaults of the others."""
+    """Takes --config FILE off the arguments, and reads the defaults from FILE."""
     for i, argument in enumerate(argv):
         if argument == "--config" and i + 1 < len(argv):
             return configs.load(argv[i + 1]), [*argv[:i], *argv[i + 2 :]]

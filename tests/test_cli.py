@@ -1,5 +1,6 @@
 """The command, run as a user runs it."""
 
+import dataclasses
 import json
 import os
 import re
@@ -257,6 +258,21 @@ def test_programs_are_kept_in_the_run_directory_unless_jax_was_told_where(tmp_pa
     finally:
         for name, value in zip(names, before, strict=True):
             jax.config.update(name, value)
+
+
+@pytest.mark.quick
+def test_the_help_of_distill_shows_every_field_of_a_config_by_subject(
+    monkeypatch, capsys
+):
+    monkeypatch.setenv("COLUMNS", "100")
+    with pytest.raises(SystemExit):
+        main(["distill", "--help"])
+    out = capsys.readouterr().out
+    titles = re.findall(r"^\W*(\w+) options\W*$", out, re.MULTILINE)
+    subjects = ["method", "data", "networks", "schedule", "output", "hardware"]
+    assert titles == [*subjects, "processes"]
+    for field in dataclasses.fields(Config):
+        assert f"--{field.name.replace('_', '-')}" in out
 
 
 @pytest.mark.quick

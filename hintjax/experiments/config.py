@@ -8,7 +8,7 @@ import types
 import typing
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from hintjax._checks import (
     LARGEST_FLOAT,
@@ -31,90 +31,204 @@ FILE = "config.yaml"
 _NO_YAML = (AttributeError, LookupError, RecursionError, TypeError, ValueError)
 
 
+# `Config` is flat, on disk and for its users. Its fields come from one class for each
+# subject, so that `hintjax distill --help` can show them by subject.
+
+
 @dataclasses.dataclass(frozen=True)
-class Config:
-    """What a run is made of; every run directory holds its own as config.yaml."""
+class MethodOptions:
+    """How the student learns from the teacher.
+
+    Attributes:
+        method: Name of the method, from `hintjax methods`. Without a name, several
+            methods are compared.
+        compare: Names of the methods to compare. By default FitNets, its controls, KD
+            and AT.
+        rates: Learning rates to try for each method of a comparison; the validation
+            split chooses. By default the learning rate, or rates chosen on the digits
+            if no methods are named.
+        seeds: Number of runs per method in a comparison, each with its own seed.
+        pairs: Pairs of layers, each as guided=hint. By default the pairs of the
+            method's authors; `hintjax layers` lists the layers.
+        weight: Weight of the method's loss. By default the published weight.
+        task_weight: Weight of the task loss beside the method. By default the published
+            weight.
+        kd_weight: Weight of an additional KD term, for methods beside the task. By
+            default no term is added.
+        temperature: Softmax temperature of the losses that compare outputs (KD and
+            relatives). By default the published temperature.
+        negatives: Number of negatives per example in CRD, limited to the number of
+            examples.
+    """
 
     method: str | None = None
-    """How to distil; without it, methods are compared."""
     compare: tuple[str, ...] = ()
-    """The methods to compare; by default FitNets with its controls, KD and AT."""
-    dataset: str = "digits"
-    """digits, a file .npz with image and label, or a TensorFlow Datasets name."""
-    data_dir: str | None = None
-    """Where prepared TensorFlow Datasets are."""
-    limit: int | None = None
-    """Keep so many training labels."""
-    size: int | None = None
-    """Scale images to this many pixels."""
-    pad: int = 0
-    """Random crops after padding by so many pixels."""
-    flip: bool = False
-    """Random left-right flips."""
-    student: str = "hintjax.models:plain_thin"
-    """package.module:factory; called as factory(classes=...)."""
-    teacher: str = "hintjax.models:plain_wide"
-    """A factory, to train one first, or the run directory of a finished run."""
-    pairs: tuple[str, ...] = ()
-    """guided=hint for each pair; by default where the method usually attaches."""
-    epochs: int = 9
-    """Of a student, in all stages together."""
-    hint_epochs: int | None = None
-    """Of these, how many the stage before has, in a method that has one; by default
-    half of them for fitnets, a ninth for others."""
-    teacher_epochs: int = 6
-    """Of a teacher that is trained here."""
-    batch_size: int = 16
-    """Examples in a step."""
-    accumulate: int = 1
-    """Micro-batches that a step takes them in, one after another, to save memory."""
-    optimizer: Literal["adam", "sgd"] = "adam"
-    """Adam, or SGD with Nesterov momentum 0.9."""
-    learning_rate: float = 1e-3
-    """Of every stage."""
     rates: tuple[float, ...] = ()
-    """In a comparison, learning rates of which each arm takes its best on validation;
-    by default those that were found this way on the digits."""
-    hinted_rate: float = 1.0
-    """Multiplies the rate of layers that the hint stage trained, after it."""
-    weight_decay: float = 0.0
-    """Decoupled for adam, L2 for sgd."""
-    spike_factor: float | None = None
-    """Skip steps whose gradient is so many times as long as usual."""
-    cosine: bool = False
-    """Let the learning rate of each stage fall to 0 along a cosine."""
-    temperature: float | None = None
-    """Of what compares outputs; the method's usual one by default."""
-    negatives: int = 16384
-    """Of crd: how many for each example, at most as many as there are examples."""
-    task_weight: float | None = None
-    """Of the task beside the method; the method's usual one by default."""
-    weight: float | None = None
-    """Of the method beside the task; its usual one by default."""
-    kd_weight: float = 0.0
-    """Of kd as one more term, where a method stands beside the task."""
-    patience: int | None = None
-    """End the hint stage after so many epochs without a lower validation loss."""
-    seed: int = 0
-    """Of the student, the order of the data, and all else."""
     seeds: int = 3
-    """Runs of each arm in a comparison."""
-    evaluate_every: int = 1
-    """Epochs between two evaluations on the validation split."""
-    checkpoint_every: int = 5
-    """Epochs between two checkpoints."""
-    checkpoint_seconds: float | None = 60.0
-    """Seconds after which a report saves one, too, however long an epoch is."""
-    dispatch: int | None = None
-    """Steps in one dispatch; 1 on a CPU and about a second's on accelerators."""
-    devices: int | None = None
-    """How many share each batch; all by default, those of other processes too."""
-    fsdp: int = 1
-    """Of these, over how many large parameters are stored in shares."""
+    pairs: tuple[str, ...] = ()
+    weight: float | None = None
+    task_weight: float | None = None
+    kd_weight: float = 0.0
+    temperature: float | None = None
+    negatives: int = 16384
+
+
+@dataclasses.dataclass(frozen=True)
+class DataOptions:
+    """The images and labels.
+
+    Attributes:
+        dataset: Name of the dataset: digits, a .npz file with the arrays image and
+            label, or a name of TensorFlow Datasets.
+        data_dir: Directory with prepared TensorFlow Datasets. By default their usual
+            directory.
+        limit: Number of training examples to keep. By default all examples.
+        size: Height and width to which images are scaled, in pixels. By default images
+            keep their size.
+        pad: Number of pixels by which training images are padded before a random crop.
+            By default nothing is cropped.
+        flip: Whether training images are flipped left to right at random.
+    """
+
+    dataset: str = "digits"
+    data_dir: str | None = None
+    limit: int | None = None
+    size: int | None = None
+    pad: int = 0
+    flip: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class NetworkOptions:
+    """The teacher and the student.
+
+    Attributes:
+        student: Factory of the student as package.module:factory, called as
+            factory(classes=...).
+        teacher: Factory of a teacher to train first, or the run directory of a finished
+            run.
+        teacher_epochs: Number of epochs for which a teacher from a factory is trained.
+        teacher_at_least: Lowest validation accuracy (0 to 1) of a teacher that causes
+            no warning.
+    """
+
+    student: str = "hintjax.models:plain_thin"
+    teacher: str = "hintjax.models:plain_wide"
+    teacher_epochs: int = 6
     teacher_at_least: float = 0.5
-    """The accuracy on the validation split below which a teacher is warned about."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ScheduleOptions:
+    """How long the student is trained, and with which steps.
+
+    Attributes:
+        epochs: Number of epochs for the student, over all stages.
+        hint_epochs: Number of these epochs in the hint stage, for methods with one. By
+            default half for fitnets, tinybert and minilm, and a ninth for the others.
+        patience: Number of evaluations without a lower validation loss after which the
+            hint stage ends. By default it runs for all of its epochs.
+        batch_size: Number of examples per step.
+        optimizer: Optimizer: Adam, or SGD with Nesterov momentum 0.9.
+        learning_rate: Learning rate, used in every stage.
+        cosine: Whether the learning rate of each stage falls to 0 along a cosine.
+        hinted_rate: Factor on the learning rate of the layers that a hint stage
+            trained, in the stage after it.
+        weight_decay: Weight decay: decoupled for Adam, an L2 penalty for SGD. By
+            default nothing decays.
+        spike_factor: Factor over the usual gradient norm above which a step is skipped.
+            By default no step is skipped.
+        seed: Seed of the student's initialization, of the order of the data, and of all
+            other random numbers.
+    """
+
+    epochs: int = 9
+    hint_epochs: int | None = None
+    patience: int | None = None
+    batch_size: int = 16
+    optimizer: Literal["adam", "sgd"] = "adam"
+    learning_rate: float = 1e-3
+    cosine: bool = False
+    hinted_rate: float = 1.0
+    weight_decay: float = 0.0
+    spike_factor: float | None = None
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class OutputOptions:
+    """How often a run is evaluated and saved.
+
+    Attributes:
+        evaluate_every: Number of epochs between two evaluations on the validation
+            split.
+        checkpoint_every: Number of epochs between two checkpoints.
+        checkpoint_seconds: Number of seconds after which a report also saves a
+            checkpoint.
+    """
+
+    evaluate_every: int = 1
+    checkpoint_every: int = 5
+    checkpoint_seconds: float | None = 60.0
+
+
+@dataclasses.dataclass(frozen=True)
+class HardwareOptions:
+    """The devices, and what they do at once.
+
+    Attributes:
+        devices: Number of devices that share each batch. By default all devices, of all
+            processes.
+        fsdp: Number of devices over which large parameters are sharded (FSDP). By
+            default nothing is sharded.
+        accumulate: Number of micro-batches into which a step divides its batch, to save
+            memory.
+        dispatch: Number of steps per dispatch. By default 1 on a CPU, and about one
+            second of steps on an accelerator.
+        debug: Whether every step checks labels, features, losses and gradients, which
+            is slower.
+    """
+
+    devices: int | None = None
+    fsdp: int = 1
+    accumulate: int = 1
+    dispatch: int | None = None
     debug: bool = False
-    """Check every step: labels, features, losses and gradients; slower."""
+
+
+# Fields of the last base come first.
+@dataclasses.dataclass(frozen=True)
+class Config(
+    HardwareOptions,
+    OutputOptions,
+    ScheduleOptions,
+    NetworkOptions,
+    DataOptions,
+    MethodOptions,
+):
+    """All options of a run; every run directory holds its own as config.yaml."""
+
+
+Options = TypeVar("Options")
+
+
+def part(config: Config, options: type[Options]) -> Options:
+    """The fields of one subject.
+
+    >>> part(Config(epochs=3, pad=2), DataOptions).pad
+    2
+    """
+    fields = dataclasses.fields(options)
+    return options(**{field.name: getattr(config, field.name) for field in fields})
+
+
+def joined(*parts: Any) -> Config:
+    """The config of all fields; `part` is its inverse.
+
+    >>> joined(ScheduleOptions(epochs=3), DataOptions(pad=2)).epochs
+    3
+    """
+    return Config(**{name: value for one in parts for name, value in vars(one).items()})
 
 
 def check(config: Config) -> Config:
@@ -231,7 +345,7 @@ def from_dict(fields: Mapping[str, Any]) -> Config:
     >>> from_dict({"epoch": 3})
     Traceback (most recent call last):
     ...
-    ValueError: config: expected a known key, got 'epoch'. Nearest: epochs, ...
+    hintjax._checks.Refusal: config: expected a known key, got 'epoch'. Nearest: ...
     """
     types_of = typing.get_type_hints(Config)
     given = {}

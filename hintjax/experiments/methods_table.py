@@ -294,13 +294,13 @@ def markdown() -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def show_methods(*, markdown_page: bool = False) -> None:
+def show(*, in_markdown: bool = False) -> None:
     """Prints the table for a terminal, or in Markdown.
 
     Args:
-        markdown_page: whether to print `markdown()`, which has more columns.
+        in_markdown: whether to print `markdown()`, which has more columns.
     """
-    if markdown_page:
+    if in_markdown:
         print(markdown())
         return
     from rich import box
@@ -309,17 +309,17 @@ def show_methods(*, markdown_page: bool = False) -> None:
 
     console = Console(highlight=False)
     console = Console(highlight=False, width=min(max(console.width, 80), 120))
-    shown = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    shown.add_column("--method", no_wrap=True)
-    shown.add_column("what the student learns", ratio=3)
-    shown.add_column("attaches to", ratio=2)
-    shown.add_column("weight", width=14)
+    rows = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    rows.add_column("--method", no_wrap=True)
+    rows.add_column("what the student learns", ratio=3)
+    rows.add_column("attaches to", ratio=2)
+    rows.add_column("weight", width=14)
     for name, named in METHODS.items():
         learns = f"{named.title}: {named.transfers}".replace("`", "")
         row = (name, learns, ATTACHED[named.recipe.where], _weight(named.recipe))
-        shown.add_row(*row)
-    shown.add_row("backprop", "the task alone, without a teacher", "", "")
-    console.print(shown)
+        rows.add_row(*row)
+    rows.add_row("backprop", "the task alone, without a teacher", "", "")
+    console.print(rows)
     print(
         "Change the attachment points with --pairs and the weights with --weight and\n"
         "--task-weight. `hintjax methods --markdown` adds the papers and the files."
