@@ -23,7 +23,7 @@ from hintjax.experiments.config import Config
 from hintjax.experiments.distill import keep_compiled
 from hintjax.experiments.finished import load_student
 from hintjax.experiments.setting import prepare
-from hintjax.experiments.teacher import check_teacher
+from hintjax.experiments.teaching import check_teacher
 from hintjax.training import fingerprint, load_tree, read_metrics
 from hintjax.training.run_directory import owned
 
@@ -101,7 +101,7 @@ def test_a_teacher_that_knows_little_is_named(finished, corners):
         std=-100 * setting.dataset.standardize.std
     )
     wrong = setting._replace(dataset=setting.dataset._replace(standardize=other))
-    with pytest.warns(UserWarning, match=r"a run: .* less than 50 %.*standardised"):
+    with pytest.warns(UserWarning, match=r"a run: .* less than 50 %.*standardization"):
         assert check_teacher(wrong, trained) < 0.5
 
 

@@ -6,7 +6,7 @@ import os
 import re
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -24,10 +24,11 @@ from hintjax._checks import (
     positive_int,
     scalar,
 )
+from hintjax.experiments.teacher import teacher_of
 from hintjax.training.run_directory import write_text
 
 FILE = "config.yaml"
-# What PyYAML's conversions raise for what they cannot convert, beside its own errors.
+# Errors of PyYAML's conversions, besides its own errors.
 _NO_YAML = (AttributeError, LookupError, RecursionError, TypeError, ValueError)
 
 
@@ -232,10 +233,10 @@ def joined(*parts: Any) -> Config:
 
 
 def check(config: Config) -> Config:
-    """Refuses what could only fail, or mislead, later.
+    """Refuses a config that would fail or mislead later.
 
     Raises:
-        ValueError: naming the first field that is wrong.
+        Refusal: naming the first field that is wrong.
     """
     for name in ("temperature", "checkpoint_seconds"):
         if getattr(config, name) is not None:
@@ -262,8 +263,9 @@ def check(config: Config) -> Config:
             not_negative("config", **{name: value})
     integer("config", 0, seed=config.seed)
     models = {"student": config.student}
-    if ":" in config.teacher:  # else it is a run
-        models["teacher"] = config.teacher
+    teacher = teacher_of(config.teacher)
+    if teacher.factory is not None:
+        models["teacher"] = teacher.factory
     for name, model in models.items():
         if not re.fullmatch(r"\w+(\.\w+)*:\w+", model):
             wanted = f"{name} as package.module:factory"
@@ -308,10 +310,10 @@ def load(path: str | os.PathLike[str]) -> Config:
     """Reads a config from a YAML file or from a run directory.
 
     Raises:
-        FileRefusal: if there is none.
-        ValueError: for an unknown key (the nearest names are given), or a value of
+        FileRefusal: if there is no such file.
+        Refusal: for an unknown key (the error names the nearest keys), or a value of
             the wrong type or range.
-        TypeError: if the file does not hold names and values.
+        WrongType: if the file does not hold names and values.
     """
     import yaml
 
@@ -357,7 +359,8 @@ def from_dict(fields: Mapping[str, Any]) -> Config:
     return check(Config(**given))
 
 
-def _typed(name, value, wanted):
+def _typed(name: str, value: Any, wanted: Any) -> Any:
+    """The value as the type that the field has; lists become tuples."""
     options = typing.get_args(wanted) if _is_union(wanted) else (wanted,)
     for option in options:
         if typing.get_origin(option) is Literal:
@@ -375,11 +378,12 @@ def _typed(name, value, wanted):
     raise Refusal(message("config", f"{name} to be {names}", described(value)))
 
 
-def _names(option):
+def _names(option: Any) -> Sequence[str]:
+    """The values or the type that an error names."""
     if typing.get_origin(option) is Literal:
         return typing.get_args(option)
     return [getattr(option, "__name__", str(option))]
 
 
-def _is_union(annotation):
+def _is_union(annotation: Any) -> bool:
     return typing.get_origin(annotation) in (typing.Union, types.UnionType)

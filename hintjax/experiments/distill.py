@@ -23,7 +23,8 @@ from hintjax.experiments.methods_table import RECIPES
 from hintjax.experiments.phases import check
 from hintjax.experiments.run import load_deployed, run
 from hintjax.experiments.setting import prepare
-from hintjax.experiments.teacher import check_teacher, teacher_variables
+from hintjax.experiments.teacher import teacher_of
+from hintjax.experiments.teaching import check_teacher, teacher_variables
 from hintjax.processes import agree, first
 from hintjax.training import progress
 from hintjax.training.run_directory import LOCK, inside, owned, write_text
@@ -129,7 +130,7 @@ def _distill(config, run_dir, arms, used, resume):
         _show(step, setting.places)
     per_epoch = setting.dataset.train.n // config.batch_size
     runs = sum(len(arm.rates) for arm in arms) * config.seeds or 1
-    trained = config.teacher_epochs if ":" in config.teacher else 0
+    trained = 0 if teacher_of(config.teacher).factory is None else config.teacher_epochs
     total = (runs * config.epochs + trained) * per_epoch
     with progress(total, "hintjax", images_per_step=config.batch_size) as report:
         begin, variables = _counting(report), None

@@ -1,7 +1,7 @@
-"""What the runs of a config share: data, networks, mesh, compiled programs."""
+"""The parts that the runs of a config share: data, networks, mesh, programs."""
 
 import zlib
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -9,12 +9,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from hintjax._checks import Refusal, message
-from hintjax.data import Dataset, Split, evaluation_batches, load, steps_per_epoch
+from hintjax.data import (
+    Dataset,
+    Records,
+    Split,
+    evaluation_batches,
+    load,
+    steps_per_epoch,
+)
 from hintjax.experiments import config as configs
 from hintjax.experiments.attachment import Places
 from hintjax.experiments.config import Config
 from hintjax.experiments.factories import attribute_of, layers, network
 from hintjax.experiments.finished import EVALUATION_BATCH, load_student, run_config
+from hintjax.experiments.teacher import Teacher, teacher_of
 from hintjax.networks import Network
 from hintjax.processes import agree, each
 from hintjax.sharding import Layout, make_mesh, over_batch, shares, spread
@@ -22,18 +30,17 @@ from hintjax.training import Program
 
 
 class Setting(NamedTuple):
-    """What runs share.
+    """The parts that the runs of a config share.
 
     Attributes:
-        config: the run's, or the comparison's.
-        dataset: decoded, on the host.
-        inputs: one image, for shapes.
-        student: the network.
-        teacher: the network; None if no teacher is needed.
-        places: where methods attach to the networks.
-        layout: the mesh that they train on; None for a single device.
-        programs: compiled stages by all that they are built with; filled as they are
-            used.
+        config: config of the run, or of the comparison.
+        dataset: images and labels, on the host.
+        inputs: one image, which gives the shapes.
+        student: network of the student.
+        teacher: network of the teacher; None if no teacher is needed.
+        places: layers of both networks, to which methods attach.
+        layout: mesh on which the runs train; None for a single device.
+        programs: compiled stages by all that they are built with; filled during runs.
     """
 
     config: Config
@@ -50,11 +57,11 @@ def prepare(config: Config, *, teach: bool = False) -> Setting:
     """Reads the data and builds the networks of a run; trains nothing.
 
     Args:
-        config: the run's.
-        teach: whether it needs a teacher.
+        config: config of the run.
+        teach: whether the run needs a teacher.
 
     Returns:
-        The setting, with pairs as configured or else suggested by depth.
+        The setting.
     """
     dataset = each(
         lambda: load(
@@ -68,9 +75,12 @@ def prepare(config: Config, *, teach: bool = False) -> Setting:
     inputs = jnp.zeros((1, *dataset.train.shape), jnp.float32)
     student = each(lambda: network(config.student, dataset.classes))
     teacher = teacher_network(config, dataset.classes) if teach else None
-    factories = [config.student, *([_factory(config)] if teach else [])]
+    factories = [
+        config.student,
+        *([_factory(teacher_of(config.teacher))] if teach else []),
+    ]
 
-    def said(attribute, missing):
+    def said(attribute: str, missing: Any) -> tuple[Any, ...]:
         return tuple(
             attribute_of(name, dataset.classes, attribute, missing)
             for name in factories
@@ -89,17 +99,17 @@ def prepare(config: Config, *, teach: bool = False) -> Setting:
 
 
 def mesh_of(config: Config) -> Layout | None:
-    """The mesh that a config asks for; None if that is one device.
+    """The mesh that a config asks for; None for a single device.
 
     Raises:
-        ValueError: if there are not so many devices, or they cannot share a batch.
+        Refusal: if there are too few devices, or if they cannot share a batch.
     """
     devices = jax.devices()
     wanted = config.devices or len(devices)
     if wanted > len(devices) or (jax.process_count() > 1 and wanted < len(devices)):
-        least = "at most" if jax.process_count() == 1 else "all"
+        limit = "at most" if jax.process_count() == 1 else "all"
         got = f"{wanted} of {jax.device_count()}"
-        raise Refusal(message("config", f"{least} the devices that are here", got))
+        raise Refusal(message("config", f"{limit} the devices that are here", got))
     if wanted % config.fsdp:
         got = f"{config.fsdp} with {wanted} devices"
         raise Refusal(message("config", "fsdp to divide the devices", got))
@@ -117,14 +127,15 @@ def mesh_of(config: Config) -> Layout | None:
 
 def teacher_network(config: Config, classes: int) -> Network:
     """The network of the configured teacher, whether it is trained yet or not."""
-    if ":" not in config.teacher:
-        load_student(config.teacher)  # raises if it is not finished, or no teacher
-    name = _factory(config)
+    teacher = teacher_of(config.teacher)
+    if teacher.run_dir is not None:
+        load_student(teacher.run_dir)  # raises if the run is not finished
+    name = _factory(teacher)
     return each(lambda: network(name, classes))
 
 
 def _seen(dataset: Dataset) -> dict[str, Any]:
-    """What tells data sets apart; of what lies on a disk not every image is read."""
+    """Numbers that tell datasets apart; images on a disk are not read for them."""
     found = {
         "classes": dataset.classes,
         "mean and std": [array.tolist() for array in dataset.standardize],
@@ -136,15 +147,15 @@ def _seen(dataset: Dataset) -> dict[str, Any]:
     return found
 
 
-def _factory(config):
-    """The factory of the configured teacher."""
-    if ":" in config.teacher:
-        return config.teacher
-    return run_config(Path(config.teacher)).student
+def _factory(teacher: Teacher) -> str:
+    """The factory of a teacher, or of the student of its run."""
+    if teacher.run_dir is None:
+        return teacher.factory
+    return run_config(teacher.run_dir).student
 
 
-def batches_of(setting, split):
-    """A split to evaluate on, in batches that all devices can share."""
+def batches_of(setting: Setting, split: Split | Records) -> Iterator[dict[str, Any]]:
+    """The batches of a split for evaluation, which all devices can share."""
     mesh = setting.layout and setting.layout.mesh
     parts = 1 if mesh is None else shares(mesh)
     size = -(-EVALUATION_BATCH // parts) * parts

@@ -1,0 +1,80 @@
+"""Teachers are trained or loaded, and then judged."""
+
+import dataclasses
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hintjax.experiments.config import Config
+from hintjax.experiments.finished import RESULT, accuracy, load_student
+from hintjax.experiments.recipes import backprop
+from hintjax.experiments.run import run
+from hintjax.experiments.setting import Setting, prepare
+from hintjax.experiments.teacher import teacher_of
+from hintjax.networks import Variables
+from hintjax.training.run_directory import read_json
+
+_JUDGED = 1000  # validation examples on which a teacher is judged, at most
+
+
+def teacher_variables(config: Config, run_dir: Path, **how: Any) -> Variables:
+    """The variables of the teacher: loaded from its run, or trained now.
+
+    Args:
+        config: config of the run that needs a teacher.
+        run_dir: directory of this run; a teacher is trained in `run_dir/teacher`.
+        **how: see `run`.
+    """
+    teacher = teacher_of(config.teacher)
+    if teacher.run_dir is not None:
+        return load_student(teacher.run_dir)[1]
+    path = run_dir / "teacher"
+    if read_json(path / RESULT) is None:
+        own = dataclasses.replace(
+            config,
+            method="backprop",
+            student=teacher.factory,
+            epochs=config.teacher_epochs,
+            hint_epochs=None,
+            limit=None,
+            pairs=(),
+            weight=None,
+            task_weight=None,
+            cosine=False,
+        )
+        run(prepare(own), path, backprop, resume=True, **how)
+    return load_student(path)[1]
+
+
+def check_teacher(setting: Setting, variables: Variables) -> float:
+    """Warns about a teacher that knows little of the validation split.
+
+    The teacher is judged whenever a run starts or resumes. So only a few examples are
+    used, which are spread over the split. The usual cause is a teacher that was trained
+    on inputs with another standardization, or on labels in another order. Then its
+    hints are doubtful.
+
+    Args:
+        setting: setting of the run.
+        variables: variables of the teacher.
+
+    Returns:
+        Accuracy of the teacher.
+    """
+    config, dataset = setting.config, setting.dataset
+    n = dataset.validation.n
+    few = np.linspace(0, n - 1, min(n, _JUDGED)).astype(int)
+    split = dataset.validation.read(few)
+    found = accuracy(setting.teacher, variables, split, dataset.standardize)
+    if found < config.teacher_at_least:
+        enough = 100 * config.teacher_at_least
+        warnings.warn(
+            f"teacher {config.teacher}: {100 * found:.1f} % of {split.n} validation "
+            f"examples are right, less than {enough:.0f} %. Was the teacher trained on "
+            f"inputs with another standardization, or with other labels? "
+            f"--teacher-at-least sets the lowest accuracy without this warning.",
+            stacklevel=2,
+        )
+    return found
