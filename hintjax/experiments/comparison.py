@@ -1,13 +1,13 @@
 """A comparison: one teacher, several arms, the same seeds; a table and a picture.
 
-Every arm has the same number of steps. Where an arm has several learning rates to
-choose from, it runs with all of them, and the mean over the seeds on the validation
-split decides. The test split decides nothing.
+Every arm has the same number of steps. An arm with several learning rates runs with
+each of them, and the mean validation accuracy over the seeds chooses. The test split
+chooses nothing.
 """
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,12 +32,12 @@ class Arm(NamedTuple):
     """One way to train the student.
 
     Attributes:
-        name: in the table.
-        recipe: its phases.
-        rates: the learning rates to choose from.
-        initial: the factory of the module that initialises the student.
-        untrained: whether its hints come from a teacher that was never trained.
-        baseline: whether others are measured against it.
+        name: name in the table.
+        recipe: recipe of the phases.
+        rates: learning rates to try.
+        initial: factory of the module that initializes the student.
+        untrained: whether the hints come from a teacher that was never trained.
+        baseline: whether other arms are compared with this arm.
     """
 
     name: str
@@ -56,26 +56,68 @@ def compare(
     *,
     begin: Callable[[str], Callable[..., None]],
 ) -> dict[str, Any]:
-    """Runs all arms over all seeds; runs that are finished are not run again.
+    """Runs all arms over all seeds, and skips the runs that are finished.
 
     Args:
-        setting: data, networks, pairs.
-        run_dir: each run has a directory in it.
-        arms: what is compared; they differ in nothing else.
-        teacher: its variables.
-        begin: called with the name of each run; gives what `fit` calls to show it.
+        setting: data, networks and pairs.
+        run_dir: directory with one directory for each run.
+        arms: arms to compare; the runs differ in nothing else.
+        teacher: variables of the teacher.
+        begin: called with the name of each run; returns the run's `show`, see `fit`.
 
     Returns:
-        For each arm its learning rate and, per seed, the results; with R^2.
+        For each arm the chosen learning rate and, per seed, the results and R^2.
     """
-    classes = setting.dataset.classes
-    initial = {arm.initial: network(arm.initial, classes) for arm in arms}
-    untrained = setting.teacher.init(
-        jax.random.key(setting.config.seed), setting.inputs
-    )
+    jobs = [
+        Job(arm, rate, setting.config.seed + number)
+        for arm in arms
+        for rate in arm.rates
+        for number in range(setting.config.seeds)
+    ]
+    one = _runner(setting, run_dir, arms, teacher, begin)
+    alone = setting.layout is None  # programs of one mesh must not cross
+    results = _side_by_side(one, jobs, setting.config.seeds if alone else 1)
+    done = list(zip(jobs, results, strict=True))
     explained = explained_by(setting, teacher)
 
-    def one(arm, rate, seed):
+    def r2(path: Path) -> float:
+        return explained(load_student(path, hints_only=True)[1])
+
+    found = {}
+    for arm in arms:
+        tried = {rate: [] for rate in arm.rates}
+        for job, ran in done:
+            if job.arm.name == arm.name:
+                tried[job.rate].append(ran)
+        found[arm.name] = _chosen(tried, run_dir, r2)
+    return found
+
+
+class Job(NamedTuple):
+    """One run of a comparison."""
+
+    arm: Arm
+    rate: float
+    seed: int
+
+
+Ran = tuple[Path, dict[str, Any]]  # a run directory, and its result.json
+
+
+def _runner(
+    setting: Setting,
+    run_dir: Path,
+    arms: Sequence[Arm],
+    teacher: Variables,
+    begin: Callable[[str], Callable[..., None]],
+) -> Callable[[Arm, float, int], Ran]:
+    """Makes the function that runs one job, unless it is finished."""
+    classes = setting.dataset.classes
+    initial = {arm.initial: network(arm.initial, classes) for arm in arms}
+    key = jax.random.key(setting.config.seed)
+    untrained = setting.teacher.init(key, setting.inputs)
+
+    def one(arm: Arm, rate: float, seed: int) -> Ran:
         path = inside(run_dir, f"{arm.name}/rate{rate:g}-seed{seed}")
         if not (path / RESULT).exists():
             run(
@@ -92,46 +134,38 @@ def compare(
             )
         return path, json.loads((path / RESULT).read_text())
 
-    alone = setting.layout is None  # programs of one mesh must not cross
-    first = setting.config.seed
-    seeds = range(first, first + setting.config.seeds)
-    jobs = [(arm, rate, seed) for arm in arms for rate in arm.rates for seed in seeds]
-    done = dict(
-        zip(
-            [(arm.name, rate, seed) for arm, rate, seed in jobs],
-            _side_by_side(one, jobs, setting.config.seeds if alone else 1),
-            strict=True,
-        )
-    )
-    found = {}
-    for arm in arms:
-        tried = {
-            rate: [done[arm.name, rate, seed] for seed in seeds] for rate in arm.rates
-        }
-        validation = {
-            rate: float(np.mean([result["validation/accuracy"] for _, result in runs]))
-            for rate, runs in tried.items()
-        }
-        rate = max(validation, key=validation.get)
-        found[arm.name] = {
-            "rate": rate,
-            "validation": {str(rate): value for rate, value in validation.items()},
-            "test": [result["test/accuracy"] for _, result in tried[rate]],
-            "seconds": [result["seconds"] for _, result in tried[rate]],
-            "r2": [
-                explained(load_student(path, hints_only=True)[1])
-                for path, _ in tried[rate]
-            ],
-            "runs": [str(path.relative_to(run_dir)) for path, _ in tried[rate]],
-        }
-    return found
+    return one
 
 
-def _side_by_side(one, jobs, most):
-    """All jobs, in their order; on a CPU, whose cores one small step cannot fill,
-    several at a time. Each trains to the same bits as alone."""
+def _chosen(
+    tried: Mapping[float, Sequence[Ran]], run_dir: Path, r2: Callable[[Path], float]
+) -> dict[str, Any]:
+    """The runs of an arm with the rate that is best on the validation split."""
+    validation = {
+        rate: float(np.mean([result["validation/accuracy"] for _, result in runs]))
+        for rate, runs in tried.items()
+    }
+    rate = max(validation, key=validation.get)
+    return {
+        "rate": rate,
+        "validation": {str(rate): value for rate, value in validation.items()},
+        "test": [result["test/accuracy"] for _, result in tried[rate]],
+        "seconds": [result["seconds"] for _, result in tried[rate]],
+        "r2": [r2(path) for path, _ in tried[rate]],
+        "runs": [str(path.relative_to(run_dir)) for path, _ in tried[rate]],
+    }
+
+
+def _side_by_side(
+    one: Callable[..., Any], jobs: Sequence[Sequence[Any]], most: int
+) -> list[Any]:
+    """Runs all jobs, and returns their results in order.
+
+    On a CPU several jobs run at a time, since one small step cannot fill the cores.
+    Each job gives the same bits as alone.
+    """
     workers = min(os.cpu_count(), most) if jax.default_backend() == "cpu" else 1
-    with stoppable():  # for all of them: signals come to the main thread
+    with stoppable():  # for all jobs: signals come to the main thread
         pool = ThreadPoolExecutor(workers)
         try:
             return list(pool.map(lambda job: one(*job), jobs))

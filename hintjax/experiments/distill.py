@@ -6,14 +6,16 @@ import datetime
 import importlib.metadata
 import json
 import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 
 from hintjax._checks import Refusal, message, nearest
-from hintjax.experiments import attachment as places
+from hintjax.experiments import attachment, recipes
 from hintjax.experiments import config as configs
-from hintjax.experiments import recipes
+from hintjax.experiments.attachment import Places
 from hintjax.experiments.comparison import REPORT, Arm, compare
 from hintjax.experiments.comparison_picture import picture
 from hintjax.experiments.comparison_table import show_table, table
@@ -21,8 +23,9 @@ from hintjax.experiments.config import Config
 from hintjax.experiments.finished import DEPLOYED, accuracy, run_config
 from hintjax.experiments.methods_table import RECIPES
 from hintjax.experiments.phases import check
+from hintjax.experiments.recipes import PlannedPhase, Recipe, backprop
 from hintjax.experiments.run import load_deployed, run
-from hintjax.experiments.setting import prepare
+from hintjax.experiments.setting import Setting, prepare
 from hintjax.experiments.teacher import teacher_of
 from hintjax.experiments.teaching import check_teacher, teacher_variables
 from hintjax.processes import agree, first
@@ -31,26 +34,67 @@ from hintjax.training.run_directory import LOCK, inside, owned, write_text
 
 COMPILED = "compiled"  # programs, in the run directory
 
-# What `distill` compares when it is told nothing else. The plain student is the kind
-# that FitNets was invented for; the He rows and the untrained teacher say what part of
-# a gain is only that the student trains at all.
+# `distill` compares these arms by default. FitNets was invented for students such as the
+# plain one. The He rows and the untrained teacher show how much of a gain comes only from
+# a student that trains at all.
 _HE = "hintjax.models:plain_thin_he"
 
 
-def _arms(config: Config) -> list[Arm]:
-    def arm(name, recipe, rate=1e-3, initial=config.student, **more):
+class Plan(NamedTuple):
+    """The runs that a config asks for.
+
+    Attributes:
+        recipes: recipes of these runs.
+        arms: arms of a comparison; none for a single run.
+    """
+
+    recipes: Sequence[Recipe]
+    arms: Sequence[Arm] = ()
+
+
+def planned(config: Config) -> Plan:
+    """The recipes of the methods that a config names, alone or as a comparison."""
+    if config.method is not None:
+        return Plan([_recipe(config.method)])
+    arms = _named_arms(config) if config.compare else _default_arms(config)
+    return Plan([arm.recipe for arm in arms], arms)
+
+
+def _recipe(name: str) -> Recipe:
+    """The recipe of a method's name."""
+    if name not in RECIPES:
+        do = f"Nearest: {', '.join(nearest(name, RECIPES))}."
+        raise Refusal(message("distill", "a method", repr(name), do))
+    return RECIPES[name]
+
+
+def _named_arms(config: Config) -> list[Arm]:
+    """The arms of --compare; methods that compare only outputs are baselines."""
+    rates = config.rates or (config.learning_rate,)
+    arms = []
+    for name in config.compare:
+        recipe = _recipe(name)
+        attaches = recipe is not backprop and recipe.where is not attachment.outputs
+        arms.append(Arm(name, recipe, rates, config.student, baseline=not attaches))
+    return arms
+
+
+def _default_arms(config: Config) -> list[Arm]:
+    """FitNets, its controls, KD and AT, at rates that were chosen on the digits."""
+
+    def arm(
+        name: str,
+        recipe: Recipe,
+        rate: float = 1e-3,
+        initial: str = config.student,
+        **more: bool,
+    ) -> Arm:
         return Arm(name, recipe, config.rates or (rate,), initial, **more)
 
-    if config.compare:
-        rate = config.learning_rate
-        return [
-            arm(name, _recipe(name), rate, baseline=not _attaches(_recipe(name)))
-            for name in config.compare
-        ]
     hints = {"recipe": recipes.FITNETS, "baseline": False}
-    maps = recipes.AT._replace(where=places.middle)  # of the pair that FitNets takes
+    maps = recipes.AT._replace(where=attachment.middle)  # the pair of FitNets
     arms = [
-        arm("backprop", recipes.backprop),
+        arm("backprop", backprop),
         arm("KD", recipes.SOFT),
         arm("AT", maps),
         arm("FitNets", **hints),
@@ -59,7 +103,7 @@ def _arms(config: Config) -> list[Arm]:
     ]
     if config.student == Config.student:
         arms += [
-            arm("backprop, He", recipes.backprop, initial=_HE),
+            arm("backprop, He", backprop, initial=_HE),
             arm("KD, He", recipes.SOFT, initial=_HE),
             arm("AT, He", maps, 3e-3, _HE),
             arm("FitNets, He", **hints, initial=_HE),
@@ -67,53 +111,40 @@ def _arms(config: Config) -> list[Arm]:
     return arms
 
 
-def _attaches(recipe):
-    """Whether a recipe compares more than outputs."""
-    return recipe is not recipes.backprop and recipe.where is not places.outputs
-
-
-def _recipe(name):
-    if name not in RECIPES:
-        do = f"Nearest: {', '.join(nearest(name, RECIPES))}."
-        raise Refusal(message("distill", "a method", repr(name), do))
-    return RECIPES[name]
-
-
 def distill(config: Config, run_dir: Path, *, resume: bool = False) -> None:
-    """Runs what a config says, in a run directory that it owns.
+    """Runs one method, or a comparison of methods, in a run directory.
 
     Args:
-        config: one method, or a comparison of methods.
-        run_dir: checked and made by `claim`.
-        resume: go on where it stopped.
+        config: config of the run.
+        run_dir: run directory, made by `claim`.
+        resume: whether to continue a run that stopped.
     """
-    arms = _arms(config) if config.method is None else []
-    used = [arm.recipe for arm in arms] or [_recipe(config.method)]
-    if arms and jax.process_count() > 1:
+    plan = planned(config)
+    if plan.arms and jax.process_count() > 1:
         do = "Give it --method, or compare in one process."
         got = f"a comparison in {jax.process_count()}"
         raise Refusal(message("distill", "one method in several processes", got, do))
-    agree("config", _said(config))
+    agree("config", _shared(config))
     with owned(run_dir), contextlib.ExitStack() as silence:
         if not first():
             nowhere = silence.enter_context(Path(os.devnull).open("w"))
             silence.enter_context(contextlib.redirect_stdout(nowhere))
             silence.enter_context(contextlib.redirect_stderr(nowhere))
         keep_compiled(run_dir / COMPILED)
-        _distill(config, run_dir, arms, used, resume)
+        _distill(config, run_dir, plan, resume)
 
 
-def _said(config):
-    """What processes of one run have to agree on; data may lie in other places."""
+def _shared(config: Config) -> dict[str, Any]:
+    """Versions and fields that are the same in all processes; data_dir may differ."""
     versions = {name: importlib.metadata.version(name) for name in ("hintjax", "jax")}
     fields = dataclasses.asdict(config)
     return {name: fields[name] for name in fields if name != "data_dir"} | versions
 
 
 def keep_compiled(folder: Path) -> None:
-    """What is compiled is kept for a run that goes on, unless JAX was told where.
+    """Keeps compiled programs in a folder, for resuming, unless JAX has another folder.
 
-    All of it: what compiles in less than a second is hundreds of programs together.
+    Programs that compile in less than a second are kept, too: there are hundreds.
     """
     there = first() or folder.parent.exists()
     if there and jax.config.jax_compilation_cache_dir is None:
@@ -121,29 +152,28 @@ def keep_compiled(folder: Path) -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 
-def _distill(config, run_dir, arms, used, resume):
+def _distill(config: Config, run_dir: Path, plan: Plan, resume: bool) -> None:
+    """Checks and runs a plan in a run directory that is owned."""
     setting = prepare(config, teach=config.method != "backprop")
-    steps = {step.name: step for recipe in used for step in check(setting, recipe)}
+    phases = [phase for recipe in plan.recipes for phase in check(setting, recipe)]
     if not resume:
         configs.save(config, run_dir)
-    for step in steps.values():
-        _show(step, setting.places)
-    per_epoch = setting.dataset.train.n // config.batch_size
-    runs = sum(len(arm.rates) for arm in arms) * config.seeds or 1
-    trained = 0 if teacher_of(config.teacher).factory is None else config.teacher_epochs
-    total = (runs * config.epochs + trained) * per_epoch
+    for phase in {phase.name: phase for phase in phases}.values():
+        _show(phase, setting.places)
+    total = _total_steps(setting, plan)
     with progress(total, "hintjax", images_per_step=config.batch_size) as report:
         begin, variables = _counting(report), None
         if setting.teacher is not None:
             variables = teacher_variables(config, run_dir, show=begin("teacher"))
             check_teacher(setting, variables)
-        if not arms:
-            (recipe,) = used
+        if not plan.arms:
+            (recipe,) = plan.recipes
             how = {"teacher": variables, "resume": resume, "show": begin("student")}
             fitted, _ = run(setting, run_dir, recipe, **how)
             print(fitted.account())
             return
-        found = compare(setting, run_dir, arms, variables, begin=begin)
+        found = compare(setting, run_dir, plan.arms, variables, begin=begin)
+    arms = plan.arms
     baselines = [arm.name for arm in arms if arm.baseline] or [arms[0].name]
     result = table(setting, variables, found, baselines)
     write_text(run_dir / REPORT, json.dumps(result, indent=1))
@@ -151,11 +181,21 @@ def _distill(config, run_dir, arms, used, resume):
     print(f"picture: {picture(setting, run_dir, variables, result, found)}")
 
 
+def _total_steps(setting: Setting, plan: Plan) -> int:
+    """The steps of all runs, and of the teacher if it is trained here."""
+    config = setting.config
+    runs = sum(len(arm.rates) for arm in plan.arms) * config.seeds or 1
+    trained_here = teacher_of(config.teacher).factory is not None
+    before = config.teacher_epochs if trained_here else 0
+    per_epoch = setting.dataset.train.n // config.batch_size
+    return (runs * config.epochs + before) * per_epoch
+
+
 def claim(run_dir: Path | None, config: Config) -> Path:
-    """Makes the run directory of a new run; it stays empty until all is checked.
+    """Makes the run directory of a new run; it stays empty until the run is checked.
 
     Raises:
-        ValueError: if it holds anything, or cannot be made.
+        Refusal: if the directory is not empty, or cannot be made.
     """
     if run_dir is None:
         name = Path(config.dataset).stem
@@ -167,7 +207,7 @@ def claim(run_dir: Path | None, config: Config) -> Path:
         run_dir.mkdir(parents=True, exist_ok=True)
         if any(path.name != LOCK for path in run_dir.iterdir()):
             ours = (run_dir / configs.FILE).exists()
-            do = f"Go on with `hintjax resume {run_dir}`." if ours else ""
+            do = f"Continue with `hintjax resume {run_dir}`." if ours else ""
             do = f"{do} Choose another --run-dir.".strip()
             got = f"{run_dir} with {'a run' if ours else 'other files'} in it"
             raise Refusal(message("distill", "an empty run directory", got, do))
@@ -179,12 +219,12 @@ def claim(run_dir: Path | None, config: Config) -> Path:
     return run_dir
 
 
-def _counting(report):
-    """Steps of many runs as those of one: begin(name) gives the next run's `show`."""
+def _counting(report: Callable[..., None]) -> Callable[[str], Callable[..., None]]:
+    """Adds up the steps of many runs: begin(name) makes the `show` of the next run."""
     done = {}
 
-    def begin(name):
-        def show(at, metrics, phase):
+    def begin(name: str) -> Callable[..., None]:
+        def show(at: int, metrics: Any, phase: str) -> None:
             done[name] = at
             report(sum(done.values()), metrics, f"{name}, {phase}")
 
@@ -193,29 +233,29 @@ def _counting(report):
     return begin
 
 
-def _show(step, seen):
-    """What a phase compares, and what it needs."""
+def _show(phase: PlannedPhase, places: Places) -> None:
+    """Prints the layers that a phase compares, and its note."""
     for who, known, wants in (
-        ("student", seen.student, step.method.student),
-        ("teacher", seen.teacher, step.method.teacher),
+        ("student", places.student, phase.method.student),
+        ("teacher", places.teacher, phase.method.teacher),
     ):
         shown = [
             f"{path} {known[path].shape[1:]}" if path in known else path
             for path in wants.hints
         ]
         if shown:
-            print(f"{step.name}: {who} {', '.join(shown)}")
-    if step.note:
-        print(step.note)
+            print(f"{phase.name}: {who} {', '.join(shown)}")
+    if phase.note:
+        print(phase.note)
 
 
 def resume(run_dir: Path, devices: int | None = None, fsdp: int | None = None) -> None:
-    """Goes on with a run, or a comparison, where it stopped.
+    """Continues a run, or a comparison, where it stopped.
 
     Args:
-        run_dir: its run directory.
-        devices: another number of them than before.
-        fsdp: another number of shares than before.
+        run_dir: run directory.
+        devices: number of devices, if it differs from before.
+        fsdp: number of devices over which large parameters are sharded, if it differs.
     """
     path = run_dir.expanduser().resolve()
     given = {"devices": devices, "fsdp": fsdp}
@@ -225,10 +265,10 @@ def resume(run_dir: Path, devices: int | None = None, fsdp: int | None = None) -
 
 
 def evaluate_run(run_dir: Path) -> None:
-    """Says how accurate the student of a finished run is, or shows a comparison.
+    """Prints the accuracy of a finished run's student, or the table of a comparison.
 
     Args:
-        run_dir: its run directory.
+        run_dir: run directory.
     """
     path = run_dir.expanduser().resolve()
     if (path / REPORT).exists():
@@ -236,7 +276,7 @@ def evaluate_run(run_dir: Path) -> None:
         return
     config = configs.load(path)
     recipe = _recipe(config.method)
-    here = dataclasses.replace(config, devices=1, fsdp=1)  # whatever it was trained on
+    here = dataclasses.replace(config, devices=1, fsdp=1)  # any machine can evaluate
     setting = prepare(here, teach=(path / DEPLOYED).exists())
     student, variables = load_deployed(setting, path, recipe)
     dataset = setting.dataset

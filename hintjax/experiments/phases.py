@@ -10,22 +10,22 @@ import optax
 
 from hintjax.data import Augment, steps_per_epoch
 from hintjax.experiments.config import Config
-from hintjax.experiments.recipes import Recipe, Step
+from hintjax.experiments.recipes import PlannedPhase, Recipe
 from hintjax.experiments.setting import Setting
 from hintjax.method import Data
-from hintjax.stages import SpikeGuard, distillation_stage, hint_stage
+from hintjax.stages import SpikeGuard, Stage, State, distillation_stage, hint_stage
 from hintjax.training import Phase, program
 
 
-def check(setting: Setting, recipe: Recipe) -> list[Step]:
-    """Traces every phase of a recipe on shapes alone: what cannot work raises here.
+def check(setting: Setting, recipe: Recipe) -> list[PlannedPhase]:
+    """Traces every phase of a recipe on shapes alone; a phase that cannot work raises.
 
     Args:
-        setting: of the run.
-        recipe: its phases.
+        setting: setting of the run.
+        recipe: recipe of the run.
 
     Returns:
-        The phases.
+        The phases of the recipe.
     """
     config, train = setting.config, setting.dataset.train
     key, size = jax.random.key(0), config.batch_size
@@ -37,69 +37,83 @@ def check(setting: Setting, recipe: Recipe) -> list[Step]:
         for network in (setting.student, setting.teacher)
     )
     per_epoch = steps_per_epoch(train.n, size)
-    state, steps = None, list(recipe(config, setting.places, per_epoch))
-    for step in steps:
-        stage = compiled_phase(setting, step, config, per_epoch).program.stage
-        carry = state if step.carry else None
+    state, phases = None, list(recipe(config, setting.places, per_epoch))
+    for phase in phases:
+        stage = compiled_phase(setting, phase, config, per_epoch).program.stage
+        carry = state if phase.carry else None
         data = Data(of((train.n,)))
         state = jax.eval_shape(stage.init, key, student, teacher, batch, data, carry)
         jax.eval_shape(stage.update, state, teacher, batch)
-    return steps
+    return phases
 
 
-def compiled_phase(setting, step, config, per_epoch):
-    built_with = _built_with(step, config)
+def compiled_phase(
+    setting: Setting, phase: PlannedPhase, config: Config, per_epoch: int
+) -> Phase:
+    """The phase as the loop trains it; phases that are built alike share a program.
+
+    Args:
+        setting: setting of the run; its programs are looked up, and extended.
+        phase: phase of the run's recipe.
+        config: config of the run, which may have another learning rate and seed than
+            the setting's config.
+        per_epoch: steps in an epoch.
+    """
+    built_with = _built_with(phase, config)
     if built_with not in setting.programs:
         setting.programs[built_with] = program(
-            _stage(setting, step, config, per_epoch),
+            _stage(setting, phase, config, per_epoch),
             config.batch_size,
             Augment(pad=config.pad, flip=config.flip),
             setting.layout and setting.layout.mesh,
         )
 
-    def adjust(state):
+    def adjust(state: State) -> State:
         rate = jnp.asarray(config.learning_rate, jnp.float32)
         opt_state = optax.tree.set(state.opt_state, learning_rate=rate)
         return state._replace(opt_state=opt_state)
 
     return Phase(
-        name=step.name,
+        name=phase.name,
         program=setting.programs[built_with],
-        steps=step.epochs * per_epoch,
-        carry=step.carry,
-        patience=config.patience if step.hints_only else None,
+        steps=phase.epochs * per_epoch,
+        carry=phase.carry,
+        patience=config.patience if phase.hints_only else None,
         adjust=adjust,
     )
 
 
-def _built_with(step: Step, config: Config) -> Hashable:
-    """All that the program of a phase is built with, besides data and networks.
+def _built_with(phase: PlannedPhase, config: Config) -> Hashable:
+    """Everything from which a program is built, besides data and networks.
 
     The learning rate and the seed are arguments of a program.
     """
     others = dataclasses.replace(
         config, learning_rate=Config.learning_rate, seed=Config.seed
     )
-    rates = tuple(sorted(step.rates.items()))
-    return step.name, step.source, step.epochs, step.hints_only, rates, others
+    rates = tuple(sorted(phase.rates.items()))
+    return phase.name, phase.source, phase.epochs, phase.hints_only, rates, others
 
 
-def _stage(setting, step, config, per_epoch):
-    optimiser = _optimiser(config, step.epochs * per_epoch)
-    networks = (setting.student, setting.teacher, step.method, optimiser)
+def _stage(
+    setting: Setting, phase: PlannedPhase, config: Config, per_epoch: int
+) -> Stage:
+    """The update of a phase."""
+    optimizer = _optimizer(config, phase.epochs * per_epoch)
+    networks = (setting.student, setting.teacher, phase.method, optimizer)
     factor = config.spike_factor
     how = {
         "mesh": setting.layout,
         "accumulate": config.accumulate,
         "spikes": None if factor is None else SpikeGuard(factor),
     }
-    if step.hints_only:
+    if phase.hints_only:
         return hint_stage(*networks, **how)
-    return distillation_stage(*networks, rates=step.rates, **how)
+    return distillation_stage(*networks, rates=phase.rates, **how)
 
 
-def _optimiser(config, steps):
-    """The learning rate is in the state, so that one program serves every rate."""
+def _optimizer(config: Config, steps: int) -> optax.GradientTransformation:
+    """The optimizer; its state holds the rate, so that all rates share a program."""
     decay, rate = config.weight_decay, config.learning_rate
     if config.optimizer == "adam":
         made = optax.inject_hyperparams(optax.adamw)(rate, weight_decay=decay)

@@ -1,7 +1,7 @@
 """Recipes: the published way to train with each method, as phases of a run.
 
 A recipe says where its method attaches to two networks (`attachment`), with which
-weight, in which stages. It sees the shapes of layers, never data.
+weight, and in which stages. It reads the shapes of layers, never data.
 """
 
 import functools
@@ -72,23 +72,24 @@ from hintjax.methods import (
     variational,
     warm_up,
 )
+from hintjax.methods.crd import Negatives
 from hintjax.objective import Weight, objective, task, weighted
 
 
-class Step(NamedTuple):
+class PlannedPhase(NamedTuple):
     """One phase of a recipe: a method in a stage, for a share of the epochs.
 
     Attributes:
-        name: of the phase, in the metrics.
-        method: what is trained.
-        epochs: how long.
-        source: all that `method` was made from, besides the config and the networks.
-            Phases that are equal in it, too, share a compiled program: methods hold
-            closures, which tell nothing by comparison.
+        name: name of the phase, in the metrics.
+        method: method that is trained.
+        epochs: length of the phase.
+        source: everything from which `method` was made, besides config and networks.
+            Methods are closures, which cannot be compared, so equal sources say that two
+            phases can share a compiled program.
         hints_only: whether it is a hint stage.
         carry: see `hintjax.training.Phase`.
         rates: see `distillation_stage`.
-        note: what to tell the user before it starts.
+        note: text for the user, before the phase starts.
     """
 
     name: str
@@ -102,7 +103,7 @@ class Step(NamedTuple):
 
 
 # (config, places, steps in an epoch, epochs) -> the phases of a run.
-Recipe = Callable[..., Sequence[Step]]
+Recipe = Callable[..., Sequence[PlannedPhase]]
 Where = Callable[[Places], Pairs]
 Make = Callable[[Config, Places], Method]
 
@@ -117,10 +118,10 @@ def cross_entropy() -> Method:
 
 def backprop(
     config: Config, places: Places, per_epoch: int, epochs: int | None = None
-) -> list[Step]:
+) -> list[PlannedPhase]:
     """The recipe of the task alone; also how a teacher is trained."""
     method = objective(task=cross_entropy())
-    return [Step("backprop", method, epochs or config.epochs, backprop)]
+    return [PlannedPhase("backprop", method, epochs or config.epochs, backprop)]
 
 
 class Grown(NamedTuple):
@@ -129,10 +130,10 @@ class Grown(NamedTuple):
     weight: float
 
     def __call__(self, epochs: int, per_epoch: int) -> Weight:
-        """The schedule."""
+        """The schedule of the weight."""
         return warm_up(self.weight, max(1, epochs // 12), per_epoch)
 
-    def __str__(self):
+    def __str__(self) -> str:
         return f"{self.weight:g}, grown"
 
 
@@ -143,27 +144,27 @@ class Falling(NamedTuple):
     last: float
 
     def __call__(self, epochs: int, per_epoch: int) -> Weight:
-        """The schedule."""
+        """The schedule of the weight."""
         return lambda_decay(self.first, self.last, 0, epochs, per_epoch)
 
-    def __str__(self):
+    def __str__(self) -> str:
         return f"{self.first:g}, falling to {self.last:g}"
 
 
 class Beside(NamedTuple):
-    """The recipe of a method beside the task, after its `prepare` if it has one.
+    """The recipe of a method beside the task; `prepare` comes first, if there is one.
 
     `config.weight`, `config.task_weight` and `config.kd_weight` (KD as a third term)
     override the published weights.
 
     Attributes:
-        method: of `hintjax.methods`; its name is the term's and the phase's.
-        where: it attaches.
-        weight: its published weight.
-        make: the method as a run trains it; by default of the pairs alone.
-        task_weight: of the task.
-        note: see `Step`.
-        name: instead of the method's.
+        method: function of `hintjax.methods`, whose name the term and the phase get.
+        where: pairs of layers to which the method attaches.
+        weight: published weight of the method.
+        make: makes the method for a run; by default from the pairs alone.
+        task_weight: published weight of the task.
+        note: see `PlannedPhase`.
+        name: name of the term and the phase, if it is not the method's.
     """
 
     method: Callable[..., Method]
@@ -174,8 +175,14 @@ class Beside(NamedTuple):
     note: Callable[[Config, Places], str] = lambda config, places: ""
     name: str = ""
 
-    def __call__(self, config, places, per_epoch, epochs=None) -> list[Step]:
-        """The phases."""
+    def __call__(
+        self,
+        config: Config,
+        places: Places,
+        per_epoch: int,
+        epochs: int | None = None,
+    ) -> list[PlannedPhase]:
+        """The phases of the recipe."""
         epochs = epochs or config.epochs
         method = _made(self, config, places)
         before = 0 if method.prepare is None else _share(config, 9)
@@ -194,13 +201,13 @@ class Beside(NamedTuple):
             term = kd(_or(config.temperature, 4.0))
             terms["logits"] = weighted(term, config.kd_weight)
         whole, note = objective(**terms), self.note(config, places)
-        source = (self, rest)  # on which the schedule of the weight depends
+        source = (self, rest)  # the schedule of the weight depends on both
         if not before:
-            return [Step(name, whole, epochs, source, note=note)]
+            return [PlannedPhase(name, whole, epochs, source, note=note)]
         first = f"before {name}"
         return [
-            Step(first, whole.prepare, before, source, hints_only=True),
-            Step(name, whole, rest, source, carry=True, note=note),
+            PlannedPhase(first, whole.prepare, before, source, hints_only=True),
+            PlannedPhase(name, whole, rest, source, carry=True, note=note),
         ]
 
 
@@ -211,8 +218,8 @@ class BeforeTask(NamedTuple):
         method: see `Beside`.
         where: see `Beside`.
         make: see `Beside`.
-        after: the recipe that follows, from the student so initialised.
-        part: the hint stage has this part of all epochs, unless the config says
+        after: recipe that follows and starts from the student of the hint stage.
+        part: the hint stage has 1 / `part` of all epochs, unless the config says
             otherwise; 30 of 270 in the CRD benchmark.
     """
 
@@ -222,8 +229,14 @@ class BeforeTask(NamedTuple):
     after: Recipe = backprop
     part: int = 9
 
-    def __call__(self, config, places, per_epoch, epochs=None) -> list[Step]:
-        """The phases."""
+    def __call__(
+        self,
+        config: Config,
+        places: Places,
+        per_epoch: int,
+        epochs: int | None = None,
+    ) -> list[PlannedPhase]:
+        """The phases of the recipe."""
         before = _share(config, self.part)
         name = self.method.__name__
         method = objective(**{name: _made(self, config, places)})
@@ -231,12 +244,12 @@ class BeforeTask(NamedTuple):
         if config.hinted_rate != 1:
             rates = {path: config.hinted_rate for path in method.student.hints}
         rest = (epochs or config.epochs) - before
-        source = (self.method, self.where, self.make)  # whatever follows
+        source = (self.method, self.where, self.make)  # the same for every `after`
         return [
-            Step(name, method, before, source, hints_only=True),
+            PlannedPhase(name, method, before, source, hints_only=True),
             *(
-                step._replace(rates=rates)
-                for step in self.after(config, places, per_epoch, rest)
+                phase._replace(rates=rates)
+                for phase in self.after(config, places, per_epoch, rest)
             ),
         ]
 
@@ -254,14 +267,23 @@ class Alone(NamedTuple):
     where: Where
     make: Make | None = None
 
-    def __call__(self, config, places, per_epoch, epochs=None) -> list[Step]:
-        """The phases."""
+    def __call__(
+        self,
+        config: Config,
+        places: Places,
+        per_epoch: int,
+        epochs: int | None = None,
+    ) -> list[PlannedPhase]:
+        """The phases of the recipe."""
         name = self.method.__name__
         method = objective(**{name: _made(self, config, places)})
-        return [Step(name, method, epochs or config.epochs, self)]
+        return [PlannedPhase(name, method, epochs or config.epochs, self)]
 
 
-def _made(recipe, config, places):
+def _made(
+    recipe: "Beside | BeforeTask | Alone", config: Config, places: Places
+) -> Method:
+    """The method of a recipe, attached to both networks."""
     if recipe.make is None:
         method = recipe.method(recipe.where(places))
     else:
@@ -269,37 +291,38 @@ def _made(recipe, config, places):
     return on_grids(method, places)
 
 
-def _share(config, part):
-    """Epochs of the stage before."""
+def _share(config: Config, part: int) -> int:
+    """The epochs of the hint stage."""
     first = config.hint_epochs or max(1, config.epochs // part)
     if first >= config.epochs:
-        wanted = f"epochs >= 2 of {config.method}, one for each stage"
+        wanted = f"at least 2 epochs of {config.method}, one for each stage"
         raise Refusal(message("config", wanted, f"{config.epochs}"))
     return first
 
 
 def _or(value: float | None, usual: Weight) -> Weight:
+    """The value of the config, or the published value."""
     return usual if value is None else value
 
 
 # The recipes of the published methods
 
 
-def _softened(method, temperature):
-    """Of outputs, at the config's temperature or the published one."""
+def _softened(method: Callable[..., Method], temperature: float) -> Make:
+    """A method of outputs, at the temperature of the config or the published one."""
 
-    def make(config, places):
+    def make(config: Config, places: Places) -> Method:
         return method(temperature=_or(config.temperature, temperature))
 
     return make
 
 
-def _hints_jointly(config, places):
+def _hints_jointly(config: Config, places: Places) -> Method:
     sizing = functools.partial(regressors.conv, batch_norm=True, activation=nn.relu)
     return fitnets(middle_stage(places), regressor=sizing)
 
 
-def _flows(config, places):
+def _flows(config: Config, places: Places) -> Method:
     pairs = first_and_stages(places)
     known = [
         (places.student[guided].shape[-1], places.teacher[hint].shape[-1])
@@ -310,14 +333,14 @@ def _flows(config, places):
     return fsp(flows(pairs), regressor=regressors.linear if unequal else None)
 
 
-def _contrastive(name, negatives):
-    def kind(config, places):
+def _contrastive(name: str, negatives: Callable[[int], Negatives]) -> Beside:
+    def kind(config: Config, places: Places) -> Negatives:
         return negatives(min(config.negatives, places.examples))
 
-    def make(config, places):
+    def make(config: Config, places: Places) -> Method:
         return crd(one(pooled(places)), negatives=kind(config, places))
 
-    def note(config, places):
+    def note(config: Config, places: Places) -> str:
         size, drawn = places.examples, kind(config, places)
         needs = crd_bytes(drawn, size=size, batch=config.batch_size)
         bank, step = (needs[part] / 2**20 for part in ("bank", "step"))
@@ -326,22 +349,22 @@ def _contrastive(name, negatives):
     return Beside(crd, pooled, 0.8, make, note=note, name=name)
 
 
-def _overhaul(config, places):
+def _overhaul(config: Config, places: Places) -> Method:
     norms = [places.norms.get(hint, hint) for _, hint in stages(places)]
     return overhaul(before_relu(places), norms)
 
 
-def _class_attention(config, places):
+def _class_attention(config: Config, places: Places) -> Method:
     heads = classifier(places.student), classifier(places.teacher)
     return class_attention(one(last_maps(places)), heads)
 
 
-def _tinybert(config, places):
+def _tinybert(config: Config, places: Places) -> Method:
     hidden = stages(places)
     return tinybert(hidden, inside(places, hidden, "scores"))
 
 
-def _minilm(config, places):
+def _minilm(config: Config, places: Places) -> Method:
     relations = last_relations(places)
     widths = [
         math.prod(layers[path].shape[2:])
@@ -351,11 +374,11 @@ def _minilm(config, places):
     return minilm(relations, heads=max(1, math.gcd(*widths) // 8))
 
 
-def _reused(config, places):
+def _reused(config: Config, places: Places) -> Method:
     return simkd(one(last_maps(places)), classifier(places.teacher))
 
 
-def _channels(config, places):
+def _channels(config: Config, places: Places) -> Method:
     return channel_wise(last_stage(places), regressor=regressors.fit)
 
 

@@ -1,4 +1,4 @@
-"""One run from its config: data, teacher, student, phases, and what is left on disk.
+"""One run from its config, from the data to the student on disk.
 
 A run directory holds config.yaml, metrics.jsonl, TensorBoard events, checkpoints,
 and, when it is finished, the student alone (`student/`, an Orbax tree that a plain
@@ -10,23 +10,28 @@ import dataclasses
 import functools
 import json
 import os
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import jax
+from jaxtyping import Array, Key
 
 from hintjax.data import Augment, fits_on_device, steps_per_epoch
 from hintjax.experiments import config as configs
+from hintjax.experiments.config import Config
 from hintjax.experiments.finished import DEPLOYED, RESULT, load_student
 from hintjax.experiments.phases import compiled_phase
 from hintjax.experiments.recipes import Recipe
 from hintjax.experiments.setting import Setting, batches_of
 from hintjax.export import deployed, deployed_variables
+from hintjax.method import Method
 from hintjax.networks import Network, Variables, join
 from hintjax.processes import told
 from hintjax.sharding import place
-from hintjax.stages import student_variables
+from hintjax.stages import Stage, student_variables
 from hintjax.training import (
+    Feed,
     Fitted,
     evaluate,
     fit,
@@ -37,12 +42,13 @@ from hintjax.training import (
 )
 from hintjax.training.run_directory import owned, write_text
 
-# Of a config: what says nothing of one run's training, or is known better otherwise
-# (a teacher by its fingerprint), and what may change when a run goes on.
+# Fields of a config that the resume check leaves out: they do not change the training
+# of one run, or the checkpoint knows them better (a teacher by its fingerprint).
 _ELSEWHERE = (
     *("compare", "data_dir", "rates", "seeds"),
     *("teacher", "teacher_at_least", "teacher_epochs"),
 )
+# Fields that may change when a run resumes.
 _HARMLESS = (
     *("checkpoint_every", "checkpoint_seconds"),
     *("debug", "devices", "dispatch", "fsdp"),
@@ -52,12 +58,12 @@ _HARMLESS = (
 def load_deployed(
     setting: Setting, run_dir: str | os.PathLike[str], recipe: Recipe
 ) -> tuple[Network, Variables]:
-    """What a finished run ships: its student, or the network that its method says.
+    """The network that a finished run deploys, which is the student for most methods.
 
     Args:
-        setting: of the run.
-        run_dir: of the run.
-        recipe: of the run.
+        setting: setting of the run.
+        run_dir: run directory.
+        recipe: recipe of the run.
     """
     path = Path(run_dir).expanduser()
     if not (path / DEPLOYED).exists():
@@ -80,21 +86,21 @@ def run(
     seed: int | None = None,
     **how: Any,
 ) -> tuple[Fitted, dict[str, Any]]:
-    """One run, from the data to the student on disk.
+    """Runs one training, from the data to the student on disk.
 
     Args:
-        setting: what it shares with other runs.
-        run_dir: where it leaves everything.
-        recipe: its phases.
-        teacher: the teacher's variables.
-        hints: the variables of the hint stage's teacher, if that is another one.
-        initial: the network that initialises the student, if that differs.
-        learning_rate: instead of the config's.
-        seed: instead of the config's.
+        setting: parts that runs share.
+        run_dir: directory for all results.
+        recipe: recipe of the phases.
+        teacher: variables of the teacher.
+        hints: variables of the teacher in the hint stage, if they differ.
+        initial: network that initializes the student, if it differs.
+        learning_rate: learning rate, if it is not the config's.
+        seed: seed, if it is not the config's.
         **how: resume and show, see `fit`.
 
     Returns:
-        How it went, and what result.json says.
+        The result of `fit`, and the contents of result.json.
     """
     config = setting.config
     config = dataclasses.replace(
@@ -108,38 +114,38 @@ def run(
         return _run(setting, config, run_dir, recipe, teacher, hints, initial, **how)
 
 
-def _run(setting, config, run_dir, recipe, teacher, hints, initial, **how):
-    dataset = setting.dataset
-    initialise, feeding, fitting = jax.random.split(jax.random.key(config.seed), 3)
-    augment, layout = Augment(pad=config.pad, flip=config.flip), setting.layout
-    mesh = layout and layout.mesh
-    if layout is not None:
+def _run(
+    setting: Setting,
+    config: Config,
+    run_dir: Path,
+    recipe: Recipe,
+    teacher: Variables | None,
+    hints: Variables | None,
+    initial: Network | None,
+    **how: Any,
+) -> tuple[Fitted, dict[str, Any]]:
+    """Trains, evaluates and saves the student in a run directory that is owned."""
+    initialize, feeding, fitting = jax.random.split(jax.random.key(config.seed), 3)
+    if setting.layout is not None:
         teacher, hints = (
-            None if variables is None else place(variables, layout)
+            None if variables is None else place(variables, setting.layout)
             for variables in (teacher, hints)
         )
-    if fits_on_device(dataset.train):
-        feed = on_device(dataset, config.batch_size, feeding, mesh)
-    else:
-        feed = streamed(dataset, config.batch_size, config.seed, augment, mesh)
-    steps = recipe(config, setting.places, feed.per_epoch)
+    feed = _feed(setting, config, feeding)
+    planned = recipe(config, setting.places, feed.per_epoch)
     phases = [
-        compiled_phase(setting, step, config, feed.per_epoch)._replace(
-            teacher=hints if step.hints_only and hints is not None else teacher
+        compiled_phase(setting, phase, config, feed.per_epoch)._replace(
+            teacher=hints if phase.hints_only and hints is not None else teacher
         )
-        for step in steps
+        for phase in planned
     ]
-    batches = functools.partial(batches_of, setting)
-    validation = functools.partial(batches, dataset.validation)
-    if fits_on_device(dataset.validation):
-        validation = functools.partial(list, list(validation()))
     fitted = fit(
         run_dir,
         phases,
         feed,
-        (initial or setting.student).init(initialise, setting.inputs),
+        (initial or setting.student).init(initialize, setting.inputs),
         key=fitting,
-        validation=validation,
+        validation=_validation(setting),
         evaluate_every=config.evaluate_every,
         checkpoint_every=config.checkpoint_every,
         checkpoint_seconds=config.checkpoint_seconds,
@@ -153,20 +159,57 @@ def _run(setting, config, run_dir, recipe, teacher, hints, initial, **how):
         debug=config.debug,
         **how,
     )
-    stage = phases[-1].program.stage
+    result = _result(setting, phases[-1].program.stage, fitted, teacher)
+    _save(setting, run_dir, planned[-1].method, fitted, teacher)
+    write_text(run_dir / RESULT, json.dumps(result, indent=1))
+    return fitted, result
+
+
+def _feed(setting: Setting, config: Config, key: Key[Array, ""]) -> Feed:
+    """The batches of a run: from the device if the training set fits, else streamed."""
+    dataset, mesh = setting.dataset, setting.layout and setting.layout.mesh
+    if fits_on_device(dataset.train):
+        return on_device(dataset, config.batch_size, key, mesh)
+    augment = Augment(pad=config.pad, flip=config.flip)
+    return streamed(dataset, config.batch_size, config.seed, augment, mesh)
+
+
+def _validation(setting: Setting) -> Callable[[], Iterable[Any]]:
+    """Makes the validation batches anew; they stay on the device if they fit."""
+    split = setting.dataset.validation
+    batches = functools.partial(batches_of, setting, split)
+    if fits_on_device(split):
+        return functools.partial(list, list(batches()))
+    return batches
+
+
+def _result(
+    setting: Setting, stage: Stage, fitted: Fitted, teacher: Variables | None
+) -> dict[str, Any]:
+    """The contents of result.json: time, steps, and metrics of the last stage."""
+    dataset = setting.dataset
     result = {"steps": fitted.steps, "seconds": round(fitted.seconds, 2)}
     result["spent"] = {name: round(s, 2) for name, s in fitted.spent.items()}
     result |= {"boundaries": list(fitted.boundaries), "classes": dataset.classes}
     for name in ("validation", "test"):
-        found = evaluate(stage, fitted.state, teacher, batches(getattr(dataset, name)))
+        batches = batches_of(setting, getattr(dataset, name))
+        found = evaluate(stage, fitted.state, teacher, batches)
         result |= {f"{name}/{key}": value for key, value in found.items()}
         result[f"{name}/accuracy"] = next(
             value for key, value in found.items() if key.endswith("/accuracy")
         )
+    return result
+
+
+def _save(
+    setting: Setting,
+    run_dir: Path,
+    method: Method,
+    fitted: Fitted,
+    teacher: Variables | None,
+) -> None:
+    """Saves the student alone, and the deployed network if the method has another."""
     save_tree(run_dir / "student", join(student_variables(fitted.state)))
-    method = steps[-1].method
     if method.deploy is not None:
         parts = (fitted.state, method, setting.teacher, teacher, setting.inputs)
         save_tree(run_dir / DEPLOYED, deployed_variables(*parts)._asdict())
-    write_text(run_dir / RESULT, json.dumps(result, indent=1))
-    return fitted, result

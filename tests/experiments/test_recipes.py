@@ -132,12 +132,12 @@ def test_every_recipe_traces_and_attaches_where_its_authors_did(
     name, setting, transformers
 ):
     setting = transformers if name in TRANSFORMERS else setting
-    steps = check(setting, RECIPES[name])
-    found = {step.name: step.method.student.hints for step in steps}
+    phases = check(setting, RECIPES[name])
+    found = {phase.name: phase.method.student.hints for phase in phases}
     assert found == {**PHASES, **TRANSFORMERS}[name]
-    assert sum(step.epochs for step in steps) == setting.config.epochs
-    assert [step.hints_only for step in steps] == [False] * len(steps) or (
-        [step.hints_only for step in steps] == [True, False]
+    assert sum(phase.epochs for phase in phases) == setting.config.epochs
+    assert [phase.hints_only for phase in phases] == [False] * len(phases) or (
+        [phase.hints_only for phase in phases] == [True, False]
     )
 
 
@@ -154,9 +154,9 @@ def test_tokens_are_compared_with_maps_on_their_grid(name, turned, corners):
 
 def test_pairs_that_are_given_are_used(setting):
     places = setting.places._replace(pairs=(("group2", "group3"),))
-    (step,) = recipes.AT(setting.config, places, 4)
-    assert step.method.student.hints == ("group2",)
-    assert step.method.teacher.hints == ("group3",)
+    (phase,) = recipes.AT(setting.config, places, 4)
+    assert phase.method.student.hints == ("group2",)
+    assert phase.method.teacher.hints == ("group3",)
 
 
 def test_layers_before_the_relu_must_be_known(setting):
@@ -234,6 +234,6 @@ def test_a_student_with_parts_is_shipped_with_them(corners, teacher, tmp_path, c
 
 def test_kd_can_be_one_more_term(setting):
     config = Config(**{**vars(setting.config), "kd_weight": 1.0})
-    (step,) = recipes.CRD(config, setting.places, 4)
-    assert step.method.student.output
-    assert step.method.teacher.output
+    (phase,) = recipes.CRD(config, setting.places, 4)
+    assert phase.method.student.output
+    assert phase.method.teacher.output

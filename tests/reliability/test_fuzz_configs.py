@@ -231,8 +231,7 @@ def mutated(number):
 def followed(path):
     """A config on the way that the command goes, up to the first step of training."""
     config = configs.load(path)
-    arms = distill._arms(config) if config.method is None else []
-    used = [arm.recipe for arm in arms] or [distill._recipe(config.method)]
+    used = distill.planned(config).recipes
     prepared = setting.prepare(config, teach=config.method != "backprop")
     for recipe in used:
         phases.check(prepared, recipe)
