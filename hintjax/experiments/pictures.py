@@ -1,7 +1,7 @@
-"""Pictures of a run: curves, accuracies and attention maps, as matplotlib figures.
+"""The picture of a comparison: curves, accuracies and attention maps, in one figure.
 
-Every function returns a new `matplotlib.figure.Figure` and touches no global state:
-no pyplot, no window. `figure.savefig("name.png")` writes it; a notebook shows it.
+`comparison` returns a new `matplotlib.figure.Figure` and touches no global state: no
+pyplot, no window. `figure.savefig("name.png")` writes it; a notebook shows it.
 """
 
 import colorsys
@@ -21,9 +21,9 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from hintjax._checks import Refusal, message
 from hintjax.experiments.statistics import Numbers, summary
 
-# Okabe and Ito's colours and Tol's, told apart with any colour vision; the line style
+# Okabe and Ito's colors and Tol's, told apart with any color vision; the line style
 # changes every five arms, so that no two arms differ by hue alone.
-_COLOURS = (
+_COLORS = (
     *("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00"),
     *("#332288", "#56B4E9", "#882255", "#999933", "#777777"),
 )
@@ -33,7 +33,7 @@ _INK, _GREY, _PALE = "#222222", "#777777", "#DDDDDD"
 _SMALL, _TITLE = 9, 11  # font sizes, in points
 _POINTS = "(dot: one seed, tick: mean, bar: its 95 % interval)"
 _LARGEST = 180  # the side of an attention map, in pixels
-_BRIGHTEST = 3.0  # the end of the colour scale, in root mean squares of a map
+_BRIGHTEST = 3.0  # the end of the color scale, in root mean squares of a map
 
 Box = tuple[float, float, float, float]  # left, bottom, width, height of the figure
 
@@ -55,75 +55,6 @@ Images = Num[Array | np.ndarray, "n h w c"]
 Maps = Mapping[str, Num[Array | np.ndarray, "n _ _"]]
 
 
-def curves(
-    histories: Histories, *, xlabel: str = "epoch", chance: float | None = None
-) -> Figure:
-    """Validation accuracy of every arm: a line for the mean, a thin line per seed.
-
-    Args:
-      histories: one `History` per seed, by the name of the arm.
-      xlabel: what `History.at` counts.
-      chance: the accuracy of guessing, drawn as a dotted line.
-
-    Returns:
-      A figure of 1000 x 560 pixels.
-    """
-    figure = Figure(figsize=(10, 5.6), dpi=_DPI)
-    _draw_curves(figure, (0.02, 0.02, 0.96, 0.96), histories, xlabel, chance)
-    return figure
-
-
-def accuracy_points(
-    accuracies: Mapping[str, Numbers],
-    *,
-    xlabel: str = "test accuracy",
-    reference: tuple[str, SupportsFloat] | None = None,
-) -> Figure:
-    """Accuracy of every arm: a dot per seed, the mean and its 95 % t-interval.
-
-    Args:
-      accuracies: one accuracy (0 to 1) per seed, by the name of the arm.
-      xlabel: what the accuracies are.
-      reference: a name and an accuracy to compare with, such as ("teacher", 0.99).
-
-    Returns:
-      A figure 1000 pixels wide, higher with more arms.
-    """
-    figure = Figure(figsize=(10, 1.6 + 0.36 * len(accuracies)), dpi=_DPI)
-    _draw_points(figure, (0.02, 0.03, 0.96, 0.94), accuracies, xlabel, reference)
-    return figure
-
-
-def attention_maps(
-    images: Images,
-    maps: Maps,
-) -> Figure:
-    """Input | teacher | each student's attention map, side by side for every image.
-
-    Maps of any resolution are comparable: each is divided by its own root mean square
-    (a flat map is 1 everywhere), and all of them share one colour scale.
-
-    Args:
-      images: the inputs, uint8 or float of any scale; 1 or 3 channels.
-      maps: non-negative attention maps of these images by the network's name, in the
-        order to show. Their sizes may differ; they are enlarged by nearest neighbour.
-
-    Returns:
-      A figure. Up to six networks are columns; more, or long names, are rows.
-    """
-    _check_maps("attention_maps", images, maps)
-    tile, stacked = 115, _stacked(maps, 800)
-    if stacked:
-        width, rows = tile * len(images) + 220, len(maps) + 1
-    else:
-        width = max(tile, _pixels_of(_headers(maps)) + 8) * (len(maps) + 1) / 0.95
-        rows = len(images)
-    size = (width / _DPI, (tile * rows + 180) / _DPI)
-    figure = Figure(figsize=size, dpi=_DPI)
-    _draw_maps(figure, (0.02, 0.02, 0.96, 0.96), images, maps)
-    return figure
-
-
 def comparison(
     histories: Histories,
     images: Images,
@@ -138,14 +69,20 @@ def comparison(
     """The one picture of a comparison: curves, accuracies and attention maps.
 
     Args:
-      histories: see `curves`.
-      images: see `attention_maps`; six to eight of them fill the picture.
-      maps: see `attention_maps`.
-      accuracies: see `accuracy_points`; None leaves that panel out.
-      reference: see `accuracy_points`.
-      title: one line above everything.
-      xlabel: what `History.at` counts.
-      chance: the accuracy of guessing.
+      histories: one `History` per seed, by the name of the arm.
+      images: input images, uint8 or float of any scale, with 1 or 3 channels; six to
+        eight images fill the picture.
+      maps: non-negative attention maps of these images by the network's name, in the
+        order to show. Sizes may differ; maps are enlarged by nearest neighbor. Each map
+        is divided by its own root mean square (a flat map is 1 everywhere), and all
+        maps share one color scale. Up to six networks are columns; more networks, or
+        long names, are rows.
+      accuracies: one accuracy (0 to 1) per seed, by the name of the arm; None leaves
+        this panel out.
+      reference: a name and an accuracy to compare with, such as ("teacher", 0.99).
+      title: line above the panels.
+      xlabel: unit of `History.at`.
+      chance: accuracy of guessing, drawn as a dotted line.
 
     Returns:
       A figure of 1600 x 900 pixels.
@@ -184,7 +121,7 @@ def _draw_curves(
         runs = [run for run in runs if len(run.at)]
         if not runs:
             continue
-        line = {"color": _colour(number), "linestyle": _style(number)}
+        line = {"color": _color(number), "linestyle": _style(number)}
         for run in runs:
             axes.plot(run.at, run.accuracy, **line, linewidth=0.8, alpha=0.35)
         at, mean = _mean(runs)
@@ -247,7 +184,7 @@ def _label_ends(figure: Figure, axes: Axes, ends: Mapping, names: Mapping) -> No
         steps = [x, right, right + (right - axes.get_xlim()[0]) * 22 / edge]
         axes.plot(
             *(steps, [y, y, place]),
-            color=_colour(number),
+            color=_color(number),
             linewidth=1,
             alpha=0.7,
             clip_on=False,
@@ -257,7 +194,7 @@ def _label_ends(figure: Figure, axes: Axes, ends: Mapping, names: Mapping) -> No
             (steps[-1], place),
             xytext=(4, 0),
             textcoords="offset points",
-            color=_darker(_colour(number)),
+            color=_darker(_color(number)),
             fontsize=_SMALL,
             va="center",
             linespacing=1.05,
@@ -282,12 +219,12 @@ def _draw_points(
     low, high = 1.0, 0.0
     for row, (arm, values) in enumerate(accuracies.items()):
         values = np.asarray(values, float)
-        colour, result = _colour(row), summary(values)
+        color, result = _color(row), summary(values)
         ends = np.clip([result.low, result.high], 0, 1)
         if np.isfinite(result.low):
-            axes.plot(ends, [row, row], color=colour, linewidth=5, alpha=0.3, zorder=2)
-        axes.plot(result.mean, row, "|", color=colour, markersize=15, mew=2.6)
-        axes.plot(values, np.full(values.shape, row), "o", color=colour, markersize=5)
+            axes.plot(ends, [row, row], color=color, linewidth=5, alpha=0.3, zorder=2)
+        axes.plot(result.mean, row, "|", color=color, markersize=15, mew=2.6)
+        axes.plot(values, np.full(values.shape, row), "o", color=color, markersize=5)
         spread = f" ± {100 * result.std:.1f}" if result.count > 1 else ""
         text = f"{100 * result.mean:.1f}{spread} %"
         place = {"xytext": (10, 0), "textcoords": "offset points"}
@@ -433,7 +370,7 @@ def _finite(run: History) -> History:
     if at.shape != accuracy.shape or at.ndim != 1:
         raise Refusal(
             message(
-                "curves",
+                "comparison",
                 "as many accuracies as steps",
                 f"shapes {at.shape} and {accuracy.shape}",
                 "Give History(at, accuracy) two lists of one length.",
@@ -537,17 +474,17 @@ def _pixels_of(names: Iterable[str]) -> float:
     return float(max(widths, default=0.0))
 
 
-def _colour(number: int) -> str:
-    return _COLOURS[number % len(_COLOURS)]
+def _color(number: int) -> str:
+    return _COLORS[number % len(_COLORS)]
 
 
 def _style(number: int):
     return _STYLES[number // 5 % len(_STYLES)]
 
 
-def _darker(colour: str) -> tuple[float, float, float]:
-    """The colour as text: dark enough to read on white."""
-    hue, light, saturation = colorsys.rgb_to_hls(*matplotlib.colors.to_rgb(colour))
+def _darker(color: str) -> tuple[float, float, float]:
+    """The color as text: dark enough to read on white."""
+    hue, light, saturation = colorsys.rgb_to_hls(*matplotlib.colors.to_rgb(color))
     return colorsys.hls_to_rgb(hue, min(light, 0.32), saturation)
 
 

@@ -52,6 +52,28 @@ def maps(names, count=6):
     return {name: draw((count, size, size)) for name, size in zip(names, sizes)}
 
 
+# The panels of a comparison, each alone.
+
+
+def curves(runs, *, xlabel="epoch", chance=None):
+    figure = Figure(figsize=(10, 5.6), dpi=100)
+    viz._draw_curves(figure, (0.02, 0.02, 0.96, 0.96), runs, xlabel, chance)
+    return figure
+
+
+def accuracy_points(values, reference):
+    figure = Figure(figsize=(10, 3), dpi=100)
+    box = (0.02, 0.03, 0.96, 0.94)
+    viz._draw_points(figure, box, values, "test accuracy", reference)
+    return figure
+
+
+def attention_maps(images, values):
+    figure = Figure(figsize=(12, 16), dpi=100)
+    viz._draw_maps(figure, (0.02, 0.02, 0.96, 0.96), images, values)
+    return figure
+
+
 def boxes(figure):
     """The place of every text that is shown, in pixels."""
     renderer = FigureCanvasAgg(figure).get_renderer()
@@ -110,14 +132,14 @@ def test_comparison_of_few_arms_is_readable(arms):
 @pytest.mark.quick
 def test_figures_do_not_touch_pyplot():
     before = "matplotlib.pyplot" in sys.modules
-    figure = viz.attention_maps(pictures(2), maps(["teacher"], 2))
+    figure = viz.comparison(histories(), pictures(2), maps(["teacher"], 2))
     assert isinstance(figure, Figure)
     assert ("matplotlib.pyplot" in sys.modules) == before
 
 
 def test_curves_draw_every_seed_their_mean_and_the_boundary():
     runs = histories(ARMS[6:8], seeds=3)
-    figure = viz.curves(runs, xlabel="step", chance=0.1)
+    figure = curves(runs, xlabel="step", chance=0.1)
     (axes,) = figure.axes
     thin, thick = lines_of(axes, 0.8), lines_of(axes, 2.2)
     assert len(thin) == 6 and len(thick) == 2
@@ -134,26 +156,26 @@ def test_curves_draw_every_seed_their_mean_and_the_boundary():
 
 def test_arms_that_change_stage_at_other_times_have_their_own_lines():
     early, late = (viz.History(range(9), np.linspace(0.1, 0.9, 9), at) for at in (2, 5))
-    (axes,) = viz.curves({"FSP": [early], "FitNets": [late]}).axes
+    (axes,) = curves({"FSP": [early], "FitNets": [late]}).axes
     vertical = [set(line.get_xdata()) for line in lines_of(axes, 1.0)]
     assert {2.0} in vertical and {5.0} in vertical and {3.5} not in vertical
 
 
 def test_curves_without_a_hint_stage_mark_no_boundary():
-    figure = viz.curves(histories(ARMS[:2]))
+    figure = curves(histories(ARMS[:2]))
     assert not any("hint stage" in text for text, _ in boxes(figure))
 
 
 @pytest.mark.parametrize("boundary", [0.0, 2.0, 10.0, 19.5, 20.0])
 def test_the_boundary_is_readable_wherever_it_is(boundary):
     run = viz.History(range(21), np.linspace(0.1, 1.0, 21), boundary)
-    assert_readable(viz.curves({"FitNets": [run]}))
+    assert_readable(curves({"FitNets": [run]}))
 
 
 def test_the_mean_is_over_what_all_seeds_reached_and_skips_what_is_not_finite():
     short = viz.History([0, 2, 4], [0.0, 0.2, 0.4])
     long = viz.History([0, 1, 2, 3, 4, 5], [0.2, 0.3, math.nan, 0.5, 0.6, 0.9])
-    (axes,) = viz.curves({"KD": [short, long]}).axes
+    (axes,) = curves({"KD": [short, long]}).axes
     (mean,) = lines_of(axes, 2.2)
     np.testing.assert_allclose(mean.get_xdata(), [0, 1, 2, 3, 4])
     np.testing.assert_allclose(mean.get_ydata(), [0.1, 0.2, 0.3, 0.4, 0.5])
@@ -161,19 +183,19 @@ def test_the_mean_is_over_what_all_seeds_reached_and_skips_what_is_not_finite():
 
 def test_a_line_that_begins_after_the_boundary_is_joined_to_it():
     run = viz.History([3, 4, 5], [0.2, 0.4, 0.6], 2.0)
-    (axes,) = viz.curves({"FitNets": [run]}).axes
+    (axes,) = curves({"FitNets": [run]}).axes
     (joined,) = [line for line in axes.get_lines() if line.get_linestyle() == ":"]
     np.testing.assert_allclose(joined.get_xydata(), [[2, 0.2], [3, 0.2]])
 
 
 def test_an_arm_without_results_is_left_out():
     runs = histories(ARMS[:1]) | {"failed": [viz.History([1], [math.nan])], "none": []}
-    texts = [text for text, _ in boxes(viz.curves(runs))]
+    texts = [text for text, _ in boxes(curves(runs))]
     assert ARMS[0] in texts and "failed" not in texts
 
 
 def test_points_show_every_seed_the_mean_and_its_interval():
-    figure = viz.accuracy_points(
+    figure = accuracy_points(
         {"KD": [0.90, 0.92, 0.94], "AT": [0.5]}, reference=("teacher", 0.99)
     )
     (axes,) = figure.axes
@@ -190,7 +212,7 @@ def test_maps_of_any_size_share_one_scale_and_are_enlarged_by_nearest():
         "flat": np.full((2, 4, 4), 7.0),
         "dead": np.zeros((2, 4, 4)),
     }
-    figure = viz.attention_maps(pictures(2), values)
+    figure = attention_maps(pictures(2), values)
     shown = [image for axes in figure.axes for image in axes.get_images()]
     assert len(shown) == 2 * 5
     grey, coloured = shown[:2], shown[2:]
@@ -207,7 +229,7 @@ def test_maps_of_any_size_share_one_scale_and_are_enlarged_by_nearest():
 
 
 def test_many_networks_are_stacked_and_readable():
-    figure = viz.attention_maps(pictures(3), maps(("teacher", *ARMS), 3))
+    figure = attention_maps(pictures(3), maps(("teacher", *ARMS), 3))
     shown = [image for axes in figure.axes for image in axes.get_images()]
     assert shown[0].get_extent()[:2] == shown[3].get_extent()[:2]
     assert_readable(figure)
@@ -219,7 +241,7 @@ def test_images_of_any_kind_are_shown_between_0_and_1(channels, kind):
     images = pictures(1, channels).astype(kind)
     if kind == np.float32:
         images = images / 60.0 - 2.0  # standardised
-    shown = viz.attention_maps(images, maps(["teacher"], 1)).axes[0].get_images()[0]
+    shown = attention_maps(images, maps(["teacher"], 1)).axes[0].get_images()[0]
     array = shown.get_array()
     assert array.shape == ((8, 8, 3) if channels == 3 else (8, 8))
     assert 0 <= array.min() and array.max() <= 1
@@ -238,13 +260,13 @@ def test_images_of_any_kind_are_shown_between_0_and_1(channels, kind):
 )
 def test_wrong_maps_are_named(unchecked, images, values, named):
     with pytest.raises(ValueError, match=named):
-        viz.attention_maps(images, values)
+        viz.comparison(histories(), images, values)
 
 
 @pytest.mark.quick
 def test_a_history_of_two_lengths_is_refused():
     with pytest.raises(ValueError, match=r"\(2,\) and \(3,\)"):
-        viz.curves({"KD": [viz.History([0, 1], [0.1, 0.2, 0.3])]})
+        curves({"KD": [viz.History([0, 1], [0.1, 0.2, 0.3])]})
 
 
 @pytest.mark.quick
@@ -264,7 +286,7 @@ def test_labels_move_apart_as_little_as_possible():
         assert places[-1] <= 10 - sizes[-1] / 2 + 1e-9
 
 
-def test_colours_and_styles_tell_ten_arms_apart():
-    looks = {(viz._colour(i), str(viz._style(i))) for i in range(10)}
+def test_colors_and_styles_tell_ten_arms_apart():
+    looks = {(viz._color(i), str(viz._style(i))) for i in range(10)}
     assert len({colour for colour, _ in looks}) == 10
-    assert len({(viz._colour(i), str(viz._style(i))) for i in range(15)}) == 15
+    assert len({(viz._color(i), str(viz._style(i))) for i in range(15)}) == 15
