@@ -197,7 +197,7 @@ def test_doctor_names_versions_devices_and_disk(capsys):
         (["--student", "nowhere.at:all"], "model: expected to import nowhere.at"),
         (["--student", "math:pi"], "math:pi to be a factory, called as pi(classes"),
         (["--student", "os:getcwd"], "os:getcwd to be a factory"),
-        (["--student", "hintjax.models:PlainCNN"], "got one that wants"),
+        (["--student", "hintjax.models:PlainCNN"], "got a factory that takes"),
         (["--student", "resnet20"], "expected student as package.module:factory"),
         (["--batch-size", "5000"], "batch_size"),
         (

@@ -1,10 +1,10 @@
 """Places: where each published method attaches to two networks.
 
-Every function takes `Places` and gives pairs (guided layer, hint layer), those of the
-method's authors, or those that the user gave instead. Only shapes are seen.
+Every function takes `Places` and returns pairs (guided layer, hint layer): the pairs of
+the user, or else the pairs of the method's authors. Only shapes are read.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
@@ -18,17 +18,17 @@ Layers = Mapping[str, jax.ShapeDtypeStruct]
 
 
 class Places(NamedTuple):
-    """What a recipe knows of the networks, and of the size of the data.
+    """The layers of both networks, and the number of training examples.
 
     Attributes:
-        student: its layers.
-        teacher: its layers; none if there is no teacher.
-        pairs: what the user gave, instead of a method's usual places.
-        preactivations: of student and teacher: for layers, what they are before the
-            ReLU, as far as the models say so.
-        norms: for layers of the teacher, the BatchNorm before the ReLU.
-        class_tokens: of student and teacher: how many tokens come before the patches.
-        examples: in the training set.
+        student: layers of the student.
+        teacher: layers of the teacher; none if there is no teacher.
+        pairs: pairs of the user, which replace a method's usual pairs.
+        preactivations: for student and teacher, a layer's value before its ReLU by the
+            path of the layer, as far as the models name it.
+        norms: BatchNorm before the ReLU, by the path of the teacher's layer.
+        class_tokens: for student and teacher, the number of tokens before the patches.
+        examples: number of training examples.
     """
 
     student: Layers
@@ -75,14 +75,14 @@ def first_and_stages(places: Places) -> Pairs:
 
 
 def before_relu(places: Places) -> Pairs:
-    """The ends of the stages before their ReLU, which the models must know."""
+    """The ends of the stages before their ReLU, which the models must name."""
     if places.pairs:
         return places.pairs
     found = []
     for pair in stages(places):
         for path, known in zip(pair, places.preactivations, strict=True):
             if path not in known:
-                wanted = f"the model to say what {path} is before its ReLU"
+                wanted = f"a model that names {path} before its ReLU"
                 got = f"{list(known)}"
                 do = "Name the layers with --pairs."
                 raise Refusal(message("recipe", wanted, got, do))
@@ -91,12 +91,12 @@ def before_relu(places: Places) -> Pairs:
 
 
 def but_last(places: Places) -> Pairs:
-    """The ends of the stages but the last."""
+    """The ends of the stages without the last stage."""
     return places.pairs or stages(places)[:-1]
 
 
 def hidden_and_scores(places: Places) -> Pairs:
-    """The ends of the stages (of blocks, a third each), and their attention scores."""
+    """The ends of the stages (a third of the blocks each), and attention scores."""
     return (*stages(places), *inside(places, stages(places), "scores"))
 
 
@@ -115,9 +115,9 @@ def last_relations(places: Places) -> Pairs:
 
 
 def inside(places: Places, pairs: Pairs, name: str) -> Pairs:
-    """For each pair of blocks, the pair of layers of this name inside them."""
+    """For each pair of blocks, the pair of layers with this name inside them."""
 
-    def find(layers, block):
+    def find(layers: Layers, block: str) -> str | None:
         inside = (path for path in layers if path.startswith(f"{block}/"))
         return next((path for path in inside if path.endswith(f"/{name}")), None)
 
@@ -129,14 +129,14 @@ def inside(places: Places, pairs: Pairs, name: str) -> Pairs:
 
 
 def pooled(places: Places) -> Pairs:
-    """The pooled vectors, which the classifiers are given."""
+    """The pooled vectors, which the classifiers read."""
     if places.pairs:
         return places.pairs
     return ((pool(places.student), pool(places.teacher)),)
 
 
 def stages_and_pooled(places: Places) -> Pairs:
-    """The ends of the stages, the teacher's before their ReLU; the pooled vectors."""
+    """The ends of the stages (the teacher's before ReLU), and the pooled vectors."""
     if places.pairs:
         return places.pairs
     before = places.preactivations[1]
@@ -162,21 +162,23 @@ def classifier(layers: Layers) -> str:
 
 
 def one(pairs: Pairs) -> tuple[str, str]:
-    """The pair of a method that has but one."""
+    """The only pair of a method that takes one pair."""
     if len(pairs) != 1:
         raise Refusal(message("recipe", "one pair for this method", f"{pairs}"))
     return pairs[0]
 
 
 def on_grids(method: Method, places: Places) -> Method:
-    """The tokens of one network as maps, where the other network shows maps."""
+    """Shows the tokens of one network as maps where the other network has maps."""
     networks = (places.student, places.teacher)
     ranks = [
         {len(layers[path].shape) for path in wants.hints if path in layers}
         for wants, layers in zip((method.student, method.teacher), networks)
     ]
 
-    def view(ours, theirs, drop):
+    def view(
+        ours: set[int], theirs: set[int], drop: int
+    ) -> Callable[[jax.Array], jax.Array] | None:
         if not (3 in ours and 4 in theirs):
             return None
         return lambda x: regressors.to_grid(x, drop=drop) if x.ndim == 3 else x

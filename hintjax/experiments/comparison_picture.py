@@ -12,7 +12,7 @@ from hintjax.experiments.explained import images_of, map_of
 from hintjax.experiments.finished import RESULT, load_student
 from hintjax.experiments.setting import Setting
 from hintjax.losses import attention_map
-from hintjax.networks import Variables
+from hintjax.networks import Network, Variables
 from hintjax.training import read_metrics
 
 _SHOWN = 6  # images in the picture
@@ -29,15 +29,15 @@ def picture(
 
     Args:
         setting: see `compare`.
-        run_dir: where the runs are, and the picture goes.
-        teacher: its variables.
-        report: what `table` made.
-        found: what `compare` returned.
+        run_dir: directory of the runs and of the picture.
+        teacher: variables of the teacher.
+        report: result of `table`.
+        found: result of `compare`.
 
     Returns:
         The path of the picture.
     """
-    from hintjax.experiments import pictures as viz
+    from hintjax.experiments import pictures
 
     guided, hint = middle(setting.places)[-1]
     dataset = setting.dataset
@@ -47,7 +47,9 @@ def picture(
 
     ours, theirs = setting.places.class_tokens
 
-    def maps(network, path, class_tokens, variables):
+    def maps(
+        network: Network, path: str, class_tokens: int, variables: Variables
+    ) -> np.ndarray:
         hints = map_of(network, path, class_tokens)(variables, images)
         height, width = hints.shape[1:3]
         return np.asarray(attention_map(hints)).reshape(-1, height, width)
@@ -56,7 +58,8 @@ def picture(
     for name, arm in found.items():
         student = load_student(run_dir / arm["runs"][0], hints_only=True)[1]
         attention[f"{name} {guided}"] = maps(setting.student, guided, ours, student)
-    figure = viz.comparison(
+    fewer = report["compression"]
+    figure = pictures.comparison(
         {
             name: [_history(run_dir / path, per_epoch) for path in arm["runs"]]
             for name, arm in found.items()
@@ -65,7 +68,7 @@ def picture(
         attention,
         accuracies={name: arm["test"] for name, arm in found.items()},
         reference=("teacher", report["teacher"]["accuracy"]),
-        title=f"{report['dataset']}: {report['compression']:.0f} times fewer parameters",
+        title=f"{report['dataset']}: {fewer:.0f} times fewer parameters",
         chance=report["chance"],
     )
     path = run_dir / "comparison.png"
@@ -73,8 +76,9 @@ def picture(
     return path
 
 
-def _history(run_dir, per_epoch):
-    from hintjax.experiments import pictures as viz
+def _history(run_dir: Path, per_epoch: int) -> tuple:
+    """The validation accuracies of a run, by epoch."""
+    from hintjax.experiments import pictures
 
     accuracies = [
         (line["step"], value)
@@ -84,7 +88,7 @@ def _history(run_dir, per_epoch):
     ]
     at, accuracy = zip(*accuracies, strict=True)
     *before, _ = json.loads((run_dir / RESULT).read_text())["boundaries"]
-    return viz.History(
+    return pictures.History(
         at=[step / per_epoch for step in at],
         accuracy=accuracy,
         boundary=before[-1] / per_epoch if before else None,

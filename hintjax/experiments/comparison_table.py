@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import PyTree
 
 from hintjax.experiments.attachment import middle
 from hintjax.experiments.finished import accuracy
@@ -23,14 +24,14 @@ def table(
     found: Mapping[str, Mapping[str, Any]],
     baselines: Sequence[str],
 ) -> dict[str, Any]:
-    """The comparison in numbers: one row per arm, and what can be told apart.
+    """The comparison in numbers: one row per arm, and the differences between arms.
 
     Args:
         setting: see `compare`.
-        teacher: its variables.
-        found: what `compare` returned.
-        baselines: every other arm is compared, seed by seed, with the best of these
-            arms (chosen on validation).
+        teacher: variables of the teacher.
+        found: result of `compare`.
+        baselines: names of arms. Every other arm is compared, seed by seed, with the
+            best baseline on the validation split.
 
     Returns:
         Rows and differences; JSON.
@@ -86,7 +87,7 @@ def table(
 
 
 def show_table(report: Mapping[str, Any]) -> None:
-    """Prints what `table` made."""
+    """Prints the result of `table`."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -117,23 +118,25 @@ def show_table(report: Mapping[str, Any]) -> None:
     # Rows stay whole, whatever the width of the terminal or the file.
     Console(width=max(Console().width, 120)).print(shown)
     print(
-        f"Against {report['baseline']}, in points, with 95 % intervals of the paired\n"
-        f"differences over the seeds:"
+        f"Difference from {report['baseline']} in percentage points, with 95 %\n"
+        f"intervals of the paired differences over the seeds:"
     )
     for name, difference in report["differences"].items():
         verdict = "" if difference["told_apart"] else "  cannot be told apart"
         print(
             f"  {name:26} {100 * difference['mean']:+6.1f} "
-            f"[{100 * difference['low']:+.1f}, {100 * difference['high']:+.1f}]{verdict}"
+            f"[{100 * difference['low']:+.1f}, {100 * difference['high']:+.1f}]"
+            f"{verdict}"
         )
     print(
-        "trained: seeds above twice chance. R²: how much of the hint's variance a linear\n"
-        "map from the guided layer explains, on test images. s: seconds of training."
+        "trained: number of seeds above twice chance. R²: part of the hint's variance\n"
+        "that a linear map from the guided layer explains, on test images.\n"
+        "s: training seconds."
     )
 
 
-def _machine():
-    """Where numbers come from: they are worth little without."""
+def _machine() -> dict[str, Any]:
+    """Device and versions, without which the numbers are worth little."""
     names = ("hintjax", "jax", "flax", "optax", "orbax-checkpoint")
     return {
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
@@ -143,5 +146,6 @@ def _machine():
     }
 
 
-def _size(params):
+def _size(params: PyTree) -> int:
+    """The number of parameters."""
     return sum(leaf.size for leaf in jax.tree.leaves(params))

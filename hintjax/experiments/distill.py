@@ -34,9 +34,9 @@ from hintjax.training.run_directory import LOCK, inside, owned, write_text
 
 COMPILED = "compiled"  # programs, in the run directory
 
-# `distill` compares these arms by default. FitNets was invented for students such as the
-# plain one. The He rows and the untrained teacher show how much of a gain comes only from
-# a student that trains at all.
+# `distill` compares these arms by default. FitNets was invented for students such as
+# the plain one. The He rows and the untrained teacher show how much of a gain comes
+# only from a student that trains at all.
 _HE = "hintjax.models:plain_thin_he"
 
 

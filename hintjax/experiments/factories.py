@@ -3,7 +3,7 @@
 import functools
 import importlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -16,14 +16,14 @@ from hintjax.networks.nnx import nnx
 
 
 def factory(name: str) -> Callable[..., Any]:
-    """What `package.module:name` names.
+    """The function or class that `package.module:name` names.
 
     Raises:
-        ValueError: if there is no such factory.
+        Refusal: if there is no such factory.
     """
     module_name, colon, attribute = name.partition(":")
     if not (module_name and colon and attribute):
-        do = "For instance hintjax.models:resnet20."
+        do = "An example is hintjax.models:resnet20."
         raise Refusal(message("model", "package.module:factory", repr(name), do))
     try:
         module = importlib.import_module(module_name)
@@ -48,7 +48,7 @@ def factory(name: str) -> Callable[..., Any]:
     any_name = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     if missing or not ("classes" in parameters or any_name):
         takes = ", ".join(missing or parameters) or "nothing"
-        got = f"one that wants {takes}"
+        got = f"a factory that takes {takes}"
         wanted = f"{name} to be a factory, called as {attribute}(classes=...)"
         raise Refusal(message("model", wanted, got))
     return made
@@ -58,16 +58,16 @@ def network(name: str, classes: int) -> Network:
     """The network that a factory makes.
 
     Args:
-        name: of the factory, which is called as factory(classes=...) and makes a Flax
-            Linen module or a `Network`; or as factory(classes=..., rngs=...), if it
-            takes `rngs`, and makes a Flax NNX model.
-        classes: of the data set.
+        name: name of the factory. It is called as factory(classes=...), and makes a
+            Flax Linen module or a `Network`. A factory that takes `rngs` is called as
+            factory(classes=..., rngs=...), and makes a Flax NNX model.
+        classes: number of classes of the dataset.
 
     Returns:
         The network.
 
     Raises:
-        ValueError: if there is no such factory, or it makes something else.
+        Refusal: if there is no such factory, or it makes something else.
     """
     made = factory(name)
     if _takes_rngs(made):
@@ -82,20 +82,21 @@ def network(name: str, classes: int) -> Network:
     raise Refusal(message("model", wanted, type(made).__name__, do))
 
 
-def attribute_of(name, classes, attribute, missing):
-    """What a factory's module says of itself, such as its preactivations."""
+def attribute_of(name: str, classes: int, attribute: str, missing: Any) -> Any:
+    """An attribute of a factory's module, such as its preactivations."""
     made = factory(name)
     if _takes_rngs(made):
         return missing
     return getattr(made(classes=classes), attribute, missing)
 
 
-def _takes_rngs(made):
+def _takes_rngs(made: Any) -> bool:
+    """Whether a factory makes a Flax NNX model."""
     return "rngs" in _parameters(made)
 
 
-def _parameters(made):
-    """What a factory is called with; nothing, if it cannot be called or does not say."""
+def _parameters(made: Any) -> Mapping[str, inspect.Parameter]:
+    """The parameters of a factory; none if it has no signature."""
     # The class of an NNX model hides the parameters of its __init__.
     called = made.__init__ if isinstance(made, type) else made
     try:
@@ -105,6 +106,6 @@ def _parameters(made):
 
 
 def layers(network: Network, inputs: jax.Array) -> dict[str, jax.ShapeDtypeStruct]:
-    """The layers of a network for such inputs, found without computing anything."""
+    """The layers of a network for such inputs, found on shapes alone."""
     variables = jax.eval_shape(network.init, jax.random.key(0), inputs)
     return network.layers(*variables, inputs)

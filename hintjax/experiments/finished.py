@@ -1,4 +1,4 @@
-"""What a finished run has left: its student, its config, its accuracy."""
+"""The results of a finished run: its student, its config, its accuracy."""
 
 import dataclasses
 import json
@@ -17,27 +17,27 @@ from hintjax.processes import told
 from hintjax.training import load_tree
 
 RESULT = "result.json"
-DEPLOYED = "deployed"  # what is shipped of a student that does not stand alone
+DEPLOYED = "deployed"  # the network of a student that does not stand alone
 EVALUATION_BATCH = 500
 
 
 def load_student(
     run_dir: str | os.PathLike[str], *, hints_only: bool = False
 ) -> tuple[Network, Variables]:
-    """The student that a finished run left, with its network.
+    """The student of a finished run, with its network.
 
     Args:
-        run_dir: of the run.
-        hints_only: take also a student whose own output was not trained, since it is
-            deployed with other parts; see `load_deployed`.
+        run_dir: run directory.
+        hints_only: whether to load also a student whose own output was not trained,
+            since it is deployed with other parts; see `load_deployed`.
 
     Raises:
-        ValueError: if the run has none.
+        Refusal: if the run has no student.
     """
     path = Path(run_dir).expanduser()
     config = run_config(path)
 
-    def classes():
+    def classes() -> int:
         if not (path / "student").exists():
             do = f"Finish it with `hintjax resume {path}`."
             raise Refusal(message("teacher", f"a student in {path}", "none", do))
@@ -59,7 +59,7 @@ def run_config(run_dir: Path) -> Config:
 def accuracy(
     network: Network, variables: Variables, split: Split, standardize: Standardize
 ) -> float:
-    """The share of a split that a network gets right."""
+    """The accuracy of a network on a split, between 0 and 1."""
     apply = jax.jit(
         lambda variables, images: network.apply(
             *variables, images, wants=Wants(output=True), train=False

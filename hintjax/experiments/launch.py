@@ -15,9 +15,9 @@ import jax
 
 from hintjax._checks import Refusal, message
 
-# Seconds: until a silent process counts as lost (JAX's own 100 s are dear, and threads
-# of its own say that a process is there); until it is said what is waited for; that all
-# are waited for, at the start; and that others are, after an error.
+# Seconds until a silent process counts as lost (the default of JAX, 100 s, is costly,
+# and JAX's own threads report that a process lives); until a message names the wait;
+# until the start gives up on other processes; and until an error gives up on them.
 _LOST, _QUIET, _STARTING, _LEAVING = 30, 5, 300, 10
 
 
@@ -28,18 +28,18 @@ def start(
 ) -> None:
     """Makes this process one of several, before anything is computed in it.
 
-    On the hosts of a Cloud TPU nothing has to be said. One process on such a host,
-    and any process elsewhere that is told nothing, stays alone.
+    On the hosts of a Cloud TPU no argument is needed. A single process on such a host,
+    and any process elsewhere without arguments, stays alone.
 
-    If one is lost later, JAX ends the others within half a minute, and names it.
+    If a process is lost later, JAX ends the others within half a minute and names it.
 
     Args:
-        coordinator: host:port of the first process; the same in all.
-        processes: how many there are.
-        process: which this is, from 0.
+        coordinator: host:port of the first process; the same in all processes.
+        processes: number of processes.
+        process: number of this process, from 0.
 
     Raises:
-        ValueError: if only some of the three are given, or do not go together; if
+        Refusal: if only some of the three are given, or do not fit together; if
             something was computed before; or if processes differ in their number of
             devices.
     """
@@ -83,9 +83,9 @@ def start(
 
 @contextlib.contextmanager
 def _waiting(what: str) -> Iterator[None]:
-    """Says what is waited for, if that takes long, and lets Ctrl-C end it."""
+    """Prints the reason of a long wait, and lets Ctrl-C end the wait."""
 
-    def say():
+    def say() -> None:
         text = f"processes: waiting for {what}. After {_STARTING} s it gives up."
         print(text, file=sys.stderr, flush=True)
 
@@ -93,7 +93,7 @@ def _waiting(what: str) -> Iterator[None]:
     timer.daemon = True
     timer.start()
     main = threading.current_thread() is threading.main_thread()
-    # The wait is not in Python, whose own handler would be called after it only.
+    # The wait is outside Python, whose own handler would run only after the wait.
     before = signal.signal(signal.SIGINT, signal.SIG_DFL) if main else None
     try:
         yield
@@ -105,9 +105,9 @@ def _waiting(what: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def leaving() -> Iterator[None]:
-    """Ends this process soon after an error in the block, though others may not know.
+    """Ends this process soon after an error in the block.
 
-    At its end JAX would wait minutes for the others, which may wait for this one.
+    Otherwise JAX waits minutes for the other processes, which may wait for this one.
     """
     try:
         yield
@@ -128,6 +128,6 @@ def leaving() -> Iterator[None]:
 
 
 def _on_tpu() -> bool:
-    """Whether this host has TPUs; looked up without starting them."""
+    """Whether this host has TPUs; the check does not start them."""
     devices = glob.glob("/dev/accel[0-9]*") + glob.glob("/dev/vfio/[0-9]*")
     return bool(devices) and importlib.util.find_spec("libtpu") is not None

@@ -233,7 +233,8 @@ METHODS: dict[str, Named] = {
         recipes.TINYBERT,
         "TinyBERT",
         "hidden states match through a regressor, and attention scores match directly",
-        "Jiao et al. 2020, TinyBERT: Distilling BERT for Natural Language Understanding",
+        "Jiao et al. 2020, TinyBERT: Distilling BERT for Natural Language "
+        "Understanding",
         "the regressor",
     ),
     "vid": Named(

@@ -6,8 +6,8 @@ pyplot, no window. `figure.savefig("name.png")` writes it; a notebook shows it.
 
 import colorsys
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple, SupportsFloat
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, SupportsFloat
 
 import matplotlib.colors
 import numpy as np
@@ -35,6 +35,7 @@ _POINTS = "(dot: one seed, tick: mean, bar: its 95 % interval)"
 _LARGEST = 180  # the side of an attention map, in pixels
 _BRIGHTEST = 3.0  # the end of the color scale, in root mean squares of a map
 
+Side = float | int
 Box = tuple[float, float, float, float]  # left, bottom, width, height of the figure
 
 
@@ -253,7 +254,7 @@ def _draw_points(
     axes.spines["left"].set_visible(False)
 
 
-def _draw_maps(figure: Figure, box: Box, images, maps: Mapping) -> None:
+def _draw_maps(figure: Figure, box: Box, images: Images, maps: Mapping) -> None:
     images = np.asarray(images)
     width, height = _pixels(figure)
     room = (box[2] * width, box[3] * height - 120)
@@ -320,14 +321,17 @@ def _stacked(maps: Mapping, room: SupportsFloat) -> bool:
     return len(names) > 7 or (_pixels_of(names) + 8) * len(names) > room
 
 
-def _tiles(images, maps: Mapping, stacked: bool):
+def _tiles(
+    images: np.ndarray, maps: Mapping, stacked: bool
+) -> Iterator[tuple[int, int, str | None, int]]:
+    """Column, row, network (None for the input) and image of every tile."""
     for number, name in enumerate([None, *maps]):
         for image in range(len(images)):
             column, row = (image, number) if stacked else (number, image)
             yield column, row, name, image
 
 
-def _check_maps(where: str, images, maps: Mapping) -> None:
+def _check_maps(where: str, images: Any, maps: Mapping) -> None:
     shape = np.shape(images)
     if len(shape) != 4 or shape[0] == 0 or not maps:
         raise Refusal(
@@ -389,7 +393,7 @@ def _mean(runs: Sequence[History]) -> tuple[np.ndarray, np.ndarray]:
     return at, np.mean([np.interp(at, run.at, run.accuracy) for run in runs], 0)
 
 
-def _apart(wanted: Numbers, sizes: Numbers, low, high) -> np.ndarray:
+def _apart(wanted: Numbers, sizes: Numbers, low: Side, high: Side) -> np.ndarray:
     """The places nearest to those wanted (ascending) that leave each its size.
 
     Least squares under "each at least so far above the one before": after taking the
@@ -420,7 +424,9 @@ def _axes(figure: Figure, box: Box) -> Axes:
     return axes
 
 
-def _inside(figure: Figure, box: Box, left, bottom, right, top) -> Box:
+def _inside(
+    figure: Figure, box: Box, left: Side, bottom: Side, right: Side, top: Side
+) -> Box:
     """The box without margins, given in pixels."""
     width, height = _pixels(figure)
     return (
@@ -441,11 +447,11 @@ def _heading(figure: Figure, box: Box, text: str) -> None:
     _write(figure, box[0], top, text, fontsize=_TITLE, va="top", weight="bold")
 
 
-def _write(figure: Figure, x, y, text: str, **style) -> None:
+def _write(figure: Figure, x: Side, y: Side, text: str, **style: Any) -> None:
     figure.text(x, y, text, color=_INK, parse_math=False, **style)
 
 
-def _note(axes: Axes, text: str, spot: tuple, coordinates, **style) -> None:
+def _note(axes: Axes, text: str, spot: tuple, coordinates: Any, **style: Any) -> None:
     axes.annotate(
         text,
         spot,
@@ -478,7 +484,7 @@ def _color(number: int) -> str:
     return _COLORS[number % len(_COLORS)]
 
 
-def _style(number: int):
+def _style(number: int) -> Any:
     return _STYLES[number // 5 % len(_STYLES)]
 
 
@@ -488,5 +494,5 @@ def _darker(color: str) -> tuple[float, float, float]:
     return colorsys.hls_to_rgb(hue, min(light, 0.32), saturation)
 
 
-def _percent(value: SupportsFloat, position=None) -> str:
+def _percent(value: SupportsFloat, position: int | None = None) -> str:
     return f"{100 * value:.4g} %"

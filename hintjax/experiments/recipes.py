@@ -84,8 +84,8 @@ class PlannedPhase(NamedTuple):
         method: method that is trained.
         epochs: length of the phase.
         source: everything from which `method` was made, besides config and networks.
-            Methods are closures, which cannot be compared, so equal sources say that two
-            phases can share a compiled program.
+            Methods are closures, which cannot be compared. So equal sources say that
+            two phases can share a compiled program.
         hints_only: whether it is a hint stage.
         carry: see `hintjax.training.Phase`.
         rates: see `distillation_stage`.

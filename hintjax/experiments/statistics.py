@@ -45,7 +45,7 @@ def summary(values: Numbers) -> Summary:
       values: one finite number per seed, at least one.
 
     Returns:
-      A `Summary`. Of one value the spread is unknown: std is nan, the interval is
+      A `Summary`. The spread of one value is unknown: std is nan, and the interval is
       the whole line.
 
     >>> [round(x, 3) for x in summary([0.90, 0.92, 0.94])]
@@ -70,9 +70,9 @@ def summary(values: Numbers) -> Summary:
 
 
 def paired(a: Numbers, b: Numbers) -> Paired:
-    """Compares two arms over the same seeds, by the differences seed by seed.
+    """Compares two arms by their differences over the same seeds.
 
-    What a seed does to both arms cancels, so fewer seeds tell two arms apart.
+    The effect of a seed on both arms cancels, so fewer seeds tell two arms apart.
 
     Args:
       a: one number per seed.
@@ -94,7 +94,7 @@ def paired(a: Numbers, b: Numbers) -> Paired:
                 "paired",
                 "the same seeds in both arms",
                 f"shapes {a.shape} and {b.shape}",
-                "Compare the seeds that both have.",
+                "Compare the seeds that both arms have.",
             )
         )
     result = summary(a - b)
