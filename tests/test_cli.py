@@ -10,7 +10,6 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -347,8 +346,6 @@ def test_a_killed_run_resumes_to_the_same_bits_in_both_stages(
     )
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
     environment.pop("XLA_FLAGS", None)  # one device, as elsewhere
-    cache = Path(__file__).parent.parent / ".jax_cache"
-    environment["JAX_COMPILATION_CACHE_DIR"] = str(cache)
     run_dir = tmp_path / "killed"
 
     def start(*arguments):
