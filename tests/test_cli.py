@@ -345,7 +345,8 @@ def test_a_killed_run_resumes_to_the_same_bits_in_both_stages(
         *("--checkpoint-every", "1", "--teacher", str(finished / "teacher")),
     )
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
-    environment.pop("XLA_FLAGS", None)  # one device, as elsewhere
+    # One device, as elsewhere; the last of two equal flags counts.
+    environment["XLA_FLAGS"] += " --xla_force_host_platform_device_count=1"
     run_dir = tmp_path / "killed"
 
     def start(*arguments):
