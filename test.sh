@@ -28,6 +28,8 @@ bin="$hintjax_root/.venv/bin"
 # Compilation uses one core, so there is one process for each core. A process runs whole
 # files, because the tests of a file share their compiled steps.
 parallel=(-n logical --maxprocesses 4 --dist loadfile)
+# The slowest tests are named at the end, so that none becomes slow unseen.
+parallel+=(--durations=20 --durations-min=1)
 "$bin/python" -m pytest "${parallel[@]}" -m "$marks" ${arguments[@]+"${arguments[@]}"}
 
 # A second Python, if the machine has one and no tests were selected.
