@@ -173,7 +173,9 @@ def on_grids(method: Method, places: Places) -> Method:
     networks = (places.student, places.teacher)
     ranks = [
         {len(layers[path].shape) for path in wants.hints if path in layers}
-        for wants, layers in zip((method.student, method.teacher), networks)
+        for wants, layers in zip(
+            (method.student, method.teacher), networks, strict=True
+        )
     ]
 
     def view(

@@ -218,7 +218,7 @@ def _draw_points(
     axes = _axes(figure, _inside(figure, box, left, 44, 104, 44))
     _heading(figure, box, f"{xlabel.capitalize()} {_POINTS}")
     low, high = 1.0, 0.0
-    for row, (arm, values) in enumerate(accuracies.items()):
+    for row, values in enumerate(accuracies.values()):
         values = np.asarray(values, float)
         color, result = _color(row), summary(values)
         ends = np.clip([result.low, result.high], 0, 1)

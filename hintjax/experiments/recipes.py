@@ -368,7 +368,9 @@ def _minilm(config: Config, places: Places) -> Method:
     relations = last_relations(places)
     widths = [
         math.prod(layers[path].shape[2:])
-        for layers, path in zip((places.student, places.teacher), relations[0])
+        for layers, path in zip(
+            (places.student, places.teacher), relations[0], strict=True
+        )
     ]
     # 48 heads between widths of 384 and 768, as published.
     return minilm(relations, heads=max(1, math.gcd(*widths) // 8))

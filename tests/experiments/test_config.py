@@ -1,6 +1,7 @@
 """Configs: in and out of YAML, and what they refuse."""
 
 import dataclasses
+import itertools
 
 import pytest
 import yaml
@@ -114,7 +115,7 @@ def test_what_yaml_can_say_and_no_run_can_mean(unchecked, text, sentence, tmp_pa
 def test_a_value_that_would_fill_the_screen_is_cut(unchecked, tmp_path):
     levels = [
         f"{b}: &{b} [{', '.join(['*' + a] * 9)}]"
-        for a, b in zip("abcdefgh", "bcdefghi")
+        for a, b in itertools.pairwise("abcdefghi")
     ]
     text = "\n".join(["a: &a [x]", *levels])
     path = tmp_path / "config.yaml"

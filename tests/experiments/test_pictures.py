@@ -18,7 +18,7 @@ ARMS = (
     *("attention transfer", "attention transfer, He init", "FitNets"),
     *("FitNets, He init", "FitNets, the hints of an untrained teacher"),
     # Between two dollars stands a formula, for those who forget to switch that off.
-    r"FitNets in one stage, $\slow decay$, so slow_that it never ends before the others",
+    r"FitNets in one stage, $\slow decay$, so slow_that it ends after the others",
 )
 
 
@@ -49,7 +49,10 @@ def pictures(count=6, channels=1):
 def maps(names, count=6):
     draw = np.random.default_rng(1).random
     sizes = itertools.cycle((4, 8, 16))
-    return {name: draw((count, size, size)) for name, size in zip(names, sizes)}
+    return {
+        name: draw((count, size, size))
+        for name, size in zip(names, sizes, strict=False)
+    }
 
 
 # The panels of a comparison, each alone.
@@ -82,7 +85,10 @@ def boxes(figure):
     for axes in figure.axes:
         for axis in (axes.xaxis, axes.yaxis):
             low, high = sorted(axis.get_view_interval())
-            for at, label in zip(axis.get_majorticklocs(), axis.get_majorticklabels()):
+            labels = zip(
+                axis.get_majorticklocs(), axis.get_majorticklabels(), strict=True
+            )
+            for at, label in labels:
                 if not (axes.axison and low <= at <= high):
                     hidden.add(label)
     texts = [t for t in figure.findobj(Text) if t.get_visible() and t.get_text()]
@@ -244,7 +250,7 @@ def test_images_of_any_kind_are_shown_between_0_and_1(channels, kind):
     shown = attention_maps(images, maps(["teacher"], 1)).axes[0].get_images()[0]
     array = shown.get_array()
     assert array.shape == ((8, 8, 3) if channels == 3 else (8, 8))
-    assert 0 <= array.min() and array.max() <= 1
+    assert array.min() >= 0 and array.max() <= 1
 
 
 @pytest.mark.quick

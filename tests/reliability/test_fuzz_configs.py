@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import faulthandler
+import itertools
 import math
 import random
 import re
@@ -138,7 +139,7 @@ BOMB = "\n".join(
     ["a: &a [x, x, x, x, x, x, x, x, x]"]
     + [
         f"{b}: &{b} [{', '.join(['*' + a] * 9)}]"
-        for a, b in zip("abcdefgh", "bcdefghi")
+        for a, b in itertools.pairwise("abcdefghi")
     ]
 )
 TEXTS = (
