@@ -1,11 +1,12 @@
-"""Numbers that stay numbers: the float32 door, safe norms, masks, exact resizing.
+"""Safe numerics: conversion to float32, norms, masks and exact resizing.
 
-Hints are full of exact zeros (ReLU) and often bfloat16. What is here has a finite,
-bounded gradient at 0, lets nan through, and agrees with torch to rounding, because the
-published numbers were made there.
+Hints have many exact zeros (ReLU) and are often bfloat16. Each function here has a
+finite, bounded gradient at 0, keeps nan as nan, and agrees with torch up to rounding,
+because the published numbers were computed with torch.
 """
 
 import math
+from typing import overload
 
 import jax
 import jax.numpy as jnp
@@ -15,30 +16,56 @@ from jaxtyping import Array, Bool, Float, PyTree
 from hintjax import _checks
 
 
-def as_float(caller: str, *arrays: Array) -> Array | list[Array]:
-    """The arrays in one common float dtype of at least 32 bits.
+@overload
+def as_float(caller: str, array: Array, /) -> Array: ...
 
-    bfloat16 and float16 are raised to float32 (log_softmax, norms and sums need it),
-    float64 stays. Integers and booleans are refused: they are images that were not
-    normalised or labels in the wrong place. So is what has no entries, whose mean would
-    be nan.
+
+@overload
+def as_float(
+    caller: str, first: Array, second: Array, /, *others: Array
+) -> list[Array]: ...
+
+
+def as_float(caller: str, *arrays: Array) -> Array | list[Array]:
+    """Returns the arrays in one common float dtype of at least 32 bits.
+
+    bfloat16 and float16 become float32, because log_softmax, norms and sums need it;
+    float64 stays float64. Integers and booleans are refused: they are images that were
+    not normalized, or labels in the wrong place. Arrays without entries are refused
+    too, because their mean would be nan.
 
     Args:
-        caller: the name of the function that the user called.
+        caller: name of the function that the user called.
         *arrays: one array or several.
 
     Returns:
-        The array, or the list of them if there were several.
+        The array, or a list if several arrays were given.
     """
-    raised = raise_float(caller, *arrays)
+    floats = _floats(caller, arrays)
     if not all(array.size for array in arrays):
         got = " and ".join(map(_checks.described, arrays))
         raise _checks.Refusal(_checks.message(caller, "arrays with entries", got))
-    return raised
+    return floats if len(floats) > 1 else floats[0]
+
+
+@overload
+def raise_float(caller: str, array: Array, /) -> Array: ...
+
+
+@overload
+def raise_float(
+    caller: str, first: Array, second: Array, /, *others: Array
+) -> list[Array]: ...
 
 
 def raise_float(caller: str, *arrays: Array) -> Array | list[Array]:
-    """`as_float` of arrays that may have no entries."""
+    """Does the same as `as_float`, but also accepts arrays without entries."""
+    floats = _floats(caller, arrays)
+    return floats if len(floats) > 1 else floats[0]
+
+
+def _floats(caller: str, arrays: tuple[Array, ...]) -> list[Array]:
+    """Returns the arrays in one common float dtype of at least 32 bits."""
     if not all(
         _checks.is_array(array) and jnp.issubdtype(array.dtype, jnp.floating)
         for array in arrays
@@ -48,17 +75,16 @@ def raise_float(caller: str, *arrays: Array) -> Array | list[Array]:
         raise _checks.WrongType(
             _checks.message(caller, "floating-point arrays", got, do)
         )
-    arrays = [jnp.asarray(array) for array in arrays]
-    wide = any(array.dtype == jnp.float64 for array in arrays)
-    arrays = [array.astype(jnp.float64 if wide else jnp.float32) for array in arrays]
-    return arrays if len(arrays) > 1 else arrays[0]
+    floats = [jnp.asarray(array) for array in arrays]
+    wide = any(array.dtype == jnp.float64 for array in floats)
+    return [array.astype(jnp.float64 if wide else jnp.float32) for array in floats]
 
 
 def keep(x: Array, where: Bool[Array, "..."] | None) -> Array:
-    """x where `where` holds and 0 elsewhere; `where` spans the first axes of x.
+    """Returns x where the mask is true and 0 elsewhere.
 
-    Applied *before* anything that is not linear, so that a nan or inf that is masked
-    out reaches neither the value nor the gradient.
+    The mask `where` spans the first axes of x. It is applied *before* every nonlinear
+    operation, so that a masked nan or inf reaches neither the value nor the gradient.
     """
     if where is None:
         return x
@@ -68,9 +94,10 @@ def keep(x: Array, where: Bool[Array, "..."] | None) -> Array:
 def masked_mean(
     x: Float[Array, "..."], where: Bool[Array, "..."] | None = None, batch_dims: int = 0
 ) -> Float[Array, "..."]:
-    """Mean over all axes but the first `batch_dims`, of what `where` keeps.
+    """Returns the mean of the unmasked entries over all but `batch_dims` axes.
 
-    `where` spans the first axes of x. Where it keeps nothing, the mean is 0.
+    The first `batch_dims` axes of x remain. The mask `where` spans the first axes of x.
+    The mean of no entries is 0.
     """
     axes = tuple(range(batch_dims, x.ndim))
     if where is None:
@@ -80,17 +107,18 @@ def masked_mean(
 
 
 def either(first: Bool[Array, ""], one: PyTree, other: PyTree) -> PyTree:
-    """One tree if `first`, else the other: the same bits, whatever they are."""
+    """Returns `one` if `first` is true, else `other`, bit by bit (nan too)."""
     return jax.tree.map(lambda a, b: jnp.where(first, a, b), one, other)
 
 
 def norm(
     x: Float[Array, "*shape"], axis: int | tuple[int, ...] = -1
 ) -> Float[Array, "..."]:
-    """Euclidean norm whose gradient at 0 is 0, not nan.
+    """Returns the Euclidean norm, with the gradient 0 at 0 instead of nan.
 
     The inner `where` moves the square root away from 0, where its slope is infinite;
-    the outer one puts the value back. (`== 0` and not `> 0`: nan stays nan.)
+    the outer `where` restores the value. The test is `== 0`, not `> 0`, so that nan
+    stays nan.
     """
     square = jnp.sum(jnp.square(x), axis)
     zero = square == 0
@@ -100,11 +128,12 @@ def norm(
 def unit(
     x: Float[Array, "*shape"], axis: int | tuple[int, ...] = -1, eps: float = 1e-12
 ) -> Float[Array, "*shape"]:
-    """x / max(||x||, eps), with no gradient inside the ball ||x|| <= eps.
+    """Returns x / max(||x||, eps), without gradient where ||x|| <= eps.
 
-    The value is torch's `F.normalize`. Its slope inside the ball is 1 / eps = 1e12:
-    finite, so that no check for nan sees it, and enough to destroy a model. A vector
-    that short has no direction to learn, so here it is a constant.
+    The value is that of torch's `F.normalize`. The slope of `F.normalize` for such
+    short vectors is 1 / eps = 1e12: finite, so no check for nan finds it, but large
+    enough to destroy a model. So short a vector has no direction to learn, so here
+    it is a constant.
     """
     square = jnp.sum(jnp.square(x), axis, keepdims=True)
     tiny = square <= eps**2
@@ -115,25 +144,26 @@ def unit(
 def deviations(
     x: Float[Array, "*shape n"], where: Bool[Array, " n"] | None = None
 ) -> Float[Array, "*shape n"]:
-    """x less its mean along the last axis, and exactly 0 where it does not vary.
+    """Returns x minus its mean along the last axis, exactly 0 for a constant x.
 
-    The mean of equal numbers is rounded, so that what is left of them looks like a
-    direction, and a norm that divides by it has a gradient of 1e7. Less than 16 units in
-    the last place count as equal: 0, without gradient. `where` spans the last axis.
+    The mean of equal numbers is rounded, so their differences from it look like a
+    direction, and dividing by the norm of the differences gives a gradient of 1e7.
+    Numbers that differ by less than 16 units in the last place count as equal: their
+    deviations are 0, without gradient. The mask `where` spans the last axis.
     """
     valid = jnp.ones(x.shape[-1], bool) if where is None else where
     x = jnp.where(valid, x, 0)
     count = jnp.maximum(jnp.sum(valid.astype(x.dtype)), 1)
-    centred = jnp.where(valid, x - jnp.sum(x, -1, keepdims=True) / count, 0)
+    centered = jnp.where(valid, x - jnp.sum(x, -1, keepdims=True) / count, 0)
     noise = 16 * jnp.finfo(x.dtype).eps * norm(x)[..., None]
-    return jnp.where(norm(centred)[..., None] <= noise, 0, centred)
+    return jnp.where(norm(centered)[..., None] <= noise, 0, centered)
 
 
 def absolute_power(x: Float[Array, "*shape"], power: int) -> Float[Array, "*shape"]:
-    """|x|^power for an integer power >= 1, with gradient 0 at 0.
+    """Returns |x|^power for an integer power >= 1, with gradient 0 at 0.
 
-    JAX has the gradient of `abs` at 0 at 1 where torch has 0, and after a ReLU most
-    entries are exactly 0; `sign` is 0 there.
+    The gradient of `abs` at 0 is 1 in JAX and 0 in torch, and after a ReLU most entries
+    are exactly 0. This function uses `sign`, which is 0 at 0.
     """
     raised = jax.lax.integer_pow(x, power)
     return raised if power % 2 == 0 else raised * jnp.sign(x)
@@ -142,10 +172,11 @@ def absolute_power(x: Float[Array, "*shape"], power: int) -> Float[Array, "*shap
 def adaptive_average_pool(
     x: Float[Array, "*batch h w c"], size: tuple[int, int]
 ) -> Float[Array, "*batch height width c"]:
-    """Mean over bins [floor(i n / m), ceil((i + 1) n / m)) along both axes.
+    """Returns means over bins [floor(i n / m), ceil((i + 1) n / m)) of both axes.
 
-    The bins overlap where m does not divide n, which no ordinary pooling does. They
-    are two small constant matrices, at full precision on every device.
+    The bins overlap if m does not divide n; the bins of ordinary pooling never do. Two
+    small constant matrices hold the bins and multiply x, at full precision on every
+    device.
     """
     _checks.positive_int("adaptive_average_pool", height=size[0], width=size[1])
     if x.shape[-3:-1] == tuple(size):
@@ -161,19 +192,21 @@ def adaptive_average_pool(
 def adaptive_max_pool(
     x: Float[Array, "*batch h w c"], size: tuple[int, int]
 ) -> Float[Array, "*batch height width c"]:
-    """Maximum over the bins of `adaptive_average_pool`; of equal entries the first.
+    """Returns maxima over the bins of `adaptive_average_pool`.
 
-    After a ReLU a bin is often all 0. Torch gives the gradient to the first entry, in
-    reading order, where `jnp.max` spreads it over all.
+    After a ReLU all entries of a bin are often 0. As in torch, the first of the equal
+    entries, in reading order, receives the gradient; `jnp.max` spreads the gradient
+    over all of them.
     """
     _checks.positive_int("adaptive_max_pool", height=size[0], width=size[1])
-    # Columns first: then the first row that holds the maximum gives its first column.
+    # Columns come first: then the first row with the maximum gives its first column.
     for axis, m in ((-2, size[1]), (-3, size[0])):
         n = x.shape[axis]
         if n != m:
             starts, stops = np.arange(m) * n // m, -(-np.arange(1, m + 1) * n // m)
             offsets = np.arange((stops - starts).max())
-            # Shorter bins repeat their last entry, which is never the first maximum.
+            # Shorter bins repeat their last entry; a repeated entry is never the first
+            # maximum.
             index = np.minimum(starts[:, None] + offsets, stops[:, None] - 1)
             shape = (*x.shape[:axis], *index.shape, *x.shape[axis + 1 :])
             bins = jnp.take(x, index.ravel(), axis, mode="clip").reshape(shape)
@@ -185,17 +218,19 @@ def adaptive_max_pool(
 def at_smaller_size(
     student: Float[Array, "*batch h w c"], teacher: Float[Array, "*batch h2 w2 c2"]
 ) -> tuple[Float[Array, "*batch h3 w3 c"], Float[Array, "*batch h3 w3 c2"]]:
-    """Both maps, the larger averaged down to the smaller, along each axis alone."""
-    size = tuple(map(min, student.shape[-3:-1], teacher.shape[-3:-1]))
+    """Returns both maps, averaged down along each axis to the smaller size."""
+    height, width = map(min, student.shape[-3:-1], teacher.shape[-3:-1])
+    size = height, width
     return adaptive_average_pool(student, size), adaptive_average_pool(teacher, size)
 
 
 def nearest_resize(
     x: Float[Array, "*batch h w c"], size: tuple[int, int]
 ) -> Float[Array, "*batch height width c"]:
-    """Entry floor(i n / m) along both axes: torch's `nearest`.
+    """Returns the entries floor(i n / m) of both axes, as torch's `nearest` does.
 
-    `jax.image.resize` takes half-pixel centres: 8 to 4 is [1 3 5 7], not [0 2 4 6].
+    `jax.image.resize` uses half-pixel centers: from 8 entries to 4 it takes
+    [1 3 5 7], not [0 2 4 6].
     """
     _checks.positive_int("nearest_resize", height=size[0], width=size[1])
     for axis, m in zip((-3, -2), size, strict=True):
@@ -206,7 +241,7 @@ def nearest_resize(
 
 
 def _bins(n: int, m: int) -> np.ndarray:
-    """The (m, n) matrix of adaptive average pooling from n to m entries."""
+    """Returns the (m, n) matrix of adaptive average pooling from n to m entries."""
     matrix = np.zeros((m, n))
     for i in range(m):
         start, stop = i * n // m, math.ceil((i + 1) * n / m)

@@ -1,7 +1,8 @@
-"""The published losses: arrays in, one value per example out.
+"""The published losses: each takes arrays and returns one value per example.
 
 Every loss is `loss(student, teacher, *, hyper=default, where=None)`: pure, unweighted,
-channels last. Its docstring states the factor against the paper and the authors' code.
+channels last. The section Convention of its docstring states the factor relative to
+the paper and to the authors' code.
 """
 
 from hintjax.losses.attention import (

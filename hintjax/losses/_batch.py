@@ -1,4 +1,4 @@
-"""What losses share that compare the examples of a batch with each other."""
+"""Shared parts of the losses that compare the examples of a batch."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
@@ -10,7 +10,7 @@ from hintjax._numerics import as_float, keep
 def vectors(
     caller: str, student: Array, teacher: Array, where: Array | None
 ) -> list[Array]:
-    """Both as (batch, n), checked, and 0 at the examples that do not count."""
+    """Returns both as (batch, n), checked, and 0 at masked examples."""
     arrays = as_float(caller, student, teacher)
     _checks.rank(caller, 2, "batch *features", student=arrays[0], teacher=arrays[1])
     if len(arrays[0]) != len(arrays[1]):
@@ -23,15 +23,15 @@ def vectors(
 
 
 def flat(x: Float[Array, "batch ..."]) -> Float[Array, "batch n"]:
-    """All features of an example in one row."""
+    """Returns an array with all features of an example in one row."""
     return x.reshape(len(x), -1)
 
 
 def counted(x: Array, where: Array | None) -> Bool[Array, " batch"]:
-    """The examples that count, as a mask in any case."""
+    """Returns the mask of the examples that count; all do if `where` is None."""
     return jnp.ones(len(x), bool) if where is None else where
 
 
 def count(valid: Bool[Array, "..."], like: Array) -> Float[Array, ""]:
-    """How many are valid, at least 1: what sums are divided by."""
+    """Returns the number of valid entries, at least 1, to divide sums by."""
     return jnp.maximum(jnp.sum(valid.astype(like.dtype)), 1)

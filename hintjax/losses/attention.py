@@ -1,4 +1,4 @@
-"""Matching where the networks look: attention transfer (AT)."""
+"""Attention transfer (AT): matches the positions that the networks attend to."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
@@ -26,16 +26,17 @@ def attention_map(
     q_j = Q_j / ||Q||_2,  Q_j = mean_c |F_jc|^p,  j over the h w positions
 
     Args:
-        features: a feature map; a vision transformer's tokens go on their grid first.
-        power: p, an integer >= 1; a larger one looks more at the strongest positions.
+        features: a feature map; reshape a vision transformer's tokens to their grid.
+        power: p, an integer >= 1; a larger p gives strong positions more weight.
         where: what counts: examples or positions (*batch h w); the others are 0.
 
     Returns:
         A map of norm 1 (0 where all features are 0), row after row.
 
     Convention:
-        The mean over channels is the code's; the paper sums, and the norm removes the
-        factor. The code has no absolute value: its maps for an odd p keep signs.
+        The code takes the mean over channels and the paper the sum; dividing by the
+        norm removes this factor. The code takes no absolute value, so its maps keep
+        signs for an odd p.
 
     >>> features = jnp.array([[[0.0], [3.0]], [[4.0], [0.0]]])
     >>> attention_map(features, power=1)
@@ -62,16 +63,17 @@ def attention_maps(
     power: int = 2,
     where: Bool[Array, "..."] | None = None,
 ) -> tuple[Float[Array, "*batch n"], Float[Array, "*batch n"]]:
-    """The attention maps of both networks, of one length: ready to compare.
+    """Attention maps (AT) of both networks, of the same length: ready to compare.
 
-    Where the sizes differ, the features of the larger (not its map) are averaged down
-    to the smaller, along each axis on its own. Channels may differ.
+    If the sizes differ, the larger features (not their map) are averaged down to the
+    smaller size, along each axis separately. The numbers of channels may differ.
 
     Args:
         student: feature map of the student.
         teacher: feature map of the teacher, of the same examples.
         power: p, an integer >= 1.
-        where: what counts: examples, or positions of the smaller map (*batch h w).
+        where: mask of the examples, or of the positions of the smaller map
+            (*batch h w), that count.
 
     Returns:
         The map of the student and the map of the teacher.
@@ -93,19 +95,19 @@ def attention_map_loss(
 
     L = mean_j (s_j - t_j)^2
 
-    `attention_transfer_loss` without its first half. Maps of one length can be stacked
-    and compared at once for many pairs of layers.
+    This is the second half of `attention_transfer_loss`. Maps of the same length can be
+    stacked, so that many pairs of layers are compared at once.
 
     Args:
         student: maps of the student.
         teacher: maps of the teacher.
-        where: what counts: examples or positions (*batch n).
+        where: mask of the examples or positions (*batch n) that count.
 
     Returns:
-        One value >= 0 per example; 0 where nothing counts.
+        One value >= 0 per example; 0 for a fully masked example.
 
     Convention:
-        As `attention_transfer_loss`.
+        The same as that of `attention_transfer_loss`.
 
     >>> attention_map_loss(jnp.array([0.6, 0.8]), jnp.array([1.0, 0.0]))
     Array(0.4..., dtype=float32)
@@ -120,20 +122,20 @@ def attention_map_loss_paper(
     *,
     where: Bool[Array, "..."] | None = None,
 ) -> Float[Array, "*batch"]:
-    """Attention transfer (AT) between maps as in the paper: their distance.
+    """Attention transfer (AT) between maps as in the paper: the distance.
 
     L = ||s - t||_2
 
     Args:
         student: maps of the student.
         teacher: maps of the teacher.
-        where: what counts: examples or positions (*batch n).
+        where: mask of the examples or positions (*batch n) that count.
 
     Returns:
-        One value >= 0 per example; 0 where nothing counts.
+        One value >= 0 per example; 0 for a fully masked example.
 
     Convention:
-        As `attention_transfer_loss_paper`.
+        The same as that of `attention_transfer_loss_paper`.
 
     >>> student, teacher = jnp.array([0.6, 0.8]), jnp.array([1.0, 0.0])
     >>> attention_map_loss_paper(student, teacher)
@@ -156,19 +158,20 @@ def attention_transfer_loss(
     Args:
         student: feature map of the student.
         teacher: feature map of the teacher, of any size and channels; the larger of
-            the two is averaged down to the smaller.
+            the two maps is averaged down to the size of the smaller.
         power: p, an integer >= 1.
-        where: what counts: examples, or positions of the smaller map (*batch h w).
+        where: mask of the examples, or of the positions of the smaller map
+            (*batch h w), that count.
 
     Returns:
-        One value in [0, 2 / (h w)] per example; 0 where nothing counts.
+        One value in [0, 2 / (h w)] per example; 0 for a fully masked example.
 
     Convention:
-        For an even p, `.mean()` is what the authors' code and RepDistiller weigh by
-        beta = 1000, once for each pair of layers. For an odd p their code averages x^p
-        where the paper and this function have |x|^p; the two agree on features >= 0.
-        The value is ||q(s) - q(t)||^2 / (h w), where the paper's Eq. 2 has the norm
-        not squared: `attention_transfer_loss_paper`.
+        For an even p, `.mean()` is the value that the authors' code and RepDistiller
+        weight by beta = 1000, once for each pair of layers. For an odd p their code
+        averages x^p, but the paper and this function average |x|^p; both agree on
+        features >= 0. The value is ||q(s) - q(t)||^2 / (h w); the paper's Eq. 2 does
+        not square the norm (`attention_transfer_loss_paper`).
 
     >>> student = jnp.array([[[1.0], [0.0]]])
     >>> attention_transfer_loss(student, student[:, ::-1])
@@ -196,22 +199,23 @@ def attention_transfer_loss_paper(
 
     L = ||q(s) - q(t)||_2,  q = attention_map
 
-    A distance has the same slope however near the maps are: at the end it is rounding
-    noise that it follows, where the squared form calms down.
+    The slope of a distance stays the same however near the maps are, so at the end of
+    training it follows rounding noise; the slope of the squared form goes to 0.
 
     Args:
         student: feature map of the student.
         teacher: feature map of the teacher, of any size and channels; the larger of
-            the two is averaged down to the smaller.
+            the two maps is averaged down to the size of the smaller.
         power: p, an integer >= 1.
-        where: what counts: examples, or positions of the smaller map (*batch h w).
+        where: mask of the examples, or of the positions of the smaller map
+            (*batch h w), that count.
 
     Returns:
-        One value in [0, sqrt(2)] per example; 0 where nothing counts.
+        One value in [0, sqrt(2)] per example; 0 for a fully masked example.
 
     Convention:
-        The paper's Eq. 2 without beta / 2, which is the weight of this term, once for
-        each pair of layers.
+        The paper's Eq. 2 without beta / 2. That factor is the weight of this term, once
+        for each pair of layers.
 
     >>> student = jnp.array([[[1.0], [0.0]]])
     >>> attention_transfer_loss_paper(student, student[:, ::-1])
@@ -229,7 +233,7 @@ def attention_transfer_loss_paper(
 def _maps(
     caller: str, student: Array, teacher: Array, power: int, where: Array | None
 ) -> tuple[Array, Array]:
-    """Both attention maps at the smaller size, with errors in the caller's name."""
+    """Returns both attention maps at the smaller size; errors name the caller."""
     student, teacher = as_float(caller, student, teacher)
     _checks.rank(caller, 3, "*batch h w c", student=student, teacher=teacher)
     _checks.same_leading(caller, 3, student=student, teacher=teacher)
@@ -248,14 +252,14 @@ def _maps(
 
 
 def _flat(where: Array | None, maps: Array) -> Array | None:
-    """A mask of examples or positions, in the shape of the flattened maps."""
+    """Returns a mask of examples, or of positions in the flattened maps' shape."""
     if where is None or where.ndim < maps.ndim:
         return where
     return where.reshape(maps.shape)
 
 
 def _error(caller: str, student: Array, teacher: Array, where: Array | None) -> Array:
-    """Student's map minus teacher's, checked, and 0 at what does not count."""
+    """Returns the student's map minus the teacher's, checked, 0 where masked."""
     student, teacher = as_float(caller, student, teacher)
     _checks.rank(caller, 1, "*batch n", student=student)
     do = "attention_maps makes them of one length."

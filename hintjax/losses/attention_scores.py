@@ -1,4 +1,4 @@
-"""Matching self-attention: its scores (TinyBERT), or what they choose (MiniLM)."""
+"""Self-attention: matches its scores (TinyBERT) or its distributions (MiniLM)."""
 
 import math
 from collections.abc import Sequence
@@ -25,19 +25,22 @@ def attention_score_loss(
     h runs over the heads, i over the queries and j over the keys that count.
 
     Args:
-        student: scores of the student, without its padding mask: it stands at -1e4, or
-            at -inf, in both networks, and their difference says nothing, or is nan.
-        teacher: scores of the teacher; as many heads and tokens.
-        where: what counts: examples or tokens (*batch n), as queries and as keys.
+        student: scores of the student, without its padding mask. The mask puts scores
+            at -1e4, or at -inf, in both networks; their difference would mean nothing
+            or be nan.
+        teacher: scores of the teacher, with the same numbers of heads and tokens.
+        where: mask of the examples or tokens (*batch n) that count, both as queries
+            and as keys.
 
     Returns:
-        One value >= 0 per example; 0 where nothing counts.
+        One value >= 0 per example; 0 for a fully masked example.
 
     Convention:
-        `.mean()` is the paper's L_attn, of weight 1 for each pair of layers. The authors'
-        code sets low scores to 0 first (`attention_score_loss_code`). TextBrewer prints
-        this number if it is given a mask, over all pairs of tokens of a batch at once;
-        here each example has the same weight, whatever its length.
+        `.mean()` is the paper's L_attn, with weight 1 for each pair of layers. The
+        authors' code sets low scores to 0 first (`attention_score_loss_code`).
+        TextBrewer, given a mask, prints this number, but takes the mean over all pairs
+        of tokens of a batch at once; here each example has the same weight, whatever
+        its length.
 
     >>> student = jnp.array([[[1.0, 2.0], [3.0, 4.0]]])
     >>> attention_score_loss(student, jnp.zeros((1, 2, 2)))
@@ -67,22 +70,23 @@ def attention_score_loss_code(
     L = mean_hij (b_hij(s) - b_hij(t))^2,  b = a where a > floor, otherwise 0
 
     A network adds about -1e4, or -inf, to the scores of the keys that it must not see.
-    Here these are equal in both, but they still count in the mean.
+    This loss sets these scores to 0 in both networks, but they still count in the mean.
 
     Args:
-        student: scores of the student, with the network's own mask on them.
-        teacher: scores of the teacher; as many heads and tokens.
-        floor: at it and below a score is 0, without gradient.
-        where: what counts: examples or tokens (*batch n), as queries and as keys.
+        student: scores of the student, with the network's own mask applied.
+        teacher: scores of the teacher, with the same numbers of heads and tokens.
+        floor: scores at or below the floor become 0, without gradient.
+        where: mask of the examples or tokens (*batch n) that count, both as queries
+            and as keys.
 
     Returns:
-        One value >= 0 per example; 0 where nothing counts.
+        One value >= 0 per example; 0 for a fully masked example.
 
     Convention:
-        `.mean()` is what TinyBERT's code prints for each pair of layers, with its floor
-        of -100. TextBrewer's floor is -1e-3 if it is given no mask: that drops nearly
-        all negative scores, which may be half of them. `attention_score_loss` with
-        `where` is sound, and the default of the method.
+        `.mean()` is the value that TinyBERT's code prints for each pair of layers, with
+        its floor of -100. TextBrewer without a mask has a floor of -1e-3, which drops
+        nearly all negative scores, perhaps half of all scores. `attention_score_loss`
+        with `where` is correct, and is the default of the method.
 
     >>> student = jnp.array([[[1.0, -2e4], [3.0, -2e4]]])
     >>> attention_score_loss_code(student, jnp.zeros((1, 2, 2)))
@@ -96,8 +100,10 @@ def attention_score_loss_code(
     caller = "attention_score_loss_code"
     arrays = _scores(caller, student, teacher, where)
     _checks.scalar(caller, "to be a number", lambda x: not math.isnan(x), floor=floor)
-    raised = (jnp.where(x <= jnp.asarray(floor, x.dtype), 0, x) for x in arrays)
-    return _mean_square(*raised, where)
+    student, teacher = (
+        jnp.where(x <= jnp.asarray(floor, x.dtype), 0, x) for x in arrays
+    )
+    return _mean_square(student, teacher, where)
 
 
 def attention_distribution_loss(
@@ -110,20 +116,22 @@ def attention_distribution_loss(
 
     L = mean_hi sum_j p_hij (log p_hij - log q_hij),  p_hi = softmax_j(a_hij(t))
 
-    h runs over the heads, i over the queries and j over the keys that count; q is that
-    of the student, a the scores before the softmax.
+    h runs over the heads, i over the queries and j over the keys that count; q is the
+    distribution of the student, and a are the scores before the softmax.
 
     Args:
         student: scores of the student.
-        teacher: scores of the teacher; as many heads and tokens. A score of -inf hides
-            a key, as under a causal mask.
-        where: what counts: examples or tokens (*batch n), as queries and as keys.
+        teacher: scores of the teacher, with the same numbers of heads and tokens. A
+            score of -inf hides a key, as a causal mask does.
+        where: mask of the examples or tokens (*batch n) that count, both as queries
+            and as keys.
 
     Returns:
-        One value >= 0, up to rounding, per example, in nats; 0 where nothing counts.
+        One value >= 0, up to rounding, per example, in nats; 0 for a fully
+            masked example.
 
     Convention:
-        `.mean()` is L_AT of the paper, of weight 1 beside `relation_loss` of the
+        `.mean()` is the paper's L_AT, with weight 1, next to `relation_loss` of the
         values. Each example has the same weight, whatever its length.
 
     >>> teacher = jnp.array([[[9.0, 0.0], [0.0, 9.0]]])
@@ -141,32 +149,32 @@ def attention_distribution_loss(
 
 
 def tokens_of(where: Array | None, batch: Sequence[int], n: int) -> Array | None:
-    """The tokens that count, (*batch, n), from a mask of examples or of tokens."""
+    """Returns the mask of tokens (*batch, n) for a mask of examples or tokens."""
     if where is None or where.ndim > len(batch):
         return where
     return jnp.broadcast_to(where[..., None], (*batch, n))
 
 
 def over_keys(scores: Array, tokens: Array | None) -> Array:
-    """log of the distribution of each query over the keys that count."""
+    """Returns each query's log-distribution over the keys that count."""
     if tokens is not None:
-        # Not -inf: among nothing but -inf a softmax is nan, and here it is uniform.
+        # Not -inf: the softmax of -inf alone is nan; with this value it is uniform.
         hidden = jnp.finfo(scores.dtype).min / 2
         scores = jnp.where(tokens[..., None, None, :], scores, hidden)
     return jax.nn.log_softmax(scores)
 
 
 def over_queries(values: Array, tokens: Array | None) -> Array:
-    """The mean of (*batch, heads, n) over the heads, and the queries that count."""
+    """Returns the mean of (*batch, heads, n) over heads and unmasked queries."""
     return masked_mean(jnp.mean(values, -2), tokens, values.ndim - 2)
 
 
 def _scores(
     caller: str, student: Array, teacher: Array, where: Array | None
 ) -> tuple[Array, Array]:
-    """Checked scores of both networks."""
+    """Returns the checked scores of both networks."""
     student, teacher = as_float(caller, student, teacher)
-    do = "Pair layers of as many heads, or compare relations (hintjax.minilm)."
+    do = "Pair layers of equally many heads, or compare relations (hintjax.minilm)."
     _checks.rank(caller, 3, "*batch heads n n", student=student)
     _checks.same_shape(caller, student=student, teacher=teacher, do=do)
     *batch, _, queries, keys = student.shape
@@ -178,17 +186,17 @@ def _scores(
 
 
 def _pairs(tokens: Array) -> Array:
-    """The pairs (query, key) of which both count."""
+    """Returns the mask of the pairs (query, key) in which both tokens count."""
     return tokens[..., :, None] & tokens[..., None, :]
 
 
 def _keep_pairs(x: Array, tokens: Array | None) -> Array:
-    """Scores, or their differences, and 0 at pairs of tokens that do not count."""
+    """Returns scores, or their differences, with 0 at masked pairs of tokens."""
     return x if tokens is None else jnp.where(_pairs(tokens)[..., None, :, :], x, 0)
 
 
 def _mean_square(student: Array, teacher: Array, where: Array | None) -> Array:
-    """The mean squared difference over heads and pairs of tokens."""
+    """Returns the mean squared difference over heads and pairs of tokens."""
     tokens = tokens_of(where, student.shape[:-3], student.shape[-1])
     square = jnp.mean(jnp.square(_keep_pairs(student - teacher, tokens)), -3)
     pairs = None if tokens is None else _pairs(tokens)

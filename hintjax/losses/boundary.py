@@ -1,4 +1,4 @@
-"""Matching where neurons switch on: activation boundaries (AB)."""
+"""Activation boundaries (AB): matches which neurons are active."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, ScalarLike
@@ -15,28 +15,29 @@ def activation_boundary_loss(
     batch_dims: int = 1,
     where: Bool[Array, "..."] | None = None,
 ) -> Float[Array, "*batch"]:
-    """Activation boundaries (AB): each neuron is on exactly where the teacher's is.
+    """Activation boundaries (AB): each neuron is active where the teacher's is.
 
     L = sum_i max(0, m - s_i)^2 if t_i > 0, else max(0, m + s_i)^2
 
-    Both before the ReLU. Of the teacher only the sign is read: it has no gradient.
+    Both activations come from before the ReLU. Only the sign of the teacher's is used,
+    so the teacher has no gradient.
 
     Args:
         student: the guided layer behind its regressor, before the ReLU.
         teacher: the hint layer before its ReLU, of the same shape.
-        margin: m > 0, how far from the boundary the student should stay. It may be
-            traced, and is not checked then.
-        batch_dims: how many leading axes count examples; the others are features.
-        where: what counts: examples (shape of the leading axes) or positions (all
-            axes but the last, the channels).
+        margin: m > 0, the distance that the student should keep from the boundary. A
+            traced value is not checked.
+        batch_dims: number of leading axes over examples; all others are features.
+        where: mask of the examples (shape of the leading axes) or the positions (all
+            axes but the last, the channels) that count.
 
     Returns:
-        One value >= 0 per example; 0 where nothing counts. It is 0 for a student with
+        One value >= 0 per example; 0 for a fully masked example. It is 0 for a student with
         the teacher's signs and all |s_i| >= m, not for one equal to the teacher.
 
     Convention:
-        `.mean()` times 3 / 1000 is RepDistiller's term for the last pair; every pair
-        before counts half of the next one (see `hintjax.activation_boundary`).
+        `.mean()` times 3 / 1000 is RepDistiller's term for the last pair; every earlier
+        pair has half the weight of the next pair (see `hintjax.activation_boundary`).
 
     >>> student = jnp.array([[-2.0, 0.0, 3.0]])
     >>> activation_boundary_loss(student, jnp.array([[-1.0, 1.0, -1.0]]))
@@ -58,6 +59,6 @@ def activation_boundary_loss(
     student, teacher = keep(student, where), keep(teacher, where)
     margin = jnp.asarray(margin, student.dtype)
     away = jnp.where(teacher > 0, -student, student) + margin
-    away = jnp.where(jnp.isnan(teacher), teacher, away)  # a comparison would lose it
+    away = jnp.where(jnp.isnan(teacher), teacher, away)  # comparisons drop nan
     squares = keep(jnp.square(jnp.maximum(away, 0)), where)
     return jnp.sum(squares, tuple(range(batch_dims, squares.ndim)))

@@ -1,4 +1,4 @@
-"""Matching where each channel is active: channel-wise distillation (CWD)."""
+"""Channel-wise distillation (CWD): matches where each channel is active."""
 
 import jax
 import jax.numpy as jnp
@@ -20,21 +20,21 @@ def channel_loss(
 
     L = T^2 mean_c sum_j p_jc (log p_jc - log q_jc),  p_:c = softmax_j(t_jc / T)
 
-    j runs over the h w positions; q is that of the student.
+    j runs over the h w positions; q is the distribution of the student.
 
     Args:
         student: feature map, or map of logits, of the student.
         teacher: map of the teacher, of the same shape.
-        temperature: T > 0; a larger one shows more than the peaks. It may be traced, and
-            is not checked then.
-        where: what counts: examples or positions (*batch h w).
+        temperature: T > 0; a larger T shows more than the peaks. A traced value is not
+            checked.
+        where: mask of the examples or positions (*batch h w) that count.
 
     Returns:
-        One value >= 0, up to rounding, per example; 0 where nothing counts.
+        One value >= 0, up to rounding, per example; 0 for a fully masked example.
 
     Convention:
-        `.mean()` is what MMRazor prints, which weighs it by 5 at T = 1 on the maps of
-        logits of segmentation networks.
+        `.mean()` is the value that MMRazor prints. MMRazor weights it by 5, at T = 1, for
+        maps of logits of segmentation networks.
 
     >>> student = jnp.zeros((1, 1, 2, 3))
     >>> channel_loss(student, student.at[:, :, 0].set(9.0))
@@ -59,10 +59,10 @@ def channel_loss(
 
 
 def _spread(x: Array, temperature: ScalarLike, where: Array | None) -> Array:
-    """log of the distribution of each channel, (*batch, c, positions)."""
+    """Returns each channel's log-distribution, (*batch, c, positions)."""
     x = keep(x, where) / temperature
     if where is not None:
-        # Not -inf: among nothing but -inf a softmax is nan, and here it is uniform.
+        # Not -inf: the softmax of -inf alone is nan; with this value it is uniform.
         hidden = jnp.finfo(x.dtype).min / 2
         kept = jnp.expand_dims(where, tuple(range(where.ndim, x.ndim)))
         x = jnp.where(kept, x, hidden)

@@ -1,4 +1,4 @@
-"""Matching which place speaks for which class: class attention (CAT-KD)."""
+"""Class attention transfer (CAT-KD): matches the evidence for each class."""
 
 import jax
 import jax.numpy as jnp
@@ -11,16 +11,16 @@ from hintjax._numerics import adaptive_average_pool, as_float, keep, unit
 def class_activation_map(
     features: Float[Array, "*batch h w c"], kernel: Float[Array, "c classes"]
 ) -> Float[Array, "*batch h w classes"]:
-    """Class activation map (CAM): what each position adds to each class's logit.
+    """Class activation map (CAM): each position's part in each class's logit.
 
     CAM_xyk = sum_c F_xyc W_ck
 
     Args:
         features: the last map before the global average pooling.
-        kernel: the classifier's, behind the pooling.
+        kernel: the kernel of the classifier after the pooling.
 
     Returns:
-        One map for each class; its mean is the logit, less the bias.
+        One map for each class; the mean of the map is the logit minus the bias.
 
     >>> class_activation_map(jnp.ones((1, 1, 2)), jnp.array([[1.0], [2.0]]))
     Array([[[3.]]], dtype=float32)
@@ -50,15 +50,17 @@ def class_attention_loss(
 
     Args:
         student: class activation maps of the student (`class_activation_map`).
-        teacher: those of the teacher, of the same classes; sizes are free.
+        teacher: class activation maps of the teacher, of the same classes; heights and
+            widths may differ.
         size: height and width after the pooling, an integer >= 1.
-        where: the examples that count.
+        where: mask of the examples that count.
 
     Returns:
-        One value >= 0 per example; 0 where it does not count.
+        One value >= 0 per example; 0 for a masked example.
 
     Convention:
-        `.mean()` is what the authors' code weighs by 400 (with IF_NORMALIZE).
+        `.mean()` is the value that the authors' code weights by 400 (with
+        IF_NORMALIZE).
 
     >>> one = jnp.array([[[[1.0], [0.0]], [[0.0], [0.0]]]])
     >>> class_attention_loss(one, one[:, ::-1])

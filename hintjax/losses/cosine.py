@@ -1,4 +1,4 @@
-"""Matching the direction of hidden states: the cosine loss of DistilBERT."""
+"""Cosine loss (DistilBERT): matches the direction of hidden states."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
@@ -22,17 +22,18 @@ def cosine_loss(
         student: hidden states of the student: tokens (*batch n c), or one vector
             (*batch c).
         teacher: hidden states of the teacher, of the same shape.
-        batch_dims: how many leading axes count examples; those between them and the
+        batch_dims: number of leading axes over examples; the axes between them and the
             channels are positions.
-        where: what counts: examples or positions.
+        where: mask of the examples or positions that count.
 
     Returns:
-        One value in [0, 2], up to rounding, per example; 0 where nothing counts.
+        One value in [0, 2], up to rounding, per example; 0 for a fully masked example.
 
     Convention:
-        `.mean()` is what DistilBERT weighs by 1 and TextBrewer prints as cos, both over
-        all tokens of a batch at once; here each example has the same weight, whatever
-        its length. A vector of zeros is at right angles to all, without gradient.
+        `.mean()` is the value that DistilBERT weights by 1 and TextBrewer prints as cos.
+        Both take the mean over all tokens of a batch at once; here each example has the
+        same weight, whatever its length. The cosine of a vector of zeros is 0, without
+        gradient.
 
     >>> cosine_loss(jnp.array([[1.0, 0.0], [1.0, 0.0]]), jnp.array([[9.0, 0], [0, 9]]))
     Array([0., 1.], dtype=float32)

@@ -35,10 +35,10 @@ def contrastive_loss(
         size: n, the number of training examples.
         log_constant: log Z; see `contrastive_log_constant`.
         temperature: T, > 0.
-        where: the examples that count.
+        where: mask of the examples that count.
 
     Returns:
-        One value > 0 per anchor; 0 where nothing counts.
+        One value > 0 per anchor; 0 for a masked anchor.
 
     Convention:
         `.mean()` is the code's `contrast_loss` of one direction. CRD is the sum of both
@@ -100,10 +100,10 @@ def contrastive_scores_loss(
         temperature: T, > 0.
         valid: the negatives that count, such as those of other classes. K is then the
             anchor's own count of them.
-        where: the examples that count.
+        where: mask of the examples that count.
 
     Returns:
-        One value > 0 per anchor; 0 where nothing counts.
+        One value > 0 per anchor; 0 for a masked anchor.
 
     Convention:
         As `contrastive_loss`.
@@ -163,7 +163,7 @@ def contrastive_log_constant(
         size: n, the number of training examples.
         temperature: T, > 0.
         valid: the negatives that count.
-        where: the examples that count.
+        where: mask of the examples that count.
 
     Returns:
         log Z.

@@ -33,8 +33,8 @@ def decoupled_kd_loss(
         label: y, the true class.
         alpha: weight of the label's class against the others.
         beta: weight of the others among themselves.
-        temperature: T > 0. It may be traced, and is not checked then.
-        where: the examples that count; the others are 0.
+        temperature: T > 0. A traced value is not checked.
+        where: mask of the examples that count; the loss of the others is 0.
 
     Returns:
         One value per example, >= 0 up to rounding.

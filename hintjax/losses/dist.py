@@ -32,8 +32,9 @@ def dist_loss(
         teacher_logits: what the teacher says of each class.
         beta: weight of the first term (the code's "inter-class").
         gamma: weight of the second term (the code's "intra-class").
-        temperature: T > 0. It may be traced, and is not checked then.
-        where: the examples that count; the others are 0 and in no correlation.
+        temperature: T > 0. A traced value is not checked.
+        where: mask of the examples that count; the loss of the others is 0, and no
+            correlation includes them.
 
     Returns:
         One value in [0, 2 T^2 (beta + gamma)] per example; the second term is that of the

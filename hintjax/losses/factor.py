@@ -25,10 +25,11 @@ def factor_loss(
             averaged down to the smaller.
         power: p of the attention map, an integer >= 1 (the code's p1).
         exponent: e, an integer >= 1 (the code's p2).
-        where: what counts: examples, or positions of the smaller map (*batch h w).
+        where: mask of the examples, or of the positions of the smaller map
+            (*batch h w), that count.
 
     Returns:
-        One value >= 0 per example; 0 where nothing counts.
+        One value >= 0 per example; 0 for a fully masked example.
 
     Convention:
         `.mean()` is what RepDistiller weighs by 200. It reduces a factor to one number

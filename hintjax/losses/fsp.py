@@ -93,10 +93,10 @@ def fsp_matrix_loss(
     Args:
         student: FSP matrices of the student.
         teacher: FSP matrices of the teacher.
-        where: the examples that count.
+        where: mask of the examples that count.
 
     Returns:
-        One value >= 0 per example; 0 where it does not count.
+        One value >= 0 per example; 0 for a masked example.
 
     Convention:
         As `fsp_loss`.
@@ -121,10 +121,10 @@ def fsp_matrix_loss_paper(
     Args:
         student: FSP matrices of the student.
         teacher: FSP matrices of the teacher.
-        where: the examples that count.
+        where: mask of the examples that count.
 
     Returns:
-        One value >= 0 per example; 0 where it does not count.
+        One value >= 0 per example; 0 for a masked example.
 
     Convention:
         m n times `fsp_matrix_loss`.
@@ -152,10 +152,10 @@ def fsp_loss(
     Args:
         student: two maps of the student, where the flow begins and where it ends.
         teacher: two maps of the teacher, of the same channels. The four sizes are free.
-        where: the examples that count.
+        where: mask of the examples that count.
 
     Returns:
-        One value >= 0 per example; 0 where it does not count.
+        One value >= 0 per example; 0 for a masked example.
 
     Convention:
         `.mean()` is RepDistiller's term for one pair of layers; it sums over pairs. The
@@ -188,10 +188,10 @@ def fsp_loss_paper(
     Args:
         student: two maps of the student, where the flow begins and where it ends.
         teacher: two maps of the teacher, of the same channels. The four sizes are free.
-        where: the examples that count.
+        where: mask of the examples that count.
 
     Returns:
-        One value >= 0 per example; 0 where it does not count.
+        One value >= 0 per example; 0 for a masked example.
 
     Convention:
         `.mean()` is the paper's Eq. 2 for one pair of layers with lambda = 1. With maps

@@ -23,12 +23,12 @@ def masked_generation_loss(
     Args:
         student: what the generator makes of the student's masked features.
         teacher: the hint layer, of the same shape.
-        batch_dims: how many leading axes count examples; the others are features.
-        where: what counts: examples (shape of the leading axes) or positions (all
-            axes but the last, the channels).
+        batch_dims: number of leading axes over examples; all others are features.
+        where: mask of the examples (shape of the leading axes) or the positions (all
+            axes but the last, the channels) that count.
 
     Returns:
-        One value >= 0 per example; 0 where nothing counts.
+        One value >= 0 per example; 0 for a fully masked example.
 
     Convention:
         `.mean()` is what the authors' code weighs by alpha, 7e-5 for classification.

@@ -21,12 +21,12 @@ def hint_loss(
     Args:
         student: the guided layer behind its regressor, of any rank.
         teacher: the hint layer, of the same shape.
-        batch_dims: how many leading axes count examples; the others are features.
-        where: what counts: examples (shape of the leading axes) or positions (all
-            axes but the last, the channels).
+        batch_dims: number of leading axes over examples; all others are features.
+        where: mask of the examples (shape of the leading axes) or the positions (all
+            axes but the last, the channels) that count.
 
     Returns:
-        One value >= 0 per example; 0 where nothing counts.
+        One value >= 0 per example; 0 for a fully masked example.
 
     Convention:
         `.mean()` is the MSE that RepDistiller and its descendants weigh by 100. With
@@ -67,12 +67,12 @@ def hint_loss_paper(
     Args:
         student: the guided layer behind its regressor, of any rank.
         teacher: the hint layer, of the same shape.
-        batch_dims: how many leading axes count examples; the others are features.
-        where: what counts: examples (shape of the leading axes) or positions (all
-            axes but the last, the channels).
+        batch_dims: number of leading axes over examples; all others are features.
+        where: mask of the examples (shape of the leading axes) or the positions (all
+            axes but the last, the channels) that count.
 
     Returns:
-        One value >= 0 per example; 0 where nothing counts.
+        One value >= 0 per example; 0 for a fully masked example.
 
     Convention:
         FitNets' Eq. 3. It grows with the number N of features: N / 2 times

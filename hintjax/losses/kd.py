@@ -26,7 +26,7 @@ def kd_loss(
         teacher_logits: what the teacher says. A logit of -inf excludes a class.
         temperature: T > 0; a larger one shows more of the small probabilities. It may
             be traced, and is not checked then.
-        where: the examples that count; the others are 0.
+        where: mask of the examples that count; the loss of the others is 0.
 
     Returns:
         The divergence of each example, >= 0 up to rounding, in nats times T^2.
@@ -64,8 +64,8 @@ def soft_cross_entropy_loss(
     Args:
         student_logits: what the student says of each class.
         teacher_logits: what the teacher says. A logit of -inf excludes a class.
-        temperature: T > 0, FitNets' tau. It may be traced, and is not checked then.
-        where: the examples that count; the others are 0.
+        temperature: T > 0, FitNets' tau. A traced value is not checked.
+        where: mask of the examples that count; the loss of the others is 0.
 
     Returns:
         The cross-entropy of each example, in nats; at least the teacher's entropy.

@@ -88,12 +88,12 @@ def partial_l2_loss(
     Args:
         student: the guided layer behind its regressor, before the ReLU.
         teacher: the hint layer behind its `margin_relu`, of the same shape.
-        batch_dims: how many leading axes count examples; the others are features.
-        where: what counts: examples (shape of the leading axes) or positions (all
-            axes but the last, the channels).
+        batch_dims: number of leading axes over examples; all others are features.
+        where: mask of the examples (shape of the leading axes) or the positions (all
+            axes but the last, the channels) that count.
 
     Returns:
-        One value >= 0 per example; 0 where nothing counts.
+        One value >= 0 per example; 0 for a fully masked example.
 
     Convention:
         `.mean()` is the term of the authors' code and of mdistiller for the last pair,

@@ -20,7 +20,7 @@ def patient_loss(
     Args:
         student: hidden states of the student, one vector per example: its class token.
         teacher: hidden states of the teacher, of the same width.
-        where: the examples that count; the others are 0.
+        where: mask of the examples that count; the loss of the others is 0.
 
     Returns:
         One value in [0, 4 / c] per example.

@@ -26,7 +26,8 @@ def probability_loss(
     Args:
         student: embeddings of the student, of any size.
         teacher: embeddings of the teacher, of the same examples, of any size.
-        where: the examples that count; the others are 0 and compared with none.
+        where: mask of the examples that count; the loss of the others is 0, and no
+            example is compared with them.
 
     Returns:
         One value >= 0, up to e, per anchor i; 0 in a batch of one.

@@ -28,10 +28,10 @@ def hierarchical_context_loss(
         teacher: the teacher's map.
         levels: sizes l of the poolings; those not smaller than both sides of the map
             are left out, and do not use up a weight.
-        where: the examples that count.
+        where: mask of the examples that count.
 
     Returns:
-        One value >= 0 per example; 0 where nothing counts.
+        One value >= 0 per example; 0 for a fully masked example.
 
     Convention:
         `.mean()` is one stage of the code, which *sums* over stages (see

@@ -24,11 +24,12 @@ def selectivity_loss(
     Args:
         student: feature map of the student.
         teacher: feature map of the teacher, of any size and channels; the larger of
-            the two is averaged down to the smaller.
-        where: what counts: examples, or positions of the smaller map (*batch h w).
+            the two maps is averaged down to the size of the smaller.
+        where: mask of the examples, or of the positions of the smaller map
+            (*batch h w), that count.
 
     Returns:
-        One value >= 0 (up to rounding) per example; 0 where nothing counts.
+        One value >= 0 (up to rounding) per example; 0 for a fully masked example.
 
     Convention:
         `.mean()` is what RepDistiller weighs by 50. The code holds all products of two

@@ -56,7 +56,8 @@ def similarity_loss(
     Args:
         student: activations of the student, of any size.
         teacher: activations of the teacher, of the same examples, of any size.
-        where: the examples that count; the others are 0 and compared with none.
+        where: mask of the examples that count; the loss of the others is 0, and no
+            example is compared with them.
 
     Returns:
         One value in [0, 4 / B] per anchor i; 0 in a batch of one.

@@ -30,10 +30,11 @@ def relation_loss(
         teacher: those of the teacher; as many tokens, of any width.
         heads: the number of relation heads: the parts into which both widths are cut. It
             has nothing to do with the heads of the networks, and must divide both widths.
-        where: what counts: examples or tokens (*batch n).
+        where: mask of the examples or tokens (*batch n) that count.
 
     Returns:
-        One value >= 0, up to rounding, per example, in nats; 0 where nothing counts.
+        One value >= 0, up to rounding, per example, in nats; 0 for a fully
+            masked example.
 
     Convention:
         `.mean()` is one term of MiniLMv2's sum, each of weight 1; of the values, with

@@ -29,9 +29,9 @@ def variational_loss(
         student: the mean that the guided layer's regressor predicts.
         teacher: the hint layer, of the same shape.
         scale: a trained number for each channel, on which its variance depends.
-        batch_dims: how many leading axes count examples; the others are features.
-        where: what counts: examples (shape of the leading axes) or positions (all
-            axes but the last, the channels).
+        batch_dims: number of leading axes over examples; all others are features.
+        where: mask of the examples (shape of the leading axes) or the positions (all
+            axes but the last, the channels) that count.
 
     Returns:
         One value per example, at least mean_c log(v_c) / 2, which may be negative.

@@ -173,7 +173,7 @@ def test_margins_of_120_are_bounded():
 def test_what_has_another_shape_is_refused(loss):
     name = loss.__name__
     with pytest.raises(
-        ValueError, match=rf"{name}: .*student \(2, 4, 4\).*as many heads"
+        ValueError, match=rf"{name}: .*student \(2, 4, 4\).*equally many heads"
     ):
         loss(jnp.zeros((2, 4, 4)), jnp.zeros((3, 4, 4)))
     with pytest.raises(ValueError, match=f"{name}: expected as many queries as keys"):
