@@ -28,10 +28,11 @@ def attention_map(
     Args:
         features: a feature map; reshape a vision transformer's tokens to their grid.
         power: p, an integer >= 1; a larger p gives strong positions more weight.
-        where: what counts: examples or positions (*batch h w); the others are 0.
+        where: mask of the examples or positions (*batch h w) that count; the map is 0
+            at the others.
 
     Returns:
-        A map of norm 1 (0 where all features are 0), row after row.
+        A map of norm 1 (0 if all features are 0), flattened row by row.
 
     Convention:
         The code takes the mean over channels and the paper the sum; dividing by the

@@ -15,7 +15,7 @@ def activation_boundary_loss(
     batch_dims: int = 1,
     where: Bool[Array, "..."] | None = None,
 ) -> Float[Array, "*batch"]:
-    """Activation boundaries (AB): each neuron is active where the teacher's is.
+    """Activation boundaries (AB): each neuron is active exactly where the teacher's is.
 
     L = sum_i max(0, m - s_i)^2 if t_i > 0, else max(0, m + s_i)^2
 
@@ -32,8 +32,9 @@ def activation_boundary_loss(
             axes but the last, the channels) that count.
 
     Returns:
-        One value >= 0 per example; 0 for a fully masked example. It is 0 for a student with
-        the teacher's signs and all |s_i| >= m, not for one equal to the teacher.
+        One value >= 0 per example; 0 for a fully masked example. The loss
+        is 0 for a student with the teacher's signs and all |s_i| >= m, but not for a
+        student equal to the teacher.
 
     Convention:
         `.mean()` times 3 / 1000 is RepDistiller's term for the last pair; every earlier

@@ -33,8 +33,8 @@ def channel_loss(
         One value >= 0, up to rounding, per example; 0 for a fully masked example.
 
     Convention:
-        `.mean()` is the value that MMRazor prints. MMRazor weights it by 5, at T = 1, for
-        maps of logits of segmentation networks.
+        `.mean()` is the value that MMRazor prints. MMRazor weights it by 5, at T = 1,
+        for the logit maps of segmentation networks.
 
     >>> student = jnp.zeros((1, 1, 2, 3))
     >>> channel_loss(student, student.at[:, :, 0].set(9.0))

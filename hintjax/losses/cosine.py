@@ -30,10 +30,10 @@ def cosine_loss(
         One value in [0, 2], up to rounding, per example; 0 for a fully masked example.
 
     Convention:
-        `.mean()` is the value that DistilBERT weights by 1 and TextBrewer prints as cos.
-        Both take the mean over all tokens of a batch at once; here each example has the
-        same weight, whatever its length. The cosine of a vector of zeros is 0, without
-        gradient.
+        `.mean()` is the value that DistilBERT weights by 1 and TextBrewer prints as
+        cos. Both take the mean over all tokens of a batch at once; here each example
+        has the same weight, whatever its length. The cosine of a vector of zeros is 0,
+        without gradient.
 
     >>> cosine_loss(jnp.array([[1.0, 0.0], [1.0, 0.0]]), jnp.array([[9.0, 0], [0, 9]]))
     Array([0., 1.], dtype=float32)

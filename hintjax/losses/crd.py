@@ -1,4 +1,4 @@
-"""Telling an example from others by embeddings: contrastive distillation (CRD)."""
+"""Contrastive distillation (CRD): identifies an example by its embeddings."""
 
 import math
 
@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float, ScalarLike
 from hintjax import _checks
 from hintjax._numerics import as_float, keep, raise_float
 
-EPSILON = 1e-7  # the code's, added to K / n
+EPSILON = 1e-7  # added to K / n, as in the authors' code
 
 
 def contrastive_loss(
@@ -21,17 +21,18 @@ def contrastive_loss(
     temperature: float = 0.07,
     where: Bool[Array, "*batch"] | None = None,
 ) -> Float[Array, "*batch"]:
-    """Contrastive loss (CRD), one direction: find the anchor's own among candidates.
+    """Contrastive loss (CRD), one direction: find the anchor's positive.
 
     L = -log(P_0 / (P_0 + c)) - sum_k log((K/n) / (P_k + c))
 
-    with P_k = exp(s . t_k / T) / Z, k = 0 the positive and k = 1..K the negatives, and
-    c = K/n + 1e-7. It is computed as softplus(-u_0) + sum_k softplus(u_k) + K log(c n/K)
-    with u = s . t / T - log Z - log c, which neither overflows nor takes log of 0.
+    with P_k = exp(s . t_k / T) / Z, where k = 0 is the positive and k = 1..K are the
+    negatives, and c = K/n + 1e-7. The loss is computed as
+    softplus(-u_0) + sum_k softplus(u_k) + K log(c n/K) with
+    u = s . t / T - log Z - log c; this form neither overflows nor takes log of 0.
 
     Args:
-        student: the anchors: embeddings of norm 1.
-        teacher: the other network's embeddings of the candidates, the positive first.
+        student: embeddings of the anchors, of norm 1.
+        teacher: the other network's embeddings of the candidates, positive first.
         size: n, the number of training examples.
         log_constant: log Z; see `contrastive_log_constant`.
         temperature: T, > 0.
@@ -41,9 +42,10 @@ def contrastive_loss(
         One value > 0 per anchor; 0 for a masked anchor.
 
     Convention:
-        `.mean()` is the code's `contrast_loss` of one direction. CRD is the sum of both
-        directions: student anchors among the teacher's embeddings, and the reverse,
-        each with its own Z. The field weighs the sum by 0.8.
+        `.mean()` is the `contrast_loss` of the authors' code, for one direction. CRD is
+        the sum of two directions: student anchors with teacher candidates, and teacher
+        anchors with student candidates, each with its own Z. The usual weight of the
+        sum is 0.8.
 
     >>> student, teacher = jnp.array([[1.0, 0.0]]), jnp.array([[[1.0, 0], [0, 1]]])
     >>> contrastive_loss(student, teacher, size=2, log_constant=0.0, temperature=1.0)
@@ -88,25 +90,25 @@ def contrastive_scores_loss(
     valid: Bool[Array, "*batch k"] | None = None,
     where: Bool[Array, "*batch"] | None = None,
 ) -> Float[Array, "*batch"]:
-    """Contrastive loss (CRD) of scores: `contrastive_loss` behind the inner products.
+    """Contrastive loss (CRD) of scores: `contrastive_loss` after the inner products.
 
-    For candidates that anchors share, whose embeddings need not be copied per anchor.
+    Use it if anchors share candidates: their embeddings need no copy for each anchor.
 
     Args:
-        positive: the score of each anchor with its positive.
-        negatives: its scores with the negatives.
+        positive: score of each anchor with its positive.
+        negatives: scores of each anchor with its negatives.
         size: n, the number of training examples.
         log_constant: log Z.
         temperature: T, > 0.
-        valid: the negatives that count, such as those of other classes. K is then the
-            anchor's own count of them.
+        valid: mask of the negatives that count, for example the negatives of other
+            classes. K is then the number of the anchor's valid negatives.
         where: mask of the examples that count.
 
     Returns:
         One value > 0 per anchor; 0 for a masked anchor.
 
     Convention:
-        As `contrastive_loss`.
+        The same as that of `contrastive_loss`.
 
     >>> positive, negatives = jnp.array([1.0]), jnp.array([[0.0, 9.0]])
     >>> valid = jnp.array([[True, False]])
@@ -136,7 +138,7 @@ def contrastive_scores_loss(
     repel = jax.nn.softplus(keep(negatives, where) / temperature - spread)
     if valid is not None:
         repel = jnp.where(valid, repel, 0)
-    # log c n / K of each negative; K is at least 1 where there are any.
+    # log(c n / K) for each negative; K is at least 1 if an anchor has negatives.
     least = count * jnp.log1p(EPSILON * size / jnp.maximum(count, 1))
     return keep(attract + repel.sum(-1) + least, where)
 
@@ -150,19 +152,20 @@ def contrastive_log_constant(
     valid: Bool[Array, "*batch k"] | None = None,
     where: Bool[Array, "*batch"] | None = None,
 ) -> Float[Array, ""]:
-    """The logarithm of CRD's constant Z, estimated from a batch of scores.
+    """Logarithm of CRD's constant Z, estimated from a batch of scores.
 
     Z = n mean exp(score / T), over the anchors and all their candidates
 
-    Computed as a logsumexp, so that no temperature overflows. Stored state: it has no
-    gradient. Scores that are not finite do not count, since Z is kept for ever.
+    It is computed as a logsumexp, so no temperature overflows. Z is stored state, so it
+    has no gradient. Scores that are not finite do not count, because Z never changes
+    later.
 
     Args:
-        positive: the score of each anchor with its positive.
-        negatives: its scores with the negatives.
+        positive: score of each anchor with its positive.
+        negatives: scores of each anchor with its negatives.
         size: n, the number of training examples.
         temperature: T, > 0.
-        valid: the negatives that count.
+        valid: mask of the negatives that count.
         where: mask of the examples that count.
 
     Returns:
@@ -200,6 +203,7 @@ def _check_scores(
     valid: Array | None,
     where: Array | None,
 ) -> None:
+    """Raises unless the scores and masks have matching shapes."""
     if positive.shape != negatives.shape[:-1] or negatives.ndim < 1:
         wanted = "positive (*batch) and negatives (*batch k)"
         got = f"positive {positive.shape} and negatives {negatives.shape}"

@@ -1,4 +1,4 @@
-"""KD in two parts, the class of the label and the others: decoupled KD (DKD)."""
+"""Decoupled KD (DKD): KD in two parts, the label's class and the other classes."""
 
 import jax
 import jax.numpy as jnp
@@ -23,16 +23,16 @@ def decoupled_kd_loss(
 
     L = T^2 (alpha KL(b_t || b_s) + beta KL(r_t || r_s)),  p = softmax(z / T)
 
-    with b = (p_y, 1 - p_y), how sure a network is of the label y, and r = p_c / (1 - p_y),
-    c != y, what it makes of the other classes. KD has 1 - p_y of the teacher for beta:
-    a sure teacher teaches little of the others.
+    b = (p_y, 1 - p_y) says how confident a network is of the label y.
+    r = p_c / (1 - p_y) is its distribution over the other classes c != y. In KD, the teacher's 1 - p_y
+    takes the place of beta: a confident teacher teaches little about other classes.
 
     Args:
-        student_logits: what the student says of each of 2 or more classes.
-        teacher_logits: what the teacher says. A logit of -inf excludes a class.
+        student_logits: logits of the student, for 2 or more classes.
+        teacher_logits: logits of the teacher. A logit of -inf excludes a class.
         label: y, the true class.
-        alpha: weight of the label's class against the others.
-        beta: weight of the others among themselves.
+        alpha: weight of the first term, the label's class against the other classes.
+        beta: weight of the second term, the distribution over the other classes.
         temperature: T > 0. A traced value is not checked.
         where: mask of the examples that count; the loss of the others is 0.
 
@@ -40,10 +40,10 @@ def decoupled_kd_loss(
         One value per example, >= 0 up to rounding.
 
     Convention:
-        `.mean()` is what mdistiller prints, at alpha 1, T = 4 and beta 8 (2 for
-        ResNet-56 and 110, 6 for WRN and VGG). log(1 - p_y) is taken from the other
-        classes and not from p_y: at margins of 100, where the code has inf and nan, it
-        is exact.
+        `.mean()` is the value that mdistiller prints, with alpha 1, T = 4 and beta 8 (2
+        for ResNet-56 and 110, 6 for WRN and VGG). log(1 - p_y) is computed from the
+        other classes, not from p_y: it is exact even at margins of 100, where the code
+        gives inf and nan.
 
     >>> student, teacher = jnp.zeros((2, 3)), jnp.array([[0.0, 0, 0], [8, 0, 0]])
     >>> decoupled_kd_loss(student, teacher, jnp.array([0, 0]))
@@ -73,7 +73,7 @@ def decoupled_kd_loss(
 
 
 def _split(z: Array, own: Array) -> tuple[Array, Array]:
-    """log of (p_y, 1 - p_y), and of the distribution among the other classes."""
+    """Returns the logs of (p_y, 1 - p_y) and of the other classes' distribution."""
     all_classes = jax.nn.logsumexp(z, -1)
     label = jnp.sum(jnp.where(own, z, 0), -1)
     others = jax.nn.logsumexp(z, -1, where=~own)

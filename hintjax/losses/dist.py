@@ -1,4 +1,4 @@
-"""Matching by correlation, within and between examples: DIST."""
+"""DIST: matches outputs by correlation, within and between examples."""
 
 import jax
 import jax.numpy as jnp
@@ -20,16 +20,16 @@ def dist_loss(
     temperature: ScalarLike = 1.0,
     where: Bool[Array, " batch"] | None = None,
 ) -> Float[Array, " batch"]:
-    """Distillation from a stronger teacher (DIST): outputs correlate, not coincide.
+    """Distillation from a stronger teacher (DIST): one minus the correlations.
 
     L_i = T^2 (beta (1 - r(q_i, p_i)) + gamma (1 - mean_c r(q_:c, p_:c)))
 
-    r is Pearson's correlation, of the class probabilities q (student) and p (teacher) of
-    one example i, and of those of one class c over the batch.
+    r is Pearson's correlation of the probabilities q (student) and p (teacher): over the
+    classes of one example i, and over the examples of the batch for one class c.
 
     Args:
-        student_logits: what the student says of each class.
-        teacher_logits: what the teacher says of each class.
+        student_logits: logits of the student.
+        teacher_logits: logits of the teacher.
         beta: weight of the first term (the code's "inter-class").
         gamma: weight of the second term (the code's "intra-class").
         temperature: T > 0. A traced value is not checked.
@@ -41,9 +41,9 @@ def dist_loss(
         batch.
 
     Convention:
-        `.mean()` is what the authors' code prints, at weight 1. What does not vary has
-        correlation 0 and no gradient (up to 1e8 in the code): in a batch of one the
-        second term is gamma T^2, as in the code.
+        `.mean()` is the value that the authors' code prints, with weight 1. A constant
+        has correlation 0 and no gradient (in the code a gradient of up to 1e8): in a
+        batch of one the second term is gamma T^2, as in the code.
 
     >>> student, teacher = jnp.array([[0.0, 1], [1, 0]]), jnp.array([[0.0, 9], [9, 0]])
     >>> dist_loss(student, teacher).round(5), dist_loss(-student, teacher).round(5)
@@ -69,6 +69,6 @@ def dist_loss(
 
 
 def _pearson(x: Array, y: Array, where: Array | None = None) -> Array:
-    """Correlation along the last axis; 0 of what does not vary."""
+    """Returns the correlation along the last axis; that of a constant is 0."""
     x, y = deviations(x, where), deviations(y, where)
     return jnp.sum(x * y, -1) / (norm(x) * norm(y) + EPS)

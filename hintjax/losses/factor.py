@@ -1,4 +1,4 @@
-"""Matching paraphrased features: factor transfer (FT)."""
+"""Factor transfer (FT): matches paraphrased features."""
 
 from jaxtyping import Array, Bool, Float
 
@@ -15,14 +15,14 @@ def factor_loss(
     exponent: int = 1,
     where: Bool[Array, "..."] | None = None,
 ) -> Float[Array, "*batch"]:
-    """Factor transfer (FT): mean difference of the normalised factors.
+    """Factor transfer (FT): mean difference of the normalized factors.
 
     L = mean_j |q_j(s) - q_j(t)|^e,  q = attention_map of the factor
 
     Args:
         student: the student's factor, from its translator.
-        teacher: the teacher's factor, from its paraphraser; the larger of the two is
-            averaged down to the smaller.
+        teacher: the teacher's factor, from its paraphraser; the larger of the two
+            factors is averaged down to the size of the smaller.
         power: p of the attention map, an integer >= 1 (the code's p1).
         exponent: e, an integer >= 1 (the code's p2).
         where: mask of the examples, or of the positions of the smaller map
@@ -32,9 +32,9 @@ def factor_loss(
         One value >= 0 per example; 0 for a fully masked example.
 
     Convention:
-        `.mean()` is what RepDistiller weighs by 200. It reduces a factor to one number
-        for each position before it is normalised; the paper normalises the
-        whole factor and has a sum.
+        `.mean()` is the value that RepDistiller weights by 200. RepDistiller reduces a
+        factor to one number for each position and then normalizes; the paper
+        normalizes the whole factor and takes a sum.
 
     >>> import jax.numpy as jnp
     >>> student = jnp.array([[[[0.0], [2.0]]]])

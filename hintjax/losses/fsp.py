@@ -1,4 +1,4 @@
-"""Matching the flow between two layers: FSP, the flow of solution procedure."""
+"""Flow of solution procedure (FSP): matches the flow between two layers."""
 
 from collections.abc import Callable, Sequence
 
@@ -22,19 +22,19 @@ def fsp_matrix(
 
     G_ij = 1 / (h w) sum_xy F1_xyi F2_xyj
 
-    Where the sizes differ, the larger map is averaged down to the smaller, along each
-    axis on its own.
+    If the sizes differ, the larger map is averaged down to the smaller size, along each
+    axis separately.
 
     Args:
         first: the map where the flow begins.
-        second: the map where it ends, of the same examples.
+        second: the map where the flow ends, of the same examples.
 
     Returns:
         One matrix per example.
 
     Convention:
-        RepDistiller's, transposed: there the second layer comes first. The paper pools
-        by the maximum: `fsp_matrix_paper`.
+        The transpose of RepDistiller's matrix, whose rows belong to the second layer.
+        The paper pools by the maximum (`fsp_matrix_paper`).
 
     >>> first = jnp.array([[[1.0, 2.0]], [[3.0, 4.0]]])
     >>> fsp_matrix(first, jnp.ones((2, 1, 1)))
@@ -57,14 +57,14 @@ def fsp_matrix_paper(
 
     Args:
         first: the map where the flow begins.
-        second: the map where it ends, of the same examples.
+        second: the map where the flow ends, of the same examples.
 
     Returns:
         One matrix per example.
 
     Convention:
-        As `fsp_matrix`, which it equals for two maps of one size. Of equal maxima in
-        a window the first one has the gradient, as in torch.
+        The same as that of `fsp_matrix`, which is equal for two maps of the same size.
+        The first of equal maxima in a window receives the gradient, as in torch.
 
     >>> first = jnp.array([[[1.0, 2.0]], [[3.0, 4.0]]])
     >>> fsp_matrix_paper(first, jnp.ones((1, 1, 1)))
@@ -87,8 +87,8 @@ def fsp_matrix_loss(
 
     L = mean_ij (S_ij - T_ij)^2
 
-    `fsp_loss` without its first half. Matrices of one shape can be stacked and compared
-    at once for many pairs of layers.
+    This is the second half of `fsp_loss`. Matrices of the same shape can be stacked, so
+    that many pairs of layers are compared at once.
 
     Args:
         student: FSP matrices of the student.
@@ -99,7 +99,7 @@ def fsp_matrix_loss(
         One value >= 0 per example; 0 for a masked example.
 
     Convention:
-        As `fsp_loss`.
+        The same as that of `fsp_loss`.
 
     >>> fsp_matrix_loss(jnp.array([[1.0, 2.0]]), jnp.array([[1.0, 4.0]]))
     Array(2., dtype=float32)
@@ -127,7 +127,7 @@ def fsp_matrix_loss_paper(
         One value >= 0 per example; 0 for a masked example.
 
     Convention:
-        m n times `fsp_matrix_loss`.
+        The value is m n times `fsp_matrix_loss`.
 
     >>> fsp_matrix_loss_paper(jnp.array([[1.0, 2.0]]), jnp.array([[1.0, 4.0]]))
     Array(4., dtype=float32)
@@ -146,21 +146,22 @@ def fsp_loss(
 
     L = mean_ij (G_ij(s) - G_ij(t))^2,  G = fsp_matrix
 
-    The matrices are products of activations, and L is quartic in them: where student
-    and teacher differ in scale, begin with a small weight.
+    The matrices are products of activations, so L is quartic in the activations: if
+    student and teacher differ in scale, begin with a small weight.
 
     Args:
         student: two maps of the student, where the flow begins and where it ends.
-        teacher: two maps of the teacher, of the same channels. The four sizes are free.
+        teacher: two maps of the teacher, of the same channels. The heights and widths
+            of the four maps may differ.
         where: mask of the examples that count.
 
     Returns:
         One value >= 0 per example; 0 for a masked example.
 
     Convention:
-        `.mean()` is RepDistiller's term for one pair of layers; it sums over pairs. The
-        paper has the sum over i and j, m n times the mean, and pools by the maximum:
-        `fsp_loss_paper`.
+        `.mean()` is RepDistiller's term for one pair of layers; RepDistiller sums over
+        pairs. The paper takes the sum over i and j, which is m n times the mean, and
+        pools by the maximum (`fsp_loss_paper`).
 
     >>> one = jnp.ones((1, 2, 2, 1))
     >>> fsp_loss((one, one), (one, 3 * one))
@@ -187,15 +188,16 @@ def fsp_loss_paper(
 
     Args:
         student: two maps of the student, where the flow begins and where it ends.
-        teacher: two maps of the teacher, of the same channels. The four sizes are free.
+        teacher: two maps of the teacher, of the same channels. The heights and widths
+            of the four maps may differ.
         where: mask of the examples that count.
 
     Returns:
         One value >= 0 per example; 0 for a masked example.
 
     Convention:
-        `.mean()` is the paper's Eq. 2 for one pair of layers with lambda = 1. With maps
-        of one size it is m n times `fsp_loss`.
+        `.mean()` is the paper's Eq. 2 for one pair of layers with lambda = 1. For maps
+        of the same size it is m n times `fsp_loss`.
 
     >>> one = jnp.ones((1, 2, 2, 1))
     >>> fsp_loss_paper((one, one), (one, 3 * one))
@@ -212,7 +214,7 @@ def fsp_loss_paper(
 def _matrix(
     caller: str, first: Array, second: Array, pool: Callable[..., Array]
 ) -> Array:
-    """The matrix at the smaller of the two sizes."""
+    """Returns the matrix at the smaller of the two sizes."""
     first, second = as_float(caller, first, second)
     _checks.rank(caller, 3, "*batch h w c", first=first, second=second)
     _checks.same_leading(caller, 3, first=first, second=second)
@@ -223,8 +225,13 @@ def _matrix(
     return products / (size[0] * size[1])
 
 
-def _flows(caller, student, teacher, where):
-    """Both flows, checked, and 0 at the examples that do not count."""
+def _flows(
+    caller: str,
+    student: Sequence[Array],
+    teacher: Sequence[Array],
+    where: Array | None,
+) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
+    """Returns both flows, checked, and 0 at masked examples."""
     for name, flow in {"student": student, "teacher": teacher}.items():
         if not isinstance(flow, Sequence) or isinstance(flow, str) or len(flow) != 2:
             wanted = f"{name} to be two maps"
@@ -236,20 +243,20 @@ def _flows(caller, student, teacher, where):
         _checks.rank(caller, 3, "*batch h w c", each_map=x)
     fixed = [(*x.shape[:-3], x.shape[-1]) for x in maps]
     if fixed[:2] != fixed[2:] or maps[0].shape[:-3] != maps[1].shape[:-3]:
-        student, teacher = (
+        shapes = [
             " and ".join(str(x.shape) for x in flow) for flow in (maps[:2], maps[2:])
-        )
+        ]
         wanted = "student and teacher to have the same examples and channels"
         do = "Put a regressor between them (hintjax.regressors.linear)."
-        got = f"student {student}, teacher {teacher}"
+        got = f"student {shapes[0]}, teacher {shapes[1]}"
         raise _checks.Refusal(_checks.message(caller, wanted, got, do))
     _checks.mask(caller, where, maps[0].shape[:-3])
-    first, second, *teacher = (keep(x, where) for x in maps)
-    return (first, second), tuple(teacher)
+    kept = [keep(x, where) for x in maps]
+    return (kept[0], kept[1]), (kept[2], kept[3])
 
 
 def _error(caller: str, student: Array, teacher: Array, where: Array | None) -> Array:
-    """Student's matrix minus teacher's, checked, and 0 at what does not count."""
+    """Returns the student's matrix minus the teacher's, checked, 0 where masked."""
     student, teacher = as_float(caller, student, teacher)
     _checks.rank(caller, 2, "*batch m n", student=student)
     do = "Give both networks the same channels with a regressor (hintjax.regressors)."

@@ -1,4 +1,4 @@
-"""Generating the teacher's features from masked ones: MGD."""
+"""Masked generative distillation (MGD): generates the teacher's features."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
@@ -18,10 +18,10 @@ def masked_generation_loss(
 
     L = sum_i (G(mask * align(s))_i - t_i)^2,  i over all features of one example
 
-    Masking, alignment and the generator G are the method's: `masked_generation`.
+    The method `masked_generation` has the masking, the alignment and the generator G.
 
     Args:
-        student: what the generator makes of the student's masked features.
+        student: output of the generator for the student's masked features.
         teacher: the hint layer, of the same shape.
         batch_dims: number of leading axes over examples; all others are features.
         where: mask of the examples (shape of the leading axes) or the positions (all
@@ -31,7 +31,8 @@ def masked_generation_loss(
         One value >= 0 per example; 0 for a fully masked example.
 
     Convention:
-        `.mean()` is what the authors' code weighs by alpha, 7e-5 for classification.
+        `.mean()` is the value that the authors' code weights by alpha, 7e-5 for
+        classification.
 
     >>> masked_generation_loss(jnp.ones((1, 2, 2, 3)), jnp.zeros((1, 2, 2, 3)))
     Array([12.], dtype=float32)

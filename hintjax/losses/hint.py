@@ -1,4 +1,4 @@
-"""Matching activations themselves: the hint loss of FitNets."""
+"""Hint loss (FitNets): matches the activations themselves."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
@@ -19,7 +19,7 @@ def hint_loss(
     L = mean_i (s_i - t_i)^2,  i over all features of one example
 
     Args:
-        student: the guided layer behind its regressor, of any rank.
+        student: the guided layer after its regressor, of any rank.
         teacher: the hint layer, of the same shape.
         batch_dims: number of leading axes over examples; all others are features.
         where: mask of the examples (shape of the leading axes) or the positions (all
@@ -29,14 +29,16 @@ def hint_loss(
         One value >= 0 per example; 0 for a fully masked example.
 
     Convention:
-        `.mean()` is the MSE that RepDistiller and its descendants weigh by 100. With
-        N features per example, FitNets' Eq. 3 (`hint_loss_paper`) is N / 2 times this,
-        and the FitNets code R / 2 times: it sums over one axis, which is the R rows of
-        the map in its maxout layers (for other layers, the channels).
+        `.mean()` is the MSE that RepDistiller and its descendants weight by 100. With N
+        features per example, FitNets' Eq. 3 (`hint_loss_paper`) is N / 2 times this
+        value. The FitNets code gives R / 2 times this value: it sums over one axis,
+        which is the R rows of the map in its maxout layers, and the channels in other
+        layers.
 
-        Over tokens (*batch n c), with `where` their padding mask, this is TinyBERT's loss
-        of hidden states, and TextBrewer's hid_mse (there over all tokens of a batch at
-        once; here each example has the same weight, whatever its length).
+        For tokens (*batch n c), with their padding mask as `where`, this is TinyBERT's
+        loss of hidden states, and TextBrewer's hid_mse. TextBrewer takes the mean over
+        all tokens of a batch at once; here each example has the same weight, whatever
+        its length.
 
     >>> student = jnp.array([[1.0, 2.0], [3.0, 4.0]])
     >>> hint_loss(student, jnp.zeros((2, 2)))
@@ -65,7 +67,7 @@ def hint_loss_paper(
     L = 1/2 sum_i (s_i - t_i)^2,  i over all features of one example
 
     Args:
-        student: the guided layer behind its regressor, of any rank.
+        student: the guided layer after its regressor, of any rank.
         teacher: the hint layer, of the same shape.
         batch_dims: number of leading axes over examples; all others are features.
         where: mask of the examples (shape of the leading axes) or the positions (all
@@ -75,7 +77,7 @@ def hint_loss_paper(
         One value >= 0 per example; 0 for a fully masked example.
 
     Convention:
-        FitNets' Eq. 3. It grows with the number N of features: N / 2 times
+        FitNets' Eq. 3. The value grows with the number N of features: it is N / 2 times
         `hint_loss`.
 
     >>> student = jnp.array([[1.0, 1.0, 1.0], [2.0, 2.0, 2.0]])
@@ -93,7 +95,7 @@ def hint_loss_paper(
 def _error(
     caller: str, student: Array, teacher: Array, batch_dims: int, where: Array | None
 ) -> Array:
-    """Student minus teacher, checked, and 0 at what does not count."""
+    """Returns student minus teacher, checked, and 0 where masked."""
     student, teacher = as_float(caller, student, teacher)
     do = "Put a regressor between them (hintjax.regressors)."
     _checks.same_shape(caller, student=student, teacher=teacher, do=do)

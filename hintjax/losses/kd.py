@@ -1,4 +1,4 @@
-"""Matching the teacher's softened output: KD, and the form that FitNets uses."""
+"""Knowledge distillation (KD) of softened outputs, also in FitNets' form."""
 
 import jax
 import jax.numpy as jnp
@@ -15,25 +15,25 @@ def kd_loss(
     temperature: ScalarLike = 4.0,
     where: Bool[Array, "*batch"] | None = None,
 ) -> Float[Array, "*batch"]:
-    """Knowledge distillation (KD): how far the softened outputs are apart.
+    """Knowledge distillation (KD): divergence of the softened outputs.
 
     L = T^2 sum_c p_c (log p_c - log q_c),  p = softmax(z_t / T),  q = softmax(z_s / T)
 
-    T^2 keeps the size of the gradient about the same at every temperature.
+    The factor T^2 keeps the size of the gradient about equal at every temperature.
 
     Args:
-        student_logits: what the student says of each class.
-        teacher_logits: what the teacher says. A logit of -inf excludes a class.
-        temperature: T > 0; a larger one shows more of the small probabilities. It may
-            be traced, and is not checked then.
+        student_logits: logits of the student.
+        teacher_logits: logits of the teacher. A logit of -inf excludes a class.
+        temperature: T > 0; a larger T shows more of the small probabilities. A traced
+            value is not checked.
         where: mask of the examples that count; the loss of the others is 0.
 
     Returns:
         The divergence of each example, >= 0 up to rounding, in nats times T^2.
 
     Convention:
-        `.mean()` is the paper's objective times T^2 less the teacher's entropy, which
-        the student cannot change, and what RepDistiller prints ("batchmean").
+        `.mean()` is T^2 times the paper's objective, without the teacher's entropy,
+        which the student cannot change. RepDistiller prints this value ("batchmean");
         torch's `reduction="mean"` is smaller by the number of classes.
 
     >>> student, teacher = jnp.zeros((2, 3)), jnp.array([[0.0, 0, 0], [8, 0, 0]])
@@ -57,13 +57,13 @@ def soft_cross_entropy_loss(
     temperature: ScalarLike = 3.0,
     where: Bool[Array, "*batch"] | None = None,
 ) -> Float[Array, "*batch"]:
-    """Cross-entropy of softened outputs: KD as FitNets' second stage has it.
+    """Cross-entropy of softened outputs: KD in FitNets' second stage.
 
     L = -sum_c p_c log q_c,  p = softmax(z_t / T),  q = softmax(z_s / T)
 
     Args:
-        student_logits: what the student says of each class.
-        teacher_logits: what the teacher says. A logit of -inf excludes a class.
+        student_logits: logits of the student.
+        teacher_logits: logits of the teacher. A logit of -inf excludes a class.
         temperature: T > 0, FitNets' tau. A traced value is not checked.
         where: mask of the examples that count; the loss of the others is 0.
 
@@ -71,8 +71,8 @@ def soft_cross_entropy_loss(
         The cross-entropy of each example, in nats; at least the teacher's entropy.
 
     Convention:
-        `.mean()` is H(P_T, P_S) of FitNets' Eq. 2, without lambda, which is the weight
-        of this term. Its gradient is that of `kd_loss` divided by T^2.
+        `.mean()` is H(P_T, P_S) of FitNets' Eq. 2, without lambda, the weight of this
+        term. The gradient is the gradient of `kd_loss` divided by T^2.
 
     >>> student, teacher = jnp.zeros((2, 3)), jnp.array([[0.0, 0, 0], [9, 0, 0]])
     >>> soft_cross_entropy_loss(student, teacher)
@@ -86,12 +86,19 @@ def soft_cross_entropy_loss(
         "soft_cross_entropy_loss", student_logits, teacher_logits, temperature, where
     )
     p = jnp.exp(log_p)
-    # On the value, not on the product: 0 * inf must not reach the gradient either.
+    # The mask is on log q, not on the product, so that 0 * inf does not reach the
+    # gradient either.
     return keep(-jnp.sum(p * jnp.where(p == 0, 0, log_q), -1), where)
 
 
-def scaled(caller, student, teacher, temperature, where):
-    """Checked logits of student and teacher over T, and T as an array."""
+def scaled(
+    caller: str,
+    student: Array,
+    teacher: Array,
+    temperature: ScalarLike,
+    where: Array | None,
+) -> tuple[Array, Array, Array]:
+    """Returns the checked logits of student and teacher over T, and T as an array."""
     student, teacher = as_float(caller, student, teacher)
     do = "Both networks must have the same classes."
     _checks.rank(caller, 1, "*batch classes", student_logits=student)
@@ -107,12 +114,13 @@ def scaled(caller, student, teacher, temperature, where):
 
 
 def divergence(log_p: Array, log_q: Array) -> Array:
-    """KL(p || q) = sum_c q_c - p_c - p_c log(q_c / p_c), along the last axis.
+    """Returns KL(p || q) = sum_c q_c - p_c - p_c log(q_c / p_c) of the last axis.
 
-    Both sums are 1, but so no term is negative, and near equality the terms are of
-    second order: those of p log(p / q) are of first order and cancel to them, which in
-    float32 leaves a difference of rounding. A class of probability 0 is left out of the
-    logarithm before, to keep 0 * inf out of the gradient too.
+    The sums of q and of p are both 1 and cancel, but with them no term is negative, and
+    near equality the terms are of second order. The terms of p log(p / q) are of first
+    order and cancel to second order, which in float32 leaves rounding errors. A class
+    of probability 0 is removed before the logarithm, to keep 0 * inf out of the
+    gradient too.
     """
     p, q = jnp.exp(log_p), jnp.exp(log_q)
     log_ratio = jnp.where(p == 0, 0, log_q - jnp.where(p == 0, 0, log_p))
@@ -122,7 +130,13 @@ def divergence(log_p: Array, log_q: Array) -> Array:
     return jnp.sum(jnp.where(near, p * (jnp.expm1(ratio) - ratio), far), -1)
 
 
-def _softened(*arguments):
-    """Checked log-probabilities of student and teacher, and T as an array."""
-    student, teacher, temperature = scaled(*arguments)
-    return jax.nn.log_softmax(student), jax.nn.log_softmax(teacher), temperature
+def _softened(
+    caller: str,
+    student: Array,
+    teacher: Array,
+    temperature: ScalarLike,
+    where: Array | None,
+) -> tuple[Array, Array, Array]:
+    """Returns the log-probabilities of student and teacher, and T as an array."""
+    student, teacher, divisor = scaled(caller, student, teacher, temperature, where)
+    return jax.nn.log_softmax(student), jax.nn.log_softmax(teacher), divisor

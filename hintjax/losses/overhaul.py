@@ -1,4 +1,4 @@
-"""Matching before the ReLU, where it matters: the overhaul of features (OFD)."""
+"""Overhaul of feature distillation (OFD): matches features before the ReLU."""
 
 import jax
 import jax.numpy as jnp
@@ -7,21 +7,21 @@ from jaxtyping import Array, Bool, Float
 from hintjax import _checks
 from hintjax._numerics import as_float, keep
 
-LEAST_MASS = 1e-3  # below 0, for its mean to be trusted
+LEAST_MASS = 1e-3  # least probability of x < 0 for which its mean is reliable
 
 
 def batch_norm_margin(
     scale: Float[Array, " c"], bias: Float[Array, " c"]
 ) -> Float[Array, " c"]:
-    """OFD's margins: the mean of what is negative behind a BatchNorm.
+    """Margins of OFD: the mean of the negative values after a BatchNorm.
 
     m = E[x | x < 0],  x ~ N(bias, scale^2)
 
-    and -3 |scale| where less than 0.001 of x is negative.
+    or m = -3 |scale| if x is negative with a probability of at most 0.001.
 
     Args:
         scale: the BatchNorm's scale (gamma) of each channel.
-        bias: its bias (beta).
+        bias: the BatchNorm's bias (beta) of each channel.
 
     Returns:
         One margin <= 0 for each channel.
@@ -54,11 +54,11 @@ def margin_relu(
     """Margin ReLU (OFD): max(x, m_c), with a margin m_c <= 0 for each channel.
 
     Args:
-        features: the teacher's, before the ReLU.
-        margin: see `batch_norm_margin`.
+        features: the teacher's features before the ReLU.
+        margin: one margin for each channel (`batch_norm_margin`).
 
     Returns:
-        The features, with what is below the margin at the margin.
+        The features; values below the margin are raised to the margin.
 
     >>> margin_relu(jnp.array([[-3.0, -0.5, 2.0]]), jnp.full(3, -1.0))
     Array([[-1. , -0.5,  2. ]], dtype=float32)
@@ -81,13 +81,13 @@ def partial_l2_loss(
     batch_dims: int = 1,
     where: Bool[Array, "..."] | None = None,
 ) -> Float[Array, "*batch"]:
-    """Partial L2 distance (OFD): negative targets need only be reached from above.
+    """Partial L2 distance (OFD): negative targets are upper bounds.
 
     L = sum_i (s_i - t_i)^2, but 0 where s_i <= t_i <= 0
 
     Args:
-        student: the guided layer behind its regressor, before the ReLU.
-        teacher: the hint layer behind its `margin_relu`, of the same shape.
+        student: the guided layer after its regressor, before the ReLU.
+        teacher: the hint layer after its `margin_relu`, of the same shape.
         batch_dims: number of leading axes over examples; all others are features.
         where: mask of the examples (shape of the leading axes) or the positions (all
             axes but the last, the channels) that count.
@@ -97,8 +97,8 @@ def partial_l2_loss(
 
     Convention:
         `.mean()` is the term of the authors' code and of mdistiller for the last pair,
-        weighed by 1e-3; every pair before counts half of the next one (see
-        `hintjax.overhaul`).
+        which both weight by 1e-3; every earlier pair has half the weight of the next
+        pair (see `hintjax.overhaul`).
 
     >>> student = jnp.array([[-3.0, 1.0, -1.0]])
     >>> partial_l2_loss(student, jnp.array([[-1.0, -1.0, 1.0]]))
@@ -118,6 +118,6 @@ def partial_l2_loss(
     _checks.rank(caller, batch_dims, "*batch *features", student=student)
     _checks.mask(caller, where, student.shape[:batch_dims], student.shape[:-1])
     student, teacher = keep(student, where), keep(teacher, where)
-    silent = (student <= teacher) & (teacher <= 0)  # False for nan, which stays
+    silent = (student <= teacher) & (teacher <= 0)  # false for nan, so nan stays
     squares = jnp.where(silent, 0, jnp.square(student - teacher))
     return jnp.sum(squares, tuple(range(batch_dims, squares.ndim)))

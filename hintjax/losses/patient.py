@@ -1,4 +1,4 @@
-"""Matching the direction of hidden states: patient distillation (PKD)."""
+"""Patient distillation (PKD): matches the direction of hidden states."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
@@ -18,7 +18,7 @@ def patient_loss(
     L = mean_c (s_c / ||s||_2 - t_c / ||t||_2)^2
 
     Args:
-        student: hidden states of the student, one vector per example: its class token.
+        student: hidden states of the student, one vector per example (its class token).
         teacher: hidden states of the teacher, of the same width.
         where: mask of the examples that count; the loss of the others is 0.
 
@@ -26,10 +26,10 @@ def patient_loss(
         One value in [0, 4 / c] per example.
 
     Convention:
-        `.mean()`, as the mean over the pairs of layers, is what the authors' code weighs
-        by beta (500 in its ready-made run). The paper and TextBrewer sum over the c
-        numbers: c times this. A vector of zeros has no direction and no gradient;
-        in the code it has one of 1e12, and in TextBrewer it is nan.
+        The authors' code takes the mean of `.mean()` over the pairs of layers and weights
+        it by beta (500 in its ready-made run). The paper and TextBrewer sum over the c
+        numbers, which gives c times this value. A vector of zeros has no direction and
+        no gradient; its gradient is 1e12 in the code and nan in TextBrewer.
 
     >>> patient_loss(jnp.array([3.0, 0.0]), jnp.array([0.0, 5.0]))
     Array(1., dtype=float32)

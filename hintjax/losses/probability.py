@@ -1,4 +1,4 @@
-"""Matching the distribution of similarities: probabilistic knowledge transfer (PKT)."""
+"""Probabilistic knowledge transfer (PKT): matches distributions of similarities."""
 
 import jax
 import jax.numpy as jnp
@@ -16,11 +16,11 @@ def probability_loss(
     *,
     where: Bool[Array, " batch"] | None = None,
 ) -> Float[Array, " batch"]:
-    """Probabilistic knowledge transfer (PKT): the neighbours of each example match.
+    """Probabilistic knowledge transfer (PKT): divergence of the similarities.
 
     L_i = 1/B sum_j p_ij log((p_ij + e) / (q_ij + e)),  p_i ~ (1 + cos(t_i, t_j)) / 2
 
-    p (teacher) and q (student) are the cosine similarities of the examples, moved to
+    p (teacher) and q (student) are the cosine similarities of the examples, shifted to
     [0, 1] and divided by the sum of their row; e = 1e-7.
 
     Args:
@@ -33,10 +33,10 @@ def probability_loss(
         One value >= 0, up to e, per anchor i; 0 in a batch of one.
 
     Convention:
-        `.mean()` is what the authors' code and RepDistiller weigh by 30000; the mean is
-        over all B^2 pairs, so it is 1/B of the mean divergence of the rows. An example
-        of norm <= e is at right angles to all and has no gradient; in the code it is
-        nan at 0 and 1e7 beside it.
+        `.mean()` is the value that the authors' code and RepDistiller weight by 30000.
+        The mean is over all B^2 pairs, so it is 1/B of the mean divergence of the rows.
+        An example of norm <= e has cosine 0 to all others, and no gradient; in the code
+        the gradient is nan at norm 0 and 1e7 near it.
 
     >>> student = jnp.array([[1.0, 0.0], [0.0, 1.0]])
     >>> probability_loss(student, jnp.ones((2, 3)))
@@ -49,9 +49,10 @@ def probability_loss(
     """
     student, teacher = vectors("probability_loss", student, teacher, where)
     valid = counted(student, where)
-    q, p = _neighbours(student, valid), _neighbours(teacher, valid)
-    # sum p log(p / q) = sum p (r - log(1 + r)) for r = q / p - 1, as p and q have one
-    # sum: terms of second order, where those of p log(p / q) cancel to them.
+    q, p = _neighbors(student, valid), _neighbors(teacher, valid)
+    # sum p log(p / q) = sum p (r - log(1 + r)) for r = q / p - 1, because p and q have
+    # the same sum. These terms are of second order; the terms of p log(p / q) are of
+    # first order and cancel.
     r = (q - p) / (p + EPS)
     small = jnp.abs(r) < 0.5
     exact = jnp.log1p(jnp.where(small, r, 0))
@@ -60,14 +61,14 @@ def probability_loss(
     return keep(divergence / count(valid, divergence), where)
 
 
-def _neighbours(rows: Array, valid: Array) -> Array:
-    """Conditional probabilities from the cosine similarities."""
+def _neighbors(rows: Array, valid: Array) -> Array:
+    """Returns conditional probabilities computed from cosine similarities."""
     length = norm(rows)[:, None]
     rows = rows / (length + EPS)
-    # Below eps a row is all slope, 1 / eps, and no direction: a constant.
+    # A row of norm <= EPS has a slope of 1 / EPS and no direction: it is a constant.
     rows = jnp.where(length <= EPS, jax.lax.stop_gradient(rows), rows)
     cosine = jnp.matmul(rows, rows.T, precision=jax.lax.Precision.HIGHEST)
     similarity = jnp.where(valid[None, :], (cosine + 1) / 2, 0)
     total = jnp.sum(similarity, 1, keepdims=True)
-    # A row of 0 is that of an example that does not count, among none that do.
+    # The total is 0 if all examples of the row are masked.
     return similarity / jnp.where(total == 0, 1, total)

@@ -1,4 +1,4 @@
-"""Matching the shape of a batch: relational knowledge distillation (RKD)."""
+"""Relational knowledge distillation (RKD): matches the geometry of a batch."""
 
 import jax
 import jax.numpy as jnp
@@ -7,8 +7,8 @@ from jaxtyping import Array, Bool, Float
 from hintjax._numerics import keep, norm, unit
 from hintjax.losses._batch import count, counted, vectors
 
-# Two examples nearer than this part of the mean distance have no direction to learn:
-# its gradient, one over their distance, would drown all others.
+# Two examples nearer than this fraction of the mean distance have no direction to
+# learn: its gradient, one over their distance, would dominate all others.
 NEAR = 1e-4
 
 
@@ -22,8 +22,8 @@ def distance_loss(
 
     L_i = mean_j l(d_ij(s) - d_ij(t)),  d_ij = ||f_i - f_j|| / m
 
-    with the smooth L1 norm `l(x) = x^2 / 2` for |x| < 1 and |x| - 1/2 beyond. Each
-    network is measured by m, its own mean distance of two different examples.
+    with the smooth L1 norm `l(x) = x^2 / 2` for |x| < 1 and |x| - 1/2 beyond. m is
+    the mean distance of two different examples, for each network separately.
 
     Args:
         student: embeddings of the student, of any size.
@@ -35,10 +35,11 @@ def distance_loss(
         One value >= 0 per anchor i; 0 in a batch of one.
 
     Convention:
-        `.mean()` is what RepDistiller weighs by 25: the mean is over all B^2 pairs, with
-        the B of an example with itself. Distances are at least 1e-6 as there, so that
-        a batch of equal examples is one of equal distances; nearer ones have no
-        gradient. A batch of one is 0, where the code has nan.
+        `.mean()` is the value that RepDistiller weights by 25: the mean is over all B^2
+        pairs, including the B pairs of an example with itself. Distances are at least
+        1e-6, as in RepDistiller, so equal examples have equal distances; smaller
+        distances have no gradient. For a batch of one the loss is 0, and the code gives
+        nan.
 
     >>> student = jnp.array([[0.0], [1.0], [2.0]])
     >>> distance_loss(student, 5 * student)
@@ -65,8 +66,8 @@ def angle_loss(
 
     L_i = mean_jk l(a_ijk(s) - a_ijk(t)),  a_ijk = cos of the angle of j, i, k at i
 
-    with the smooth L1 norm l of `distance_loss`. All differences between examples are
-    held at once, batch x batch x features; use it on pooled features.
+    with the smooth L1 norm l of `distance_loss`. All differences between examples
+    are in memory at once, batch x batch x features: use this loss on pooled features.
 
     Args:
         student: embeddings of the student, of any size.
@@ -78,10 +79,11 @@ def angle_loss(
         One value in [0, 3/2] per anchor i; 0 in a batch of one.
 
     Convention:
-        `.mean()` is what RepDistiller weighs by 50: the mean is over all B^3 triples,
-        with those that repeat an example, whose cosine is 0. The direction between
-        duplicates is 0 too, and that between examples nearer than 1e-4 of the mean
-        distance has no gradient; in the code they have gradients of 3e11.
+        `.mean()` is the value that RepDistiller weights by 50: the mean is over all B^3
+        triples, including triples that repeat an example, whose cosine is 0. The
+        direction between duplicates is 0 too. The direction between examples nearer
+        than 1e-4 of the mean distance has no gradient; in the code it has a gradient of
+        3e11.
 
     >>> student = jnp.array([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
     >>> angle_loss(student, jnp.eye(3))
@@ -101,23 +103,23 @@ def angle_loss(
 
 
 def _smooth(x: Array) -> Array:
-    """Smooth L1."""
+    """Returns the smooth L1 norm of each entry."""
     size = jnp.abs(x)
     return jnp.where(size < 1, jnp.square(x) / 2, size - 0.5)
 
 
 def _pairs(valid: Array) -> Array:
-    """The pairs of two valid and different examples."""
+    """Returns the mask of the pairs of two valid and different examples."""
     return valid[:, None] & valid[None, :] & ~jnp.eye(len(valid), dtype=bool)
 
 
 def _differences(rows: Array) -> Array:
-    """f_j - f_i; not from a Gram matrix, which cancels for near examples."""
+    """Returns f_j - f_i; a Gram matrix would cancel for near examples."""
     return rows[None, :, :] - rows[:, None, :]
 
 
 def _distances(rows: Array, valid: Array) -> Array:
-    """Distances over their mean, 0 except between pairs."""
+    """Returns distances over their mean; 0 except between the valid pairs."""
     pairs = _pairs(valid)
     square = jnp.sum(jnp.square(_differences(rows)), -1)
     near = square <= 1e-12
@@ -128,7 +130,7 @@ def _distances(rows: Array, valid: Array) -> Array:
 
 
 def _angles(rows: Array, valid: Array) -> Array:
-    """Cosines at i (first axis) between the directions to j and to k."""
+    """Returns cosines at i (first axis) between the directions to j and k."""
     differences = _differences(rows)
     pairs = _pairs(valid)
     length = jnp.where(pairs, norm(jax.lax.stop_gradient(differences)), 0)

@@ -1,4 +1,4 @@
-"""Matching maps at several scales: the hierarchical context loss (HCL) of ReviewKD."""
+"""Hierarchical context loss (HCL) of ReviewKD: matches maps at several scales."""
 
 from collections.abc import Sequence
 
@@ -16,7 +16,7 @@ def hierarchical_context_loss(
     levels: tuple[int, ...] = (4, 2, 1),
     where: Bool[Array, "*batch"] | None = None,
 ) -> Float[Array, "*batch"]:
-    """Hierarchical context loss (HCL): squared error of a map and of its poolings.
+    """Hierarchical context loss (HCL): squared errors of a map and its poolings.
 
     L = (MSE(s, t) + sum_k 2^-k MSE(pool_k s, pool_k t)) / (1 + sum_k 2^-k)
 
@@ -24,19 +24,19 @@ def hierarchical_context_loss(
     smaller than the map, k = 1, 2, ...
 
     Args:
-        student: a student's map behind its ABF (`hintjax.regressors.ABF`).
+        student: a map of the student after its ABF (`hintjax.regressors.ABF`).
         teacher: the teacher's map.
-        levels: sizes l of the poolings; those not smaller than both sides of the map
-            are left out, and do not use up a weight.
+        levels: sizes l of the poolings. A level that is not smaller than both sides of
+            the map is skipped, and takes no weight.
         where: mask of the examples that count.
 
     Returns:
         One value >= 0 per example; 0 for a fully masked example.
 
     Convention:
-        `.mean()` is one stage of the code, which *sums* over stages (see
-        `hintjax.review`) and weighs the sum by 0.6 to 8. A map of 1 x 1 has no
-        levels: its value is the MSE.
+        `.mean()` is the value of one stage in the authors' code. The code *sums* over
+        stages (see `hintjax.review`) and weights the sum by 0.6 to 8. A map of 1 x 1
+        has no levels, so its value is the MSE.
 
     >>> student = jnp.arange(4.0).reshape(1, 2, 2, 1)
     >>> hierarchical_context_loss(student, jnp.zeros((1, 2, 2, 1)))  # (3.5 + 1.125)/1.5
@@ -56,7 +56,7 @@ def hierarchical_context_loss(
     _checks.instance(caller, Sequence, levels=levels)
     for level in levels:
         _checks.positive_int(caller, level=level)
-    # Pooling is linear: the error is pooled once, instead of both maps.
+    # Pooling is linear, so the error is pooled once instead of both maps.
     error = keep(student - teacher, where)
     weight, total, weights = 1.0, jnp.mean(jnp.square(error), (-3, -2, -1)), 1.0
     for level in levels:

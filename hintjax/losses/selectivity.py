@@ -1,4 +1,4 @@
-"""Matching what the neurons select: neuron selectivity transfer (NST)."""
+"""Neuron selectivity transfer (NST): matches where the neurons are active."""
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +18,9 @@ def selectivity_loss(
 
     L = mean K(s, s) + mean K(t, t) - 2 mean K(s, t),  K(a, b) = <a, b>^2
 
-    means over all pairs of channels, each a map over its own norm: the squared maximum
-    mean discrepancy (MMD) with the polynomial kernel of degree 2.
+    The means are over all pairs of channels; each channel is a map divided by its norm.
+    L is the squared maximum mean discrepancy (MMD) with the polynomial kernel of
+    degree 2.
 
     Args:
         student: feature map of the student.
@@ -32,8 +33,9 @@ def selectivity_loss(
         One value >= 0 (up to rounding) per example; 0 for a fully masked example.
 
     Convention:
-        `.mean()` is what RepDistiller weighs by 50. The code holds all products of two
-        channels at all positions; here they are three Gram matrices.
+        `.mean()` is the value that RepDistiller weights by 50. The code holds all
+        products of two channels at all positions; this function computes three Gram
+        matrices.
 
     >>> teacher = jnp.eye(2).reshape(1, 1, 2, 2)  # each channel selects one position
     >>> selectivity_loss(teacher[..., :1], teacher)
@@ -55,7 +57,7 @@ def selectivity_loss(
 
 
 def _kernel(a: Array, b: Array) -> Array:
-    """The mean of <a_i, b_j>^2 over all pairs of channels."""
+    """Returns the mean of <a_i, b_j>^2 over all pairs of channels."""
     precision = jax.lax.Precision.HIGHEST
     gram = jnp.einsum("...hwi,...hwj->...ij", a, b, precision=precision)
     return jnp.mean(jnp.square(gram), (-2, -1))

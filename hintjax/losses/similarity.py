@@ -1,4 +1,4 @@
-"""Matching which examples are alike: similarity-preserving distillation (SP)."""
+"""Similarity-preserving distillation (SP): matches similarities of examples."""
 
 import jax
 import jax.numpy as jnp
@@ -14,19 +14,19 @@ def similarity_matrix(
     *,
     where: Bool[Array, " batch"] | None = None,
 ) -> Float[Array, "batch batch"]:
-    """Similarity matrix (SP): how alike each two examples of a batch are.
+    """Similarity matrix (SP): similarity of each two examples of a batch.
 
-    S_i = G_i / ||G_i||_2,  G = F F^T,  F one row per example
+    S_i = G_i / ||G_i||_2,  G = F F^T,  F has one row per example
 
     Args:
         features: activations; all axes but the first are features.
-        where: the examples that count; rows and columns of the others are 0.
+        where: mask of the examples that count; rows and columns of the others are 0.
 
     Returns:
         Rows of norm 1; 0 for an example whose features are all 0.
 
     Convention:
-        As the paper and RepDistiller.
+        The same as in the paper and in RepDistiller.
 
     >>> similarity_matrix(jnp.array([[3.0, 0.0], [0.0, 2.0]]))
     Array([[1., 0.],
@@ -63,9 +63,9 @@ def similarity_loss(
         One value in [0, 4 / B] per anchor i; 0 in a batch of one.
 
     Convention:
-        `.mean()` is ||S(s) - S(t)||_F^2 / B^2, which the paper and RepDistiller weigh
-        by 3000. An example whose features are all 0 is similar to none and its row has
-        no gradient; in the code it has one of 1e12.
+        `.mean()` is ||S(s) - S(t)||_F^2 / B^2, which the paper and RepDistiller weight
+        by 3000. An example whose features are all 0 has similarity 0 to all examples,
+        and its row has no gradient; in the code the gradient is 1e12.
 
     >>> student = jnp.array([[1.0, 0.0], [0.0, 1.0]])
     >>> similarity_loss(student, jnp.ones((2, 3)))
@@ -83,4 +83,5 @@ def similarity_loss(
 
 
 def _similarity(rows: Array) -> Array:
+    """Returns the similarity matrix of the rows."""
     return unit(jnp.matmul(rows, rows.T, precision=jax.lax.Precision.HIGHEST))

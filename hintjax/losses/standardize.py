@@ -1,4 +1,4 @@
-"""Logits without their size: logit standardisation."""
+"""Logit standardization: removes the mean and the scale of logits."""
 
 import math
 
@@ -15,23 +15,23 @@ EPS = 1e-7  # as published
 def standardize_logits(
     logits: Float[Array, "*batch classes"],
 ) -> Float[Array, "*batch classes"]:
-    """Logit standardisation: the logits of each example, of mean 0 and deviation 1.
+    """Logit standardization: gives each example's logits mean 0 and deviation 1.
 
-    z'_c = (z_c - mean z) / (std z + e),  std with C - 1, e = 1e-7
+    z'_c = (z_c - mean z) / (std z + e),  std with divisor C - 1, e = 1e-7
 
-    Before a loss of logits, as in `kd_loss(standardize_logits(student),
-    standardize_logits(teacher), temperature=2.0)`: the student need not match the size
-    of the teacher's logits, only their relations.
+    Use it before a loss of logits: `kd_loss(standardize_logits(student),
+    standardize_logits(teacher), temperature=2.0)`. The student then need not match the
+    size of the teacher's logits, only their relations.
 
     Args:
         logits: finite logits of each class.
 
     Returns:
-        The standardised logits. Logits that do not vary are 0, and of a deviation below
-        e they have no gradient (it is 1e7 in the code).
+        The standardized logits. Constant logits become 0. Logits with a deviation of at
+        most e have no gradient (in the code a gradient of 1e7).
 
     Convention:
-        As the authors' code: the unbiased deviation.
+        The unbiased deviation, as in the authors' code.
 
     >>> standardize_logits(jnp.array([[1.0, 2.0, 3.0], [5.0, 5.0, 5.0]]))
     Array([[-1.,  0.,  1.],
@@ -44,8 +44,8 @@ def standardize_logits(
     """
     logits = as_float("standardize_logits", logits)
     _checks.rank("standardize_logits", 1, "*batch classes", logits=logits)
-    centred = deviations(logits)
+    centered = deviations(logits)
     freedom = max(logits.shape[-1] - 1, 1)
-    deviation = norm(centred)[..., None] / math.sqrt(freedom)
-    standard = centred / (deviation + EPS)
+    deviation = norm(centered)[..., None] / math.sqrt(freedom)
+    standard = centered / (deviation + EPS)
     return jnp.where(deviation <= EPS, jax.lax.stop_gradient(standard), standard)

@@ -1,4 +1,4 @@
-"""Matching how tokens relate to each other: relations of MiniLM and MiniLMv2."""
+"""Token relations (MiniLM, MiniLMv2): matches relations between tokens."""
 
 import jax
 import jax.numpy as jnp
@@ -17,19 +17,20 @@ def relation_loss(
     heads: int,
     where: Bool[Array, "..."] | None = None,
 ) -> Float[Array, "*batch"]:
-    """MiniLM relation loss: divergence of how the tokens attend to each other.
+    """MiniLM relation loss: divergence of the relations between tokens.
 
     L = mean_hi sum_j p_hij (log p_hij - log q_hij)
-    p_hi = softmax_j(<t_hi, t_hj> / sqrt(d)),  t_hi the h-th part of token i, of d numbers
+    p_hi = softmax_j(<t_hi, t_hj> / sqrt(d))
 
-    h runs over the relation heads, i and j over the tokens that count; q is that of the
-    student.
+    t_hi is the h-th part of token i and has d numbers. h runs over the relation heads,
+    i and j over the tokens that count; q is the distribution of the student.
 
     Args:
-        student: queries, keys or values of the student, all its heads one after another.
-        teacher: those of the teacher; as many tokens, of any width.
-        heads: the number of relation heads: the parts into which both widths are cut. It
-            has nothing to do with the heads of the networks, and must divide both widths.
+        student: queries, keys or values of the student, with all heads concatenated.
+        teacher: queries, keys or values of the teacher; the same number of tokens, of
+            any width.
+        heads: number of relation heads, the parts into which both widths are cut. It
+            must divide both widths, and is independent of the networks' own heads.
         where: mask of the examples or tokens (*batch n) that count.
 
     Returns:
@@ -37,9 +38,9 @@ def relation_loss(
             masked example.
 
     Convention:
-        `.mean()` is one term of MiniLMv2's sum, each of weight 1; of the values, with
-        `heads` the networks' own number, it is L_VR of MiniLM. Each example has the same
-        weight, whatever its length.
+        `.mean()` is one term of MiniLMv2's sum, in which each term has weight 1. For the
+        values, with the networks' own number of heads as `heads`, it is L_VR of
+        MiniLM. Each example has the same weight, whatever its length.
 
     >>> student = jnp.zeros((2, 4))
     >>> relation_loss(student, jnp.array([[9.0, 0.0], [0.0, 9.0]]), heads=1)
@@ -71,7 +72,7 @@ def relation_loss(
 
 
 def _relations(x: Array, heads: int) -> Array:
-    """Scaled products of all tokens with each other, (*batch, heads, n, n)."""
+    """Returns scaled products of all pairs of tokens, (*batch, heads, n, n)."""
     x = x.reshape(*x.shape[:-1], heads, -1)
     x = x * jnp.asarray(x.shape[-1] ** -0.25, x.dtype)
     return jnp.einsum(

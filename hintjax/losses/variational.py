@@ -1,4 +1,4 @@
-"""Matching activations under a learned noise: variational information (VID)."""
+"""Variational information distillation (VID): matching with learned variances."""
 
 import jax
 import jax.numpy as jnp
@@ -18,17 +18,18 @@ def variational_loss(
     batch_dims: int = 1,
     where: Bool[Array, "..."] | None = None,
 ) -> Float[Array, "*batch"]:
-    """Variational information distillation (VID): the hint's Gaussian log-likelihood.
+    """Variational information distillation (VID): negative Gaussian log-likelihood.
 
     L = mean_i 1/2 ((s_i - t_i)^2 / v_c + log v_c),  v_c = softplus(scale_c) + 1e-5
 
     where i runs over all features of one example and c is the channel of i. A channel
-    of the teacher that the student cannot predict is given up for a larger variance.
+    of the teacher that the student cannot predict gets a larger variance, and so a
+    smaller weight.
 
     Args:
-        student: the mean that the guided layer's regressor predicts.
+        student: the mean of the Gaussian, which the guided layer's regressor predicts.
         teacher: the hint layer, of the same shape.
-        scale: a trained number for each channel, on which its variance depends.
+        scale: one trained number for each channel, which determines its variance.
         batch_dims: number of leading axes over examples; all others are features.
         where: mask of the examples (shape of the leading axes) or the positions (all
             axes but the last, the channels) that count.
@@ -37,9 +38,9 @@ def variational_loss(
         One value per example, at least mean_c log(v_c) / 2, which may be negative.
 
     Convention:
-        `.mean()` is what RepDistiller weighs by 1 (with its default 1e-5). It leaves
-        out the constant log(2 pi) / 2. The code computes softplus as log(1 + exp),
-        which overflows for a scale over 88; here it does not.
+        `.mean()` is the value that RepDistiller weights by 1 (with its default 1e-5).
+        It omits the constant log(2 pi) / 2. The code computes softplus as log(1 + exp),
+        which overflows for a scale over 88; this function does not overflow.
 
     >>> student, scale = jnp.array([[1.0, 2.0]]), jnp.full(2, 0.541304)  # variance 1
     >>> variational_loss(student, jnp.zeros((1, 2)), scale=scale)
@@ -66,5 +67,5 @@ def variational_loss(
 
 
 def variance_of(scale: Float[Array, " c"]) -> Float[Array, " c"]:
-    """The variance that a trained number stands for: softplus(scale) + 1e-5."""
+    """Returns the variance for a trained number: softplus(scale) + 1e-5."""
     return jax.nn.softplus(scale) + LEAST_VARIANCE
