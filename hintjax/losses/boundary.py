@@ -23,7 +23,7 @@ def activation_boundary_loss(
     so the teacher has no gradient.
 
     Args:
-        student: the guided layer behind its regressor, before the ReLU.
+        student: the guided layer after its regressor, before the ReLU.
         teacher: the hint layer before its ReLU, of the same shape.
         margin: m > 0, the distance that the student should keep from the boundary. A
             traced value is not checked.

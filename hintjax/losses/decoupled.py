@@ -24,8 +24,9 @@ def decoupled_kd_loss(
     L = T^2 (alpha KL(b_t || b_s) + beta KL(r_t || r_s)),  p = softmax(z / T)
 
     b = (p_y, 1 - p_y) says how confident a network is of the label y.
-    r = p_c / (1 - p_y) is its distribution over the other classes c != y. In KD, the teacher's 1 - p_y
-    takes the place of beta: a confident teacher teaches little about other classes.
+    r = p_c / (1 - p_y) is its distribution over the other classes c != y. In KD, the
+    teacher's 1 - p_y takes the place of beta: a confident teacher teaches little about
+    the other classes.
 
     Args:
         student_logits: logits of the student, for 2 or more classes.

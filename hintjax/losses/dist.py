@@ -24,8 +24,8 @@ def dist_loss(
 
     L_i = T^2 (beta (1 - r(q_i, p_i)) + gamma (1 - mean_c r(q_:c, p_:c)))
 
-    r is Pearson's correlation of the probabilities q (student) and p (teacher): over the
-    classes of one example i, and over the examples of the batch for one class c.
+    r is Pearson's correlation of the probabilities q (student) and p (teacher): over
+    the classes of one example i, and over the examples of the batch for one class c.
 
     Args:
         student_logits: logits of the student.
@@ -37,8 +37,8 @@ def dist_loss(
             correlation includes them.
 
     Returns:
-        One value in [0, 2 T^2 (beta + gamma)] per example; the second term is that of the
-        batch.
+        One value in [0, 2 T^2 (beta + gamma)] per example; the second term is the
+        same for all examples of the batch.
 
     Convention:
         `.mean()` is the value that the authors' code prints, with weight 1. A constant

@@ -38,8 +38,8 @@ def relation_loss(
             masked example.
 
     Convention:
-        `.mean()` is one term of MiniLMv2's sum, in which each term has weight 1. For the
-        values, with the networks' own number of heads as `heads`, it is L_VR of
+        `.mean()` is one term of MiniLMv2's sum, in which each term has weight 1. For
+        the values, with the networks' own number of heads as `heads`, it is L_VR of
         MiniLM. Each example has the same weight, whatever its length.
 
     >>> student = jnp.zeros((2, 4))
