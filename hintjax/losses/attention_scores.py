@@ -128,7 +128,7 @@ def attention_distribution_loss(
 
     Returns:
         One value >= 0, up to rounding, per example, in nats; 0 for a fully
-            masked example.
+        masked example.
 
     Convention:
         `.mean()` is the paper's L_AT, with weight 1, next to `relation_loss` of the

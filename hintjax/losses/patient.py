@@ -28,8 +28,9 @@ def patient_loss(
     Convention:
         The authors' code takes the mean of `.mean()` over the pairs of layers and
         weights it by beta (500 in its ready-made run). The paper and TextBrewer sum
-        over the c numbers, which gives c times this value. A vector of zeros has no direction and
-        no gradient; its gradient is 1e12 in the code and nan in TextBrewer.
+        over the c numbers, which gives c times this value. A vector of zeros has no
+        direction and no gradient; its gradient is 1e12 in the code and nan in
+        TextBrewer.
 
     >>> patient_loss(jnp.array([3.0, 0.0]), jnp.array([0.0, 5.0]))
     Array(1., dtype=float32)

@@ -35,7 +35,7 @@ def relation_loss(
 
     Returns:
         One value >= 0, up to rounding, per example, in nats; 0 for a fully
-            masked example.
+        masked example.
 
     Convention:
         `.mean()` is one term of MiniLMv2's sum, in which each term has weight 1. For

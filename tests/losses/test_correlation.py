@@ -39,7 +39,7 @@ def test_loss_matches_repdistiller(golden):
     assert case.error("grad.in.f_s", gradient) < 1e-5
 
 
-def test_those_that_count_are_neighbours():
+def test_those_that_count_are_neighbors():
     where = np.array([False, True, False, True, True])
     student, teacher = embeddings(0), embeddings(1)
     got = correlation_loss(

@@ -14,7 +14,7 @@ def embeddings(seed, shape=(5, 7)):
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
-def formula_neighbours(rows):
+def formula_neighbors(rows):
     rows = np.float64(rows)
     rows = np.array([row / (np.sqrt((row**2).sum()) + 1e-7) for row in rows])
     similarity = np.array([[((a * b).sum() + 1) / 2 for b in rows] for a in rows])
@@ -25,7 +25,7 @@ def formula_neighbours(rows):
 def test_loss_is_the_formula(zero):
     student, teacher = embeddings(0), embeddings(1, (5, 3))
     student[2] *= not zero
-    q, p = formula_neighbours(student), formula_neighbours(teacher)
+    q, p = formula_neighbors(student), formula_neighbors(teacher)
     want = (p * np.log((p + 1e-7) / (q + 1e-7))).mean(1)
     got = probability_loss(jnp.array(student), jnp.array(teacher))
     np.testing.assert_allclose(got, want, rtol=1e-5)
@@ -48,7 +48,7 @@ def test_near_and_opposite_similarities_are_the_formula():
         (opposite, near, 1e-2),  # 1 - 1 in float32 is not 0, but near 1e-7
         (near, opposite, 2e-4),
     ):
-        q, p = formula_neighbours(student), formula_neighbours(teacher)
+        q, p = formula_neighbors(student), formula_neighbors(teacher)
         want = (p * np.log((p + 1e-7) / (q + 1e-7))).mean(1)
         got = probability_loss(jnp.array(student), jnp.array(teacher))
         np.testing.assert_allclose(got, want, rtol=rtol)
@@ -61,7 +61,7 @@ def test_the_scale_of_an_example_does_not_matter():
     np.testing.assert_allclose(probability_loss(student * scale, teacher), want, 1e-3)
 
 
-def test_a_batch_of_one_has_no_neighbours():
+def test_a_batch_of_one_has_no_neighbors():
     assert probability_loss(jnp.ones((1, 3)), -jnp.ones((1, 4)))[0] == 0
 
 

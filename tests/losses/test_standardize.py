@@ -1,4 +1,4 @@
-"""Logit standardisation against its formula and the authors' code."""
+"""Logit standardization against its formula and the authors' code."""
 
 import jax
 import jax.numpy as jnp
