@@ -71,7 +71,7 @@ def test_padding_is_neither_query_nor_key():
 
 
 def test_it_is_the_divergence_of_the_scores():
-    """Queries against keys is MiniLM's attention; a layer against itself, a relation."""
+    """MiniLM's attention compares queries with keys; a relation, one with itself."""
     student, teacher = jnp.array(states(0)), jnp.array(states(1))
     scores = (
         (x @ x.swapaxes(-1, -2))[:, None] / jnp.sqrt(12.0) for x in (student, teacher)
