@@ -1,7 +1,7 @@
-"""A method: what it wants to see of each network, what it trains, its loss.
+"""A method: the features that it reads, the parameters that it trains, its loss.
 
-A published way to distil is a `Method`, a pair of pure functions. Methods know
-nothing of data, optimisers or modules beyond `Features`. They compose: a weighted
+A published way to distill is a `Method`, a pair of pure functions. Methods know
+nothing of data, optimizers or modules beyond `Features`. They compose: a weighted
 sum of methods is an `objective`, which is a method itself.
 """
 
@@ -15,14 +15,14 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from hintjax._checks import Refusal, described, function, instance, message
-from hintjax.networks import Wants
+from hintjax.networks import Features, Wants
 
-PREPARED = "prepared"  # the memory that holds what an earlier stage trained
+PREPARED = "prepared"  # the memory with the parameters that an earlier stage trained
 Pairs = Sequence[tuple[str, str]]  # (guided layer, hint layer), as paths
 
 
 class Context(NamedTuple):
-    """Where in the training a method is applied."""
+    """The random key, the step and the mode in which a method is applied."""
 
     key: Key[Array, ""]
     step: Int[Array, ""]
@@ -30,40 +30,42 @@ class Context(NamedTuple):
 
 
 class Data(NamedTuple):
-    """What a method may know of the training set before the first step."""
+    """The facts about the training set that a method may use before the first step."""
 
     labels: Int[Array | np.ndarray, " size"]
 
     @property
     def size(self) -> int:
-        """How many examples there are."""
+        """The number of training examples."""
         return self.labels.shape[0]
 
 
 class Method(NamedTuple):
-    """A published way to distil.
+    """A published way to distill.
 
     Attributes:
-        student: what it wants to see of the student.
-        teacher: what it wants to see of the teacher.
-        init: `(key, student, teacher, data) -> (params, memory)`: what it trains
-            beside the student, and what it remembers from step to step. The
-            features are shapes (`ShapeDtypeStruct`); both results are dicts.
+        student: the features of the student that the method reads.
+        teacher: the features of the teacher that the method reads.
+        init: `(key, student, teacher, data) -> (params, memory)`: the parameters that
+            are trained beside the student, and the values that the method keeps from
+            step to step. The features are shapes (`ShapeDtypeStruct`); both results
+            are dicts.
         apply: `(params, memory, student, teacher, batch, context) -> (values,
-            memory, metrics)`: one value per example; the memory, which may differ
+            memory, metrics)`: one value per example; the memory, which may change
             only if `context.train`; scalars to report, by name.
-        prepare: the method of a hint stage that comes before, if there must be one
-            (FT's paraphraser). What it trains is `memory["prepared"]` here: `init`
-            gives it its shape, `carry` of a stage its values.
-        deploy: `(params, memory, student, teacher) -> output`: what is shipped, where
-            it is not the student alone (SimKD). Of the teacher's features only
-            `params` have values: it is not run, and its hints are zeros.
+        prepare: the method of an earlier hint stage, if this method needs one (FT's
+            paraphraser). The parameters that `prepare` trains are
+            `memory["prepared"]` here: `init` sets their shapes, and `carry` of a stage
+            sets their values.
+        deploy: `(params, memory, student, teacher) -> output`: the deployed model, if
+            it is not the student alone (SimKD). The teacher is not run: only `params`
+            of its features have values, and its hints are zeros.
         split: `(memory) -> PartitionSpecs` (a prefix of the tree): how the memory is
-            split over a mesh, if it is not whole on every device (CRD's bank).
+            sharded over a mesh, if it is not replicated on every device (CRD's bank).
         select: `(good, memory, before, batch) -> memory`: the memory after a step if
-            `good`, else that before it, bit for bit. Only for a method whose step
-            changes little of a large memory, where to select between the whole of both
-            takes a copy (CRD's bank).
+            `good`, else the memory before the step, bit for bit. It is only for a
+            method whose step changes a small part of a large memory (CRD's bank):
+            selecting between two whole memories would take a copy.
     """
 
     student: Wants
@@ -76,13 +78,15 @@ class Method(NamedTuple):
     select: Callable[..., dict] | None = None
 
 
-def nothing(key, student, teacher, data) -> tuple[dict, dict]:
-    """The `init` of a method that trains and remembers nothing."""
+def nothing(
+    key: Array, student: Features, teacher: Features, data: Data | None
+) -> tuple[dict, dict]:
+    """The `init` of a method without parameters and without memory."""
     return {}, {}
 
 
 def union(*wants: Wants) -> Wants:
-    """All that any of them wants, each thing once.
+    """Merges several wants, without duplicates.
 
     >>> union(Wants(hints=("a",)), Wants(output=True, hints=("b", "a")))
     Wants(output=True, hints=('a', 'b'), params=())
@@ -95,7 +99,7 @@ def union(*wants: Wants) -> Wants:
 
 
 def one_per_example(caller: str, who: str, values: Array, n: int | None) -> None:
-    """Raises unless a loss gave one value for each of the n examples, if n is known."""
+    """Raises unless a loss gave one value per example, n values if n is known."""
     if values.ndim != 1 or n not in (None, values.shape[0]):
         do = "Take no mean inside a loss: the objective divides by the valid examples."
         wanted = f"{who} to give one value per example, ({n or 'batch'},)"
@@ -103,10 +107,10 @@ def one_per_example(caller: str, who: str, values: Array, n: int | None) -> None
 
 
 def hints_of(caller: str, pairs: Pairs) -> tuple[Wants, Wants]:
-    """What a method of pairs wants of the student and of the teacher.
+    """The features that a method of pairs reads of the student and of the teacher.
 
     Raises:
-        ValueError: in the caller's name, if there are no pairs.
+        ValueError: if there are no pairs. The message names the caller.
     """
     do = 'For instance [("group2", "group2")].'
     instance(caller, Sequence, do=do, pairs=pairs)
@@ -127,11 +131,11 @@ def hints_of(caller: str, pairs: Pairs) -> tuple[Wants, Wants]:
 def over_pairs(
     loss: Callable[[Array, Array], Float[Array, " batch"]],
 ) -> Callable[[Sequence[Array], Sequence[Array]], Float[Array, " batch"]]:
-    """A loss of one pair as the sum over many, by vmap over a leading pair axis.
+    """Turns a loss of one pair into the sum over many pairs, by vmap.
 
-    Pairs of equal shapes are stacked and evaluated at once. Meant for what is left
-    after a reduction (attention maps, FSP matrices); stacking whole feature maps
-    copies them.
+    Pairs of equal shapes are stacked along a new first axis and evaluated at once. Use
+    it for small arrays that a reduction gives (attention maps, FSP matrices): stacking
+    copies its arrays, and whole feature maps are large.
 
     Args:
         loss: `(student, teacher) -> one value per example`.
@@ -146,7 +150,7 @@ def over_pairs(
     """
     function("over_pairs", loss=loss)
 
-    def summed(students, teachers):
+    def summed(students: Sequence[Array], teachers: Sequence[Array]) -> Array:
         groups: dict[tuple, list[tuple[Array, Array]]] = {}
         for pair in zip(students, teachers, strict=True):
             groups.setdefault(tuple((a.shape, a.dtype) for a in pair), []).append(pair)

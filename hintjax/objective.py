@@ -1,4 +1,4 @@
-"""An objective: a weighted sum of methods and the task, which is itself a method."""
+"""An objective: a weighted sum of methods and the task. It is itself a method."""
 
 import math
 import zlib
@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float, Num, ScalarLike
+from jaxtyping import Array, ArrayLike, DTypeLike, Float, Num, ScalarLike
 
 from hintjax._checks import Refusal, function, instance, message, scalar
 from hintjax._numerics import as_float, either, masked_mean
@@ -19,15 +19,16 @@ ADJUSTABLE = "weights"  # the memory of an objective that holds adjustable weigh
 
 
 class Adjustable(NamedTuple):
-    """A weight that lives in the state, not in the program.
+    """A weight that is stored in the state, not in the compiled program.
 
-    Many students can then have each their own in one program (see `population`), and
-    one student another from some step on; `reweighted` sets it.
+    In one program, each student of a population can then have its own weight (see
+    `population`), and the weight of one student can change between steps. `reweighted`
+    sets it.
 
     Attributes:
-        start: the weight until it is set, a number >= 0.
-        schedule: `step -> factor`, such as optax's: the term is weighted by their
-            product. By default 1.
+        start: the weight until `reweighted` sets another, a number >= 0.
+        schedule: `step -> factor`, such as optax's. The term is multiplied by the
+            weight and by this factor. The default factor is 1.
     """
 
     start: float | int
@@ -50,13 +51,13 @@ def weighted(method: Method, weight: Weight) -> Weighted:
     Args:
         method: the method.
         weight: a number >= 0, or a schedule `step -> weight`, such as optax's, or an
-            `Adjustable`, which lives in the state.
+            `Adjustable`, which is stored in the state.
 
     Returns:
-        The term.
+        The term, for `objective`.
 
     Raises:
-        ValueError: if the number is negative or not finite.
+        ValueError: if the weight is negative or not finite.
     """
     instance("weighted", Method, method=method)
     if not callable(weight):
@@ -66,7 +67,7 @@ def weighted(method: Method, weight: Weight) -> Weighted:
 
 
 def check_weight(caller: str, weight: ScalarLike) -> None:
-    """Raises unless a number can be a weight."""
+    """Raises unless a number is finite and >= 0."""
     wanted = ">= 0 or a schedule"
     scalar(caller, wanted, lambda w: 0 <= w < math.inf, **{"a finite weight": weight})
 
@@ -74,21 +75,22 @@ def check_weight(caller: str, weight: ScalarLike) -> None:
 def objective(**terms: Weighted | Method) -> Method:
     """A weighted sum of methods: `sum_i w_i(step) L_i`.
 
-    Reported are, by the names of the terms: `name` (the mean of its raw values),
-    `name/weighted`, and the method's own metrics as `name/metric`; and the total as
-    `loss`. Means are over the examples that `batch["where"]` leaves valid.
+    The objective reports, for each term: `name` (the mean of its values before the
+    weight), `name/weighted` (the mean after the weight), and the method's own metrics
+    as `name/metric`. It reports the total as `loss`. Means are over the valid examples
+    (`batch["where"]`).
 
     Args:
-        **terms: the terms by name; a method alone has the weight 1.
+        **terms: the terms by name; a method without a weight has weight 1.
 
     Returns:
-        The method; what it trains and remembers is kept under the terms' names, so
-        that two objectives can share a term (see `carry` of a stage). Adjustable
-        weights are remembered beside the terms, as "weights", and not carried.
+        The method. Its parameters and its memory are dicts by the names of the terms,
+        so that two objectives can share a term (see `carry` of a stage). Adjustable
+        weights are in the memory under "weights", and `carry` leaves them out.
 
     Raises:
-        ValueError: if there is no term, if all weights are 0, if two terms say what
-            is deployed, or if a term has a name that is taken.
+        ValueError: if there is no term, if all weights are 0, if two terms define
+            `deploy`, or if the name of a term is reserved.
 
     >>> import optax
     >>> term = task(optax.softmax_cross_entropy_with_integer_labels)
@@ -100,7 +102,7 @@ def objective(**terms: Weighted | Method) -> Method:
         name: term if isinstance(term, Weighted) else Weighted(term, 1.0)
         for name, term in terms.items()
     }
-    # What stages report, and what is kept beside the terms' memories.
+    # Names that stages report, and names in the memory beside those of the terms.
     taken = ("loss", "norm", "skipped", "spikes", ADJUSTABLE, PREPARED)
     if named.keys() & {*taken}:
         do = "Give the term another name."
@@ -169,8 +171,17 @@ def objective(**terms: Weighted | Method) -> Method:
     )
 
 
-def _now(weight, kept, step, dtype):
-    """A term's weight at a step; `kept` is what the state has of it."""
+def _now(
+    weight: Weight | None, kept: ArrayLike | None, step: ArrayLike, dtype: DTypeLike
+) -> Array:
+    """The weight of a term at a step.
+
+    Args:
+        weight: the weight, as the term has it.
+        kept: the value in the state, if the weight is adjustable.
+        step: the step.
+        dtype: of the result.
+    """
     if isinstance(weight, Adjustable):
         kept, weight = jnp.asarray(kept, dtype), weight.schedule
         return kept if weight is None else kept * _now(weight, None, step, dtype)
@@ -178,7 +189,7 @@ def _now(weight, kept, step, dtype):
 
 
 def _split(terms: dict[str, Weighted]) -> Callable[[dict], dict] | None:
-    """`Method.split` of an objective: those of its terms."""
+    """`Method.split` of an objective, from that of each term."""
     own = _own(terms, "split")
     if not own:
         return None
@@ -193,7 +204,7 @@ def _split(terms: dict[str, Weighted]) -> Callable[[dict], dict] | None:
 
 
 def _select(terms: dict[str, Weighted]) -> Callable[..., dict] | None:
-    """`Method.select` of an objective: those of its terms."""
+    """`Method.select` of an objective, from that of each term."""
     own = _own(terms, "select")
     if not own:
         return None
@@ -210,16 +221,16 @@ def _select(terms: dict[str, Weighted]) -> Callable[..., dict] | None:
 
 
 def _own(terms: dict[str, Weighted], field: str) -> dict[str, Callable]:
-    """What terms have in a field of their methods that may be None."""
+    """The values of an optional field of the methods, by term, without None."""
     found = {name: getattr(term.method, field) for name, term in terms.items()}
     return {name: has for name, has in found.items() if has is not None}
 
 
 def _deployed(terms: dict[str, Weighted]) -> Callable[..., Array] | None:
-    """`Method.deploy` of an objective: that of its one term that has it."""
+    """`Method.deploy` of an objective: that of the only term that defines it."""
     found = [name for name, term in terms.items() if term.method.deploy is not None]
     if len(found) > 1:
-        wanted = "at most one term that says what is deployed"
+        wanted = "at most one term whose method defines deploy"
         raise Refusal(message("objective", wanted, f"{found}"))
     if not found:
         return None
@@ -235,7 +246,7 @@ def task(
     loss: Callable[[Float[Array, "batch ..."], Num[Array, "batch ..."]], Array],
     label: str = "label",
 ) -> Method:
-    """The task itself as a method: the student's output against the labels.
+    """The task as a method: a loss of the student's output and the labels.
 
     Args:
         loss: `(output, labels) -> one value per example`, for instance
@@ -263,5 +274,5 @@ def task(
 
 
 def _fold(key: Array, name: str) -> Array:
-    """A key of its own for each name, whatever the other names are."""
+    """A key for each name that does not depend on the other names."""
     return jax.random.fold_in(key, zlib.crc32(name.encode()))

@@ -90,7 +90,7 @@ def together(**networks: Network) -> Network:
 def seeing(network: Network, view: Callable[[PyTree], PyTree]) -> Network:
     """The same network on inputs that are seen through a function.
 
-    For a teacher of another resolution or normalisation among several.
+    For a teacher of another resolution or normalization among several.
 
     Args:
         network: the network.

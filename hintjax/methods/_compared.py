@@ -38,14 +38,14 @@ def compared(
 def outputs(caller: str, loss: Callable[..., Float[Array, " batch"]]) -> Method:
     """A loss of the two outputs, `(student, teacher, batch) -> one value per example`.
 
-    Networks of other classes are refused when a stage is initialised.
+    Networks of other classes are refused when a stage is initialized.
     """
 
     def init(key, student, teacher, data):
         if student.output.shape != teacher.output.shape:
             wanted = "student and teacher to have the same classes"
             got = f"outputs {student.output.shape} and {teacher.output.shape}"
-            do = "Distil hints instead, or give both networks one head."
+            do = "Distill hints instead, or give both networks one head."
             raise Refusal(message(caller, wanted, got, do))
         return nothing(key, student, teacher, data)
 

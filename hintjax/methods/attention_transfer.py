@@ -17,24 +17,24 @@ def attention_transfer(
 ) -> Method:
     """AT: the student's attention maps match the teacher's.
 
-    The maps of each pair are computed first; those of one size are then compared
-    at once, by vmap over the pairs, and summed. Nothing is trained beside the
-    student, and channel counts may differ. The field pairs all groups of a residual
-    network at weight 1000 with the official code's loss (the default). The default is
-    the code's loss exactly for an even power; for an odd one see
-    `attention_transfer_loss`. The paper's form is `loss=attention_map_loss_paper` at
-    weight beta / 2.
+    The method first computes the maps of each pair. Maps of one size are then compared
+    at once, by vmap over the pairs, and the losses are summed. Nothing is trained
+    beside the student, and the numbers of channels may differ. The usual setting pairs
+    all groups of a residual network at weight 1000, with the loss of the official code
+    (the default). For an even power the default is exactly that loss; for an odd power
+    see `attention_transfer_loss`. The paper's form is `loss=attention_map_loss_paper`
+    at weight beta / 2.
 
     Args:
         pairs: (guided layer, hint layer) for each pair, as paths.
-        power: p of the attention map.
+        power: the exponent p of the attention map.
         loss: compares two batches of maps, one value per example.
 
     Returns:
         The method.
 
     Raises:
-        ValueError: without pairs, or if the power is not an integer >= 1.
+        ValueError: if there are no pairs, or if the power is not an integer >= 1.
 
     References:
         Zagoruyko and Komodakis 2017, Paying More Attention to Attention.

@@ -20,7 +20,7 @@ def activation_boundary(
 ) -> Method:
     """AB: behind a regressor, the student's neurons switch on where the teacher's do.
 
-    It initialises the student: a hint stage with this alone (weight 1, 30 epochs in the
+    It initializes the student: a hint stage with this alone (weight 1, 30 epochs in the
     CRD benchmark), then a distillation stage on the task. The layers are those *before*
     the ReLU, of the three stages of a residual network.
 
@@ -39,7 +39,7 @@ def activation_boundary(
 
     Raises:
         ValueError: without pairs, for a margin that is not positive, or (when a stage
-            is initialised) if a regressor cannot be sized.
+            is initialized) if a regressor cannot be sized.
 
     References:
         Heo et al. 2019, Knowledge Transfer via Distillation of Activation Boundaries

@@ -32,7 +32,7 @@ def channel_wise(
 
     Raises:
         ValueError: without pairs, if the temperature is not positive, or (when a stage
-            is initialised) for maps of unequal shapes without a regressor.
+            is initialized) for maps of unequal shapes without a regressor.
 
     References:
         Shu et al. 2021, Channel-wise Knowledge Distillation for Dense Prediction.

@@ -31,7 +31,7 @@ def class_attention(
         gradient through its maps too.
 
     Raises:
-        ValueError: if the size is not an integer >= 1, or (when a stage is initialised)
+        ValueError: if the size is not an integer >= 1, or (when a stage is initialized)
             if a classifier has no kernel, or the classes differ.
 
     References:

@@ -1,6 +1,7 @@
 """CRD: contrastive representation distillation (Tian et al. 2020)."""
 
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import NoneType
 from typing import NamedTuple
@@ -8,7 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from hintjax import memory as banks
 from hintjax import regressors
@@ -18,15 +19,16 @@ from hintjax.losses import contrastive_log_constant, contrastive_scores_loss
 from hintjax.method import Method, hints_of
 
 HIGHEST = jax.lax.Precision.HIGHEST
+Scores = tuple[Array, Array]  # (batch,) of the positives, (batch, K) of the negatives
 
 
 class Drawn(NamedTuple):
-    """Candidates from the bank.
+    """Candidates from the bank, as rows of the bank.
 
     Attributes:
-        index: the negatives: of each anchor, or of all anchors.
-        valid: those that are of another class than the anchor.
-        positive: the positives if they come with the negatives.
+        index: the negatives, for each anchor or shared by all anchors.
+        valid: True for a negative of another class than its anchor; None if all are.
+        positive: the positives, if they were given with the negatives.
     """
 
     index: Int[Array, "batch k"] | Int[Array, " k"]
@@ -40,47 +42,55 @@ class AnchorNegatives:
     """The paper's negatives: each anchor draws its own from the other classes.
 
     Attributes:
-        number: K, how many per anchor.
+        number: K, the number of negatives per anchor.
     """
 
     number: int = 16384
 
-    def draw(self, classes, key, batch) -> Drawn:
-        """Indices (batch, K)."""
+    def draw(
+        self, classes: banks.Classes, key: Key[Array, ""], batch: Mapping[str, Array]
+    ) -> Drawn:
+        """Draws indices (batch, K)."""
         keys = _keys(key, batch["index"])
         return Drawn(*banks.draw_others(classes, keys, batch["label"], self.number))
 
 
 @dataclass(frozen=True)
 class SharedNegatives:
-    """All anchors of a batch share one draw; those of its own class do not count.
+    """All anchors of a batch share one draw; an anchor's own class is left out.
 
-    Scores are one matrix product with K embeddings, instead of batch x K gathered
-    ones. An anchor's K (in its c) is the number that counts for it.
+    The scores are one matrix product with K embeddings; `AnchorNegatives` gathers
+    batch x K embeddings. For each anchor, K (in its constant c) is the number of
+    negatives that are valid for this anchor.
 
     Attributes:
-        number: how many are drawn.
+        number: the number of negatives that are drawn.
     """
 
     number: int = 16384
 
-    def draw(self, classes, key, batch) -> Drawn:
-        """Indices (K,)."""
+    def draw(
+        self, classes: banks.Classes, key: Key[Array, ""], batch: Mapping[str, Array]
+    ) -> Drawn:
+        """Draws indices (K,)."""
         return Drawn(*banks.draw_shared(classes, key, batch["label"], self.number))
 
 
 @dataclass(frozen=True)
 class GivenNegatives:
-    """Candidates that the batch brings along, as the published loader does.
+    """Candidates that are given in the batch, as in the published loader.
 
     Attributes:
-        name: of the batch's entry, int (batch, 1 + K): the positive, then negatives.
+        name: the name of the candidates in the batch, int (batch, 1 + K): the
+            positive, then the negatives.
     """
 
     name: str = "candidates"
 
-    def draw(self, classes, key, batch) -> Drawn:
-        """Indices (batch, K) and positives."""
+    def draw(
+        self, classes: banks.Classes, key: Key[Array, ""], batch: Mapping[str, Array]
+    ) -> Drawn:
+        """Returns the given indices (batch, K), and the positives."""
         if self.name not in batch:
             wanted = f'an entry "{self.name}" of the batch'
             raise Refusal(message("crd", wanted, f"{sorted(batch)}"))
@@ -90,9 +100,10 @@ class GivenNegatives:
 
 @dataclass(frozen=True)
 class BatchNegatives:
-    """The batch's own examples of other classes; there is no bank.
+    """The negatives are the batch's own examples of other classes; there is no bank.
 
-    Both embeddings of a pair are of this step, so both heads learn from each score.
+    Both embeddings of a pair are computed in this step, so both heads learn from each
+    score.
     """
 
 
@@ -114,44 +125,48 @@ def crd(
     """CRD: an example's two embeddings find each other among those of other classes.
 
     Two linear heads embed the student's and the teacher's features on a sphere
-    (`hintjax.regressors.Embedding`). A memory bank remembers every training
-    example's embeddings. Each embedding is told apart (`contrastive_loss`) from the
-    other network's in the bank; both directions are summed.
+    (`hintjax.regressors.Embedding`). A memory bank stores both embeddings of every
+    training example. The loss (`contrastive_loss`) contrasts each embedding with the
+    other network's embeddings in the bank, and sums over both directions.
 
-    The field pairs the pooled features before the classifiers, at weight 0.8 beside
-    the task; CRD+KD adds `kd(4.0)` at weight 1.
+    The usual setting pairs the pooled features before the classifiers, at weight 0.8
+    beside the task; CRD+KD adds `kd(4.0)` at weight 1.
 
     In evaluation an example is not in the bank: its positive is the other network's
-    embedding of it, and nothing moves. The constants Z are set by the first training
-    batch; before that, evaluation uses the batch's own.
+    embedding of the same example, and the bank does not change. The first training
+    batch sets the constants Z; before that, evaluation estimates them from its batch.
 
     Args:
         pair: (guided layer, hint layer), as paths; maps are averaged over positions.
         negatives: `AnchorNegatives` (the paper's; K embeddings per anchor are
-            gathered, or all n scored if n <= 4 K), `SharedNegatives` (much
-            cheaper), `GivenNegatives` or `BatchNegatives`. Draws are made on the
-            device and with replacement, where the code's loader draws without.
-        temperature: T of the scores, > 0.
-        momentum: how much of the bank's entry is kept, in [0, 1].
+            gathered, or all n embeddings are scored if n <= 4 K), `SharedNegatives`
+            (much cheaper), `GivenNegatives` or `BatchNegatives`. Draws are made on the
+            device, with replacement; the loader of the published code draws without
+            replacement.
+        temperature: the temperature T of the scores, > 0.
+        momentum: the fraction of the bank's entry that an update keeps, in [0, 1].
         feature_dim: size of the embeddings.
-        relax: the positive is drawn from the anchor's class (the code's `relax`),
-            instead of being the same example (`exact`, the default).
-        mesh: the stage's mesh: the rows of the bank are split over the devices that
-            split the batch, and an example's are sent only where they live. Without
-            it every device has the whole bank, and gets and writes the embeddings of
-            the whole batch, which grows with the number of devices. By rows what a
-            device sends hardly grows: for shared negatives twice the K of each bank,
-            else the scores of its own anchors with both whole banks, twice.
+        relax: draw the positive from the anchor's class (the code's `relax`). By
+            default the positive is the same example (the code's `exact`).
+        mesh: the stage's mesh. With it, the rows of the bank are sharded over the
+            devices that shard the batch, and the embeddings of an example are sent only
+            to the device with its row. Communication per device then hardly grows with
+            the number of devices: it sends the K shared negatives of each bank twice,
+            or, for other negatives, the scores of its own anchors with both whole
+            banks twice. Without a mesh every device stores the whole bank, and receives
+            and writes the embeddings of the whole batch, which grow with the number of
+            devices.
 
     Returns:
         The method. It trains two heads, `student` and `teacher`; remembers the bank
         (`MemoryBank`) and the examples by class; reports `positive`, the mean cosine
-        of the positives. Batches need "label" and "index"; a stage is initialised
+        of the positives. Batches need "label" and "index"; a stage is initialized
         with `data=Data(labels)`.
 
     Raises:
-        ValueError: for a temperature, momentum or size out of range, `relax` without
-            draws, or (when a stage is initialised) without data.
+        ValueError: if a temperature, momentum or size is out of range, if `relax` is
+            set and nothing is drawn, or (when a stage is initialized) if there is no
+            data.
 
     References:
         Tian, Krishnan, Isola 2020, Contrastive Representation Distillation.
@@ -165,11 +180,11 @@ def crd(
     in_batch = isinstance(negatives, BatchNegatives)
     if relax and isinstance(negatives, BatchNegatives | GivenNegatives):
         do = "Draw negatives from the bank."
-        wanted = "relax only where positives are drawn"
+        wanted = "relax=True only with AnchorNegatives or SharedNegatives"
         raise Refusal(message("crd", wanted, f"{negatives}", do))
     if in_batch and mesh is not None:
-        wanted = "mesh only where there is a bank"
-        raise Refusal(message("crd", wanted, f"{negatives}"))
+        wanted = "mesh only with negatives that use the bank"
+        raise Refusal(message("crd", wanted, f"{negatives}", "Leave out mesh=."))
     student_wants, teacher_wants = hints_of("crd", [pair])
     guided, hint = pair
     head = regressors.Embedding(feature_dim)
@@ -206,7 +221,8 @@ def crd(
             elif mine is None:
                 mine = batch["index"]
             valid = drawn.valid
-            # In evaluation the examples are not in the bank: their own are as they are.
+            # In evaluation the examples are not in the bank: the positives are the
+            # embeddings of this batch.
             own, others = (s, t), (bank.student, bank.teacher)
             index = drawn.index
             if train and mesh is not None and index.ndim == 2:
@@ -238,8 +254,9 @@ def crd(
             )
         if train:
             if not in_batch:
-                # What is no number is not remembered. And since this reads the scores,
-                # XLA writes the bank after it was read, in place and without a copy.
+                # The bank does not store embeddings whose loss is not finite. Since
+                # this mask depends on the scores, XLA writes the bank after it has read
+                # it, in place and without a copy.
                 known = jnp.isfinite(values)
                 known = known if where is None else known & where
                 bank = banks.update(
@@ -284,14 +301,15 @@ def crd_bytes(
     """An estimate of the memory that CRD takes, in bytes of float32.
 
     Args:
-        negatives: the kind of negatives; `GivenNegatives` count as the paper's.
+        negatives: the kind of negatives. `GivenNegatives` are counted as the paper's
+            16384 per anchor.
         size: number of training examples.
         batch: batch size.
         feature_dim: size of the embeddings.
 
     Returns:
-        "bank": both banks, kept; "step": what one step of both directions gathers and
-        scores, freed after it.
+        "bank": both banks, which stay in memory; "step": the gathered embeddings and
+        the scores of both directions, which are freed after the step.
 
     >>> crd_bytes(SharedNegatives(16384), size=50_000, batch=64)
     {'bank': 51200000, 'step': 25165824}
@@ -313,12 +331,17 @@ def crd_bytes(
 
 
 def _keys(key: Array, index: Array) -> Array:
-    """A key per example, whatever its place in the batch."""
+    """A key per example that does not depend on its place in the batch."""
     return jax.vmap(lambda i: jax.random.fold_in(key, i))(index)
 
 
-def _within(student, teacher, label, where):
-    """Scores (positive, negatives) of both directions within the batch."""
+def _within(
+    student: Float[Array, "batch d"],
+    teacher: Float[Array, "batch d"],
+    label: Int[Array, " batch"],
+    where: Bool[Array, " batch"] | None,
+) -> tuple[Scores, Scores, Bool[Array, "batch batch"]]:
+    """Scores of both directions within the batch, and the mask of valid negatives."""
     scores = jnp.matmul(student, teacher.T, precision=HIGHEST)
     valid = label[:, None] != label[None, :]
     if where is not None:
@@ -327,15 +350,23 @@ def _within(student, teacher, label, where):
     return (own, scores), (own, scores.T), valid
 
 
-def _scores(anchors, positives, vectors, index, mesh):
-    """Scores (positive, negatives) of anchors with the other network's embeddings.
+def _scores(
+    anchors: Float[Array, "batch d"],
+    positives: Float[Array, "batch d"] | None,
+    vectors: Float[Array, "n d"],
+    index: Int[Array, "batch k"] | Int[Array, " k"],
+    mesh: Mesh | None,
+) -> Scores:
+    """Scores of anchors with the other network's embeddings.
 
     Args:
         anchors: one network's embeddings.
-        positives: the other's for each anchor; None if they are the first candidates.
-        vectors: the other's that all anchors share, or its whole bank.
-        index: (K,) of shared ones; or (batch, K), which ones of the bank.
-        mesh: the bank's rows are split over it.
+        positives: the other network's embedding for each anchor; None if the positives
+            are the first candidates.
+        vectors: the other network's embeddings: the shared negatives, or the whole
+            bank.
+        index: (K,) for shared negatives; (batch, K), rows of the bank, otherwise.
+        mesh: the mesh over which the rows of the bank are sharded, if any.
     """
     vectors = vectors.astype(anchors.dtype)
     if positives is None:
@@ -354,5 +385,5 @@ def _scores(anchors, positives, vectors, index, mesh):
 
 
 def _all_scored(size: int, count: int) -> bool:
-    """Is it cheaper to score the whole bank than to gather the candidates?"""
+    """Whether it is cheaper to score the whole bank than to gather candidates."""
     return size <= 4 * count

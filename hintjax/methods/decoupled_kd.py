@@ -30,7 +30,7 @@ def decoupled_kd(
 
     Raises:
         ValueError: if the temperature is not positive or a weight negative, or (when a
-            stage is initialised) if the networks differ in their number of classes.
+            stage is initialized) if the networks differ in their number of classes.
 
     References:
         Zhao et al. 2022, Decoupled Knowledge Distillation.

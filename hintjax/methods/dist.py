@@ -23,7 +23,7 @@ def dist(beta: float = 1.0, gamma: float = 1.0, temperature: float = 1.0) -> Met
 
     Raises:
         ValueError: if the temperature is not positive or a weight negative, or (when a
-            stage is initialised) if the networks differ in their number of classes.
+            stage is initialized) if the networks differ in their number of classes.
 
     References:
         Huang et al. 2022, Knowledge Distillation from A Stronger Teacher.

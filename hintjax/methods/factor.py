@@ -43,11 +43,11 @@ def factor_transfer(
     Returns:
         The method. It trains one translator per pair (three 3x3 convolutions with
         BatchNorm), named `guided->hint`, and remembers their statistics
-        (`translators`) and the paraphrasers (`prepared`), which no optimiser reaches.
+        (`translators`) and the paraphrasers (`prepared`), which no optimizer reaches.
 
     Raises:
         ValueError: without pairs, for a rate outside its range, or (when a stage is
-            initialised) for a layer that is not a map.
+            initialized) for a layer that is not a map.
 
     References:
         Kim, Park, Kwak 2018, Paraphrasing Complex Network: Network Compression via

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, ArrayLike, Bool, Float
 
 from hintjax import regressors
 from hintjax._checks import (
@@ -33,31 +33,33 @@ def fitnets(
 ) -> Method:
     """FitNets: a regressor on the guided layer predicts the hint layer.
 
-    In a hint stage this is the first of FitNets' two stages; as a term beside the
-    task in a distillation stage it is what benchmarks call FitNet (weight 100,
+    FitNets trains in two stages. This method in a hint stage is the first one. As a
+    term beside the task in a distillation stage, it is the "FitNet" of benchmarks
+    (weight 100,
     `regressor=partial(regressors.conv, batch_norm=True, activation=nn.relu)`).
     The paper pairs the middle of the teacher with the middle of the student.
 
-    The pairs are summed. They are evaluated one after another inside one jit:
-    stacking feature maps to vmap over them would copy them.
+    The losses of the pairs are summed. The pairs are evaluated one after another
+    inside one jit: a vmap over pairs would have to copy the feature maps.
 
     Args:
         pairs: (guided layer, hint layer) for each pair, as paths.
-        regressor: sizes a regressor for one pair from the two shapes.
-        loss: compares a prediction with its hint, one value per example; with `padding`
-            it is also told which tokens count, as `where`.
-        padding: for hints over tokens (batch, n, c), the name of the batch's mask of
-            tokens, bool (batch, n), True where a token counts; without it all count.
+        regressor: makes the regressor of one pair from the two shapes.
+        loss: compares a prediction with its hint, one value per example. With
+            `padding`, it also receives the mask of valid tokens, as `where`.
+        padding: for hints over tokens (batch, n, c), the name of the token mask in the
+            batch: bool (batch, n), True for a valid token. By default all tokens are
+            valid.
 
     Returns:
         The method. It trains one regressor per pair, named `guided->hint`;
-        remembers their BatchNorm statistics; reports `r2`, the share of the hint's
+        remembers their BatchNorm statistics; reports `r2`, the fraction of the hint's
         variance that is predicted (per channel, over the batch), as the mean over
-        pairs, and each pair's `loss` and `r2` if there are several.
+        pairs. With several pairs it also reports the `loss` and `r2` of each pair.
 
     Raises:
-        ValueError: without pairs, or (when a stage is initialised) if a regressor
-            cannot be sized for a pair; if the batch lacks the mask.
+        ValueError: if there are no pairs; when a stage is initialized, if no regressor
+            fits a pair; if the batch has no such mask.
 
     References:
         Romero et al. 2015, FitNets: Hints for Thin Deep Nets.
@@ -88,7 +90,7 @@ def fitnets(
 def lambda_decay(
     initial: float, final: float, start: int, saturate: int, steps_per_epoch: int
 ) -> Callable[[Array], Float[Array, ""]]:
-    """FitNets' decay of the teacher's weight, as a schedule of the step.
+    """FitNets' decay of the weight of the soft targets, as a schedule of the step.
 
     With `d = (initial - final) / (saturate - start + 1)` and the epoch e from 0::
 
@@ -98,16 +100,16 @@ def lambda_decay(
 
     Args:
         initial: the weight before the decay; the paper's 4.
-        final: the weight after it; the paper's 1.
+        final: the weight after the decay; the paper's 1.
         start: the first epoch of the decay.
         saturate: the first epoch of the final weight.
-        steps_per_epoch: optimiser steps in an epoch.
+        steps_per_epoch: number of optimizer steps in an epoch.
 
     Returns:
         `step -> weight`, constant within an epoch.
 
     Raises:
-        ValueError: if `saturate < start` or there are no steps in an epoch.
+        ValueError: if `saturate < start` or `steps_per_epoch < 1`.
 
     >>> decay = lambda_decay(4.0, 1.0, start=1, saturate=3, steps_per_epoch=10)
     >>> [float(decay(10 * epoch)) for epoch in range(5)]
@@ -120,11 +122,11 @@ def lambda_decay(
     integer("lambda_decay", 0, start=start, saturate=saturate)
     positive_int("lambda_decay", steps_per_epoch=steps_per_epoch)
     if saturate < start:
-        got, do = f"{start} and {saturate}", "Give the epochs in their order."
+        got, do = f"{start} and {saturate}", "Give the epochs in ascending order."
         raise Refusal(message("lambda_decay", "start <= saturate", got, do))
     drop = (initial - final) / (saturate - start + 1)
 
-    def schedule(step):
+    def schedule(step: ArrayLike) -> Array:
         epoch = jnp.asarray(step) // steps_per_epoch
         decayed = initial - drop * (epoch - start + 1).astype(jnp.float32)
         late = jnp.where(epoch < saturate, decayed, final)
@@ -138,7 +140,7 @@ def explained_variance(
     target: Float[Array, "batch ..."],
     where: Bool[Array, "..."] | None = None,
 ) -> Float[Array, ""]:
-    """R^2: the share of the target's variance that is predicted.
+    """R^2: the fraction of the target's variance that is predicted.
 
     `1 - sum (t - p)^2 / sum (t - mean t)^2`, the mean per channel over the valid
     examples and positions; 0 for a target that does not vary.
@@ -146,10 +148,11 @@ def explained_variance(
     Args:
         predicted: the regressor's output.
         target: the hint.
-        where: what counts, over the first axes: examples, or positions; all by default.
+        where: mask of valid examples, or of valid positions, over the first axes. By
+            default all are valid.
 
     Returns:
-        At most 1; negative where the mean would predict better.
+        At most 1. It is negative if the mean is a better prediction.
 
     >>> t = jnp.arange(6.0).reshape(3, 2)
     >>> float(explained_variance(t, t)), float(explained_variance(t * 0 + 2.5, t))

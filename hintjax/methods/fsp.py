@@ -24,32 +24,33 @@ def fsp(
 ) -> Method:
     """FSP: what happens between two layers is the same in student and teacher.
 
-    Each flow is reduced to its FSP matrix first; matrices of one shape are then
-    compared at once, by vmap over the pairs, and summed. Sizes may differ everywhere;
-    channels must agree, or a regressor brings the student's to the teacher's.
+    Each flow is first reduced to its FSP matrix. Matrices of one shape are then
+    compared at once, by vmap over the pairs, and the losses are summed. The layers may
+    have any sizes. Their channels must be equal, or a regressor maps the student's
+    channels to the teacher's.
 
-    It is trained in two stages: FSP alone (a hint stage; 30 epochs at weight 1 in the
-    CRD benchmark), then the task from the weights so found. The field takes the flows
-    between consecutive stages of a residual network, from the stem on: see `flows`. As
-    a term beside the task its documented weight is 50. The paper's form is
-    `matrix=fsp_matrix_paper, loss=fsp_matrix_loss_paper`.
+    Training has two stages: FSP alone (a hint stage; 30 epochs at weight 1 in the CRD
+    benchmark), then the task, which starts from the weights of the first stage. The
+    usual flows lie between consecutive stages of a residual network, beginning at the
+    stem: see `flows`. As a term beside the task, its documented weight is 50. The
+    paper's form is `matrix=fsp_matrix_paper, loss=fsp_matrix_loss_paper`.
 
     Args:
         pairs: (flow of the student, flow of the teacher) for each pair, where a flow
             is (first layer, second layer) of one network, as paths.
         matrix: the FSP matrix of two maps.
         loss: compares two batches of matrices, one value per example.
-        regressor: sizes a regressor for each layer of the student, from its shape
-            and the same positions with the teacher's channels; for instance
-            `regressors.linear`. None by default.
+        regressor: makes the regressor of each layer of the student, for instance
+            `regressors.linear`. It receives the layer's shape, and this shape with the
+            teacher's channels. By default there is no regressor.
 
     Returns:
         The method. It trains a regressor for each matched pair of layers if one is
         given, named `guided->hint`, and remembers their BatchNorm statistics.
 
     Raises:
-        ValueError: without pairs, or (when a stage is initialised) if channels differ
-            and there is no regressor.
+        ValueError: if there are no pairs, or (when a stage is initialized) if channels
+            differ and there is no regressor.
 
     References:
         Yim et al. 2017, A Gift from Knowledge Distillation.
@@ -60,8 +61,10 @@ def fsp(
     instance("fsp", Sequence, pairs=pairs)
     for pair in pairs:
         if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2:
-            wanted = "each pair to be two flows"
-            raise Refusal(message("fsp", wanted, described(pair), "See flows."))
+            wanted = "each pair to be (flow of the student, flow of the teacher)"
+            raise Refusal(
+                message("fsp", wanted, described(pair), "See hintjax.methods.flows.")
+            )
         hints_of("fsp", pair)
     matched = list(
         dict.fromkeys(layers for pair in pairs for layers in zip(*pair, strict=True))
@@ -110,10 +113,10 @@ def flows(pairs: Pairs) -> Flows:
         pairs: (guided layer, hint layer) for each depth, shallow to deep.
 
     Returns:
-        One pair of flows fewer than there are pairs.
+        The pairs of flows, one fewer than `pairs`.
 
     Raises:
-        ValueError: for fewer than two pairs.
+        ValueError: if there are fewer than two pairs.
 
     >>> flows([("stem", "conv"), ("a", "x"), ("b", "y")])
     [(('stem', 'a'), ('conv', 'x')), (('a', 'b'), ('x', 'y'))]
@@ -128,6 +131,7 @@ def flows(pairs: Pairs) -> Flows:
 def _same_channels(
     guided: str, hint: str, student: Features, teacher: Features
 ) -> None:
+    """Raise unless the guided layer and the hint layer have the same channels."""
     ours, theirs = student.hints[guided].shape, teacher.hints[hint].shape
     if ours[-1] != theirs[-1]:
         wanted = f"{guided} and {hint} to have the same channels"

@@ -55,7 +55,7 @@ def masked_generation(
 
     Raises:
         ValueError: without pairs, for a rate outside its range, or (when a stage is
-            initialised) for a layer that is not a map.
+            initialized) for a layer that is not a map.
 
     References:
         Yang et al. 2022, Masked Generative Distillation.

@@ -40,7 +40,7 @@ def overhaul(
 
     Raises:
         ValueError: without pairs, if there is not one BatchNorm for each, or (when a
-            stage is initialised) if what is at its path has no scale and bias.
+            stage is initialized) if what is at its path has no scale and bias.
 
     References:
         Heo et al. 2019, A Comprehensive Overhaul of Feature Distillation.

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, ArrayLike, Float
 
 from hintjax import regressors
 from hintjax._checks import Refusal, function, message, not_negative, positive_int
@@ -12,7 +12,7 @@ from hintjax._numerics import masked_mean
 from hintjax.losses import hierarchical_context_loss
 from hintjax.method import Method, Pairs, hints_of
 
-MOST_CHANNELS = 512  # of the fusion, as published
+MOST_CHANNELS = 512  # largest number of channels of the fusion, as published
 
 
 def review(
@@ -22,16 +22,17 @@ def review(
 ) -> Method:
     """ReviewKD: each stage of the student, joined by the deeper ones, predicts a hint.
 
-    From the deepest stage to the shallowest, an attention based fusion
-    (`hintjax.regressors.ABF`) reduces a guided map, mixes it with the fusion of the
-    deeper stages, and predicts the hint map. The predictions are compared by the
-    hierarchical context loss, summed over stages. All sizes come from the features:
-    the fusion has the channels of the deepest guided layer, at most 512.
+    Each stage, from the deepest to the shallowest, has an attention-based fusion
+    (`hintjax.regressors.ABF`). It reduces the channels of the guided map, mixes the map
+    with the fusion of the deeper stages, and predicts the hint map. The hierarchical
+    context loss compares predictions and hints, and is summed over stages. All sizes
+    come from the features: the fusion has as many channels as the deepest guided layer,
+    at most 512.
 
-    The field pairs the three stages of a residual network and the pooled features
-    (vectors are maps of 1 x 1), the student's behind its ReLU and the teacher's before
-    it, at weight 5 (WRN, ResNet x4), 0.6 (ResNet-56 to 20) or 1 (ResNet-110 to 32),
-    grown over 20 epochs: see `warm_up`.
+    The usual setting pairs the three stages of a residual network and the pooled
+    features (vectors are maps of 1 x 1). The student's features are taken after the
+    ReLU, the teacher's before it. The weight is 5 (WRN, ResNet x4), 0.6 (ResNet-56 to
+    20) or 1 (ResNet-110 to 32), and grows over 20 epochs: see `warm_up`.
 
     Args:
         pairs: (guided layer, hint layer) for each stage, shallow to deep, as paths.
@@ -39,13 +40,13 @@ def review(
 
     Returns:
         The method. It trains one ABF per pair, named `guided->hint`; remembers their
-        BatchNorm statistics; reports each pair's `loss` if there are several. The
+        BatchNorm statistics; reports the `loss` of each pair if there are several. The
         running variance differs from torch's: see
         `hintjax.regressors.modules.batch_norm`.
 
     Raises:
-        ValueError: without pairs, for a pair given twice, or (when a stage is
-            initialised) for a layer that is neither a map nor a vector.
+        ValueError: if there are no pairs, if a pair is given twice, or (when a stage is
+            initialized) if a layer is neither a map nor a vector.
 
     References:
         Chen et al. 2021, Distilling Knowledge via Knowledge Review.
@@ -79,7 +80,7 @@ def review(
                 params[name] = variables["params"]
             return params, memory
 
-        # Values do not matter, and what is computed from them is dead code.
+        # Only shapes and random keys matter. XLA removes the rest as dead code.
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (student, teacher))
         return made(*zeros)
 
@@ -109,19 +110,20 @@ def warm_up(
 
     weight(e) = weight min(1, e / epochs), with the epoch e from 0
 
-    Constant within an epoch, as published: the first epoch has weight 0.
+    The weight is constant within an epoch, as published; it is 0 in the first epoch.
     (`optax.linear_schedule(0.0, weight, epochs * steps_per_epoch)` is the smooth form.)
 
     Args:
         weight: the weight after the warm-up.
         epochs: length of the warm-up; 20 in ReviewKD and DKD.
-        steps_per_epoch: optimiser steps in an epoch.
+        steps_per_epoch: number of optimizer steps in an epoch.
 
     Returns:
         `step -> weight`.
 
     Raises:
-        ValueError: if either count is not an integer >= 1.
+        ValueError: if `epochs` or `steps_per_epoch` is not an integer >= 1, or if the
+            weight is negative.
 
     >>> grown = warm_up(5.0, epochs=2, steps_per_epoch=10)
     >>> [float(grown(step)) for step in (0, 9, 10, 20, 30)]
@@ -133,19 +135,19 @@ def warm_up(
     not_negative("warm_up", weight=weight)
     positive_int("warm_up", epochs=epochs, steps_per_epoch=steps_per_epoch)
 
-    def schedule(step):
+    def schedule(step: ArrayLike) -> Array:
         epoch = (jnp.asarray(step) // steps_per_epoch).astype(jnp.float32)
         return weight * jnp.minimum(1.0, epoch / epochs)
 
     return schedule
 
 
-def _map(x, path):
-    """A vector as a map of one position; works on shapes too."""
+def _map(x: Array, path: str) -> Array:
+    """Returns a vector as a map of one position, and a map unchanged."""
     if len(x.shape) == 4:
         return x
     if len(x.shape) != 2:
         wanted = f"{path} to be a map (h, w, c) or a vector (c)"
-        do = "Put tokens on their grid first."
+        do = "View tokens as a map with hintjax.viewed and regressors.to_grid."
         raise Refusal(message("review", wanted, f"{tuple(x.shape[1:])}", do))
     return x.reshape(x.shape[0], 1, 1, x.shape[1])

@@ -43,7 +43,7 @@ def simkd(
         projector and classifier.
 
     Raises:
-        ValueError: (when a stage is initialised) if the layers are not maps, or the
+        ValueError: (when a stage is initialized) if the layers are not maps, or the
             classifier has no kernel.
 
     References:

@@ -42,7 +42,7 @@ def tinybert(
         `attention`, the sums over pairs.
 
     Raises:
-        ValueError: without any pairs; when a stage is initialised, if the hidden states
+        ValueError: without any pairs; when a stage is initialized, if the hidden states
             of a network differ in shape; if the batch lacks the mask.
 
     References:

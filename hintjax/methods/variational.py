@@ -36,11 +36,11 @@ def variational(
     Returns:
         The method. It trains a regressor `mean` and the numbers `scale` per pair, under
         `guided->hint`; it reports the mean `variance` over pairs and channels.
-        (mdistiller leaves the numbers out of its optimiser.)
+        (mdistiller leaves the numbers out of its optimizer.)
 
     Raises:
         ValueError: without pairs, for a variance that is too small, or (when a stage is
-            initialised) if a regressor cannot be sized.
+            initialized) if a regressor cannot be sized.
 
     References:
         Ahn et al. 2019, Variational Information Distillation for Knowledge Transfer.

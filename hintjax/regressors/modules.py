@@ -46,7 +46,7 @@ class Regressor(nn.Module):
 
     Attributes:
         layers: the linear layers.
-        batch_norm: normalise their output, over the batch and all positions.
+        batch_norm: normalize their output, over the batch and all positions.
         activation: the hint layer's non-linearity, or None.
         pieces: channels are reduced by the maximum over this many pieces, which
             is the non-linearity of a maxout hint layer; 1 reduces nothing.
@@ -130,7 +130,7 @@ class ABF(nn.Module):
         Float[Array, "batch height width mid"],
     ]:
         """The output, to compare with the hint, and the fusion, for the next ABF."""
-        # The published initialisations: U(+-sqrt(3 / fan_in)) around the fusion and
+        # The published initializations: U(+-sqrt(3 / fan_in)) around the fusion and
         # torch's own, U(+-sqrt(1 / fan_in)), for the attention.
         wide = nn.initializers.variance_scaling(1, "fan_in", "uniform")
         usual = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
@@ -187,7 +187,7 @@ class Coder(nn.Module):
 
     Attributes:
         channels: of each convolution.
-        batch_norm: normalise before each non-linearity, as the translator does.
+        batch_norm: normalize before each non-linearity, as the translator does.
     """
 
     channels: tuple[int, ...]
@@ -266,7 +266,7 @@ def init(
 
     Args:
         regressor: the module.
-        key: for its initialisation.
+        key: for its initialization.
         shape: the guided layer's, batch included.
 
     Returns:

@@ -11,7 +11,7 @@ Options are bound with `functools.partial`::
     partial(regressors.conv, batch_norm=True, activation=nn.relu)
 
 Every regressor treats each example alone, and takes any batch size after
-initialisation. BatchNorm, where asked for, is the one exception while training.
+initialization. BatchNorm, where asked for, is the one exception while training.
 
 Maps (h, w, c) and tokens (n, c) do not meet in a regressor: one of the two is first
 seen as the other, by `to_grid` or `to_tokens`, and `hintjax.viewed` makes a method see
@@ -271,7 +271,7 @@ def resampled(
 
     Between two maps, or two sequences of tokens, of which the first `keep` (class
     tokens) stay as they are and the others form a square grid. A grid that grows repeats
-    its entries, or averages neighbours.
+    its entries, or averages neighbors.
 
     Args:
         student: shape of the guided layer, one example: `(h, w, c)` or `(n, c)`.
