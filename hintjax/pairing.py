@@ -1,7 +1,7 @@
-"""Pairs: which layer of the student follows which of the teacher, and how well."""
+"""Pairs of layers: suggestions by depth, and how well one layer explains another."""
 
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -31,21 +31,22 @@ def suggest_pairs(
     """Pairs by depth: hints from the teacher's middle third.
 
     Candidates are the feature maps (or tokens) at the outermost level of scopes
-    that has at least three; a candidate's depth is its place among them in the
-    order of execution, from 0 (excluded) to 1, the last. The hint layers are those
-    of the teacher with depth in (1/3, 2/3], nearest the middle first; each guided
-    layer is the student's of nearest depth. FitNets takes one pair, in the middle.
+    that has at least three. A candidate's depth is its place among the candidates in
+    the order of execution, from 0 (excluded) to 1 (the last). Hint layers are the
+    teacher's candidates with a depth in (1/3, 2/3], the nearest to the middle first.
+    Each guided layer is the student's candidate of nearest depth. FitNets uses one
+    pair, in the middle.
 
     Args:
         student: `Network.layers` of the student.
         teacher: `Network.layers` of the teacher.
-        count: how many pairs at most.
+        count: the largest number of pairs.
 
     Returns:
         (guided layer, hint layer) for each pair, from shallow to deep.
 
     Raises:
-        ValueError: if a network shows no feature maps, or `count` is below 1.
+        ValueError: if a network has no feature maps, or `count` is below 1.
 
     >>> layer = jax.ShapeDtypeStruct((1, 8, 8, 4), "float32")
     >>> student = {f"conv{i}": layer for i in range(1, 21)}
@@ -69,13 +70,14 @@ def stage_pairs(
     student: Mapping[str, jax.ShapeDtypeStruct],
     teacher: Mapping[str, jax.ShapeDtypeStruct],
 ) -> tuple[tuple[str, str], ...]:
-    """Pairs of the ends of stages, from shallow to deep.
+    """Pairs of the last layers of stages, from shallow to deep.
 
-    A stage is a run of layers of one resolution (of the outermost feature maps or
-    tokens, those that are made of layers, if there are any), and its end the last of
-    them. If both networks have as many stages, their ends are paired in order; else
-    each end of the teacher's has the student's layer of nearest depth. A teacher of one
-    resolution (a plain network, a transformer) is cut into thirds.
+    A stage is a run of consecutive layers with one resolution, and its end is its last
+    layer. The layers are the outermost feature maps or tokens; if some of them contain
+    other layers, only these are used. If both networks have the same number of stages,
+    their ends are paired in order. Otherwise, each end of the teacher is paired with
+    the student's layer of nearest depth. A teacher of one resolution (a plain network,
+    a transformer) is cut into thirds.
 
     Args:
         student: `Network.layers` of the student.
@@ -85,7 +87,7 @@ def stage_pairs(
         (guided layer, hint layer) for each stage of the teacher.
 
     Raises:
-        ValueError: if a network shows no feature maps.
+        ValueError: if a network has no feature maps.
 
     >>> def layer(side):
     ...     return jax.ShapeDtypeStruct((1, side, side, 4), "float32")
@@ -106,7 +108,15 @@ def first_pair(
     student: Mapping[str, jax.ShapeDtypeStruct],
     teacher: Mapping[str, jax.ShapeDtypeStruct],
 ) -> tuple[str, str]:
-    """The first layers of both networks, where FSP begins."""
+    """The first layers of both networks, where FSP begins.
+
+    Args:
+        student: `Network.layers` of the student.
+        teacher: `Network.layers` of the teacher.
+
+    Returns:
+        (guided layer, hint layer).
+    """
     return next(iter(_depths("student", student))), next(
         iter(_depths("teacher", teacher))
     )
@@ -119,10 +129,10 @@ def head(layers: Mapping[str, jax.ShapeDtypeStruct]) -> tuple[str, str]:
         layers: `Network.layers`.
 
     Returns:
-        Their paths.
+        The paths of the pooled vector and of the classifier.
 
     Raises:
-        ValueError: if there are no two.
+        ValueError: if the network has fewer than two vectors.
 
     >>> layer = jax.ShapeDtypeStruct((1, 8), "float32")
     >>> head({"pool": layer, "classifier": layer})
@@ -132,13 +142,13 @@ def head(layers: Mapping[str, jax.ShapeDtypeStruct]) -> tuple[str, str]:
     vectors = [path for path, layer in layers.items() if len(layer.shape) == 2]
     if len(vectors) < 2:
         got = f"the vectors {vectors} among {list(layers)[-4:]}"
-        do = "Name the pair by hand."
+        do = "Pass the paths of both layers explicitly."
         raise Refusal(message("head", "a pooled vector and a classifier", got, do))
     return vectors[-2], vectors[-1]
 
 
 def _blocks(which: str, layers: Mapping[str, Any]) -> dict[str, float]:
-    """Depths of the outermost maps that are made of layers, or else of all."""
+    """Depths of the outermost maps that contain layers; of all, if none does."""
     outermost = list(_depths(which, layers))
     inside = [p for p in outermost if any(q.startswith(f"{p}/") for q in layers)]
     return _evenly(inside or outermost)
@@ -156,11 +166,12 @@ def _at(depths: dict[str, float], depth: float) -> str:
 
 
 def _depths(which: str, layers: Mapping[str, Any]) -> dict[str, float]:
+    """Depths of the feature maps at the outermost level that has at least three."""
     _check("pairing", **{which: layers})
     maps = [path for path, layer in layers.items() if len(layer.shape) >= 3]
     if not maps:
-        got = f"layers {list(layers)[:5]} with none of them"
-        do = "Name the pairs by hand."
+        got = f"layers without feature maps, such as {list(layers)[:5]}"
+        do = "Pass the pairs of layers explicitly."
         raise Refusal(message("pairing", f"feature maps in the {which}", got, do))
     deepest = max(path.count("/") for path in maps)
     for level in range(deepest + 1):
@@ -171,6 +182,7 @@ def _depths(which: str, layers: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _check(caller: str, **networks: Any) -> None:
+    """Raise unless every argument maps paths to arrays or shapes."""
     instance(caller, Mapping, **networks)
     for layers in networks.values():
         for path, layer in layers.items():
@@ -179,7 +191,8 @@ def _check(caller: str, **networks: Any) -> None:
                 raise WrongType(message(caller, wanted, described(layer)))
 
 
-def _evenly(paths: Iterable[str]) -> dict[str, float]:
+def _evenly(paths: Sequence[str]) -> dict[str, float]:
+    """Depths at equal distances, up to 1 for the last path."""
     return {path: (i + 1) / len(paths) for i, path in enumerate(paths)}
 
 
@@ -189,13 +202,14 @@ def linearly_explained(
 ) -> Float[Array, ""]:
     """R^2 of the best linear map from the guided layer's channels to the hint's.
 
-    How much of the hint a student's layer holds, whatever it was trained with: the
-    map is found by least squares on one set of examples, and judged on another.
-    Maps of unequal size are average-pooled to the smaller one first.
+    It measures how much of the hint a student's layer contains, for any training
+    method. Least squares finds the map on one set of examples, and R^2 is computed on
+    another set. Feature maps of unequal size are average-pooled to the smaller size
+    first.
 
     Args:
-        fit: (guided, hint) activations to find the map from.
-        on: (guided, hint) activations to judge it on.
+        fit: (guided, hint) activations for the least squares.
+        on: (guided, hint) activations for R^2.
 
     Returns:
         `1 - sum (t - p)^2 / sum (t - mean t)^2`; 0 for a hint that does not vary.
@@ -224,7 +238,7 @@ def linearly_explained(
 
 
 def _rows(guided: Array, hint: Array) -> tuple[Array, Array]:
-    """Positions as rows, at one resolution, with a column of ones."""
+    """Positions as rows, at one resolution; guided rows get a column of ones."""
     if guided.ndim == hint.ndim == 4:
         size = tuple(map(min, guided.shape[1:3], hint.shape[1:3]))
         guided, hint = (adaptive_average_pool(x, size) for x in (guided, hint))

@@ -1,4 +1,4 @@
-"""Other teachers than one: several at once, the student itself, its moving average."""
+"""Several teachers, the student as its own teacher, and a moving average."""
 
 from collections.abc import Callable
 
@@ -13,10 +13,10 @@ from hintjax.views import through
 
 
 def together(**networks: Network) -> Network:
-    """Several networks as one: several teachers by name.
+    """Joins several teachers, each with a name, into one network.
 
-    Layers are `name/path`, and the output is a dict by name. A method learns from one of
-    them by `from_teacher`::
+    The paths of its layers are `name/path`, and its output is a dict by name.
+    `from_teacher` makes a method learn from one of the teachers::
 
         teacher = together(big=linen(wrn), vit=linen(vit))
         objective(
@@ -24,21 +24,21 @@ def together(**networks: Network) -> Network:
             hint=weighted(from_teacher(fitnets([("block2", "block6")]), "vit"), 1.0),
         )
 
-    What no method wants of a network is not computed.
+    Features that no method reads are not computed.
 
     Args:
-        **networks: the networks, which see the same inputs; see `seeing`.
+        **networks: the networks. All receive the same inputs; see `seeing`.
 
     Returns:
-        The network. Its variables are those of all, by name:
+        The network. Its variables hold the variables of each network by name:
         `Variables({name: params}, {name: state})`.
 
     Raises:
-        ValueError: without networks; when it is applied, for a path that begins with
-            none of the names.
+        ValueError: if there are no networks; when it is applied, if a path does not
+            begin with one of the names.
     """
     if not networks:
-        raise Refusal(message("together", "networks by name", "none"))
+        raise Refusal(message("together", "at least one network by name", "none"))
     instance("together", Network, **networks)
 
     def init(key, inputs):
@@ -50,7 +50,7 @@ def together(**networks: Network) -> Network:
         params = {name: variables.params for name, variables in made.items()}
         return Variables(params, {name: made[name].state for name in made})
 
-    def own(name, paths):
+    def own(name: str, paths: tuple[str, ...]) -> tuple[str, ...]:
         for path in paths:
             first = path.partition("/")[0]
             if first not in networks:
@@ -88,9 +88,9 @@ def together(**networks: Network) -> Network:
 
 
 def seeing(network: Network, view: Callable[[PyTree], PyTree]) -> Network:
-    """The same network on inputs that are seen through a function.
+    """The same network on inputs that are passed through a function first.
 
-    For a teacher of another resolution or normalization among several.
+    Use it if one of several teachers needs another resolution or normalization.
 
     Args:
         network: the network.
@@ -115,11 +115,11 @@ def seeing(network: Network, view: Callable[[PyTree], PyTree]) -> Network:
 
 
 def from_teacher(method: Method, name: str) -> Method:
-    """The same method, of one of several teachers.
+    """The same method with one of several teachers.
 
     Args:
-        method: any method, whose paths are those of that teacher alone.
-        name: of the teacher in `together`.
+        method: any method. Its hint paths are paths inside that teacher.
+        name: the name of the teacher in `together`.
 
     Returns:
         The method.
@@ -154,12 +154,13 @@ def from_teacher(method: Method, name: str) -> Method:
 def self_taught(method: Method) -> Method:
     """The same method with the student as its own teacher, from deep to shallow.
 
-    The teacher's features are the student's own, of the same forward pass, without
-    gradient. So a shallow layer learns from a deep one, or an early head (`at_head`) from
-    the output; there is no other network, and a stage is given None as the teacher.
+    The teacher's features are features of the student in the same forward pass, without
+    gradient. So a shallow layer learns from a deep layer, or an early head (`at_head`)
+    learns from the output. There is no second network: pass None as the teacher of a
+    stage.
 
     Args:
-        method: any method, whose hint layers are the student's own.
+        method: any method. Its hint layers are layers of the student.
 
     Returns:
         The method.
@@ -190,27 +191,28 @@ def self_taught(method: Method) -> Method:
 def moving_average(
     teacher: Variables, student: Variables, decay: float = 0.999
 ) -> Variables:
-    """A teacher that is the moving average of the student (EMA, mean teacher).
+    """Updates a teacher that is the moving average of the student (EMA, mean teacher).
 
     teacher <- decay teacher + (1 - decay) student
 
-    After every update, from a copy of the student at first::
+    Start with a copy of the student, and call this function after every update::
 
         average = jax.jit(moving_average)
         teacher = jax.tree.map(jnp.copy, student_variables(state))
         state, metrics = stage.update(state, teacher, batch)
         teacher = average(teacher, student_variables(state))
 
-    The copy matters: an update deletes the state that it is given, and cannot have it as
-    the teacher at the same time.
+    The copy is necessary: an update deletes the state that it receives, so the state
+    and the teacher must not share arrays.
 
     Args:
-        teacher: its variables; BatchNorm statistics are averaged too.
+        teacher: the teacher's variables; BatchNorm statistics are averaged too.
         student: the student's variables.
-        decay: in [0, 1); how much of the teacher is kept.
+        decay: the fraction of the teacher that is kept, in [0, 1).
 
     Returns:
-        The teacher's new variables. What is not floating point is the student's.
+        The teacher's new variables. Arrays that are not floating point are copied from
+        the student.
 
     >>> teacher, student = (Variables({"w": jnp.array(x)}, {}) for x in (1.0, 2.0))
     >>> moving_average(teacher, student, 0.75).params["w"].item()
@@ -224,8 +226,8 @@ def moving_average(
     scalar(caller, "in [0, 1)", lambda decay: 0 <= decay < 1, decay=decay)
     shapes = [jax.tree.map(jnp.shape, one) for one in (teacher, student)]
     if shapes[0] != shapes[1]:
-        wanted = "teacher and student to be of one network"
-        got = "other names or shapes"
+        wanted = "teacher and student to have the same names and shapes"
+        got = "variables of two different networks"
         raise Refusal(message(caller, wanted, got))
 
     def one(theirs, ours):
@@ -237,4 +239,5 @@ def moving_average(
 
 
 def _is_of(name: str, path: str) -> bool:
+    """Whether the path of a layer begins with the name of a network."""
     return path.partition("/")[0] == name

@@ -1,4 +1,4 @@
-"""How a method sees the networks: hints through a function, another head as output."""
+"""Views: a method reads hints through a function, or a layer as the output."""
 
 from collections.abc import Callable
 from types import NoneType
@@ -16,22 +16,23 @@ View = Callable[[Array], Array]
 def viewed(
     method: Method, *, student: View | None = None, teacher: View | None = None
 ) -> Method:
-    """The same method on hints that are seen through a function.
+    """The same method on hints that are passed through a function first.
 
-    A convolutional teacher and a transformer as the student: the student's tokens, but
-    for its class token, are seen as a map, and whatever compares maps can be used::
+    For example, the teacher is convolutional and the student is a transformer. The view
+    drops the student's class token and arranges its other tokens as a map. Every method
+    that compares maps can then be used::
 
         grid = functools.partial(regressors.to_grid, drop=1)
         viewed(fitnets([("block2", "group2")]), student=grid)
 
-    The other way round, `teacher=grid`; between transformers with other patches, both.
-    A class token that only the teacher has is dropped likewise: `lambda x: x[:, 1:]`.
+    If the teacher is the transformer, pass `teacher=grid`. For two transformers with
+    patches of different sizes, pass both. `lambda x: x[:, 1:]` drops a class token that
+    only the teacher has.
 
     Args:
-        method: any method, or objective. What other terms of an objective see stays as it
-            is.
-        student: `(batch, ...) -> (batch, ...)`, applied to every hint of the student that
-            the method wants; None leaves them as they are.
+        method: any method or objective. Other terms of an objective are not affected.
+        student: `(batch, ...) -> (batch, ...)`, applied to every hint of the student
+            that the method reads; None leaves the hints unchanged.
         teacher: the same for the teacher's hints.
 
     Returns:
@@ -55,7 +56,7 @@ def viewed(
     views = {"student": student, "teacher": teacher}
     function("viewed", **{n: view for n, view in views.items() if view is not None})
 
-    def seen(features, wants, view):
+    def seen(features: Features, wants: Wants, view: View | None) -> Features:
         if view is None:
             return features
         hints = {path: _applied(view, features.hints[path]) for path in wants.hints}
@@ -74,10 +75,10 @@ def viewed(
 def at_head(
     method: Method, *, student: str | None = None, teacher: str | None = None
 ) -> Method:
-    """The same method with a layer in the place of a network's output.
+    """The same method with the output of a layer instead of a network's output.
 
-    For networks with several heads. DeiT's class token learns from the labels, its
-    distillation token from the teacher::
+    It is meant for networks with several heads. In DeiT, the class token learns from
+    the labels, and the distillation token learns from the teacher::
 
         objective(
             task=weighted(at_head(task(cross_entropy), student="classifier"), 0.5),
@@ -86,8 +87,8 @@ def at_head(
 
     Args:
         method: a method that reads the outputs, such as `task` or `kd`.
-        student: the path of the layer whose output it reads instead of the student's;
-            None leaves it as it is.
+        student: the path of the layer whose output replaces the student's output;
+            None keeps the student's output.
         teacher: the same for the teacher.
 
     Returns:
@@ -110,15 +111,15 @@ def at_head(
     for name, path in heads.items():
         if path is not None and not getattr(method, name).output:
             wanted = f"a method that reads the {name}'s output"
-            do = "Name layers as hints in the method itself."
-            raise Refusal(message("at_head", wanted, "one that does not", do))
+            do = "Pass the layer as a hint to the method itself."
+            raise Refusal(message("at_head", wanted, "a method without it", do))
 
-    def wants(of, path):
+    def wants(of: Wants, path: str | None) -> Wants:
         if path is None:
             return of
         return Wants(False, tuple(dict.fromkeys((*of.hints, path))), of.params)
 
-    def seen(features, path):
+    def seen(features: Features, path: str | None) -> Features:
         if path is None:
             return features
         return features._replace(output=features.hints[path])
@@ -138,12 +139,16 @@ def through(
     seen: Callable[[Features, Features], tuple[Features, Features]],
     again: Callable[[Method], Method],
 ) -> Method:
-    """The method, given what a function makes of both networks' features.
+    """The method on features that are passed through a function first.
 
     Args:
-        method: any method; what it wants is left for the caller to replace.
-        seen: `(student, teacher) -> (student, teacher)`; it works on shapes too.
-        again: does the same to the method that prepares this one.
+        method: any method. The caller replaces its wants (`student` and `teacher`).
+        seen: `(student, teacher) -> (student, teacher)`, on features. It must accept
+            shapes too.
+        again: makes the same change to `method.prepare`.
+
+    Returns:
+        The method.
     """
 
     def init(key, student, teacher, data):
@@ -163,8 +168,10 @@ def through(
     )
 
 
-def _applied(view, hint):
-    """What a view makes of a hint, or of its shape."""
+def _applied(
+    view: View, hint: Array | jax.ShapeDtypeStruct
+) -> Array | jax.ShapeDtypeStruct:
+    """Applies a view to a hint, or to the shape of a hint."""
     if isinstance(hint, jax.ShapeDtypeStruct):
         return jax.eval_shape(view, hint)
     return view(hint)

@@ -32,7 +32,7 @@ def test_rows_that_do_not_divide_are_filled_up():
 
 @pytest.mark.quick
 def test_without_a_bank_there_is_nothing_to_split():
-    with pytest.raises(ValueError, match="crd: expected mesh only where there is a"):
+    with pytest.raises(ValueError, match="crd: expected mesh only with negatives that"):
         hj.crd(("a", "b"), negatives=hj.BatchNegatives(), mesh=make_mesh())
 
 

@@ -356,8 +356,8 @@ def test_it_is_told_what_it_needs():
         ({"temperature": 0.0}, "temperature to be > 0"),
         ({"momentum": 1.5}, r"momentum in \[0, 1\]"),
         ({"feature_dim": 0}, "feature_dim to be an integer >= 1"),
-        ({"relax": True, "negatives": hj.BatchNegatives()}, "relax only where"),
-        ({"relax": True, "negatives": hj.GivenNegatives()}, "relax only where"),
+        ({"relax": True, "negatives": hj.BatchNegatives()}, "relax=True only with"),
+        ({"relax": True, "negatives": hj.GivenNegatives()}, "relax=True only with"),
     ],
 )
 def test_what_makes_no_sense_is_refused(options, match):
