@@ -73,7 +73,7 @@ def test_vectors_are_no_candidates_but_tokens_are():
 def test_a_network_without_maps_is_named(which):
     networks = {"student": convs(3), "teacher": convs(3)}
     networks[which] = layers("dense", shape=(1, 10))
-    with pytest.raises(ValueError, match=f"feature maps in the {which}.*by hand"):
+    with pytest.raises(ValueError, match=f"feature maps in the {which}.*explicitly"):
         suggest_pairs(networks["student"], networks["teacher"])
 
 

@@ -1,4 +1,4 @@
-"""Small modules that are trained beside the student."""
+"""Regressors: small modules that are trained beside the student."""
 
 from hintjax.regressors.grids import to_grid, to_tokens
 from hintjax.regressors.modules import (

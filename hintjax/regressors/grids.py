@@ -16,8 +16,8 @@ def to_grid(
     """Tokens as a map, in reading order, without the first `drop` of them.
 
     Args:
-        tokens: of patches, behind the class tokens.
-        drop: how many class tokens there are: 1 for a ViT, 2 with DeiT's distillation
+        tokens: the class tokens, then the tokens of the patches.
+        drop: the number of class tokens: 1 for a ViT, 2 with DeiT's distillation
             token.
         size: height and width of the grid; by default it is square.
 
@@ -25,7 +25,7 @@ def to_grid(
         The map.
 
     Raises:
-        ValueError: if what is left does not form the grid.
+        ValueError: if the remaining tokens do not fill the grid.
 
     >>> import jax
     >>> to_grid(jax.numpy.zeros((2, 1 + 7 * 7, 8)), drop=1).shape
@@ -50,10 +50,10 @@ def to_tokens(maps: Float[Array, "batch h w c"]) -> Float[Array, "batch n c"]:
         maps: the map.
 
     Returns:
-        Its n = h w positions as tokens.
+        The n = h w positions of the map as tokens.
 
     Raises:
-        ValueError: if it is no map.
+        ValueError: if `maps` has other axes.
 
     >>> import jax
     >>> to_tokens(jax.numpy.zeros((2, 7, 7, 8))).shape
@@ -70,7 +70,15 @@ def to_tokens(maps: Float[Array, "batch h w c"]) -> Float[Array, "batch n c"]:
 def grid_of(
     where: str, tokens: int, aside: int, name: str, size: tuple[int, int] | None = None
 ) -> tuple[int, int]:
-    """Height and width of the grid of all tokens but the first `aside`."""
+    """Height and width of the grid of all tokens except the first `aside`.
+
+    Args:
+        where: the caller, for the message.
+        tokens: the number of all tokens.
+        aside: the number of tokens before the grid.
+        name: the caller's name for `aside`.
+        size: the expected height and width; by default the grid is square.
+    """
     if not 0 <= aside < tokens:
         wanted = f"{name} from 0 to less than the {tokens} tokens"
         raise Refusal(message(where, wanted, f"{aside}"))
@@ -82,9 +90,9 @@ def grid_of(
         more = tokens - height * width
         do = f"{name}={more} leaves {height}x{width}"
         if size is None:
-            do += "; for a grid that is not square, regressors.to_grid takes its size"
+            do += "; if the grid is not square, pass its size to regressors.to_grid"
         elif more < 0:
-            do = "Give the size of its grid"
+            do = "Pass the size of the grid"
         raise Refusal(message(where, wanted, got, f"{do}."))
     return height, width
 
@@ -92,14 +100,14 @@ def grid_of(
 def same_positions(
     where: str, student: tuple[int, ...], teacher: tuple[int, ...]
 ) -> None:
-    """Raise unless both shapes have the same axes but for the channels."""
+    """Raise unless both shapes are equal in all axes except the channels."""
     check_shapes(where, student, teacher)
     if student[:-1] != teacher[:-1]:
         ways = {
             (3, 3): "regressors.conv between maps of unequal size",
             (2, 2): "regressors.resampled between unequal numbers of tokens",
         }
-        view = "regressors.to_grid, with hintjax.viewed, to see tokens as a map"
+        view = "hintjax.viewed with regressors.to_grid to view tokens as a map"
         got = f"student {student} and teacher {teacher}"
         do = f"Use {ways.get((len(student), len(teacher)), view)}."
         raise Refusal(message(where, "the same positions", got, do))

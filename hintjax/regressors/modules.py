@@ -16,14 +16,14 @@ Sizing = Callable[[Shape, Shape], nn.Module]
 def batch_norm(train: bool, name: str | None = None) -> nn.BatchNorm:
     """The BatchNorm of every regressor, with torch's constants.
 
-    Torch's momentum 0.1 is 0.9 here. The variance is computed in two passes, because
+    Torch's momentum of 0.1 is called 0.9 in Flax. The variance is computed in two passes, because
     E[x^2] - E[x]^2 cancels for large means.
 
     The running variance differs from torch's. Flax averages the biased variance of a
     batch; torch averages n / (n - 1) times it, where n counts the examples and
     positions of one channel. The largest measured difference is 4.4e-2 of the running
     variance, at 1x1 maps of a batch of 3; large maps differ far less. Training uses
-    the batch's own variance, and is not affected.
+    the variance of the batch, and is not affected.
 
     Args:
         train: use the batch's statistics instead of the running ones.
@@ -47,9 +47,9 @@ class Regressor(nn.Module):
     Attributes:
         layers: the linear layers.
         batch_norm: normalize their output, over the batch and all positions.
-        activation: the hint layer's non-linearity, or None.
-        pieces: channels are reduced by the maximum over this many pieces, which
-            is the non-linearity of a maxout hint layer; 1 reduces nothing.
+        activation: the non-linearity of the hint layer, or None.
+        pieces: the number of channels of which each maximum is taken. This is the
+            non-linearity of a maxout hint layer; 1 leaves the channels unchanged.
     """
 
     layers: tuple[nn.Module, ...]
@@ -61,7 +61,7 @@ class Regressor(nn.Module):
     def __call__(
         self, x: Float[Array, "batch ..."], train: bool = False
     ) -> Float[Array, "batch ..."]:
-        """The layers' output, behind BatchNorm, maxout and the non-linearity."""
+        """The layers' output, after BatchNorm, maxout and the non-linearity."""
         for layer in self.layers:
             x = layer(x)
         if self.batch_norm:
@@ -76,8 +76,8 @@ class Resampled(nn.Module):
 
     Attributes:
         size: height and width of the grid of the hint.
-        keep: how many tokens stand before the grid; they are not averaged.
-        regressor: what follows.
+        keep: the number of tokens before the grid; they are not averaged.
+        regressor: the regressor that is applied to the averages.
     """
 
     size: tuple[int, int]
@@ -98,16 +98,16 @@ class Resampled(nn.Module):
 
 
 class ABF(nn.Module):
-    """Attention based fusion (ABF) of ReviewKD: a stage joined by the deeper ones.
+    """The attention-based fusion (ABF) of ReviewKD: a stage joined by deeper stages.
 
-    With the reduced map x = BN(conv1x1(map)) and the deeper fusion y, resized to it::
+    With the reduced map x = BN(conv1x1(map)), and the deeper fusion y resized to x::
 
         z = sigmoid(conv1x1([x, y]))        two maps of weights
         fusion = z_0 x + z_1 y              x alone at the deepest stage
         output = BN(conv3x3(fusion))
 
-    The fusion is resized to the hint map's size before the last convolution if it has
-    another. All resizing is torch's `nearest`.
+    If the sizes of fusion and hint map differ, the fusion is resized to the hint map
+    before the last convolution. All resizing is torch's `nearest`.
 
     Attributes:
         mid: channels of the fusion, the same at all stages.
@@ -130,8 +130,9 @@ class ABF(nn.Module):
         Float[Array, "batch height width mid"],
     ]:
         """The output, to compare with the hint, and the fusion, for the next ABF."""
-        # The published initializations: U(+-sqrt(3 / fan_in)) around the fusion and
-        # torch's own, U(+-sqrt(1 / fan_in)), for the attention.
+        # The published initializations: U(+-sqrt(3 / fan_in)) for the convolutions
+        # before and after the fusion, and torch's default, U(+-sqrt(1 / fan_in)), for
+        # the attention.
         wide = nn.initializers.variance_scaling(1, "fan_in", "uniform")
         usual = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
@@ -186,7 +187,7 @@ class Coder(nn.Module):
     """Three 3x3 convolutions with leaky ReLUs: FT's translator, and its paraphraser.
 
     Attributes:
-        channels: of each convolution.
+        channels: the number of output channels of each convolution.
         batch_norm: normalize before each non-linearity, as the translator does.
     """
 
@@ -207,10 +208,10 @@ class Coder(nn.Module):
 
 
 class Generator(nn.Module):
-    """MGD's generation of a hint map from a guided map of which a part is masked.
+    """MGD's generator: it generates a hint map from a partly masked guided map.
 
-    The guided map is aligned to the hint's channels (a 1x1 convolution, where they
-    differ), masked, and sent through two 3x3 convolutions with a ReLU between them.
+    A 1x1 convolution aligns the guided map to the hint's channels, if they differ. The
+    map is then masked, and passes two 3x3 convolutions with a ReLU between them.
 
     Attributes:
         features: channels of the hint map.
@@ -266,8 +267,8 @@ def init(
 
     Args:
         regressor: the module.
-        key: for its initialization.
-        shape: the guided layer's, batch included.
+        key: the random key of the initialization.
+        shape: the shape of the guided layer, batch included.
 
     Returns:
         `(params, state)`; state holds BatchNorm's statistics, or is empty.
@@ -283,7 +284,7 @@ def apply(
     x: Float[Array, "batch ..."],
     train: bool,
 ) -> tuple[Float[Array, "batch ..."], PyTree]:
-    """Applies a regressor; the state moves only while training."""
+    """Applies a regressor; its state changes only if `train`."""
     y, changed = regressor.apply(
         {"params": params, **state}, x, train, mutable=list(state) if train else []
     )

@@ -1,21 +1,21 @@
-"""Regressors: from the guided layer's output to the hint layer's shape.
+"""Sizing: regressors that map the guided layer to the hint layer's shape.
 
 A regressor is a small Flax module, `module(x, train)`, whose parameters live in a
-tree of their own, never inside the student. A method is given a *sizing* function,
+tree of their own, never inside the student. A method takes a *sizing* function,
 
     sizing(student_shape, teacher_shape) -> module
 
-(shapes of one example, channels last), so that nobody types channels or strides.
+(shapes of one example, channels last), so that no user has to type channels or strides.
 Options are bound with `functools.partial`::
 
     partial(regressors.conv, batch_norm=True, activation=nn.relu)
 
-Every regressor treats each example alone, and takes any batch size after
-initialization. BatchNorm, where asked for, is the one exception while training.
+Every regressor processes each example independently, and accepts any batch size after
+initialization. The only exception is BatchNorm during training, if it is requested.
 
-Maps (h, w, c) and tokens (n, c) do not meet in a regressor: one of the two is first
-seen as the other, by `to_grid` or `to_tokens`, and `hintjax.viewed` makes a method see
-its hints so. That holds for the hint as well, whose class token no map can predict.
+No regressor maps between maps (h, w, c) and tokens (n, c). First convert one of the two
+by `to_grid` or `to_tokens`; `hintjax.viewed` does this for the hints of a method. If
+the hint has a class token, drop it, because no map can predict it.
 """
 
 from collections.abc import Callable
@@ -34,7 +34,7 @@ def bottleneck(student: Shape, teacher: Shape, *, factor: int = 2) -> Bottleneck
     Args:
         student: shape of the guided layer, one example: `(h, w, c)`.
         teacher: shape of the hint layer, with the same positions.
-        factor: the hint's channels are divided by it in the middle.
+        factor: the hidden layers have the hint's channels divided by this factor.
 
     Returns:
         A module `(batch, h, w, c) -> (batch, h, w, channels)`.
@@ -55,7 +55,7 @@ def bottleneck(student: Shape, teacher: Shape, *, factor: int = 2) -> Bottleneck
 
 
 def identity(student: Shape, teacher: Shape) -> Regressor:
-    """No regressor: for layers of equal shape, when this is what you want.
+    """No regressor: the guided layer itself, for layers of equal shape.
 
     Args:
         student: shape of the guided layer, one example.
@@ -68,8 +68,8 @@ def identity(student: Shape, teacher: Shape) -> Regressor:
         ValueError: if the shapes differ.
 
     References:
-        FitNets' code adds none where shapes agree; later work found that a
-        trained projector helps even there, so it is not the default.
+        FitNets' code adds no regressor if the shapes are equal. Later work found that a
+        trained projector helps even then, so `identity` is not the default.
     """
     check_shapes("regressors.identity", student, teacher)
     if student != teacher:
@@ -98,7 +98,7 @@ def linear(
         batch_norm: see `Regressor`.
         activation: see `Regressor`.
         pieces: see `Regressor`.
-        bias: add one; it has no effect in front of a BatchNorm.
+        bias: add a bias; it has no effect before a BatchNorm.
 
     Returns:
         A module `(batch, *positions, c) -> (batch, *positions, channels)`.
@@ -132,8 +132,8 @@ def mlp(
         student: shape of the guided layer, one example: `(*positions, c)`.
         teacher: shape of the hint layer, with the same positions.
         hidden: width of a hidden layer; by default the hint layer's channels.
-        depth: how many hidden layers; VID's mean has 2, without biases.
-        bias: add one in every layer.
+        depth: the number of hidden layers; VID's mean has 2, without biases.
+        bias: add a bias in every layer.
         batch_norm: see `Regressor`.
         activation: see `Regressor`.
 
@@ -173,7 +173,7 @@ def conv(
         m > n        transposed, kernel m - n + 1, stride 1, padding 0
 
     If the map shrinks along one axis and grows along the other, a convolution is
-    followed by a transposed one.
+    followed by a transposed convolution.
 
     Args:
         student: shape of the guided layer, one example: `(h, w, c)`.
@@ -190,7 +190,7 @@ def conv(
 
     Convention:
         For r = 2, VALID and equal sizes this is ConvReg of the CRD benchmark,
-        which adds `batch_norm=True, activation=nn.relu`. Behind a BatchNorm that
+        which adds `batch_norm=True, activation=nn.relu`. Before a BatchNorm that
         uses batch statistics the bias has no gradient; it is kept as published.
 
     >>> module = conv((8, 8, 16), (4, 4, 32))
@@ -212,7 +212,7 @@ def conv(
         layers.append(nn.Conv(features, kernel, strides, padding))
     if any(grows):
         kernel, strides, padding = zip(*map(_grow, extents), strict=True)
-        # Torch's layout and padding p: flax pads the dilated input by k - 1 - p.
+        # Torch's layout and padding p: Flax pads the dilated input by k - 1 - p.
         layers.append(
             nn.ConvTranspose(features, kernel, strides, padding, transpose_kernel=True)
         )
@@ -233,14 +233,14 @@ def valid_conv(
         student: shape of the guided layer, one example: `(h, w, c)`.
         teacher: shape of the hint layer, no larger than the guided one.
         batch_norm: see `Regressor`.
-        activation: the hint layer's non-linearity; the paper uses the same.
+        activation: the non-linearity; the paper uses that of the hint layer.
         pieces: see `Regressor`; 2 for the paper's maxout hints.
 
     Returns:
         A module `(batch, h, w, c) -> (batch, *teacher)`.
 
     Raises:
-        ValueError: if either is not a map, or the hint map is the larger one.
+        ValueError: if either is not a map, or the hint map is larger.
 
     >>> valid_conv((8, 8, 16), (5, 5, 32)).layers[0].kernel_size
     (4, 4)
@@ -254,7 +254,7 @@ def valid_conv(
     if min(kernel) < 1:
         wanted = "a guided map at least as large as the hint map"
         got = f"student {student} and teacher {teacher}"
-        do = "Use regressors.conv, which transposes."
+        do = "Use regressors.conv, which can also enlarge maps."
         raise Refusal(message("regressors.valid_conv", wanted, got, do))
     layer = nn.Conv(teacher[-1] * pieces, kernel, padding="VALID")
     return Regressor((layer,), batch_norm, activation, pieces)
@@ -267,23 +267,23 @@ def resampled(
     keep: int = 0,
     sizing: Sizing = linear,
 ) -> Resampled:
-    """The guided layer averaged to the hint's grid, then a regressor of equal positions.
+    """The guided layer averaged to the hint's grid, then another regressor.
 
-    Between two maps, or two sequences of tokens, of which the first `keep` (class
-    tokens) stay as they are and the others form a square grid. A grid that grows repeats
-    its entries, or averages neighbors.
+    It works between two maps or two sequences of tokens. The first `keep` tokens (class
+    tokens) are not averaged, and the others form a square grid. If the grid grows,
+    entries are repeated, or neighbors are averaged.
 
     Args:
         student: shape of the guided layer, one example: `(h, w, c)` or `(n, c)`.
         teacher: shape of the hint layer, of the same kind.
-        keep: how many tokens both sequences begin with that are not on the grid.
-        sizing: sizes the regressor that follows.
+        keep: the number of tokens before the grid, in both sequences.
+        sizing: makes the regressor that follows, between layers with equal positions.
 
     Returns:
         A module `(batch, *student) -> (batch, *teacher)`.
 
     Raises:
-        ValueError: if one is a map and the other is not, or if tokens form no grid.
+        ValueError: if only one is a map, or if the tokens do not form a square grid.
 
     Convention:
         The averages are those of torch's `adaptive_avg_pool2d`.
@@ -310,13 +310,22 @@ def resampled(
 
 
 def fit(student: Shape, teacher: Shape) -> Regressor:
-    """The default: `conv` between two maps, `linear` between anything else."""
+    """The default regressor: `conv` between two maps, else `linear`.
+
+    Args:
+        student: shape of the guided layer, one example.
+        teacher: shape of the hint layer, one example.
+
+    Returns:
+        The module.
+    """
     check_shapes("regressors.fit", student, teacher)
     maps = len(student) == len(teacher) == 3
     return conv(student, teacher) if maps else linear(student, teacher)
 
 
 def _shrink(extent: tuple[int, int]) -> tuple[int, int, tuple[int, int]]:
+    """Kernel, stride and padding that shrink an axis from n to m; else 1, 1, 0."""
     n, m = extent
     if m >= n:
         return 1, 1, (0, 0)
@@ -327,6 +336,7 @@ def _shrink(extent: tuple[int, int]) -> tuple[int, int, tuple[int, int]]:
 
 
 def _grow(extent: tuple[int, int]) -> tuple[int, int, tuple[int, int]]:
+    """Kernel, stride and padding that grow an axis from n to m; else 1, 1, 0."""
     n, m = extent
     if m <= n:
         return 1, 1, (0, 0)
@@ -339,12 +349,14 @@ def _grow(extent: tuple[int, int]) -> tuple[int, int, tuple[int, int]]:
 def _options(
     where: str, activation: Callable[[Array], Array] | None, **counts: int
 ) -> None:
+    """Raise unless the counts are integers >= 1 and the activation is a function."""
     integer(where, 1, **counts)
     if activation is not None:
         function(where, activation=activation)
 
 
 def _maps(where: str, student: Shape, teacher: Shape) -> None:
+    """Raise unless both are shapes of maps (h, w, c)."""
     check_shapes(where, student, teacher)
     if len(student) != 3 or len(teacher) != 3:
         got = f"student {student} and teacher {teacher}"
