@@ -1,4 +1,4 @@
-"""The published methods, one file each: wants, trained parts, loss."""
+"""The published methods, one file each: features, trained parameters, loss."""
 
 from hintjax.methods.attention_transfer import attention_transfer
 from hintjax.methods.boundary import activation_boundary

@@ -1,4 +1,4 @@
-"""What methods share that compare what they see as it is and train nothing."""
+"""Methods that compare features directly and train nothing beside the student."""
 
 from collections.abc import Callable
 
@@ -18,9 +18,17 @@ def compared(
 ) -> Method:
     """The loss of each pair of layers, summed.
 
-    The loss is told which examples are valid: one that compares the examples of a batch
-    must not see those that only fill it up. With `padding`, the name of the batch's mask
-    of tokens, it is told which tokens are.
+    Args:
+        caller: the name of the method, for messages.
+        pairs: (guided layer, hint layer) for each pair.
+        loss: `(student, teacher, where=mask) -> one value per example`. The mask marks
+            the valid examples, because a loss that compares the examples of a batch
+            must leave out the examples that only fill the batch.
+        padding: the name of the token mask in the batch. With it, the mask that the
+            loss receives marks the valid tokens.
+
+    Returns:
+        The method.
     """
     student_wants, teacher_wants = hints_of(caller, pairs)
 
@@ -38,14 +46,15 @@ def compared(
 def outputs(caller: str, loss: Callable[..., Float[Array, " batch"]]) -> Method:
     """A loss of the two outputs, `(student, teacher, batch) -> one value per example`.
 
-    Networks of other classes are refused when a stage is initialized.
+    When a stage is initialized, the method raises if the outputs of the two networks
+    have different shapes.
     """
 
     def init(key, student, teacher, data):
         if student.output.shape != teacher.output.shape:
-            wanted = "student and teacher to have the same classes"
+            wanted = "student and teacher to have the same number of classes"
             got = f"outputs {student.output.shape} and {teacher.output.shape}"
-            do = "Distill hints instead, or give both networks one head."
+            do = "Distill hints instead, or give both networks the same number of classes."
             raise Refusal(message(caller, wanted, got, do))
         return nothing(key, student, teacher, data)
 

@@ -1,4 +1,4 @@
-"""What methods share that put a regressor on the guided layer of each pair."""
+"""Methods with a regressor on the guided layer of each pair."""
 
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -16,7 +16,7 @@ Level = Callable[[Array, Array], tuple[Array, Array]]
 
 
 class Pair(NamedTuple):
-    """One pair, ready for its regressor."""
+    """One pair of layers at one size, and its regressor."""
 
     name: str  # guided->hint
     module: nn.Module
@@ -38,14 +38,14 @@ class Beside(NamedTuple):
 
 
 def smaller(guided: Array, hint: Array) -> tuple[Array, Array]:
-    """Maps at the smaller of their two sizes; vectors and tokens as they are."""
+    """Averages the larger map to the smaller size; keeps vectors and tokens."""
     if guided.ndim == hint.ndim == 4:
         return at_smaller_size(guided, hint)
     return guided, hint
 
 
 def as_they_are(guided: Array, hint: Array) -> tuple[Array, Array]:
-    """For regressors that change the size themselves."""
+    """Keeps both sizes, for regressors that change the size themselves."""
     return guided, hint
 
 
@@ -56,7 +56,18 @@ def ready(
     teacher: Features,
     level: Level = smaller,
 ) -> Iterator[Pair]:
-    """Each pair at one size, with its regressor; works on shapes too."""
+    """Each pair at one size, with its regressor; accepts shapes too.
+
+    Args:
+        pairs: (guided layer, hint layer) for each pair.
+        sizing: makes the regressor of one pair.
+        student: the student's features, or their shapes.
+        teacher: the teacher's features, or their shapes.
+        level: brings the two layers of a pair to one size.
+
+    Yields:
+        The pairs, in order.
+    """
     for guided, hint in pairs:
         ours, theirs = student.hints[guided], teacher.hints[hint]
         if isinstance(ours, jax.ShapeDtypeStruct):
@@ -72,7 +83,7 @@ def beside(pairs: Pairs, sizing: regressors.Sizing, level: Level = smaller) -> B
 
     Args:
         pairs: (guided layer, hint layer) for each pair.
-        sizing: sizes the regressor of one pair.
+        sizing: makes the regressor of one pair.
         level: brings the two layers of a pair to one size.
 
     Returns:

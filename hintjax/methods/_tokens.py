@@ -1,4 +1,4 @@
-"""Which tokens count: the batch's padding mask, read and checked in one place."""
+"""The token mask of a batch: which tokens are valid and which are padding."""
 
 from collections.abc import Mapping
 
@@ -10,31 +10,31 @@ from hintjax._checks import Refusal, message
 def counted(
     caller: str, batch: Mapping[str, Array], padding: str | None
 ) -> Bool[Array, " batch"] | Bool[Array, "batch n"] | None:
-    """What a loss is told as `where`: the valid examples, or their valid tokens.
+    """The mask `where` of a loss: the valid examples, or their valid tokens.
 
     Args:
-        caller: the method.
-        batch: its "where", if any, says which examples are valid.
-        padding: the name of the batch's mask of tokens, bool (batch, n), True where a
-            token counts; None if all do.
+        caller: the name of the method, for messages.
+        batch: the batch. Its "where", if present, is the mask of valid examples.
+        padding: the name of the token mask in the batch: bool (batch, n), True for a
+            valid token. None if all tokens are valid.
 
     Returns:
-        The mask of examples or of tokens; None if everything counts.
+        The mask of examples or of tokens; None if everything is valid.
 
     Raises:
-        ValueError: in the caller's name, if the batch has no such mask.
+        ValueError: if the batch has no such mask. The message names the caller.
     """
     where = batch.get("where")
     if padding is None:
         return where
     if padding not in batch:
-        do = "Name the mask of the tokens that count with padding=."
+        do = "Pass the name of the token mask as padding=."
         raise Refusal(
             message(caller, f"{padding!r} in the batch", f"{sorted(batch)}", do)
         )
     mask = batch[padding]
     if mask.dtype != bool or mask.ndim != 2:
         wanted = f"{padding!r} of the batch to be bool (batch, n)"
-        do = "True is a token that counts."
+        do = "True marks a valid token."
         raise Refusal(message(caller, wanted, f"{mask.dtype} {mask.shape}", do))
     return mask if where is None else mask & where[:, None]

@@ -8,7 +8,7 @@ from hintjax.losses import activation_boundary_loss
 from hintjax.method import Method, Pairs, hints_of
 from hintjax.methods import _regressed
 
-SCALE = 3 / 1000  # of the last pair's sum, as published
+SCALE = 3 / 1000  # factor of the last pair's loss, as published
 CONNECTOR = partial(regressors.conv, batch_norm=True)
 
 
@@ -20,26 +20,26 @@ def activation_boundary(
 ) -> Method:
     """AB: behind a regressor, the student's neurons switch on where the teacher's do.
 
-    It initializes the student: a hint stage with this alone (weight 1, 30 epochs in the
-    CRD benchmark), then a distillation stage on the task. The layers are those *before*
-    the ReLU, of the three stages of a residual network.
+    It initializes the student: first a hint stage with this method alone (weight 1, 30
+    epochs in the CRD benchmark), then a distillation stage on the task. The usual layers
+    are the three stages of a residual network, *before* the ReLU.
 
     values = 3/1000 sum_i 2^(i - n + 1) L_i,  i = 0 .. n - 1, shallow to deep
 
     Args:
         pairs: (guided layer, hint layer) for each pair, shallow to deep, as paths.
-        margin: how far from the boundary the student should stay, > 0.
-        regressor: sizes a regressor for one pair; by default a convolution and
-            BatchNorm, without a non-linearity. (The benchmark has none between layers
-            of equal shape: `regressors.identity`.)
+        margin: the distance from the boundary that the student should keep, > 0.
+        regressor: makes the regressor of one pair; by default a convolution and
+            BatchNorm, without a non-linearity. (Between layers of equal shape, the
+            benchmark has no regressor: `regressors.identity`.)
 
     Returns:
         The method. It trains one regressor per pair, named `guided->hint`, and
         remembers their BatchNorm statistics.
 
     Raises:
-        ValueError: without pairs, for a margin that is not positive, or (when a stage
-            is initialized) if a regressor cannot be sized.
+        ValueError: if there are no pairs, if the margin is not positive, or (when a
+            stage is initialized) if no regressor fits a pair.
 
     References:
         Heo et al. 2019, Knowledge Transfer via Distillation of Activation Boundaries
@@ -53,7 +53,11 @@ def activation_boundary(
     def apply(params, memory, student, teacher, batch, context):
         predictions, memory = predict(params, memory, student, teacher, context.train)
         total = 0.0
-        for _, predicted, hint in predictions:  # halved once for each deeper pair
+        for (
+            _,
+            predicted,
+            hint,
+        ) in predictions:  # a loss is halved once for each deeper pair
             loss = activation_boundary_loss(predicted, hint, margin=margin)
             total = total / 2 + SCALE * loss
         return total, memory, {}

@@ -17,22 +17,23 @@ def channel_wise(
 ) -> Method:
     """CWD: each channel is active at the same positions (see `channel_loss`).
 
-    The published setting compares the maps of logits of two segmentation networks as
-    they are, at weight 5 (MMRazor). Feature maps of unequal channels or sizes need a
-    regressor, for instance `regressors.fit`.
+    The published setting directly compares the logit maps of two segmentation networks,
+    at weight 5 (MMRazor). Feature maps with unequal channels or sizes need a regressor,
+    for instance `regressors.fit`.
 
     Args:
-        pairs: (guided layer, hint layer) for each pair, as paths; they are summed.
-        temperature: of the softmax over positions, > 0.
-        regressor: sizes a regressor for one pair; by default there is none.
+        pairs: (guided layer, hint layer) for each pair, as paths. The losses of
+            the pairs are summed.
+        temperature: the temperature of the softmax over positions, > 0.
+        regressor: makes the regressor of one pair; by default there is none.
 
     Returns:
         The method. It trains one regressor per pair if one is given, named
         `guided->hint`, and remembers their BatchNorm statistics.
 
     Raises:
-        ValueError: without pairs, if the temperature is not positive, or (when a stage
-            is initialized) for maps of unequal shapes without a regressor.
+        ValueError: if there are no pairs, if the temperature is not positive, or (when
+            a stage is initialized) if shapes differ and there is no regressor.
 
     References:
         Shu et al. 2021, Channel-wise Knowledge Distillation for Dense Prediction.

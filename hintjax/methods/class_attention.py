@@ -14,25 +14,25 @@ def class_attention(
 ) -> Method:
     """CAT-KD: the student sees evidence for each class where the teacher sees it.
 
-    The class activation map is the last map of a network through its classifier,
-    position by position; it is averaged down to `size` x `size`, and made a unit vector
-    for each class. The published weight is 400, beside the task at weight 1.
+    A class activation map is the classifier applied to each position of the network's
+    last map. It is averaged to `size` x `size`, and scaled to a unit vector for each
+    class. The published weight is 400, beside the task at weight 1.
 
     Args:
-        pair: (last map of the student, last map of the teacher): what is averaged over
-            its positions and given to the classifier.
+        pair: (last map of the student, last map of the teacher), as paths: the maps
+            that are averaged over positions and then classified.
         classifiers: paths of the two classifiers, dense layers or 1x1 convolutions, in
-            the same order. None if the pair are class activation maps already, as in
-            networks that classify first and average then (the authors' are).
-        size: height and width of what is compared.
+            the same order. None if the pair already consists of class activation maps,
+            as in networks that classify before they average (the authors' networks).
+        size: height and width of the maps that are compared.
 
     Returns:
-        The method. It trains nothing beside the student, whose classifier has a
-        gradient through its maps too.
+        The method. It trains nothing beside the student. The student's classifier
+        receives a gradient through its class activation map too.
 
     Raises:
         ValueError: if the size is not an integer >= 1, or (when a stage is initialized)
-            if a classifier has no kernel, or the classes differ.
+            if a classifier has no kernel, or if the numbers of classes differ.
 
     References:
         Guo et al. 2023, Class Attention Transfer Based Knowledge Distillation.
@@ -68,7 +68,7 @@ def class_attention(
             )
             classes.append(last.shape[-1])
         if classes[0] != classes[1]:
-            wanted = "student and teacher to have the same classes"
+            wanted = "student and teacher to have the same number of classes"
             got = f"{classes[0]} and {classes[1]}"
             raise Refusal(message("class_attention", wanted, got))
         return {}, {}

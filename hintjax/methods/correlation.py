@@ -13,13 +13,14 @@ from hintjax.method import Method, Pairs, hints_of
 def correlation_congruence(pairs: Pairs, *, feature_dim: int = 128) -> Method:
     """CC, the benchmark's form: embeddings agree along the batch (`correlation_loss`).
 
-    Each layer of a pair is embedded linearly, all its features at once. Both heads
-    train, the teacher's too. The loss goes by the order of the batch, which is to be
-    shuffled. The field pairs the pooled features, the input of the classifier, at
-    weight 0.02.
+    A linear map embeds each layer of a pair, all its features at once. Both heads are
+    trained, the teacher's head too. The loss depends on the order of the examples in the
+    batch, so batches must be shuffled. The usual setting pairs the pooled features (the
+    input of the classifier) at weight 0.02.
 
     Args:
-        pairs: (guided layer, hint layer) for each pair, as paths; they are summed.
+        pairs: (guided layer, hint layer) for each pair, as paths. The losses of the
+            pairs are summed.
         feature_dim: size of the embeddings.
 
     Returns:
@@ -27,7 +28,7 @@ def correlation_congruence(pairs: Pairs, *, feature_dim: int = 128) -> Method:
         `guided->hint`.
 
     Raises:
-        ValueError: without pairs, or if the size is not an integer >= 1.
+        ValueError: if there are no pairs, or if the size is not an integer >= 1.
 
     References:
         Peng et al. 2019, Correlation Congruence for Knowledge Distillation;

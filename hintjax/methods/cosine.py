@@ -8,22 +8,23 @@ from hintjax.methods._compared import compared
 def cosine(pairs: Pairs, *, padding: str | None = None) -> Method:
     """DistilBERT: hidden states point where the teacher's do (see `cosine_loss`).
 
-    Trains nothing beside the student; the networks are of one width. For unequal widths,
-    put a regressor before the loss: `fitnets(pairs, loss=cosine_loss)`. DistilBERT pairs
-    the last hidden states of both, at weight 1, beside kd at 5 and the masked language
-    model at 2.
+    It trains nothing beside the student, and both networks must have the same width.
+    For unequal widths, put a regressor before the loss:
+    `fitnets(pairs, loss=cosine_loss)`. DistilBERT pairs the last hidden states of both
+    networks at weight 1, beside kd at weight 5 and the masked language model at
+    weight 2.
 
     Args:
         pairs: (guided layer, hint layer) of hidden states, (batch, n, c) or (batch, c),
-            as paths; they are summed.
-        padding: the name of the batch's mask of tokens, bool (batch, n), True where a
-            token counts; without it all count.
+            as paths. The losses of the pairs are summed.
+        padding: the name of the token mask in the batch: bool (batch, n), True for a
+            valid token. By default all tokens are valid.
 
     Returns:
         The method.
 
     Raises:
-        ValueError: without pairs; if the batch lacks the mask.
+        ValueError: if there are no pairs, or if the batch has no such mask.
 
     References:
         Sanh et al. 2019, DistilBERT, a distilled version of BERT.

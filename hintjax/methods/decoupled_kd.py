@@ -15,22 +15,22 @@ def decoupled_kd(
 ) -> Method:
     """DKD: KD of the label's class and of the others apart (see `decoupled_kd_loss`).
 
-    Wants both outputs, trains nothing beside the student. The field's setting on
-    CIFAR-100 is weight 1, grown over 20 epochs (`warm_up`), at temperature 4; beta is 2
-    for ResNet-56 and 110, 6 for WRN and VGG, else 8.
+    It reads both outputs and trains nothing beside the student. The usual setting on
+    CIFAR-100 is temperature 4 and weight 1, which grows over 20 epochs (`warm_up`); beta
+    is 2 for ResNet-56 and 110, 6 for WRN and VGG, and 8 for other networks.
 
     Args:
-        alpha: weight of the label's class against the others, >= 0.
-        beta: weight of the others among themselves, >= 0.
-        temperature: of both softmaxes, > 0.
+        alpha: weight of the label's class against all other classes, >= 0.
+        beta: weight of the other classes among themselves, >= 0.
+        temperature: the temperature of both softmaxes, > 0.
         label: the name of the labels in the batch.
 
     Returns:
         The method.
 
     Raises:
-        ValueError: if the temperature is not positive or a weight negative, or (when a
-            stage is initialized) if the networks differ in their number of classes.
+        ValueError: if the temperature is not positive, if a weight is negative, or (when a
+            stage is initialized) if the numbers of classes differ.
 
     References:
         Zhao et al. 2022, Decoupled Knowledge Distillation.

@@ -9,21 +9,21 @@ from hintjax.methods._compared import outputs
 def dist(beta: float = 1.0, gamma: float = 1.0, temperature: float = 1.0) -> Method:
     """DIST: the student's output correlates with the teacher's (see `dist_loss`).
 
-    Wants both outputs, trains nothing beside the student. The examples of a batch are
-    compared with each other, so its size matters. The authors' default is weight 1,
-    with beta, gamma and the temperature at 1.
+    It reads both outputs and trains nothing beside the student. The loss compares the
+    examples of a batch with each other, so it depends on the batch size. The authors'
+    default is weight 1, with beta, gamma and the temperature at 1.
 
     Args:
         beta: weight of the correlation within examples, >= 0.
         gamma: weight of the correlation between examples, >= 0.
-        temperature: of both softmaxes, > 0.
+        temperature: the temperature of both softmaxes, > 0.
 
     Returns:
         The method.
 
     Raises:
-        ValueError: if the temperature is not positive or a weight negative, or (when a
-            stage is initialized) if the networks differ in their number of classes.
+        ValueError: if the temperature is not positive, if a weight is negative, or (when a
+            stage is initialized) if the numbers of classes differ.
 
     References:
         Huang et al. 2022, Knowledge Distillation from A Stronger Teacher.

@@ -16,8 +16,8 @@ Sizing = Callable[[Shape, Shape], nn.Module]
 def batch_norm(train: bool, name: str | None = None) -> nn.BatchNorm:
     """The BatchNorm of every regressor, with torch's constants.
 
-    Torch's momentum of 0.1 is called 0.9 in Flax. The variance is computed in two passes, because
-    E[x^2] - E[x]^2 cancels for large means.
+    Torch's momentum of 0.1 is called 0.9 in Flax. The variance is computed in two
+    passes, because E[x^2] - E[x]^2 cancels for large means.
 
     The running variance differs from torch's. Flax averages the biased variance of a
     batch; torch averages n / (n - 1) times it, where n counts the examples and

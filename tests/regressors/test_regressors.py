@@ -427,7 +427,7 @@ SQUARE = "expected tokens on a square grid, got"
             lambda: GRID(jnp.zeros((2, 13, 3)), size=(3, 4)),
             "expected a grid of 3x4, got 13 tokens with drop=0. drop=1 leaves 3x4.",
         ),
-        (lambda: GRID(jnp.zeros((2, 9, 3)), size=(3, 4)), "Give the size of its grid"),
+        (lambda: GRID(jnp.zeros((2, 9, 3)), size=(3, 4)), "Pass the size of the grid"),
         (lambda: GRID(jnp.zeros((2, 3, 3, 4))), r"to_grid: expected tokens .*2, 3, 3"),
         (
             lambda: regressors.to_tokens(jnp.zeros((2, 9, 4))),
@@ -455,7 +455,7 @@ SQUARE = "expected tokens on a square grid, got"
         ),
         (
             lambda: regressors.fit((17, 3), (4, 4, 3)),
-            "Use regressors.to_grid, with hintjax.viewed, to see tokens as a map",
+            "Use hintjax.viewed with regressors.to_grid to view tokens as a map",
         ),
     ],
 )
