@@ -54,7 +54,7 @@ def outputs(caller: str, loss: Callable[..., Float[Array, " batch"]]) -> Method:
         if student.output.shape != teacher.output.shape:
             wanted = "student and teacher to have the same number of classes"
             got = f"outputs {student.output.shape} and {teacher.output.shape}"
-            do = "Distill hints instead, or give both networks the same number of classes."
+            do = "Distill hints instead, or change the head of a network."
             raise Refusal(message(caller, wanted, got, do))
         return nothing(key, student, teacher, data)
 

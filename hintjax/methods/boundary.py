@@ -21,8 +21,8 @@ def activation_boundary(
     """AB: behind a regressor, the student's neurons switch on where the teacher's do.
 
     It initializes the student: first a hint stage with this method alone (weight 1, 30
-    epochs in the CRD benchmark), then a distillation stage on the task. The usual layers
-    are the three stages of a residual network, *before* the ReLU.
+    epochs in the CRD benchmark), then a distillation stage on the task. The usual
+    layers are the three stages of a residual network, *before* the ReLU.
 
     values = 3/1000 sum_i 2^(i - n + 1) L_i,  i = 0 .. n - 1, shallow to deep
 

@@ -14,9 +14,9 @@ def correlation_congruence(pairs: Pairs, *, feature_dim: int = 128) -> Method:
     """CC, the benchmark's form: embeddings agree along the batch (`correlation_loss`).
 
     A linear map embeds each layer of a pair, all its features at once. Both heads are
-    trained, the teacher's head too. The loss depends on the order of the examples in the
-    batch, so batches must be shuffled. The usual setting pairs the pooled features (the
-    input of the classifier) at weight 0.02.
+    trained, the teacher's head too. The loss depends on the order of the examples in
+    the batch, so batches must be shuffled. The usual setting pairs the pooled features
+    (the input of the classifier) at weight 0.02.
 
     Args:
         pairs: (guided layer, hint layer) for each pair, as paths. The losses of the

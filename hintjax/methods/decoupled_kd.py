@@ -16,8 +16,8 @@ def decoupled_kd(
     """DKD: KD of the label's class and of the others apart (see `decoupled_kd_loss`).
 
     It reads both outputs and trains nothing beside the student. The usual setting on
-    CIFAR-100 is temperature 4 and weight 1, which grows over 20 epochs (`warm_up`); beta
-    is 2 for ResNet-56 and 110, 6 for WRN and VGG, and 8 for other networks.
+    CIFAR-100 is temperature 4 and weight 1, which grows over 20 epochs (`warm_up`);
+    beta is 2 for ResNet-56 and 110, 6 for WRN and VGG, and 8 for other networks.
 
     Args:
         alpha: weight of the label's class against all other classes, >= 0.
@@ -29,8 +29,8 @@ def decoupled_kd(
         The method.
 
     Raises:
-        ValueError: if the temperature is not positive, if a weight is negative, or (when a
-            stage is initialized) if the numbers of classes differ.
+        ValueError: if the temperature is not positive, if a weight is negative, or
+            (when a stage is initialized) if the numbers of classes differ.
 
     References:
         Zhao et al. 2022, Decoupled Knowledge Distillation.

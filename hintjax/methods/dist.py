@@ -22,8 +22,8 @@ def dist(beta: float = 1.0, gamma: float = 1.0, temperature: float = 1.0) -> Met
         The method.
 
     Raises:
-        ValueError: if the temperature is not positive, if a weight is negative, or (when a
-            stage is initialized) if the numbers of classes differ.
+        ValueError: if the temperature is not positive, if a weight is negative, or
+            (when a stage is initialized) if the numbers of classes differ.
 
     References:
         Huang et al. 2022, Knowledge Distillation from A Stronger Teacher.

@@ -23,9 +23,10 @@ def factor_transfer(
 ) -> Method:
     """FT: a translator makes of the guided layer what a paraphraser makes of the hint.
 
-    In two stages: first the paraphraser, an autoencoder of the hint layer, is trained
-    on the teacher alone (30 epochs in the CRD benchmark), then its encoder stays as it
-    is while the student and its translator learn to match its factor::
+    Training has two stages. First the paraphraser, an autoencoder of the hint layer, is
+    trained on the teacher alone (30 epochs in the CRD benchmark). Then its encoder is
+    frozen, and the student and its translator learn to match the encoder's output, the
+    factor::
 
         ft = weighted(factor_transfer(pairs), 200)
         both = objective(task=..., ft=ft)
@@ -33,21 +34,22 @@ def factor_transfer(
         second = distillation_stage(student, teacher, both, ...)
         second.init(..., carry=state)  # the last state of the first stage
 
-    The field pairs the last stages of two residual networks at weight 200.
+    The usual setting pairs the last stages of two residual networks at weight 200.
 
     Args:
         pairs: (guided layer, hint layer) for each pair, as paths; maps (h, w, c).
-        rate: channels of the factor, as a share of the hint's, in (0, 1].
+        rate: the number of channels of the factor, as a fraction of the hint's channels,
+            in (0, 1].
         loss: compares two batches of factors, one value per example.
 
     Returns:
         The method. It trains one translator per pair (three 3x3 convolutions with
         BatchNorm), named `guided->hint`, and remembers their statistics
-        (`translators`) and the paraphrasers (`prepared`), which no optimizer reaches.
+        (`translators`) and the paraphrasers (`prepared`), which no optimizer changes.
 
     Raises:
-        ValueError: without pairs, for a rate outside its range, or (when a stage is
-            initialized) for a layer that is not a map.
+        ValueError: if there are no pairs, if the rate is outside its range, or (when a
+            stage is initialized) if a layer is not a map.
 
     References:
         Kim, Park, Kwak 2018, Paraphrasing Complex Network: Network Compression via
@@ -98,8 +100,8 @@ def paraphrase(pairs: Pairs, *, rate: float = 0.5) -> Method:
 
     values = sum over pairs of mean_i (decoder(encoder(t))_i - t_i)^2
 
-    It is `factor_transfer(pairs).prepare`. The student is seen only for its shapes, and
-    does not change in a hint stage of this.
+    This method is `factor_transfer(pairs).prepare`. It reads only the shapes of the
+    student, which does not change in a hint stage with this method.
 
     Args:
         pairs: as for `factor_transfer`.
@@ -148,12 +150,12 @@ def paraphrase(pairs: Pairs, *, rate: float = 0.5) -> Method:
 
 
 class _Pair(NamedTuple):
-    """One pair, and its paraphraser's halves."""
+    """One pair of layers, and the two halves of its paraphraser."""
 
     name: str  # guided->hint
     guided: Any
     hint: Any
-    factor: int  # channels
+    factor: int  # number of channels
     encoder: regressors.Coder
     decoder: regressors.Coder
 
@@ -161,6 +163,7 @@ class _Pair(NamedTuple):
 def _ready(
     pairs: Pairs, rate: float, student: Features, teacher: Features
 ) -> Iterator[_Pair]:
+    """Yields each pair of maps with its paraphraser; accepts shapes too."""
     for guided, hint in pairs:
         ours, theirs = student.hints[guided], teacher.hints[hint]
         if not len(ours.shape) == len(theirs.shape) == 4:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Key
+from jaxtyping import Array, Bool, Key, ScalarLike
 
 from hintjax import _checks, regressors
 from hintjax._checks import Refusal, function, message
@@ -16,7 +16,7 @@ from hintjax.methods import _regressed
 def masked_channels(
     key: Key[Array, ""], shape: tuple[int, int, int], rate: float
 ) -> Bool[Array, "1 1 c"]:
-    """MGD's mask for classification: whole channels are hidden, each at the rate."""
+    """MGD's mask for classification: each channel is hidden with probability `rate`."""
     _check("masked_channels", key, shape, rate)
     return jax.random.uniform(key, (1, 1, shape[-1])) >= rate
 
@@ -24,7 +24,10 @@ def masked_channels(
 def masked_positions(
     key: Key[Array, ""], shape: tuple[int, int, int], rate: float
 ) -> Bool[Array, "h w 1"]:
-    """MGD's mask for detection and segmentation: positions are hidden at the rate."""
+    """MGD's mask for dense tasks: each position is hidden with probability `rate`.
+
+    Dense tasks are detection and segmentation.
+    """
     _check("masked_positions", key, shape, rate)
     return jax.random.uniform(key, (*shape[:-1], 1)) >= rate
 
@@ -37,25 +40,26 @@ def masked_generation(
 ) -> Method:
     """MGD: from a part of the student's features, the teacher's are generated whole.
 
-    Where sizes differ, the larger map is averaged down first. The student's map is
-    aligned to the teacher's channels, masked at random, and sent through two
-    convolutions (`hintjax.regressors.Generator`). The field pairs the last stages, at
-    weight 7e-5 for classification; for detection and segmentation positions are masked
-    (`mask=masked_positions`).
+    If sizes differ, the larger map is first averaged to the smaller size. The student's
+    map is aligned to the teacher's channels, masked at random, and passed through two
+    convolutions (`hintjax.regressors.Generator`). The usual setting for classification
+    pairs the last stages at weight 7e-5. For detection and segmentation, positions are
+    masked (`mask=masked_positions`).
 
     Args:
         pairs: (guided layer, hint layer) for each pair, as paths; maps (h, w, c).
-        rate: the share that is hidden, in [0, 1).
-        mask: draws what is kept of one example's map, `(key, shape, rate)`.
+        rate: the fraction of the map that is hidden, in [0, 1).
+        mask: `(key, shape, rate) -> mask` draws the mask of one example's map, True
+            where the map is kept.
 
     Returns:
-        The method. It trains one generator per pair, named `guided->hint`. Masks are
-        drawn for each example from its "index" in the batch, where there is one, so
-        that they do not depend on its place.
+        The method. It trains one generator per pair, named `guided->hint`. The
+        mask of an example is drawn from its "index", if the batch has one, so that it
+        does not depend on the example's place in the batch.
 
     Raises:
-        ValueError: without pairs, for a rate outside its range, or (when a stage is
-            initialized) for a layer that is not a map.
+        ValueError: if there are no pairs, if the rate is outside its range, or (when a
+            stage is initialized) if a layer is not a map.
 
     References:
         Yang et al. 2022, Masked Generative Distillation.
@@ -90,11 +94,13 @@ def masked_generation(
     return Method(student_wants, teacher_wants, init, apply)
 
 
-def _check(caller, key, shape, rate):
+def _check(caller: str, key: Array, shape: tuple[int, ...], rate: ScalarLike) -> None:
+    """Raise unless the arguments of a mask are a key, a map's shape and a rate."""
     _check_rate(caller, rate)
     _checks.sizes(caller, 3, shape=shape)
     _checks.key(caller, 0, key=key)
 
 
-def _check_rate(caller, rate):
+def _check_rate(caller: str, rate: ScalarLike) -> None:
+    """Raise unless the rate is in [0, 1)."""
     _checks.scalar(caller, "in [0, 1)", lambda rate: 0 <= rate < 1, **{"a rate": rate})

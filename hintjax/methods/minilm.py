@@ -18,38 +18,39 @@ def minilm(
 ) -> Method:
     """MiniLM: the tokens attend to each other as the teacher's do.
 
-    Trains nothing beside the student, whose width is free. MiniLMv2 compares the
-    queries, the keys and the values of one layer, the student's last with the last of a
-    teacher of base size, or one above the middle of a larger one, in 48 relation heads
-    (64 for large teachers)::
+    It trains nothing beside the student, which may have any width. MiniLMv2 compares the
+    queries, the keys and the values of the student's last layer with those of one layer
+    of the teacher, in 48 relation heads (64 for large teachers). This is the last layer
+    of a teacher of base size, or a layer above the middle of a larger teacher::
 
         minilm([("last/query", "hint/query"), ("last/key", "hint/key"),
                 ("last/value", "hint/value")], heads=48, padding="mask")
 
-    MiniLM compares the values of the last layers, in the networks' own heads, and their
-    attention distributions, which then must have as many heads::
+    MiniLM compares the values of the last layers, in the networks' own heads, and the
+    attention distributions of these layers, so both networks need the same number of
+    heads::
 
         minilm([("last/value", "hint/value")], [("last/scores", "hint/scores")],
                heads=12, padding="mask")
 
-    All pairs have weight 1; there is no other loss while a student is pretrained.
+    All pairs have weight 1. The published pretraining of a student has no other loss.
 
     Args:
-        relations: (guided layer, hint layer) for `relation_loss`, as paths: queries, keys
-            or values, (batch, n, c) or split in heads (batch, n, heads, d), which are put
-            one after another. They are summed.
-        attention: the same of scores (batch, heads, n, n), before the softmax, for
-            `attention_distribution_loss`.
+        relations: (guided layer, hint layer) for `relation_loss`, as paths: queries,
+            keys or values, (batch, n, c) or (batch, n, heads, d). Heads are
+            concatenated. The losses of the pairs are summed.
+        attention: the same for attention scores (batch, heads, n, n), before the
+            softmax, for `attention_distribution_loss`.
         heads: the number of relation heads; it divides both widths.
-        padding: the name of the batch's mask of tokens, bool (batch, n), True where a
-            token counts; without it all count.
+        padding: the name of the token mask in the batch: bool (batch, n), True for a
+            valid token. By default all tokens are valid.
 
     Returns:
         The method. It reports `relation` and `attention`, the sums over pairs.
 
     Raises:
-        ValueError: without any pairs, or if heads is not a positive integer; if the batch
-            lacks the mask.
+        ValueError: if there are no pairs, if `heads` is not a positive integer, or if
+            the batch has no such mask.
 
     References:
         Wang et al. 2020, MiniLM: Deep Self-Attention Distillation for Task-Agnostic

@@ -20,18 +20,18 @@ def overhaul(
 ) -> Method:
     """OFD: the student's features before the ReLU match the teacher's margin ReLU.
 
-    The margins come from the teacher's BatchNorm in front of the ReLU: the mean of what
-    is negative there. Where sizes differ, the larger map is averaged down first. The
-    field takes the ends of the three stages of a residual network *before* their ReLU,
-    at weight 1e-3.
+    The margins come from the teacher's BatchNorm before the ReLU: a margin is the mean
+    of the negative values there. If sizes differ, the larger map is first averaged to
+    the smaller size. The usual setting pairs the ends of the three stages of a residual
+    network, *before* their ReLU, at weight 1e-3.
 
     values = sum_i 2^(i - n + 1) L_i,  i = 0 .. n - 1, shallow to deep
 
     Args:
         pairs: (guided layer, hint layer) for each pair, shallow to deep, as paths.
         norms: path of the teacher's BatchNorm for each pair; by default the hint layers
-            themselves. For a residual sum it is the last BatchNorm of its branch.
-        regressor: sizes a regressor for one pair; by default a 1x1 convolution and
+            themselves. For a residual sum, give the last BatchNorm of its branch.
+        regressor: makes the regressor of one pair; by default a 1x1 convolution and
             BatchNorm.
 
     Returns:
@@ -39,8 +39,9 @@ def overhaul(
         remembers their BatchNorm statistics.
 
     Raises:
-        ValueError: without pairs, if there is not one BatchNorm for each, or (when a
-            stage is initialized) if what is at its path has no scale and bias.
+        ValueError: if there are no pairs, if there is not one BatchNorm for each pair,
+            or (when a stage is initialized) if a layer in `norms` has no scale and
+            bias.
 
     References:
         Heo et al. 2019, A Comprehensive Overhaul of Feature Distillation.
@@ -52,7 +53,7 @@ def overhaul(
     instance("overhaul", str, **{f"norms[{i}]": path for i, path in enumerate(norms)})
     norms = tuple(norms)
     if len(norms) != len(pairs):
-        wanted = f"one of norms for each of {len(pairs)} pairs"
+        wanted = f"norms to have one path for each of {len(pairs)} pairs"
         raise Refusal(message("overhaul", wanted, f"{norms}"))
 
     beside = _regressed.beside(pairs, regressor)
@@ -62,7 +63,7 @@ def overhaul(
             found = teacher.params[path]
             if not {"scale", "bias"} <= set(found):
                 wanted = f"the teacher's {path!r} to be a BatchNorm with scale and bias"
-                do = "Name the BatchNorm before the ReLU with norms=."
+                do = "Pass the path of the BatchNorm before the ReLU in norms=."
                 raise Refusal(message("overhaul", wanted, f"{list(found)}", do))
         return beside.init(key, student, teacher, data)
 
@@ -75,7 +76,7 @@ def overhaul(
             norm = teacher.params[path]
             margin = batch_norm_margin(norm["scale"], norm["bias"])
             target = margin_relu(hint, margin)
-            # Halved once for each deeper pair.
+            # A loss is halved once for each deeper pair.
             total = total / 2 + partial_l2_loss(predicted, target)
         return total, memory, {}
 

@@ -8,18 +8,20 @@ from hintjax.methods._compared import compared
 def probability_transfer(pairs: Pairs) -> Method:
     """PKT: each example has the same neighbours for both (see `probability_loss`).
 
-    Trains nothing beside the student; the layers of a pair may have any shapes. The
-    examples of a batch are compared with each other, so its size matters. The field
-    pairs the pooled features, the input of the classifier, at weight 30000.
+    It trains nothing beside the student. The layers of a pair may have any shapes. The
+    loss compares the examples of a batch with each other, so it depends on the batch
+    size. The usual setting pairs the pooled features (the input of the classifier) at
+    weight 30000.
 
     Args:
-        pairs: (guided layer, hint layer) for each pair, as paths; they are summed.
+        pairs: (guided layer, hint layer) for each pair, as paths. The losses of the
+            pairs are summed.
 
     Returns:
         The method.
 
     Raises:
-        ValueError: without pairs.
+        ValueError: if there are no pairs.
 
     References:
         Passalis and Tefas 2018, Learning Deep Representations with Probabilistic

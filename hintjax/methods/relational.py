@@ -9,21 +9,22 @@ from hintjax.method import Method, Pairs, hints_of, nothing
 def relational(pairs: Pairs, *, distance: float = 25.0, angle: float = 50.0) -> Method:
     """RKD: the batch has the same shape for both (`distance_loss`, `angle_loss`).
 
-    `distance RKD-D + angle RKD-A`. Trains nothing beside the student; the layers of a
-    pair may have any shapes. The examples of a batch are compared with each other, so
-    its size matters. The field pairs the pooled features, the input of the
-    classifier, at weight 1 (25 and 50 are inside).
+    The loss is `distance RKD-D + angle RKD-A`. It trains nothing beside the student. The
+    layers of a pair may have any shapes. The loss compares the examples of a batch with
+    each other, so it depends on the batch size. The usual setting pairs the pooled
+    features (the input of the classifier) at weight 1 (25 and 50 are inside the loss).
 
     Args:
-        pairs: (guided layer, hint layer) for each pair, as paths; they are summed.
-        distance: weight of the distances, >= 0; at 0 they are not computed.
-        angle: weight of the angles, >= 0; at 0 they are not computed.
+        pairs: (guided layer, hint layer) for each pair, as paths. The losses of the
+            pairs are summed.
+        distance: weight of the distances, >= 0; at 0 distances are not computed.
+        angle: weight of the angles, >= 0; at 0 angles are not computed.
 
     Returns:
-        The method. It reports `distance` and `angle`, before their weights.
+        The method. It reports `distance` and `angle`, without their weights.
 
     Raises:
-        ValueError: without pairs, or if a weight is negative or both are 0.
+        ValueError: if there are no pairs, if a weight is negative, or if both are 0.
 
     References:
         Park et al. 2019, Relational Knowledge Distillation.
@@ -31,7 +32,7 @@ def relational(pairs: Pairs, *, distance: float = 25.0, angle: float = 50.0) -> 
     weights = {"distance": distance, "angle": angle}
     not_negative("relational", **weights)
     if not any(weights.values()):
-        raise Refusal(message("relational", "a weight > 0", f"{weights}"))
+        raise Refusal(message("relational", "at least one weight > 0", f"{weights}"))
     losses = {"distance": distance_loss, "angle": angle_loss}
     student_wants, teacher_wants = hints_of("relational", pairs)
 

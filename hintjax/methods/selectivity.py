@@ -8,8 +8,8 @@ from hintjax.methods._compared import compared
 def selectivity(pairs: Pairs) -> Method:
     """NST: the channels of the student select positions as the teacher's do.
 
-    Nothing is trained beside the student; sizes and channels may differ. The field
-    pairs the three stages of a residual network at weight 50.
+    It trains nothing beside the student. Sizes and channels may differ. The usual
+    setting pairs the three stages of a residual network at weight 50.
 
     Args:
         pairs: (guided layer, hint layer) for each pair, as paths; maps (h, w, c).
@@ -18,7 +18,7 @@ def selectivity(pairs: Pairs) -> Method:
         The method.
 
     Raises:
-        ValueError: without pairs.
+        ValueError: if there are no pairs.
 
     References:
         Huang and Wang 2017, Like What You Like: Knowledge Distill via Neuron

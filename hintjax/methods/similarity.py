@@ -8,18 +8,20 @@ from hintjax.methods._compared import compared
 def similarity_preserving(pairs: Pairs) -> Method:
     """SP: the same examples are alike for student and teacher (see `similarity_loss`).
 
-    Trains nothing beside the student; the layers of a pair may have any shapes. The
-    examples of a batch are compared with each other, so its size matters. The field
-    pairs the last group of a residual network, before pooling, at weight 3000.
+    It trains nothing beside the student. The layers of a pair may have any shapes. The
+    loss compares the examples of a batch with each other, so it depends on the batch
+    size. The usual setting pairs the last group of a residual network, before pooling,
+    at weight 3000.
 
     Args:
-        pairs: (guided layer, hint layer) for each pair, as paths; they are summed.
+        pairs: (guided layer, hint layer) for each pair, as paths. The losses of the
+            pairs are summed.
 
     Returns:
         The method.
 
     Raises:
-        ValueError: without pairs.
+        ValueError: if there are no pairs.
 
     References:
         Tung and Mori 2019, Similarity-Preserving Knowledge Distillation.

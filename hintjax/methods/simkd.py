@@ -24,22 +24,22 @@ def simkd(
 
     L = mean_i (projector(s)_i - t_i)^2,  prediction = classifier(mean of projector(s))
 
-    The published setting has this at weight 1 and neither the task nor KD: the
-    student's own classifier is not used. Where sizes differ, the larger map is averaged
-    down first. The student is deployed with the projector and the teacher's classifier:
-    see `hintjax.export.deployed`. The deployed projector uses the running variance of
-    its BatchNorms, which differs from torch's: see
+    The published setting is this method at weight 1, without the task and without KD:
+    the student's own classifier is not used. If sizes differ, the larger map is first
+    averaged to the smaller size. The student is deployed with the projector and the
+    teacher's classifier: see `hintjax.export.deployed`. The deployed projector uses the
+    running variance of its BatchNorms, which differs from torch's: see
     `hintjax.regressors.modules.batch_norm`.
 
     Args:
         pair: (last map of the student, last map of the teacher), before the pooling.
-        classifier: path of the teacher's, a dense layer.
-        regressor: sizes the projector; see `hintjax.regressors.bottleneck` for its
+        classifier: path of the teacher's classifier, a dense layer.
+        regressor: makes the projector; see `hintjax.regressors.bottleneck` for its
             width.
 
     Returns:
         The method. It trains the projector, named `guided->hint`, and remembers its
-        BatchNorm statistics. Where the batch has a "label" it reports the `accuracy` of
+        BatchNorm statistics. If the batch has a "label", it reports the `accuracy` of
         projector and classifier.
 
     Raises:

@@ -19,31 +19,33 @@ def tinybert(
 ) -> Method:
     """TinyBERT: hidden states through a regressor, attention scores as they are.
 
-    The hidden states are compared by `hint_loss`, over tokens, behind one linear
-    regressor that all pairs share, as in the authors' code (for one per pair take
-    `fitnets`); the scores before the softmax by `attention_score_loss`, and so need as
-    many heads. Every pair has weight 1.
+    `hint_loss` compares the hidden states over tokens. One linear regressor precedes it,
+    and all pairs share this regressor, as in the authors' code (for one regressor per
+    pair use `fitnets`). `attention_score_loss` compares the attention scores before the
+    softmax, so both networks need the same number of heads. Every pair has weight 1.
 
-    The paper maps layer m of the student to layer m k of the teacher, which has k times
-    as many: hidden states from the embeddings (m = 0) to the last, and the scores of
-    every layer. It first trains on these alone (a hint stage), then on the soft targets
-    (`soft_targets` at temperature 1) in a stage of their own.
+    The paper pairs layer m of the student with layer m k of the teacher, which has k
+    times as many layers. It pairs the hidden states from the embeddings (m = 0) to the
+    last layer, and the scores of every layer. It first trains on these pairs alone (a
+    hint stage), then on the soft targets (`soft_targets` at temperature 1) in a second
+    stage.
 
     Args:
-        hidden_pairs: (guided layer, hint layer) of hidden states (batch, n, c), as paths;
-            all of one width in each network. They are summed.
-        attention_pairs: the same of attention scores (batch, heads, n, n).
-        regressor: sizes the regressor from the shapes of a pair.
-        padding: the name of the batch's mask of tokens, bool (batch, n), True where a
-            token counts; without it all count.
+        hidden_pairs: (guided layer, hint layer) of hidden states (batch, n, c), as
+            paths. All hidden states of a network have one width. The losses of the
+            pairs are summed.
+        attention_pairs: the same for attention scores (batch, heads, n, n).
+        regressor: makes the regressor from the shapes of a pair.
+        padding: the name of the token mask in the batch: bool (batch, n), True for a
+            valid token. By default all tokens are valid.
 
     Returns:
         The method. It trains the regressor, named `hidden`, and reports `hidden` and
         `attention`, the sums over pairs.
 
     Raises:
-        ValueError: without any pairs; when a stage is initialized, if the hidden states
-            of a network differ in shape; if the batch lacks the mask.
+        ValueError: if there are no pairs; when a stage is initialized, if the hidden
+            states of a network differ in shape; if the batch has no such mask.
 
     References:
         Jiao et al. 2020, TinyBERT: Distilling BERT for Natural Language Understanding.
@@ -59,7 +61,7 @@ def tinybert(
             for guided, hint in hidden_pairs
         }
         if len(shapes) > 1:
-            do = "Hint the others in a fitnets() of their own."
+            do = "Use fitnets for the pairs of other shapes."
             wanted = "the hidden states of each network to have one shape"
             raise Refusal(message("tinybert", wanted, f"{sorted(shapes)}", do))
         return regressor(*shapes.pop())

@@ -11,7 +11,7 @@ from hintjax.losses.variational import LEAST_VARIANCE, variance_of, variational_
 from hintjax.method import Method, Pairs, hints_of
 from hintjax.methods import _regressed
 
-MOST_VARIANCE = 700.0  # initially: expm1 of more is no number
+MOST_VARIANCE = 700.0  # largest initial variance: expm1 of more overflows
 MEAN = partial(regressors.mlp, depth=2, bias=False)
 
 
@@ -23,24 +23,25 @@ def variational(
 ) -> Method:
     """VID: the student predicts each hint's mean, and how well it can per channel.
 
-    A regressor predicts the mean of the hint layer; a trained number for each channel
-    gives the variance. Where sizes differ, the larger map is averaged down first. The
-    field pairs the three stages of a residual network at weight 1, summed.
+    A regressor predicts the mean of the hint layer. A trained parameter for each channel
+    gives the variance. If sizes differ, the larger map is first averaged to the smaller
+    size. The usual setting pairs the three stages of a residual network at weight 1;
+    their losses are summed.
 
     Args:
         pairs: (guided layer, hint layer) for each pair, as paths.
-        regressor: sizes the regressor of the mean; by default the published three 1x1
+        regressor: makes the regressor of the mean; by default the published three 1x1
             convolutions with ReLUs between them, without biases.
-        initial_variance: of all channels at first, > 1e-5.
+        initial_variance: the initial variance of all channels, > 1e-5 and < 700.
 
     Returns:
         The method. It trains a regressor `mean` and the numbers `scale` per pair, under
         `guided->hint`; it reports the mean `variance` over pairs and channels.
-        (mdistiller leaves the numbers out of its optimizer.)
+        (mdistiller does not pass these numbers to its optimizer.)
 
     Raises:
-        ValueError: without pairs, for a variance that is too small, or (when a stage is
-            initialized) if a regressor cannot be sized.
+        ValueError: if there are no pairs, if the variance is outside its range, or
+            (when a stage is initialized) if no regressor fits a pair.
 
     References:
         Ahn et al. 2019, Variational Information Distillation for Knowledge Transfer.

@@ -53,7 +53,7 @@ def test_both_outputs_are_wanted_and_nothing_is_trained(method):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_other_classes_are_refused_at_initialisation(method):
-    message = r"same classes, got outputs \(5, 7\) and \(5, 10\)"
+    message = r"same number of classes, got outputs \(5, 7\) and \(5, 10\)"
     with pytest.raises(ValueError, match=f"{method.__name__}: .*{message}"):
         method().init(jax.random.key(0), *outputs((5, 7), (5, 10)), None)
 
