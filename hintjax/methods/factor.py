@@ -38,8 +38,8 @@ def factor_transfer(
 
     Args:
         pairs: (guided layer, hint layer) for each pair, as paths; maps (h, w, c).
-        rate: the number of channels of the factor, as a fraction of the hint's channels,
-            in (0, 1].
+        rate: the channels of the factor, as a fraction of the hint's channels, in
+            (0, 1].
         loss: compares two batches of factors, one value per example.
 
     Returns:

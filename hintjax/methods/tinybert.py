@@ -19,8 +19,8 @@ def tinybert(
 ) -> Method:
     """TinyBERT: hidden states through a regressor, attention scores as they are.
 
-    `hint_loss` compares the hidden states over tokens. One linear regressor precedes it,
-    and all pairs share this regressor, as in the authors' code (for one regressor per
+    `hint_loss` compares the hidden states over tokens. One linear regressor precedes
+    it, and all pairs share this regressor, as in the authors' code (for one regressor per
     pair use `fitnets`). `attention_score_loss` compares the attention scores before the
     softmax, so both networks need the same number of heads. Every pair has weight 1.
 

@@ -78,7 +78,7 @@ def test_the_method_is_the_code(golden):
 def test_the_hint_layers_are_the_norms_by_default():
     method = overhaul([("a", "x"), ("b", "y")])
     assert method.teacher == Wants(hints=("x", "y"), params=("x", "y"))
-    with pytest.raises(ValueError, match="overhaul: expected one of norms for each"):
+    with pytest.raises(ValueError, match="overhaul: expected norms to have one path"):
         overhaul(PAIRS, ["n0"])
 
 

@@ -152,7 +152,7 @@ def test_no_pairs_are_refused(name):
         ),
         (
             lambda: hintjax.relational(PAIRS, distance=0.0, angle=0.0),
-            "a weight > 0, got",
+            "one weight > 0, got",
         ),
         (lambda: hintjax.dist(beta=-1.0), "dist: expected beta to be >= 0"),
         (lambda: hintjax.dist(temperature=0.0), "dist: expected temperature"),
