@@ -19,9 +19,9 @@ def minilm(
     """MiniLM: the tokens attend to each other as the teacher's do.
 
     It trains nothing beside the student, which may have any width. MiniLMv2 compares
-    the queries, the keys and the values of the student's last layer with those of one layer
-    of the teacher, in 48 relation heads (64 for large teachers). This is the last layer
-    of a teacher of base size, or a layer above the middle of a larger teacher::
+    the queries, the keys and the values of the student's last layer with those of one
+    layer of the teacher, in 48 relation heads (64 for large teachers). This is the last
+    layer of a teacher of base size, or a layer above the middle of a larger teacher::
 
         minilm([("last/query", "hint/query"), ("last/key", "hint/key"),
                 ("last/value", "hint/value")], heads=48, padding="mask")

@@ -10,8 +10,8 @@ def relational(pairs: Pairs, *, distance: float = 25.0, angle: float = 50.0) -> 
     """RKD: the batch has the same shape for both (`distance_loss`, `angle_loss`).
 
     The loss is `distance RKD-D + angle RKD-A`. It trains nothing beside the student.
-    The layers of a pair may have any shapes. The loss compares the examples of a batch with
-    each other, so it depends on the batch size. The usual setting pairs the pooled
+    The layers of a pair may have any shapes. The loss compares the examples of a batch
+    with each other, so it depends on the batch size. The usual setting pairs the pooled
     features (the input of the classifier) at weight 1 (25 and 50 are inside the loss).
 
     Args:

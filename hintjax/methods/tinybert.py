@@ -20,9 +20,10 @@ def tinybert(
     """TinyBERT: hidden states through a regressor, attention scores as they are.
 
     `hint_loss` compares the hidden states over tokens. One linear regressor precedes
-    it, and all pairs share this regressor, as in the authors' code (for one regressor per
-    pair use `fitnets`). `attention_score_loss` compares the attention scores before the
-    softmax, so both networks need the same number of heads. Every pair has weight 1.
+    it, and all pairs share this regressor, as in the authors' code (for one regressor
+    per pair use `fitnets`). `attention_score_loss` compares the attention scores before
+    the softmax, so both networks need the same number of heads. Every pair has weight
+    1.
 
     The paper pairs layer m of the student with layer m k of the teacher, which has k
     times as many layers. It pairs the hidden states from the embeddings (m = 0) to the

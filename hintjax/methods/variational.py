@@ -24,9 +24,9 @@ def variational(
     """VID: the student predicts each hint's mean, and how well it can per channel.
 
     A regressor predicts the mean of the hint layer. A trained parameter for each
-    channel gives the variance. If sizes differ, the larger map is first averaged to the smaller
-    size. The usual setting pairs the three stages of a residual network at weight 1;
-    their losses are summed.
+    channel gives the variance. If sizes differ, the larger map is first averaged to the
+    smaller size. The usual setting pairs the three stages of a residual network at
+    weight 1; their losses are summed.
 
     Args:
         pairs: (guided layer, hint layer) for each pair, as paths.
