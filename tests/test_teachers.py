@@ -96,7 +96,7 @@ def test_a_path_of_no_teacher_names_the_nearest():
         ValueError, match=r"together: expected .*'bigg/low'.*Nearest: big"
     ):
         after_one_step(STUDENT, both, start(both), method)
-    with pytest.raises(ValueError, match="together: expected networks"):
+    with pytest.raises(ValueError, match="together: expected at least one network"):
         teachers.together()
 
 

@@ -117,7 +117,7 @@ def test_a_head_stands_for_the_output():
 
 @pytest.mark.quick
 def test_a_method_that_reads_no_output_has_no_head():
-    message = "at_head: expected a method that reads the student's output, got one"
+    message = "at_head: expected a method that reads the student's output, got a"
     with pytest.raises(ValueError, match=message):
         hj.at_head(hj.fitnets([("a", "b")]), student="classifier")
     with pytest.raises(ValueError, match="reads the teacher's output"):

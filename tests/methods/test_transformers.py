@@ -198,8 +198,8 @@ def test_a_mask_that_is_missing_or_no_mask_is_refused(name):
     with pytest.raises(ValueError) as error:
         apply(method, {"label": jnp.zeros(4)}, params, memory)
     assert str(error.value) == (
-        f"{name}: expected 'mask' in the batch, got ['label']. Name the mask of the "
-        "tokens that count with padding=."
+        f"{name}: expected 'mask' in the batch, got ['label']. Pass the name of "
+        "the token mask as padding=."
     )
     for mask in jnp.ones((4, 5), jnp.int32), jnp.ones(4, bool):
         with pytest.raises(ValueError, match=rf"{name}: .*bool \(batch, n\), got"):
