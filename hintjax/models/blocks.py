@@ -14,6 +14,7 @@ class GlobalAveragePool(nn.Module):
     def __call__(
         self, x: Float[Array, "*batch h w channels"]
     ) -> Float[Array, "*batch channels"]:
+        """Returns the mean over height and width."""
         return x.mean(axis=(-3, -2))
 
 
@@ -24,6 +25,7 @@ class Sum(nn.Module):
     def __call__(
         self, x: Float[Array, "*shape"], y: Float[Array, "*shape"]
     ) -> Float[Array, "*shape"]:
+        """Returns x + y."""
         return x + y
 
 

@@ -28,6 +28,7 @@ class Embedding(nn.Module):
 
     @nn.compact
     def __call__(self, ids: Int[Array, "*batch n"]) -> Float[Array, "*batch n width"]:
+        """Returns the normalized embeddings of a batch of token ids."""
         n = ids.shape[-1]
         if n > self.length:
             wanted = f"at most {self.length} tokens"
@@ -52,6 +53,7 @@ class Block(nn.Module):
         x: Float[Array, "*batch n width"],
         where: Bool[Array, "*batch n"] | None = None,
     ) -> Float[Array, "*batch n width"]:
+        """Returns the tokens after attention and the MLP."""
         y = SelfAttention(self.heads, SMALL, name="attention")(x, where)
         x = layer_norm(EPSILON, name="norm1")(x + y)
         y = Perceptron(self.ratio, SMALL, name="mlp")(x)
@@ -114,6 +116,7 @@ class Encoder(nn.Module):
     def __call__(
         self, inputs: Mapping[str, Array], train: bool = False
     ) -> Float[Array, "*batch classes"]:
+        """Returns the logits of a batch of token ids."""
         if "tokens" not in inputs:
             do = 'Name the token ids "tokens" and their padding mask "mask".'
             raise Refusal(

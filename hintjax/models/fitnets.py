@@ -24,6 +24,7 @@ from flax import linen as nn
 from jax import Array
 from jaxtyping import Float
 
+from hintjax._checks import Refusal, message
 from hintjax.models.maxout import Maxout, symmetric_uniform
 
 
@@ -60,7 +61,9 @@ def max_pool(
     """
     sides = x.shape[-3:-1]
     windows = tuple(min(window, side) for side in sides)
-    padding = tuple((0, (w - side) % stride) for side, w in zip(sides, windows))
+    padding = tuple(
+        (0, (w - side) % stride) for side, w in zip(sides, windows, strict=True)
+    )
     return nn.max_pool(
         x, window_shape=windows, strides=(stride, stride), padding=padding
     )
@@ -76,13 +79,14 @@ class MaxoutConv(nn.Module):
     def __call__(
         self, x: Float[Array, "*batch h w channels"]
     ) -> Float[Array, "*batch h2 w2 features"]:
+        """Returns the maps after convolution, maxout and pooling."""
         layer = self.layer
         if min(x.shape[-3:-1]) + 2 * layer.padding < layer.kernel:
-            raise ValueError(
-                f"{self.name}: expected a map of at least "
-                f"{layer.kernel - 2 * layer.padding} pixels a side, got "
-                f"{x.shape[-3]}x{x.shape[-2]}. Use larger images or another model."
-            )
+            least = layer.kernel - 2 * layer.padding
+            wanted = f"a map of at least {least} pixels per side"
+            got = f"{x.shape[-3]}x{x.shape[-2]}"
+            do = "Use larger images or another model."
+            raise Refusal(message(f"{self.name}", wanted, got, do))
         side = (layer.padding, layer.padding)
         x = nn.Conv(
             layer.features * layer.pieces,
@@ -106,6 +110,7 @@ class MaxoutDense(nn.Module):
     def __call__(
         self, x: Float[Array, "*batch inputs"]
     ) -> Float[Array, "*batch features"]:
+        """Returns the units of the layer."""
         x = nn.Dense(
             self.features * self.pieces, kernel_init=self.kernel_init, name="dense"
         )(x)
@@ -149,6 +154,7 @@ class MaxoutCNN(nn.Module):
     def __call__(
         self, x: Float[Array, "*batch h w channels"], train: bool = False
     ) -> Float[Array, "*batch classes"]:
+        """Returns the logits of a batch of images."""
         for number, layer in enumerate(self.layers, start=1):
             x = MaxoutConv(layer, self.kernel_init, name=f"conv{number}")(x)
         x = x.reshape(*x.shape[:-3], -1)

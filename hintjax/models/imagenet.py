@@ -25,6 +25,7 @@ class Bottleneck(nn.Module):
     def __call__(
         self, x: Float[Array, "*batch h w channels"], train: bool = False
     ) -> Float[Array, "*batch h2 w2 wide"]:
+        """Returns the maps after the last ReLU."""
         wide = EXPANSION * self.features
         y = conv(self.features, kernel=1, name="conv1")(x)
         y = nn.relu(batch_norm(train, name="norm1")(y))
@@ -45,6 +46,7 @@ class MaxPool(nn.Module):
     def __call__(
         self, x: Float[Array, "*batch h w channels"]
     ) -> Float[Array, "*batch h2 w2 channels"]:
+        """Returns the pooled maps."""
         sides = ((1, 1), (1, 1))
         return nn.max_pool(x, window_shape=(3, 3), strides=(2, 2), padding=sides)
 
@@ -106,6 +108,7 @@ class ImageNetResNet(nn.Module):
     def __call__(
         self, x: Float[Array, "*batch h w channels"], train: bool = False
     ) -> Float[Array, "*batch classes"]:
+        """Returns the logits of a batch of images."""
         stem, *groups = self.widths
         if len(groups) != len(self.blocks):
             wanted = f"a width for the stem and for each of {len(self.blocks)} groups"

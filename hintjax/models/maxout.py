@@ -5,6 +5,8 @@ from flax import linen as nn
 from jax import Array
 from jaxtyping import Float
 
+from hintjax._checks import Refusal, message
+
 
 def symmetric_uniform(bound: float) -> nn.initializers.Initializer:
     """Initialiser U(-bound, bound), whatever the fan.
@@ -54,11 +56,10 @@ def maxout(
         2013.
     """
     if pieces < 1 or x.shape[-1] % pieces:
-        raise ValueError(
-            f"maxout: expected the last axis to be a multiple of pieces >= 1, got "
-            f"shape {x.shape} and {pieces} pieces. Give the linear layer before it "
-            f"units * pieces features."
-        )
+        wanted = "the last axis to be a multiple of pieces >= 1"
+        got = f"shape {x.shape} and {pieces} pieces"
+        do = "Give the preceding linear layer units * pieces features."
+        raise Refusal(message("maxout", wanted, got, do))
     # Pieces before units keeps the long axis last, which vector units like.
     return x.reshape(*x.shape[:-1], pieces, -1).max(axis=-2)
 
@@ -72,4 +73,5 @@ class Maxout(nn.Module):
     def __call__(
         self, x: Float[Array, "*batch pieces_features"]
     ) -> Float[Array, "*batch features"]:
+        """Returns the units."""
         return maxout(x, self.pieces)

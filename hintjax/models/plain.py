@@ -8,6 +8,7 @@ from flax import linen as nn
 from jax import Array
 from jaxtyping import Float
 
+from hintjax._checks import Refusal, message
 from hintjax.models.blocks import GlobalAveragePool
 
 LECUN = nn.initializers.lecun_normal()  # what Flax itself defaults to
@@ -23,6 +24,7 @@ class ConvRelu(nn.Module):
     def __call__(
         self, x: Float[Array, "*batch h w channels"]
     ) -> Float[Array, "*batch h w features"]:
+        """Returns the maps after the ReLU."""
         x = nn.Conv(
             self.features,
             kernel_size=(3, 3),
@@ -40,6 +42,7 @@ class MaxPool(nn.Module):
     def __call__(
         self, x: Float[Array, "*batch h w channels"]
     ) -> Float[Array, "*batch h2 w2 channels"]:
+        """Returns the pooled maps."""
         return nn.max_pool(x, window_shape=(2, 2), strides=(2, 2))
 
 
@@ -81,12 +84,12 @@ class PlainCNN(nn.Module):
     def __call__(
         self, x: Float[Array, "*batch h w channels"], train: bool = False
     ) -> Float[Array, "*batch classes"]:
+        """Returns the logits of a batch of images."""
         outside = set(self.pools) - set(range(1, len(self.widths) + 1))
         if outside:
-            raise ValueError(
-                f"PlainCNN: expected pools among the convolutions 1 to "
-                f"{len(self.widths)}, got {sorted(outside)}. Count from 1."
-            )
+            wanted = f"pools among the convolutions 1 to {len(self.widths)}"
+            do = "Count the convolutions from 1."
+            raise Refusal(message("PlainCNN", wanted, f"{sorted(outside)}", do))
         for number, width in enumerate(self.widths, start=1):
             x = ConvRelu(width, self.kernel_init, name=f"conv{number}")(x)
             if number in self.pools:

@@ -4,6 +4,7 @@ from flax import linen as nn
 from jax import Array
 from jaxtyping import Float
 
+from hintjax._checks import Refusal, message
 from hintjax.models.blocks import GlobalAveragePool, Sum, batch_norm, conv
 
 NARROW = (16, 16, 32, 64)
@@ -22,6 +23,7 @@ class Stem(nn.Module):
     def __call__(
         self, x: Float[Array, "*batch h w channels"], train: bool = False
     ) -> Float[Array, "*batch h2 w2 features"]:
+        """Returns the maps after the ReLU."""
         x = conv(self.features, kernel=self.kernel, stride=self.stride, name="conv")(x)
         return nn.relu(batch_norm(train, name="norm")(x))
 
@@ -36,6 +38,7 @@ class BasicBlock(nn.Module):
     def __call__(
         self, x: Float[Array, "*batch h w channels"], train: bool = False
     ) -> Float[Array, "*batch h2 w2 features"]:
+        """Returns the maps after the last ReLU."""
         y = conv(self.features, stride=self.stride, name="conv1")(x)
         y = nn.relu(batch_norm(train, name="norm1")(y))
         y = conv(self.features, name="conv2")(y)
@@ -60,6 +63,7 @@ class Group(nn.Module):
     def __call__(
         self, x: Float[Array, "*batch h w channels"], train: bool = False
     ) -> Float[Array, "*batch h2 w2 features"]:
+        """Returns the maps of the last block."""
         for number in range(1, self.blocks + 1):
             stride = self.stride if number == 1 else 1
             x = self.block(self.features, stride, name=f"block{number}")(x, train)
@@ -107,10 +111,9 @@ class ResNet(nn.Module):
         """Blocks of each group."""
         blocks, rest = divmod(self.depth - 2, 6)
         if rest or blocks < 1:
-            raise ValueError(
-                f"ResNet: expected depth 6n + 2 with n >= 1, got {self.depth}. Use 8, "
-                f"14, 20, 32, 44, 56 or 110."
-            )
+            do = "Use 8, 14, 20, 32, 44, 56 or 110."
+            wanted = "depth to be 6n + 2 with n >= 1"
+            raise Refusal(message("ResNet", wanted, f"{self.depth}", do))
         return blocks
 
     @property
@@ -127,6 +130,7 @@ class ResNet(nn.Module):
     def __call__(
         self, x: Float[Array, "*batch h w channels"], train: bool = False
     ) -> Float[Array, "*batch classes"]:
+        """Returns the logits of a batch of images."""
         stem, *groups = self.widths
         x = Stem(stem, name="stem")(x, train)
         for number, features in enumerate(groups, start=1):

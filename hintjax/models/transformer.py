@@ -22,6 +22,7 @@ class Scores(nn.Module):
         query: Float[Array, "*batch n heads d"],
         key: Float[Array, "*batch n heads d"],
     ) -> Float[Array, "*batch heads n n"]:
+        """Returns the scores of every query (row) for every key (column)."""
         return jnp.einsum("...ihd,...jhd->...hij", query / query.shape[-1] ** 0.5, key)
 
 
@@ -34,6 +35,7 @@ class Distribution(nn.Module):
         scores: Float[Array, "*batch heads n n"],
         where: Bool[Array, "*batch n"] | None = None,
     ) -> Float[Array, "*batch heads n n"]:
+        """Returns the attention weights; each row sums to 1."""
         if where is not None:
             # Not -inf: among nothing but -inf a softmax is nan, and here it is uniform.
             hidden = jnp.finfo(scores.dtype).min / 2
@@ -61,6 +63,7 @@ class SelfAttention(nn.Module):
         x: Float[Array, "*batch n width"],
         where: Bool[Array, "*batch n"] | None = None,
     ) -> Float[Array, "*batch n width"]:
+        """Returns the attended tokens; `where` is True where a token counts."""
         width = x.shape[-1]
         if width % self.heads:
             wanted = f"heads to divide the width {width}"
@@ -94,6 +97,7 @@ class Perceptron(nn.Module):
     def __call__(
         self, x: Float[Array, "*batch n width"]
     ) -> Float[Array, "*batch n width"]:
+        """Returns the tokens after both linear maps."""
         width, init = x.shape[-1], self.kernel_init
         x = nn.Dense(self.ratio * width, kernel_init=init, name="hidden")(x)
         x = nn.gelu(x, approximate=False)
@@ -109,6 +113,7 @@ class Token(nn.Module):
     def __call__(
         self, x: Float[Array, "*batch n width"]
     ) -> Float[Array, "*batch width"]:
+        """Returns the token at `index`."""
         return x[..., self.index, :]
 
 

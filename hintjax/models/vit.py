@@ -33,6 +33,7 @@ class Embedding(nn.Module):
     def __call__(
         self, x: Float[Array, "*batch h w channels"]
     ) -> Float[Array, "*batch n width"]:
+        """Returns the class tokens and the tokens of the patches."""
         if any(side % self.patch or not side for side in x.shape[-3:-1]):
             wanted = f"images whose sides are multiples of the patch, {self.patch}"
             got = f"{x.shape[-3]}x{x.shape[-2]}"
@@ -62,6 +63,7 @@ class Block(nn.Module):
     def __call__(
         self, x: Float[Array, "*batch n width"]
     ) -> Float[Array, "*batch n width"]:
+        """Returns the tokens after attention and the MLP."""
         y = layer_norm(EPSILON, name="norm1")(x)
         y = SelfAttention(self.heads, XAVIER, name="attention")(y)
         x = Sum(name="sum")(x, y)
@@ -136,6 +138,7 @@ class VisionTransformer(nn.Module):
     def __call__(
         self, x: Float[Array, "*batch h w channels"], train: bool = False
     ) -> Float[Array, "*batch classes"]:
+        """Returns the logits of a batch of images."""
         x = Embedding(self.patch, self.width, self.class_tokens, name="embed")(x)
         for number in range(1, self.depth + 1):
             x = Block(self.heads, self.ratio, name=f"block{number}")(x)

@@ -4,6 +4,7 @@ from flax import linen as nn
 from jax import Array
 from jaxtyping import Float
 
+from hintjax._checks import Refusal, message
 from hintjax.models.blocks import GlobalAveragePool, batch_norm, conv
 
 
@@ -17,6 +18,7 @@ class PreactivationBlock(nn.Module):
     def __call__(
         self, x: Float[Array, "*batch h w channels"], train: bool = False
     ) -> Float[Array, "*batch h2 w2 features"]:
+        """Returns the residual sum."""
         y = nn.relu(batch_norm(train, name="norm1")(x))
         if self.stride != 1 or x.shape[-1] != self.features:
             # The projection sees the activated input, the identity the raw one.
@@ -37,6 +39,7 @@ class Group(nn.Module):
     def __call__(
         self, x: Float[Array, "*batch h w channels"], train: bool = False
     ) -> Float[Array, "*batch h2 w2 features"]:
+        """Returns the maps of the last block."""
         for number in range(1, self.blocks + 1):
             stride = self.stride if number == 1 else 1
             block = PreactivationBlock(self.features, stride, name=f"block{number}")
@@ -84,10 +87,9 @@ class WideResNet(nn.Module):
         """Blocks of each group."""
         blocks, rest = divmod(self.depth - 4, 6)
         if rest or blocks < 1:
-            raise ValueError(
-                f"WideResNet: expected depth 6n + 4 with n >= 1, got {self.depth}. "
-                f"Use 10, 16, 22, 28 or 40."
-            )
+            do = "Use 10, 16, 22, 28 or 40."
+            wanted = "depth to be 6n + 4 with n >= 1"
+            raise Refusal(message("WideResNet", wanted, f"{self.depth}", do))
         return blocks
 
     @property
@@ -108,6 +110,7 @@ class WideResNet(nn.Module):
     def __call__(
         self, x: Float[Array, "*batch h w channels"], train: bool = False
     ) -> Float[Array, "*batch classes"]:
+        """Returns the logits of a batch of images."""
         x = conv(16, name="stem")(x)
         for number, width in enumerate((16, 32, 64), start=1):
             stride = 1 if number == 1 else 2

@@ -378,10 +378,14 @@ def test_wrn_forward_and_its_preactivations():
 @pytest.mark.parametrize(
     ("model", "shape", "message"),
     [
-        (models.ResNet(21, (16, 16, 32, 64), 10), CIFAR, r"depth 6n \+ 2 .* got 21"),
-        (models.WideResNet(20, 1, 10), CIFAR, r"depth 6n \+ 4 .* got 20"),
+        (
+            models.ResNet(21, (16, 16, 32, 64), 10),
+            CIFAR,
+            r"depth to be 6n \+ 2 .* got 21",
+        ),
+        (models.WideResNet(20, 1, 10), CIFAR, r"depth to be 6n \+ 4 .* got 20"),
         (models.PlainCNN((8, 8), 10, pools=(0, 3)), DIGITS, r"1 to 2, got \[0, 3\]"),
-        (models.fitnet_mnist(10), (2, 4, 4, 1), "conv1: .* 5 pixels a side, got 4x4"),
+        (models.fitnet_mnist(10), (2, 4, 4, 1), "conv1: .* 5 pixels per side, got 4x4"),
     ],
 )
 def test_impossible_architectures_say_what_to_do(model, shape, message):
