@@ -1,8 +1,8 @@
 """Reference teachers and students in Flax Linen, written plainly.
 
-Every factory is called as `factory(classes=10)`; every module as `module(images,
-train=False)`, or, for an encoder of texts, with a dict of token ids and their mask in
-place of the images; every docstring lists the paths that can be hints.
+Every factory is called as `factory(classes=10)`, every module as `module(images,
+train=False)`. Text encoders take a dict of token ids and their mask instead of images.
+The docstring of each module lists the paths that can be hints.
 """
 
 from hintjax.models.encoder import (

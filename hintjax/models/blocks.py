@@ -32,8 +32,9 @@ class Sum(nn.Module):
 def conv(features: int, *, name: str, kernel: int = 3, stride: int = 1) -> nn.Conv:
     """A convolution without bias, padded by `kernel // 2` on every side.
 
-    At stride 2 on an even map "SAME" pads (0, 1), torch (1, 1): the same shape, but
-    every output looks one pixel further, and imported teachers would be wrong.
+    At stride 2 on an even map, "SAME" pads (0, 1) and torch pads (1, 1). The shapes
+    are the same, but with "SAME" every output is computed one pixel further along the
+    map, and imported teachers would give wrong results.
     """
     side = (kernel // 2, kernel // 2)
     return nn.Conv(
@@ -50,8 +51,9 @@ def conv(features: int, *, name: str, kernel: int = 3, stride: int = 1) -> nn.Co
 def batch_norm(train: bool, *, name: str) -> nn.BatchNorm:
     """BatchNorm with torch's constants (its momentum 0.1 is 0.9 here).
 
-    The slow variance is the exact one: E[x^2] - E[x]^2 cancels when the mean is large.
-    The running variance is Flax's biased one; torch stores n / (n - 1) times that.
+    The variance is computed the slow, exact way: E[x^2] - E[x]^2 cancels when the mean
+    is large. The running variance is biased, as in Flax; torch stores n / (n - 1)
+    times this value.
     """
     return nn.BatchNorm(
         use_running_average=not train,

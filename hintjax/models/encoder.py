@@ -17,8 +17,8 @@ class Embedding(nn.Module):
     """Token ids as vectors, plus learned positions, normalized.
 
     Args:
-        vocabulary: how many token ids there are.
-        length: how many positions there are.
+        vocabulary: number of token ids.
+        length: number of positions.
         width: channels of a token.
     """
 
@@ -42,7 +42,7 @@ class Embedding(nn.Module):
 
 
 class Block(nn.Module):
-    """Post-norm block; `norm1` inside it is the stream between attention and MLP."""
+    """Post-norm block; its layer `norm1` is the stream between attention and MLP."""
 
     heads: int
     ratio: int
@@ -63,32 +63,31 @@ class Block(nn.Module):
 class Encoder(nn.Module):
     """BERT's encoder: post-norm blocks over token ids, the first token classified.
 
-    Called with a dict: `tokens`, ids (*batch n), and optionally `mask`, bool (*batch n),
-    True where a token counts. No token attends to one that does not, so that padding
-    changes nothing at the others; what stands at padding itself means nothing, and
-    methods must be told so (`padding="mask"`).
+    The inputs are a dict: `tokens`, ids (*batch n), and optionally `mask`, bool
+    (*batch n), True where a token counts. No token attends to a padding token, so
+    padding does not change the other tokens. The outputs at padding tokens have no
+    meaning, and methods must leave them out (`padding="mask"`).
 
     Hint paths, of n tokens:
 
     * `embed` (n, width), normalized, and `embed/words`, before positions are added;
-    * `block1`, `block2`, ... (n, width), and inside each of them `attention`, `norm1` (the
-      stream between attention and MLP), `mlp`, `mlp/hidden` (before the GELU);
+    * `block1`, `block2`, ... (n, width), and inside each block `attention`, `norm1`
+      (the stream between attention and MLP), `mlp`, `mlp/hidden` (before the GELU);
     * `block1/attention/query`, `/key`, `/value` (n, heads, d), `/scores` (heads, n, n),
-      before the softmax and without the mask, and `/distribution` (heads, n, n), after
-      both;
+      before the softmax and the mask, and `/distribution` (heads, n, n), after both;
     * `token` (the first token, width) and `classifier` (the logits).
 
-    BERT has besides: token types, a dense layer with a tanh on the first token, and
-    dropout.
+    Parts of BERT that this encoder lacks: token types, the dense layer with a tanh on
+    the first token, and dropout.
 
     Args:
-        vocabulary: how many token ids there are.
+        vocabulary: number of token ids.
         width: channels of a token.
         depth: number of blocks.
         heads: number of attention heads; divides the width.
         classes: number of logits.
-        length: the most tokens that it takes.
-        ratio: width of the MLPs' hidden layer, in widths.
+        length: largest number of tokens of a text.
+        ratio: width of the MLPs' hidden layer, as a multiple of `width`.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -99,9 +98,9 @@ class Encoder(nn.Module):
         (3, 2)
 
     References:
-        Devlin et al., BERT: Pre-training of Deep Bidirectional Transformers for Language
-        Understanding, NAACL 2019. Turc et al., Well-Read Students Learn Better, 2019
-        (the sizes).
+        Devlin et al., BERT: Pre-training of Deep Bidirectional Transformers for
+        Language Understanding, NAACL 2019. Turc et al., Well-Read Students Learn
+        Better, 2019 (the sizes).
     """
 
     vocabulary: int

@@ -2,20 +2,20 @@
 
 Sources: the configuration files of the FitNets code (FitNet 4, MNIST student) and of
 the maxout code in pylearn2 (both teachers). FitNets 1 to 3 have no published
-configuration file; their widths are the paper's table as others wrote it down.
+configuration file; their widths come from copies of the paper's table.
 
-What is uncertain:
+Uncertain points:
 * The paper's parameter figures. It gives about 250K, 862K, 1.6M and 2.5M for FitNets 1
-  to 4 and 9M for the CIFAR teacher. Counted here, with the 500 hidden units of 5 pieces
-  that the configuration files have: 0.35M, 1.06M, 1.70M, 2.74M and 16.25M. With 2 pieces
-  in that layer the counts come within 2% of the paper's for all but FitNet 3
-  (`hidden_pieces=2`).
-* The pieces of the last MNIST convolutions. The configuration files have 4; the paper's
-  30K and 361K are met with 2, which is the default here.
-* Biases are one per channel here; in the MNIST files they are one per position.
+  to 4 and 9M for the CIFAR teacher. With the 500 hidden units of 5 pieces of the
+  configuration files, the counts here are 0.35M, 1.06M, 1.70M, 2.74M and 16.25M. With 2
+  pieces in this layer (`hidden_pieces=2`), all counts except FitNet 3's are within 2%
+  of the paper's.
+* The pieces of the last MNIST convolutions. The configuration files have 4; 2 pieces,
+  the default here, give the paper's 30K and 361K parameters.
+* The biases: one per channel here, one per position in the MNIST files.
 
-Not part of the modules: dropout (teachers), the limits on kernel norms, and the factor
-0.05 on the convolutions' learning rate, with all of which these networks were trained.
+The authors also trained with dropout (teachers), limits on kernel norms, and a factor
+0.05 on the convolutions' learning rate. These are not part of the modules.
 """
 
 from typing import NamedTuple
@@ -29,7 +29,7 @@ from hintjax.models.maxout import Maxout, symmetric_uniform
 
 
 class Layer(NamedTuple):
-    """One maxout convolution and the max pooling that belongs to it."""
+    """One maxout convolution and the max pooling that follows it."""
 
     features: int
     kernel: int = 3
@@ -42,7 +42,7 @@ class Layer(NamedTuple):
 def max_pool(
     x: Float[Array, "*batch h w channels"], window: int, stride: int
 ) -> Float[Array, "*batch h2 w2 channels"]:
-    """Max pooling that covers the whole map, as pylearn2 does: sizes are rounded up.
+    """Max pooling that covers the whole map, as in pylearn2: sizes are rounded up.
 
     A window that is larger than the map is cut to the map.
 
@@ -70,7 +70,7 @@ def max_pool(
 
 
 class MaxoutConv(nn.Module):
-    """Convolution, maxout, max pooling: what FitNets counts as one layer."""
+    """Convolution, maxout and max pooling; FitNets counts them as one layer."""
 
     layer: Layer
     kernel_init: nn.initializers.Initializer
@@ -120,16 +120,17 @@ class MaxoutDense(nn.Module):
 class MaxoutCNN(nn.Module):
     """Maxout convolutions, a fully connected maxout layer, a linear classifier.
 
-    Hint paths: `conv1`, `conv2`, ... (after maxout and pooling: FitNets' layers, so that
-    its pair "student 11th, teacher 2nd" is `("conv11", "conv2")`), `conv1/maxout`, ...
+    Hint paths: `conv1`, `conv2`, ... (after maxout and pooling), `conv1/maxout`, ...
     (before pooling), `conv1/conv`, ... (the linear pieces), `hidden`, `classifier`.
+    `conv1`, `conv2`, ... are the layers that FitNets counts: its pair "student 11th,
+    teacher 2nd" is `("conv11", "conv2")`.
 
     Args:
         layers: the convolutions.
         classes: number of logits.
         hidden: units of the fully connected layer, 0 for none.
-        hidden_pieces: its pieces.
-        kernel_init: initialiser of all kernels; U(-0.005, 0.005) as in the paper.
+        hidden_pieces: pieces of the fully connected layer.
+        kernel_init: initializer of all kernels; U(-0.005, 0.005) as in the paper.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -167,8 +168,8 @@ class MaxoutCNN(nn.Module):
 def fitnet(widths: tuple[tuple[int, ...], ...], classes: int) -> MaxoutCNN:
     """A thin, deep CIFAR student from the widths of its three groups.
 
-    A 2x2 pooling ends the first two groups, an 8x8 pooling (the whole map of a 32x32
-    image) the last.
+    A 2x2 pooling ends each of the first two groups. An 8x8 pooling ends the last group;
+    it covers the whole map of a 32x32 image.
 
     >>> len(fitnet(((16, 16), (32, 32), (64, 64)), classes=10).layers)
     6
@@ -211,7 +212,7 @@ def maxout_cifar(classes: int) -> MaxoutCNN:
 
 
 def fitnet_mnist(classes: int) -> MaxoutCNN:
-    """The MNIST student, 6 convolutions; `conv4` is guided by the teacher's `conv2`."""
+    """The MNIST student, 6 convolutions; the teacher's `conv2` guides `conv4`."""
     layers = (
         Layer(16, kernel=5, padding=0),
         Layer(16, padding=0, window=4, stride=2),

@@ -1,4 +1,4 @@
-"""ImageNet ResNets as torchvision has them: teachers with weights from elsewhere."""
+"""ImageNet ResNets as in torchvision: teachers with imported weights."""
 
 from flax import linen as nn
 from jax import Array
@@ -9,13 +9,13 @@ from hintjax.models.blocks import GlobalAveragePool, Sum, batch_norm, conv
 from hintjax.models.resnet import BasicBlock, Group, Stem
 
 WIDTHS = (64, 64, 128, 256, 512)
-EXPANSION = 4  # a bottleneck returns so many times the channels of its 3x3 convolution
+EXPANSION = 4  # channels that a bottleneck returns, over those of its 3x3 convolution
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3 and 1x1 convolutions; `sum` inside it is the map before the ReLU.
+    """1x1, 3x3 and 1x1 convolutions; its layer `sum` is the map before the ReLU.
 
-    The 3x3 convolution strides (v1.5), where the paper's first 1x1 does.
+    The 3x3 convolution has the stride (v1.5); in the paper the first 1x1 has it.
     """
 
     features: int
@@ -56,16 +56,16 @@ class ImageNetResNet(nn.Module):
 
     Hint paths: `stem` (after the ReLU), `maxpool`, `group1` ... `group4` (after the
     ReLU; torchvision's layer1 ... layer4), `pool` (the pooled vector) and `classifier`
-    (the logits); `group1/block1` ... are the blocks, and `group1/block{n}/sum` is what
-    `group1` is before its ReLU, where OFD, AB and ReviewKD attach (see
-    `preactivations`). The BatchNorm that OFD takes its margins from is the last one of
-    the group's last block (see `norms`).
+    (the logits). `group1/block1` ... are the blocks. `group1/block{n}/sum` of the last
+    block is `group1` before its ReLU; OFD, AB and ReviewKD attach there (see
+    `preactivations`). OFD takes its margins from the last BatchNorm of the group's last
+    block (see `norms`).
 
-    Convolutions are initialised as torchvision does (He, fan out); the classifier is
-    Flax's default. Weights of torchvision and timm are read by `hintjax.weights`.
+    Convolutions are initialized as in torchvision (He, fan out). The classifier
+    has Flax's default. `hintjax.weights` reads the weights of torchvision and timm.
 
     Args:
-        blocks: how many blocks each of the four groups has.
+        blocks: number of blocks of each of the four groups.
         classes: number of logits.
         block: `BasicBlock`, or `Bottleneck`, whose maps have four times the channels.
         widths: channels of the stem and of the 3x3 convolutions of the four groups.

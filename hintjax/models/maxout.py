@@ -9,13 +9,13 @@ from hintjax._checks import Refusal, message
 
 
 def symmetric_uniform(bound: float) -> nn.initializers.Initializer:
-    """Initialiser U(-bound, bound), whatever the fan.
+    """Initializer U(-bound, bound), independent of the fan.
 
     Args:
         bound: largest absolute value, > 0.
 
     Returns:
-        An initialiser `(key, shape, dtype) -> Array`.
+        An initializer `(key, shape, dtype) -> Array`.
 
     Example:
         >>> init = symmetric_uniform(0.005)
@@ -32,7 +32,7 @@ def symmetric_uniform(bound: float) -> nn.initializers.Initializer:
 def maxout(
     x: Float[Array, "*batch pieces_features"], pieces: int
 ) -> Float[Array, "*batch features"]:
-    """Maxout over the last axis, the largest of each unit's linear pieces.
+    """Maxout over the last axis: the largest of each unit's linear pieces.
 
     `y_j = max_k x_{k n + j}` for n units and k < pieces.
 
@@ -44,7 +44,7 @@ def maxout(
         The units.
 
     Convention:
-        At a tie the gradient is shared evenly among the pieces.
+        At a tie the gradient is divided evenly among the largest pieces.
 
     Example:
         >>> import jax.numpy as jnp
@@ -60,7 +60,7 @@ def maxout(
         got = f"shape {x.shape} and {pieces} pieces"
         do = "Give the preceding linear layer units * pieces features."
         raise Refusal(message("maxout", wanted, got, do))
-    # Pieces before units keeps the long axis last, which vector units like.
+    # With pieces before units the long axis is last, where vector units are fast.
     return x.reshape(*x.shape[:-1], pieces, -1).max(axis=-2)
 
 

@@ -1,7 +1,7 @@
 """Plain CNNs: no residual connections, no BatchNorm.
 
-Deep and thin they are the students that hints were invented for: backpropagation
-alone often leaves them at chance. Shallow and wide they are good teachers.
+Hints were invented for deep and thin students: with backpropagation alone they often
+stay at chance level. Shallow and wide plain CNNs are good teachers.
 """
 
 from flax import linen as nn
@@ -11,11 +11,11 @@ from jaxtyping import Float
 from hintjax._checks import Refusal, message
 from hintjax.models.blocks import GlobalAveragePool
 
-LECUN = nn.initializers.lecun_normal()  # what Flax itself defaults to
+LECUN = nn.initializers.lecun_normal()  # Flax's own default
 
 
 class ConvRelu(nn.Module):
-    """A 3x3 convolution and ReLU; `conv` inside it is the map before the ReLU."""
+    """A 3x3 convolution and ReLU; its layer `conv` is the map before the ReLU."""
 
     features: int
     kernel_init: nn.initializers.Initializer
@@ -54,11 +54,11 @@ class PlainCNN(nn.Module):
     `classifier` (the logits).
 
     Args:
-        widths: channels of every convolution, so also their number.
+        widths: channels of each convolution; one entry per convolution.
         classes: number of logits.
-        pools: after which convolutions, counted from 1, a 2x2 max pooling follows.
-        kernel_init: initialiser of the convolutions' kernels. The default is Flax's
-            own; `nn.initializers.he_normal()` makes deep ones trainable.
+        pools: the convolutions, counted from 1, that a 2x2 max pooling follows.
+        kernel_init: initializer of the convolutions' kernels. The default is Flax's
+            own; `nn.initializers.he_normal()` makes deep networks trainable.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -104,7 +104,7 @@ def plain_thin(
     width: int = 8,
     kernel_init: nn.initializers.Initializer = LECUN,
 ) -> PlainCNN:
-    """A thin, deep student; by default 11,266 parameters for 10 classes and grey input.
+    """A thin, deep student; by default 11,266 parameters for 10 classes and gray input.
 
     >>> plain_thin(classes=10, depth=3).widths
     (8, 8, 8)
@@ -113,7 +113,7 @@ def plain_thin(
 
 
 def plain_thin_he(classes: int) -> PlainCNN:
-    """`plain_thin` with He's initialisation, under which it trains without hints.
+    """`plain_thin` with He's initialization, which lets it train without hints.
 
     References:
         He et al. 2015, Delving Deep into Rectifiers.
@@ -125,7 +125,7 @@ def plain_wide(
     classes: int,
     kernel_init: nn.initializers.Initializer = LECUN,
 ) -> PlainCNN:
-    """A wide teacher, 64-64-pool-128: 112,714 parameters for 10 classes, grey input.
+    """A wide teacher, 64-64-pool-128: 112,714 parameters for 10 classes, gray input.
 
     >>> plain_wide(classes=10).widths
     (64, 64, 128)

@@ -13,7 +13,7 @@ GROUPS = ("group1", "group2", "group3")
 
 
 class Stem(nn.Module):
-    """Convolution, BatchNorm and ReLU on the image."""
+    """Convolution, BatchNorm and ReLU, applied to the image."""
 
     features: int
     kernel: int = 3
@@ -29,7 +29,7 @@ class Stem(nn.Module):
 
 
 class BasicBlock(nn.Module):
-    """Two convolutions and a shortcut; `sum` inside it is the map before the ReLU."""
+    """Two convolutions and a shortcut; its layer `sum` is the map before the ReLU."""
 
     features: int
     stride: int = 1
@@ -52,7 +52,7 @@ class BasicBlock(nn.Module):
 
 
 class Group(nn.Module):
-    """Blocks of one resolution; the first one strides."""
+    """Blocks of one resolution; the first block has the stride."""
 
     features: int
     blocks: int
@@ -75,13 +75,13 @@ class ResNet(nn.Module):
 
     Hint paths, with n = (depth - 2) / 6: `stem`, `group1`, `group2`, `group3` (after
     the ReLU), `pool` (the pooled vector) and `classifier` are f0 to f4 and the logits
-    of the CRD benchmark code; `group1/block1` ... `group3/block{n}` are the blocks, and
-    `group1/block{n}/sum` is what `group1` is before its ReLU, where OFD, AB and ReviewKD
-    attach (see `preactivations`). The BatchNorm that OFD takes its margins from is
+    of the CRD benchmark code. `group1/block1` ... `group3/block{n}` are the blocks.
+    `group1/block{n}/sum` is `group1` before its ReLU; OFD, AB and ReviewKD attach there
+    (see `preactivations`). OFD takes its margins from the BatchNorm
     `group1/block{n}/norm2` (see `norms`).
 
-    Convolutions are initialised as the reference code does (He, fan out); the
-    classifier is Flax's default, where torch has U(-1, 1) / sqrt(fan in).
+    Convolutions are initialized as in the reference code (He, fan out). The
+    classifier has Flax's default, where torch has U(-1, 1) / sqrt(fan in).
 
     Args:
         depth: 6n + 2.
@@ -108,7 +108,7 @@ class ResNet(nn.Module):
 
     @property
     def blocks(self) -> int:
-        """Blocks of each group."""
+        """Number of blocks of each group."""
         blocks, rest = divmod(self.depth - 2, 6)
         if rest or blocks < 1:
             do = "Use 8, 14, 20, 32, 44, 56 or 110."

@@ -1,4 +1,4 @@
-"""What transformers share: attention whose every part can be a hint, and the MLP."""
+"""Shared parts of transformers: attention, each part of it a possible hint, and MLP."""
 
 from functools import partial
 
@@ -11,9 +11,9 @@ from hintjax._checks import Refusal, message
 
 
 class Scores(nn.Module):
-    """Scaled products of queries and keys, <q_i, k_j> / sqrt(d): before the softmax.
+    """Scaled products of queries and keys, <q_i, k_j> / sqrt(d), before the softmax.
 
-    No mask is on them: hidden keys are left to what reads them.
+    The scores are not masked: whoever reads them must leave out the hidden keys.
     """
 
     @nn.compact
@@ -27,7 +27,7 @@ class Scores(nn.Module):
 
 
 class Distribution(nn.Module):
-    """What each token attends to: the softmax over the keys that count."""
+    """The attention weights of each token: the softmax over the keys that count."""
 
     @nn.compact
     def __call__(
@@ -37,7 +37,7 @@ class Distribution(nn.Module):
     ) -> Float[Array, "*batch heads n n"]:
         """Returns the attention weights; each row sums to 1."""
         if where is not None:
-            # Not -inf: among nothing but -inf a softmax is nan, and here it is uniform.
+            # Not -inf: if all keys are hidden, -inf makes the softmax nan, this uniform.
             hidden = jnp.finfo(scores.dtype).min / 2
             scores = jnp.where(where[..., None, None, :], scores, hidden)
         return nn.softmax(scores)
@@ -47,11 +47,11 @@ class SelfAttention(nn.Module):
     """Multi-head self-attention.
 
     Hint paths inside it: `query`, `key`, `value` (*batch n heads d), `scores` and
-    `distribution` (*batch heads n n), `out`, which is what it returns.
+    `distribution` (*batch heads n n), and `out`, its output.
 
     Args:
         heads: number of heads; divides the width.
-        kernel_init: initialiser of the four linear maps.
+        kernel_init: initializer of the four linear maps.
     """
 
     heads: int
@@ -81,13 +81,13 @@ class SelfAttention(nn.Module):
 
 
 class Perceptron(nn.Module):
-    """Two linear maps around a GELU; `hidden` inside it comes before the GELU.
+    """Two linear maps around a GELU; its layer `hidden` comes before the GELU.
 
-    The exact GELU, not Flax's default, which is its approximation by a tanh.
+    The GELU is exact; Flax's default approximates it by a tanh.
 
     Args:
-        ratio: the hidden layer is so many times as wide.
-        kernel_init: initialiser of both kernels.
+        ratio: width of the hidden layer, as a multiple of the input width.
+        kernel_init: initializer of both kernels.
     """
 
     ratio: int
@@ -105,7 +105,7 @@ class Perceptron(nn.Module):
 
 
 class Token(nn.Module):
-    """One token; a module, so that the vector that is classified can be a hint."""
+    """One token; a module, so that the classified vector can be a hint."""
 
     index: int = 0
 
@@ -118,5 +118,8 @@ class Token(nn.Module):
 
 
 def layer_norm(epsilon: float, *, name: str) -> nn.LayerNorm:
-    """LayerNorm of each token; E[x^2] - E[x]^2 cancels when the mean is large."""
+    """LayerNorm of each token, with the exact variance.
+
+    The fast variance E[x^2] - E[x]^2 cancels when the mean is large.
+    """
     return nn.LayerNorm(epsilon=epsilon, use_fast_variance=False, name=name)

@@ -15,14 +15,14 @@ SMALL = nn.initializers.normal(0.02)  # of tokens and positions
 
 
 class Embedding(nn.Module):
-    """Patches as tokens behind the class tokens, plus learned positions.
+    """Class tokens, then patches as tokens, plus learned positions.
 
-    `patches` inside it is the map of the patches, before positions are added.
+    Its layer `patches` is the map of the patches, before positions are added.
 
     Args:
         patch: side of a patch, in pixels.
         width: channels of a token.
-        classes: how many class tokens come first.
+        classes: number of class tokens.
     """
 
     patch: int
@@ -54,7 +54,7 @@ class Embedding(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm block; `sum` inside it is the stream between attention and MLP."""
+    """Pre-norm block; its layer `sum` is the stream between attention and MLP."""
 
     heads: int
     ratio: int
@@ -74,29 +74,30 @@ class Block(nn.Module):
 class VisionTransformer(nn.Module):
     """ViT: patches as tokens, a class token, pre-norm blocks, a linear classifier.
 
-    Hint paths, of n tokens of which the first is the class token:
+    Hint paths, for n tokens; the first is the class token:
 
     * `embed` (n, width), tokens with positions; `embed/patches` (h, w, width), a map;
-    * `block1`, `block2`, ... (n, width), and inside each of them `norm1`, `attention`,
+    * `block1`, `block2`, ... (n, width), and inside each block `norm1`, `attention`,
       `sum` (the stream between attention and MLP), `norm2`, `mlp`, `mlp/hidden` (before
       the GELU);
     * `block1/attention/query`, `/key`, `/value` (n, heads, d), `/scores` (heads, n, n),
       before the softmax, and `/distribution` (heads, n, n), after it;
     * `norm` (n, width), `token` (the class token, width) and `classifier` (the logits).
 
-    With `distillation`, DeiT's distillation token follows the class token, so that there
-    are two tokens before the patches, and `distillation_token` and
+    With `distillation`, DeiT's distillation token follows the class token. Then two
+    tokens come before the patches, and `distillation_token` and
     `distillation_classifier` are hint paths too. The output is always the mean of the
-    logits of both heads, which is what DeiT predicts with. In training each head has a
-    teacher of its own: `hintjax.at_head(method, student="classifier")` gives a method
-    one head as the output.
+    logits of both heads, as in DeiT's predictions. In training each head has its own
+    teacher: with `hintjax.at_head(method, student="classifier")` a method takes the
+    logits of one head as the output.
 
-    To compare tokens with the maps of a convolutional network, view them on their grid:
-    `hintjax.viewed` with `hintjax.regressors.to_grid`.
+    To compare tokens with the maps of a convolutional network, arrange them on their
+    grid: `hintjax.viewed` with `hintjax.regressors.to_grid`.
 
-    Positions are parameters, so that a model takes images of one size. There is neither
-    dropout nor stochastic depth; `train` changes nothing. Kernels are initialised as by
-    ViT's authors, but for the classifiers', which have Flax's default where theirs are 0.
+    Positions are parameters, so a model takes images of one size only. There is no
+    dropout and no stochastic depth, so `train` has no effect. Kernels are initialized
+    as by ViT's authors, except those of the classifiers: they have Flax's default
+    initialization, where the authors start from 0.
 
     Args:
         patch: side of a patch, in pixels; divides both sides of the images.
@@ -104,8 +105,8 @@ class VisionTransformer(nn.Module):
         depth: number of blocks.
         heads: number of attention heads; divides the width.
         classes: number of logits.
-        ratio: width of the MLPs' hidden layer, in widths.
-        distillation: have a distillation token and its classifier.
+        ratio: width of the MLPs' hidden layer, as a multiple of `width`.
+        distillation: whether there are a distillation token and its classifier.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -131,7 +132,7 @@ class VisionTransformer(nn.Module):
 
     @property
     def class_tokens(self) -> int:
-        """How many tokens come before those of the patches."""
+        """Number of tokens before the tokens of the patches."""
         return 2 if self.distillation else 1
 
     @nn.compact
@@ -143,7 +144,7 @@ class VisionTransformer(nn.Module):
         for number in range(1, self.depth + 1):
             x = Block(self.heads, self.ratio, name=f"block{number}")(x)
         x = layer_norm(EPSILON, name="norm")(x)
-        # Class token and classifier last: there a model's pooled vector is looked for.
+        # Class token and classifier come last: a model's pooled vector is expected there.
         if self.distillation:
             token = Token(1, name="distillation_token")(x)
             distilled = nn.Dense(self.classes, name="distillation_classifier")(token)
@@ -156,7 +157,7 @@ def vit_micro(
 ) -> VisionTransformer:
     """4 blocks, 2 heads, width 32, patches of 2x2: for 8x8 images and the CPU.
 
-    51,946 parameters for 10 classes and 8x8 grey images.
+    51,946 parameters for 10 classes and 8x8 gray images.
     """
     return VisionTransformer(patch, 32, 4, 2, classes, distillation=distillation)
 
@@ -166,7 +167,7 @@ def vit_mini(
 ) -> VisionTransformer:
     """4 blocks, 4 heads, width 64, patches of 4x4: for 28x28 and 32x32 images.
 
-    205,066 parameters for 10 classes and 28x28 grey images.
+    205,066 parameters for 10 classes and 28x28 gray images.
     """
     return VisionTransformer(patch, 64, 4, 4, classes, distillation=distillation)
 
@@ -176,7 +177,7 @@ def vit_tiny(
 ) -> VisionTransformer:
     """ViT-Ti: 12 blocks, 3 heads, width 192, with patches of 4x4 for 32x32 images.
 
-    5.363M parameters for 10 classes and 32x32 colour images.
+    5.363M parameters for 10 classes and 32x32 color images.
     """
     return VisionTransformer(patch, 192, 12, 3, classes, distillation=distillation)
 
@@ -186,6 +187,6 @@ def vit_small(
 ) -> VisionTransformer:
     """ViT-S: 12 blocks, 6 heads, width 384, with patches of 4x4 for 32x32 images.
 
-    21.342M parameters for 10 classes and 32x32 colour images.
+    21.342M parameters for 10 classes and 32x32 color images.
     """
     return VisionTransformer(patch, 384, 12, 6, classes, distillation=distillation)

@@ -9,7 +9,7 @@ from hintjax.models.blocks import GlobalAveragePool, batch_norm, conv
 
 
 class PreactivationBlock(nn.Module):
-    """BatchNorm, ReLU, convolution, twice; the output is the bare residual sum."""
+    """BatchNorm, ReLU and convolution, twice; the output is the residual sum itself."""
 
     features: int
     stride: int = 1
@@ -21,7 +21,7 @@ class PreactivationBlock(nn.Module):
         """Returns the residual sum."""
         y = nn.relu(batch_norm(train, name="norm1")(x))
         if self.stride != 1 or x.shape[-1] != self.features:
-            # The projection sees the activated input, the identity the raw one.
+            # The projection takes the activated input, the identity takes the raw input.
             x = conv(self.features, kernel=1, stride=self.stride, name="shortcut")(y)
         y = conv(self.features, stride=self.stride, name="conv1")(y)
         y = nn.relu(batch_norm(train, name="norm2")(y))
@@ -29,7 +29,7 @@ class PreactivationBlock(nn.Module):
 
 
 class Group(nn.Module):
-    """Blocks of one resolution; the first one strides."""
+    """Blocks of one resolution; the first block has the stride."""
 
     features: int
     blocks: int
@@ -52,14 +52,14 @@ class WideResNet(nn.Module):
 
     Hint paths: `stem`, `group1`, `group2`, `group3` (residual sums, neither normalized
     nor activated), `pool` (the pooled vector) and `classifier` are f0 to f4 and the
-    logits of the CRD benchmark code; `group1/block1`, ... are the blocks; `norm` is the
-    last BatchNorm. What OFD, AB and ReviewKD attach to are the BatchNorms that follow a
-    group: see `preactivations`; these paths also name the parameters that OFD takes its
-    margins from.
+    logits of the CRD benchmark code. `group1/block1`, ... are the blocks. `norm` is the
+    last BatchNorm. OFD, AB and ReviewKD attach to the BatchNorms that follow a group
+    (see `preactivations`). These paths also name the parameters from which OFD takes
+    its margins.
 
-    Convolutions are initialised as the reference code does (He, fan out); the
-    classifier is Flax's default, where torch has U(-1, 1) / sqrt(fan in) and a zero bias.
-    There is no dropout.
+    Convolutions are initialized as in the reference code (He, fan out). The
+    classifier has Flax's default, where torch has U(-1, 1) / sqrt(fan in) and the
+    reference code a zero bias. There is no dropout.
 
     Args:
         depth: d = 6n + 4.
@@ -84,7 +84,7 @@ class WideResNet(nn.Module):
 
     @property
     def blocks(self) -> int:
-        """Blocks of each group."""
+        """Number of blocks of each group."""
         blocks, rest = divmod(self.depth - 4, 6)
         if rest or blocks < 1:
             do = "Use 10, 16, 22, 28 or 40."
@@ -94,7 +94,7 @@ class WideResNet(nn.Module):
 
     @property
     def preactivations(self) -> dict[str, str]:
-        """For each group, the path of its output, normalized, before the ReLU."""
+        """For each group, the path of its normalized output before the ReLU."""
         return {
             "group1": "group2/block1/norm1",
             "group2": "group3/block1/norm1",

@@ -39,7 +39,7 @@ def count(tree):
 
 
 def outputs(model, x, **kwargs):
-    """Logits, every layer's output, and the variables: numpy weights, to compile less."""
+    """Logits, layer outputs and variables; numpy draws the weights, to compile less."""
     _, shapes, _ = trace(model, x.shape)
     rng = np.random.default_rng(0)
 
@@ -288,7 +288,7 @@ def test_max_pool_covers_the_last_rows_and_columns():
     assert max_pool(jnp.asarray(x), window=8, stride=1).shape == (1, 1, 1, 1)
 
 
-def test_the_initialiser_of_fitnets_is_symmetric_and_small():
+def test_the_initializer_of_fitnets_is_symmetric_and_small():
     kernel = models.fitnet1(classes=10).kernel_init(jax.random.key(0), (1000,))
     assert np.abs(kernel).max() <= 0.005
     assert np.abs(kernel).max() > 0.0049
@@ -366,9 +366,9 @@ def test_wrn_forward_and_its_preactivations():
     last = np.maximum(layers["norm"], 0).mean(axis=(1, 2))
     np.testing.assert_allclose(layers["pool"], last, rtol=1e-4, atol=1e-5)
     for group, path in model.preactivations.items():
-        normalised = layers[group] - layers[group].mean(axis=(0, 1, 2))
-        normalised /= np.sqrt(layers[group].var(axis=(0, 1, 2)) + 1e-5)
-        np.testing.assert_allclose(layers[path], normalised, atol=1e-4)
+        normalized = layers[group] - layers[group].mean(axis=(0, 1, 2))
+        normalized /= np.sqrt(layers[group].var(axis=(0, 1, 2)) + 1e-5)
+        np.testing.assert_allclose(layers[path], normalized, atol=1e-4)
 
 
 # --- errors

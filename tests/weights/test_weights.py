@@ -29,7 +29,7 @@ def outputs():
 
 
 def shapes(model, sides):
-    """Variables of a model for colour images; nothing runs."""
+    """Variables of a model for color images; nothing runs."""
     images = jax.ShapeDtypeStruct((1, *sides, 3), jnp.float32)
     return jax.eval_shape(hj.linen(model).init, jax.random.key(0), images)
 
