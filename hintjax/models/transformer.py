@@ -37,7 +37,7 @@ class Distribution(nn.Module):
     ) -> Float[Array, "*batch heads n n"]:
         """Returns the attention weights; each row sums to 1."""
         if where is not None:
-            # Not -inf: if all keys are hidden, -inf makes the softmax nan, this uniform.
+            # Not -inf: with all keys hidden, -inf gives nan and this is uniform.
             hidden = jnp.finfo(scores.dtype).min / 2
             scores = jnp.where(where[..., None, None, :], scores, hidden)
         return nn.softmax(scores)

@@ -144,7 +144,7 @@ class VisionTransformer(nn.Module):
         for number in range(1, self.depth + 1):
             x = Block(self.heads, self.ratio, name=f"block{number}")(x)
         x = layer_norm(EPSILON, name="norm")(x)
-        # Class token and classifier come last: a model's pooled vector is expected there.
+        # Class token and classifier come last; a pooled vector is expected there.
         if self.distillation:
             token = Token(1, name="distillation_token")(x)
             distilled = nn.Dense(self.classes, name="distillation_classifier")(token)

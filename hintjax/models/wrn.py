@@ -9,7 +9,7 @@ from hintjax.models.blocks import GlobalAveragePool, batch_norm, conv
 
 
 class PreactivationBlock(nn.Module):
-    """BatchNorm, ReLU and convolution, twice; the output is the residual sum itself."""
+    """BatchNorm, ReLU and convolution, twice; the output is the residual sum."""
 
     features: int
     stride: int = 1

@@ -1,12 +1,12 @@
-"""Weights from the torch world, without torch: safetensors files into Flax models.
+"""Weights of torch models, without torch: safetensors files into Flax models.
 
-A teacher that torchvision published. Where torch is installed, once::
+To use a teacher of torchvision, run once where torch is installed::
 
     from safetensors.torch import save_file
     from torchvision.models import resnet50
     save_file(resnet50(weights="DEFAULT").state_dict(), "resnet50.safetensors")
 
-From then on, without torch::
+After that, torch is not needed::
 
     import jax, jax.numpy as jnp
     import hintjax as hj
@@ -18,7 +18,7 @@ From then on, without torch::
     tensors = weights.read_safetensors("resnet50.safetensors")
     variables = weights.from_torch(tensors, weights.RESNET, like)
 
-Images are channels last, and normalized as those that the weights were trained on.
+Images are channels last, and normalized as the images that the weights were trained on.
 
 | names | files | model |
 |---|---|---|
@@ -27,11 +27,12 @@ Images are channels last, and normalized as those that the weights were trained 
 | `TIMM_DEIT` | timm: deit_*_distilled_* | the same, `distillation=True` |
 | `TORCHVISION_VIT` | torchvision: vit_b_16 and the like | `models.VisionTransformer` |
 
-A file that does not match its model is refused, but its shapes do not say all: the
-number of heads is for the user to get right; bottlenecks stride in the 3x3 convolution
-(v1.5), the GELU is exact, and LayerNorm's epsilon is 1e-6. Not covered: variants with
-other layers (resnet50d, ResNeXt, Wide ResNet; ViTs with registers, layer scale, average
-pooling, or without a position for the class token).
+A file that does not match its model is refused, but shapes do not determine everything.
+The user must give the right number of heads. The models assume that bottlenecks have
+their stride in the 3x3 convolution (v1.5), that the GELU is exact, and that LayerNorm's
+epsilon is 1e-6. Not covered: variants with other layers (resnet50d, ResNeXt, Wide
+ResNet; ViTs with registers, layer scale, average pooling, or without a position for the
+class token).
 """
 
 from hintjax.weights.convert import How, Names, Rule, from_torch

@@ -1,7 +1,7 @@
-"""Tensors of a torch model as the variables of a Flax model, by a map of names."""
+"""Converts tensors of a torch model to variables of a Flax model by a map of names."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from fnmatch import fnmatchcase
 from typing import NamedTuple
 
@@ -14,11 +14,11 @@ from hintjax.networks import Variables, join
 
 
 class How(NamedTuple):
-    """How one leaf of a Flax model is made of torch's tensors.
+    """How one leaf of a Flax model is made from torch's tensors.
 
     Attributes:
-        axes: of the leaf, by name, e.g. "height width in out".
-        shapes: of the tensors, from the sizes of the leaf's axes.
+        axes: names of the leaf's axes, e.g. "height width in out".
+        shapes: `(*sizes of the leaf's axes) -> shapes of the tensors`.
         convert: `(shape of the leaf, *tensors) -> leaf`.
     """
 
@@ -28,12 +28,12 @@ class How(NamedTuple):
 
 
 class Rule(NamedTuple):
-    """Which tensors make which leaf.
+    """The names of one leaf and of the tensors that make it.
 
     Attributes:
-        flax: path of the leaf, from the collection on; `<b>` stands for any number.
-        torch: names of the tensors; `<b>` is that number, `<b-1>` the one before.
-        how: how the leaf is made of them.
+        flax: path of the leaf, collection first; `<b>` stands for any number.
+        torch: names of the tensors; `<b>` is the same number, `<b-1>` one less.
+        how: how the leaf is made from the tensors.
     """
 
     flax: str
@@ -42,18 +42,18 @@ class Rule(NamedTuple):
 
 
 class Names(NamedTuple):
-    """What the parts of a family are called, in torch and in Flax.
+    """The names of all parts of a model family, in torch and in Flax.
 
     Attributes:
-        rules: the first one that fits a leaf counts.
-        unused: names of tensors that the Flax model has no use for; `*` is any text.
+        rules: the first rule that matches a leaf is used.
+        unused: names of tensors that the Flax model does not need; `*` is any text.
     """
 
     rules: tuple[Rule, ...]
     unused: tuple[str, ...] = ()
 
     def find(self, path: str) -> Rule | None:
-        """The rule of one leaf, its numbers put in; None for a leaf without a name.
+        """The rule of one leaf, with its numbers filled in; None if no rule matches.
 
         >>> kernel = How("in out", lambda i, o: [(o, i)], lambda shape, x: x.T)
         >>> rule = Rule("params/block<b>/kernel", ("blocks.<b-1>.weight",), kernel)
@@ -72,11 +72,11 @@ class Names(NamedTuple):
 def from_torch(
     tensors: Mapping[str, np.ndarray], names: Names, like: Variables
 ) -> Variables:
-    """Variables of a Flax model from torch's tensors; nothing may be left over.
+    """Variables of a Flax model from torch's tensors; every tensor must be used.
 
     Args:
-        tensors: by torch's names, e.g. what `read_safetensors` returns.
-        names: what they are called in the model, e.g. `RESNET`.
+        tensors: tensors by torch's names, e.g. the result of `read_safetensors`.
+        names: the map from names in torch to names in the model, e.g. `RESNET`.
         like: variables of the model, or their shapes: `jax.eval_shape(network.init,
             key, images)`.
 
@@ -84,8 +84,8 @@ def from_torch(
         Variables with the structure, shapes and dtypes of `like`.
 
     Raises:
-        ValueError: if tensors are missing, left over, misshapen or no floats, or
-            leaves of the model unnamed; all of them are listed.
+        ValueError: if tensors are missing, left over, misshapen or not floats, or if
+            leaves of the model have no rule. The message lists all of them.
 
     >>> from flax import linen as nn
     >>> import hintjax as hj
@@ -115,7 +115,7 @@ def from_torch(
         if not faults:
             parts = [tensors[name] for name in rule.torch]
             made = rule.how.convert(leaf.shape, *parts)
-            # Else jax may go on using numpy's memory: the whole file stays there.
+            # Without a copy jax may go on using numpy's memory, the whole file.
             values.append(jnp.array(made, leaf.dtype, copy=True))
     for name in sorted(set(tensors) - used):
         if not any(fnmatchcase(name, unused) for unused in names.unused):
@@ -123,18 +123,21 @@ def from_torch(
     got = [f"{kind}: {', '.join(texts)}" for kind, texts in problems.items() if texts]
     if got:
         wanted = "tensors and model to match one to one"
-        do = "Build the model that the file was saved from, or take its names."
+        do = "Build the model that the file was saved from, or use its map of names."
         raise Refusal(message("from_torch", wanted, "; ".join(got), do))
     collections = jax.tree.unflatten(structure, values)
     return Variables(collections.pop("params"), collections)
 
 
-def _numbered(name, match):
+def _numbered(name: str, match: re.Match) -> str:
+    """The name with the numbers of the matched path filled in."""
     return re.sub(r"<(\w)(-1)?>", lambda m: str(int(match[m[1]]) - bool(m[2])), name)
 
 
-def _faults(rule, tensors, shape):
-    """What keeps tensors from being a leaf: (kind of problem, in words)."""
+def _faults(
+    rule: Rule, tensors: Mapping[str, np.ndarray], shape: tuple[int, ...]
+) -> Iterator[tuple[str, str]]:
+    """Why tensors cannot make a leaf: pairs (kind of problem, description)."""
     axes = rule.how.axes.split()
     if len(shape) != len(axes):
         yield "misshapen", f"{rule.flax} {shape} for ({', '.join(axes)})"

@@ -1,10 +1,10 @@
-"""What torchvision and timm call the parts of their models, and how torch has them."""
+"""Names of the parts of torchvision's and timm's models, and the layouts of torch."""
 
 import numpy as np
 
 from hintjax.weights.convert import How, Names, Rule
 
-# What the layers of torch are called and how they lie.
+# Layouts of the tensors of torch's layers.
 
 VECTOR = How("features", lambda n: [(n,)], lambda shape, x: x)
 CONV = How(
@@ -13,7 +13,7 @@ CONV = How(
     lambda shape, x: x.transpose(2, 3, 1, 0),
 )
 LINEAR = How("in out", lambda i, o: [(o, i)], lambda shape, x: x.T)
-OUT = How(  # of attention: the heads are joined
+OUT = How(  # output of attention; torch joins the heads
     "heads d width",
     lambda heads, d, width: [(width, heads * d)],
     lambda shape, x: x.T.reshape(shape),
@@ -30,8 +30,8 @@ POSITIONS = How(
 )
 
 
-def _third(number):
-    """Queries, keys or values of torch's one map for all three: (3 heads d, width)."""
+def _third(number: int) -> tuple[How, How]:
+    """Kernel and bias of queries (0), keys (1) or values (2), which torch joins."""
     kernel = How(
         "width heads d",
         lambda width, heads, d: [(3 * heads * d, width)],
@@ -46,19 +46,19 @@ def _third(number):
 
 
 def conv(flax: str, torch: str, bias: bool = False) -> tuple[Rule, ...]:
-    """A convolution: torch has (out, in, height, width)."""
+    """A convolution; torch's kernel is (out, in, height, width)."""
     kernel = Rule(f"params/{flax}/kernel", (f"{torch}.weight",), CONV)
     return (kernel, *_bias(flax, f"{torch}.bias")) if bias else (kernel,)
 
 
 def linear(flax: str, torch: str) -> tuple[Rule, ...]:
-    """A linear map with a bias: torch has (out, in)."""
+    """A linear map with a bias; torch's kernel is (out, in)."""
     kernel = Rule(f"params/{flax}/kernel", (f"{torch}.weight",), LINEAR)
     return kernel, *_bias(flax, f"{torch}.bias")
 
 
 def layer_norm(flax: str, torch: str) -> tuple[Rule, ...]:
-    """LayerNorm: torch's weight is Flax's scale."""
+    """LayerNorm; torch's weight is Flax's scale."""
     scale = Rule(f"params/{flax}/scale", (f"{torch}.weight",), VECTOR)
     return scale, *_bias(flax, f"{torch}.bias")
 
@@ -73,9 +73,9 @@ def batch_norm(flax: str, torch: str) -> tuple[Rule, ...]:
 
 
 def attention(flax: str, qkv: str, out: str) -> tuple[Rule, ...]:
-    """Self-attention, of which torch has queries, keys and values in one map.
+    """Self-attention; torch has one linear map for queries, keys and values.
 
-    `qkv` is what comes before "weight" and "bias".
+    `qkv` is the part of the map's names before "weight" and "bias".
     """
     rules = []
     for number, name in enumerate(("query", "key", "value")):
@@ -88,7 +88,7 @@ def attention(flax: str, qkv: str, out: str) -> tuple[Rule, ...]:
     return (*rules, kernel, *_bias(f"{flax}/out", f"{out}.bias"))
 
 
-def _bias(flax, torch):
+def _bias(flax: str, torch: str) -> tuple[Rule, ...]:
     return (Rule(f"params/{flax}/bias", (torch,), VECTOR),)
 
 
@@ -104,7 +104,7 @@ RESNET = Names(
         *batch_norm(f"{_BLOCK}/shortcut_norm", f"{_LAYER}.downsample.1"),
         *linear("classifier", "fc"),
     ),
-    # How many batches BatchNorm has seen: only torch counts them.
+    # The number of batches that BatchNorm has seen; only torch counts them.
     unused=("*.num_batches_tracked",),
 )
 

@@ -1,9 +1,10 @@
-"""A reader of safetensors files: no pickle, nothing executed, everything checked."""
+"""A reader of safetensors files: no pickle, no execution, everything checked."""
 
 import json
 import math
 import re
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -32,23 +33,24 @@ CONVERT = (
     "Where torch is installed, convert it: safetensors.torch.save_file("
     "torch.load(path, weights_only=True), 'weights.safetensors')."
 )
+Entry = tuple[Any, list[int], int, int]  # dtype, shape, begin, end
 PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
 
 
 def read_safetensors(path: str | Path) -> dict[str, np.ndarray]:
-    """All tensors of a safetensors file, by name; nothing in it is ever executed.
+    """All tensors of a safetensors file by name; nothing in the file is executed.
 
     The format: 8 bytes with the header's length, the header in JSON (name -> dtype,
-    shape and offsets), the data. All of it is checked against the file.
+    shape and offsets), the data. The whole header is checked against the file.
 
     Args:
-        path: of the file.
+        path: path of the file.
 
     Returns:
-        Arrays as the file has them, read-only: dtypes and layout are torch's.
+        The arrays of the file, read-only, with the dtypes and layout of torch.
 
     Raises:
-        ValueError: for a pickle file, which is refused, and for a damaged file.
+        ValueError: if the file is a pickle or damaged.
 
     References:
         huggingface/safetensors, README.md: Format.
@@ -72,16 +74,17 @@ def read_safetensors(path: str | Path) -> dict[str, np.ndarray]:
     return tensors
 
 
-def _pickled(path, content):
+def _pickled(path: Path, content: bytes) -> bool:
+    """Whether a file is a pickle, zipped or not."""
     # A safetensors file can begin with the same bytes (the length of its header), but
-    # then zeros follow, which neither format has there.
+    # then zeros follow; neither kind of pickle has zeros there.
     zipped = content[:4] == b"PK\x03\x04" and any(content[4:8])
     pickled = re.match(rb"\x80[\x02-\x05]", content) and any(content[2:8])
-    return path.suffix.lower() in PICKLES or zipped or pickled
+    return path.suffix.lower() in PICKLES or zipped or bool(pickled)
 
 
-def _header(path, text):
-    """{name: (dtype, shape, begin, end)}, each entry consistent in itself."""
+def _header(path: Path, text: bytes) -> dict[str, Entry]:
+    """The entries of the header by name; each entry is consistent in itself."""
     wanted = "a header in JSON, without repeated names"
     try:
         header = json.loads(text.decode(), object_pairs_hook=_unique)
@@ -93,7 +96,8 @@ def _header(path, text):
     return {name: _entry(path, name, value) for name, value in header.items()}
 
 
-def _unique(pairs):
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object as a dict; raises a plain error if a name is repeated."""
     entries = {}
     for name, value in pairs:
         if name in entries:
@@ -102,18 +106,20 @@ def _unique(pairs):
     return entries
 
 
-def _entry(path, name, entry):
+def _entry(path: Path, name: str, entry: Any) -> Entry:
+    """One entry of the header, checked."""
     match entry:
         case {"dtype": str(kind), "shape": list(shape), "data_offsets": [begin, end]}:
             numbers = [*shape, begin, end]
         case _:
+            kind, shape, begin, end = "", [], 0, 0
             numbers = [None]
     if not all(type(number) is int and number >= 0 for number in numbers):
         wanted = f"dtype, shape and data_offsets of {name!r} (numbers >= 0)"
         raise _error(path, wanted, f"{entry}")
     if kind not in DTYPES:
         wanted = f"{name!r} to be one of {', '.join(DTYPES)}"
-        raise _error(path, wanted, kind, "Convert it where it was made.")
+        raise _error(path, wanted, kind, "Convert the tensor where the file was made.")
     size = math.prod(shape) * np.dtype(DTYPES[kind]).itemsize
     if end - begin != size:
         wanted = f"{name!r} to have {size} bytes ({kind} {shape})"
@@ -121,8 +127,8 @@ def _entry(path, name, entry):
     return DTYPES[kind], shape, begin, end
 
 
-def _check_offsets(path, entries, size):
-    """Every byte of the data belongs to one tensor: no overlap, no hole, no rest."""
+def _check_offsets(path: Path, entries: dict[str, Entry], size: int) -> None:
+    """Raises unless every byte of the data belongs to exactly one tensor."""
     position, before = 0, "the header"
     for name, entry in sorted(entries.items(), key=lambda item: item[1][2:]):
         _, _, begin, end = entry
@@ -134,5 +140,6 @@ def _check_offsets(path, entries, size):
         raise _error(path, f"{position} bytes of data", f"{size}")
 
 
-def _error(path, wanted, got, do=AGAIN):
+def _error(path: Path, wanted: str, got: str, do: str = AGAIN) -> Refusal:
+    """The error of a file that cannot be read."""
     return Refusal(message(f"read_safetensors: {path.name}", wanted, got, do))

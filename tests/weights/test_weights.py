@@ -174,7 +174,7 @@ def test_everything_that_does_not_match_is_listed_at_once():
         "params/embed/positions (10, 8, 1) for (tokens, width); "
         "no floats: norm.bias (int8); "
         "unnamed: params/extra/kernel. "
-        "Build the model that the file was saved from, or take its names."
+        "Build the model that the file was saved from, or use its map of names."
     )
 
 
