@@ -1,13 +1,15 @@
-"""What is shipped: the student alone, or the network that its method says.
+"""The network that is shipped: the student alone, or a network that the method makes.
 
-Most methods leave a student that stands alone (`student_variables`). SimKD's is served
-with the projector and the teacher's classifier: a method says so by its `deploy`.
+After most methods the student is shipped alone (`student_variables`). After SimKD it
+is shipped with the projector and the teacher's classifier: a method defines this by its
+`deploy`.
 """
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
+from hintjax._checks import WrongType, message
 from hintjax.method import Method, union
 from hintjax.networks import Features, Network, Variables, Wants
 from hintjax.stages import State, student_variables
@@ -16,21 +18,26 @@ from hintjax.stages import State, student_variables
 def deployed(student: Network, teacher: Network | None, method: Method) -> Network:
     """The network that is shipped after training with a method.
 
-    Its output is what the method's `deploy` says; its layers are the student's. The
-    teacher is not run: of its parameters only those are needed that the method wants,
-    and of its activations the shapes, for the same inputs.
+    The method's `deploy` computes its output; its layers are the student's. The teacher
+    is not run: the network needs only the teacher's parameters that the method wants,
+    and the shapes of the teacher's activations for the same inputs.
 
     Args:
         student: the student.
         teacher: the teacher.
-        method: of the last stage.
+        method: the method of the last stage.
 
     Returns:
-        The student itself, for a method that deploys it alone; else a network whose
+        The student itself if the method has no `deploy`; else a network whose
         variables `deployed_variables` collects.
+
+    Raises:
+        TypeError: if the method has a `deploy` and there is no teacher.
     """
-    if method.deploy is None:
+    deploy = method.deploy
+    if deploy is None:
         return student
+    teacher = _needed("deployed", teacher)
 
     def shapes(inputs):
         variables = jax.eval_shape(teacher.init, jax.random.key(0), inputs)
@@ -70,7 +77,7 @@ def deployed(student: Network, teacher: Network | None, method: Method) -> Netwo
                 lambda hint: jnp.zeros(hint.shape, hint.dtype), shapes(inputs).hints
             )
             taught = Features(hints=zeros, params=params["teacher"])
-            output = method.deploy(params["regressors"], state["memory"], shown, taught)
+            output = deploy(params["regressors"], state["memory"], shown, taught)
         features = Features(
             output=output,
             hints={path: shown.hints[path] for path in wants.hints},
@@ -91,17 +98,21 @@ def deployed_variables(
     variables: Variables | None,
     inputs: PyTree,
 ) -> Variables:
-    """The variables of `deployed`, from the last state of training.
+    """The variables of the network of `deployed`, from the last state of training.
 
     Args:
         state: the last state.
-        method: of its stage.
+        method: the method of the last stage.
         teacher: the teacher.
-        variables: the teacher's.
-        inputs: an example of the inputs, for shapes.
+        variables: the teacher's variables.
+        inputs: example inputs; only their shapes matter.
 
     Returns:
-        The student's own for a method that deploys it alone.
+        The student's variables if the method has no `deploy`; else the variables of the
+        student, the regressors, the memory and the wanted parameters of the teacher.
+
+    Raises:
+        TypeError: if the method has a `deploy` and there is no teacher.
     """
     if method.deploy is None:
         return student_variables(state)
@@ -109,19 +120,32 @@ def deployed_variables(
         student_variables(state),
         state.params["regressors"],
         state.memory,
-        _params(teacher, method, variables, inputs),
+        _params(_needed("deployed_variables", teacher), method, variables, inputs),
     )
 
 
-def _joined(student, regressors, memory, teacher):
+def _needed(caller: str, teacher: Network | None) -> Network:
+    """The teacher; raises if there is none."""
+    if teacher is None:
+        do = "Give the teacher of the last stage."
+        raise WrongType(message(caller, "teacher to be a Network", "None", do))
+    return teacher
+
+
+def _joined(
+    student: Variables, regressors: PyTree, memory: PyTree, teacher: PyTree
+) -> Variables:
+    """The variables of the shipped network, from those of its parts."""
     return Variables(
         {"student": student.params, "regressors": regressors, "teacher": teacher},
         {"student": student.state, "memory": memory},
     )
 
 
-def _params(teacher, method, variables, inputs):
-    """Those of the teacher's parameters that the method wants; nothing is computed."""
+def _params(
+    teacher: Network, method: Method, variables: Variables | None, inputs: PyTree
+) -> PyTree:
+    """The teacher's parameters that the method wants, without any computation."""
 
     @jax.jit
     def wanted(variables, inputs):

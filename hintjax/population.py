@@ -1,13 +1,13 @@
-"""Populations: many students under one teacher, which is computed once for all."""
+"""Populations: many students of one teacher, whose forward pass is shared."""
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Array, Float, ScalarLike
+from jaxtyping import Array, Float, PyTree, ScalarLike
 
 from hintjax._checks import Refusal, message, nearest, positive_int
 from hintjax.networks import Variables
@@ -19,16 +19,16 @@ Members = State | tuple[State, ...]
 
 
 class Population(NamedTuple):
-    """n students of one stage.
+    """Many students of one stage.
 
     Attributes:
-        init: `(keys, students, teacher, batch, data=None, adjust=None) -> members`:
-            n keys, and n `Variables` or one for all. `adjust(number, state)` may
-            change a fresh state: the learning rate in it, or the weights of terms
-            (see `reweighted`).
-        update: `(members, teacher, batch) -> (members, metrics)`: one step of all on
-            the same batch; each metric has a value for each member. Members are
-            donated. They are a pytree of arrays, as a `State` is, for checkpoints.
+        init: `(keys, students, teacher, batch, data=None, adjust=None) -> members`.
+            It takes n keys, and n `Variables` or one `Variables` for all students.
+            `adjust(number, state)` may change the fresh state of a student: the
+            learning rate in it, or the weights of terms (see `reweighted`).
+        update: `(members, teacher, batch) -> (members, metrics)`: one step of all
+            students on the same batch; each metric has one value per student. Members
+            are donated. Like a `State` they are a pytree of arrays, for checkpoints.
         states: `(members) -> list of n State`.
     """
 
@@ -40,24 +40,27 @@ class Population(NamedTuple):
 def population(
     stage: Stage, n: int, *, together: bool | None = None, mesh: Mesh | None = None
 ) -> Population:
-    """n students that differ in seed, weights or what is in their state.
+    """Trains n students that differ in seed, variables or values of their state.
 
-    What each comes to is what `stage.update` would have made of it alone. A learning
-    rate that differs is one in the optimizer's state (`optax.inject_hyperparams`), a
-    weight of a term that differs is `Adjustable`::
+    Each student gets the result that `stage.update` would give it alone. To give
+    students different learning rates, keep the rate in the optimizer's state
+    (`optax.inject_hyperparams`). To give them different weights of a term, make the
+    weight `Adjustable`::
 
         hint = weighted(fitnets(pairs), Adjustable(100.0))
-        stage = distillation_stage(student, teacher, objective(task=..., hint=hint), ...)
+        method = objective(task=..., hint=hint)
+        stage = distillation_stage(student, teacher, method, ...)
         crowd = population(stage, 3)
         members = crowd.init(
             keys, variables, theirs, batch,
-            adjust=lambda number, state: reweighted(state, hint=(10, 100, 1000)[number]),
+            adjust=lambda i, state: reweighted(state, hint=(10, 100, 1000)[i]),
         )
 
-    What is spared is the teacher: for 8 students 0.44 to 0.48 of the operations of
-    separate runs of resnet8 under resnet20, or vit_micro under vit_mini. In time a
-    student among 8 costs, over a separate run on two CPU cores, with 95 % intervals
-    (`benchmarks/population.py`, `benchmarks/results/population_cpu.json`):
+    A population saves forward passes of the teacher: 8 students take 0.44 to 0.48 of
+    the operations of separate runs of resnet8 under resnet20, or vit_micro under
+    vit_mini. The time of one student among 8, divided by the time of a separate run, on
+    two CPU cores, with 95 % intervals (`benchmarks/population.py`,
+    `benchmarks/results/population_cpu.json`):
 
     | | in turn | together |
     |---|---|---|
@@ -65,31 +68,32 @@ def population(
     | ViT | 0.73 [0.61, 0.83] | 0.93 [0.80, 1.70] |
 
     So `jax.vmap` over students does not pay on CPUs, least of all for convolutions, and
-    is not the default there. A population of one pays nowhere.
+    is not the default there. A population of one student never pays.
 
-    On a mesh, features are gathered. At batch 64 these are 4.2 MB where resnet20 makes
-    4.9 GFLOP for them, 1,160 operations a byte; 2,100 for vit_mini; 440 where a hint
-    stage stops resnet20 at `group1`. Where a device could do more in the time in which a
-    byte arrives, gathering costs more than it spares.
+    On a mesh, the teacher's features are gathered. At batch 64 resnet20 takes 4.9 GFLOP
+    for 4.2 MB of features: 1,160 operations per byte. For vit_mini the ratio is 2,100;
+    for resnet20 in a hint stage that stops at `group1`, 440. A device that does more
+    operations than this in the time that one byte takes to arrive loses by gathering.
 
     Args:
-        stage: the stage of one student, on one device if there is a mesh here. Its
-            teacher must not depend on the student.
-        n: how many students.
-        together: all in one program (`jax.vmap`); or one program for the teacher and
-            one that takes each student in turn. By default apart on CPUs, and together
-            elsewhere.
-        mesh: the students are shared out over its devices (its axes `data` and
-            `fsdp`), n a multiple of them; those of one device are together or in turn.
-            The teacher sees a share of the batch on each device, and its features are
-            gathered, which is all that devices tell each other. One device by default.
+        stage: the stage of one student; with `mesh`, a stage on one device. Its teacher
+            must not depend on the student.
+        n: number of students.
+        together: True to train all students in one program (`jax.vmap`); False to run
+            one program for the teacher, then another for each student in turn. The
+            default is False on CPUs and True elsewhere.
+        mesh: devices over which the students are divided (axes `data` and `fsdp`); n
+            must be a multiple of their number. `together` applies to the students of
+            one device. Each device runs the teacher on its part of the batch. Then the
+            features are gathered; devices exchange nothing else. The default is one
+            device.
 
     Returns:
         The population.
 
     Raises:
-        ValueError: if n < 1, there are not as many keys or students, devices cannot
-            share them evenly, or the stage has a mesh, too.
+        ValueError: if n < 1, the number of keys or students is not n, n is not a
+            multiple of the number of devices, or the stage has a mesh of its own.
     """
     positive_int("population", n=n)
     if together is None:
@@ -106,14 +110,14 @@ def population(
         each = [students] * n if alike else list(students)
         if len(keys) != n or len(each) != n:
             got = f"{len(keys)} keys and {len(each)} students"
-            raise Refusal(message("population", f"{n} of each", got))
+            raise Refusal(message("population", f"{n} keys and {n} students", got))
         members = [
             stage.init(key, variables, teacher, batch, data)
             for key, variables in zip(keys, each, strict=True)
         ]
         devices = len(members[0].step.sharding.device_set)
         if mesh is not None and devices > 1:
-            do = "Leave out its mesh=: each device has whole students."
+            do = "Leave out the stage's mesh=: each device trains whole students."
             wanted, got = "a stage on one device", f"one on {devices}"
             raise Refusal(message("population", wanted, got, do))
         if adjust is not None:
@@ -134,18 +138,19 @@ def population(
 
 
 def reweighted(state: State, /, **weights: ScalarLike) -> State:
-    """The same state, with other weights of terms.
+    """Returns the state with other weights of terms.
 
     Args:
-        state: of a stage whose method is an objective.
-        **weights: by name of the term, each >= 0; of terms whose weight is `Adjustable`.
+        state: state of a stage whose method is an objective.
+        **weights: new weights, each >= 0, by the name of the term. The weight of the
+            term must be `Adjustable`.
 
     Returns:
         The state.
 
     Raises:
-        ValueError: for a term without such a weight; if a weight is negative or not
-            finite.
+        ValueError: if the weight of a term is not `Adjustable`, or if a new weight is
+            negative or not finite.
     """
     kept = state.memory.get(ADJUSTABLE, {})
     for name, weight in weights.items():
@@ -159,8 +164,8 @@ def reweighted(state: State, /, **weights: ScalarLike) -> State:
     return state._replace(memory={**state.memory, ADJUSTABLE: {**kept, **new}})
 
 
-def _together(stage):
-    """One program, in which students are a leading axis."""
+def _together(stage: Stage) -> Callable:
+    """The update as one program, in which students are the leading axis."""
 
     @partial(jax.jit, donate_argnums=0)
     def update(members, teacher, batch):
@@ -170,8 +175,8 @@ def _together(stage):
     return update
 
 
-def _in_turn(stage):
-    """A program for the teacher, and one that runs for each student."""
+def _in_turn(stage: Stage) -> Callable:
+    """The update as a program for the teacher and one that runs for each student."""
     teach = jax.jit(stage.teach)
     step = jax.jit(stage.step, donate_argnums=0)
 
@@ -184,13 +189,13 @@ def _in_turn(stage):
     return update
 
 
-def _on_mesh(stage, mesh, together):
-    """One program for all devices, each with some of the students."""
+def _on_mesh(stage: Stage, mesh: Mesh, together: bool) -> Callable:
+    """The update as one program for all devices, each with some of the students."""
     everywhere, split = replicated(mesh), over_batch(mesh)
 
-    # By hand: the partitioner would not know that students have nothing to do with
-    # each other. Nothing is differentiated through it, so that what varies between
-    # devices need not be tracked.
+    # shard_map, because the partitioner does not know that students are independent.
+    # Nothing is differentiated through it, so JAX need not track which values vary
+    # between devices.
     @partial(
         jax.shard_map,
         mesh=mesh,
@@ -216,8 +221,8 @@ def _on_mesh(stage, mesh, together):
         examples = jax.tree.leaves(batch)[0].shape[0]
 
         def gathered(leaf):
-            # First as it was computed: left to itself, the partitioner may gather one
-            # layer, and compute those above it on every device.
+            # Sharded first, as it was computed. Otherwise the partitioner may gather a
+            # lower layer and compute the layers above it on every device.
             if leaf.shape[:1] == (examples,):
                 leaf = jax.lax.with_sharding_constraint(leaf, split)
             return jax.lax.with_sharding_constraint(leaf, everywhere)
@@ -229,13 +234,16 @@ def _on_mesh(stage, mesh, together):
     return update
 
 
-def _stacked(*leaves):
+def _stacked(*leaves: Array) -> Array:
+    """The leaves of all students as one, with students as its leading axis."""
     return jnp.stack(leaves)
 
 
-def _unstacked(tree, n):
+def _unstacked(tree: PyTree, n: int) -> list[Any]:
+    """The trees of n students from one tree with students as the leading axis."""
     return [jax.tree.map(lambda leaf, i=i: leaf[i], tree) for i in range(n)]
 
 
-def _first(tree):
+def _first(tree: PyTree) -> Any:
+    """The tree of the first student."""
     return jax.tree.map(lambda leaf: leaf[0], tree)

@@ -192,7 +192,9 @@ def test_keys_and_students_are_as_many():
     stage, ours, theirs = made(1.0)
     crowd = hj.population(stage, N)
     two = jax.random.split(jax.random.key(0), 2)
-    with pytest.raises(ValueError, match="population: expected 4 of each, got 2 k"):
+    with pytest.raises(
+        ValueError, match="population: expected 4 keys and 4 students, got 2"
+    ):
         crowd.init(two, ours, theirs, images())
     with pytest.raises(ValueError, match="population: expected n to be an integer"):
         hj.population(stage, 0)

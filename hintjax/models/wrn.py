@@ -9,7 +9,7 @@ from hintjax.models.blocks import GlobalAveragePool, batch_norm, conv
 
 
 class PreactivationBlock(nn.Module):
-    """BatchNorm, ReLU and convolution, twice; the output is the residual sum."""
+    """BatchNorm, ReLU, convolution, twice; the output is the residual sum."""
 
     features: int
     stride: int = 1
@@ -21,7 +21,7 @@ class PreactivationBlock(nn.Module):
         """Returns the residual sum."""
         y = nn.relu(batch_norm(train, name="norm1")(x))
         if self.stride != 1 or x.shape[-1] != self.features:
-            # The projection takes the activated input, the identity takes the raw input.
+            # The projection takes the activated input, the identity the raw input.
             x = conv(self.features, kernel=1, stride=self.stride, name="shortcut")(y)
         y = conv(self.features, stride=self.stride, name="conv1")(y)
         y = nn.relu(batch_norm(train, name="norm2")(y))
