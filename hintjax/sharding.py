@@ -45,7 +45,8 @@ class Layout(NamedTuple):
     Attributes:
         mesh: the mesh; see `make_mesh`.
         rules: regular expressions, each with the `PartitionSpec` of the parameters
-            whose path it matches, such as `{"head/kernel$": PartitionSpec(None, "model")}`.
+            whose path it matches, such as
+            `{"head/kernel$": PartitionSpec(None, "model")}`.
             Paths begin with "student/", "regressors/" or "teacher/". The first rule
             that matches counts; a rule that matches nothing is an error. The state of
             the optimizer is placed like its parameters.
@@ -215,8 +216,8 @@ def stored(layout: Layout, params: PyTree) -> PyTree:
 
     Raises:
         ValueError: if the spec of a rule has more axes than an array, names an axis
-            that the mesh does not have, or does not divide the array evenly; if a name in
-            metadata is unknown.
+            that the mesh does not have, or does not divide the array evenly; if a name
+            in metadata is unknown.
     """
 
     def place(path, leaf):

@@ -2,8 +2,9 @@
 
 `load` reads a dataset from disk: its training, validation and test splits. A split that
 fits on the device is put there once by `place`, and `take` cuts batches out of it
-inside jit, in the `order` of each epoch. `stream` reads batches of a larger split on the host.
-`statistics` measures what `Standardize` needs; `evaluation_batches` reads a split once.
+inside jit, in the `order` of each epoch. `stream` reads batches of a larger split on
+the host. `statistics` measures the numbers of `Standardize`; `evaluation_batches` reads
+a split once.
 """
 
 from hintjax.data.batches import evaluation_batches, order, place, steps_per_epoch, take

@@ -75,6 +75,7 @@ def take(
     Returns:
       {"image": float32 [batch h w c], "label": int32 [batch], "index": int32 [batch]}
 
+    >>> from hintjax.data import statistics
     >>> split = Split(np.zeros((9, 4, 4, 1), np.uint8), np.arange(9, dtype=np.int32))
     >>> batch = jax.jit(take)(place(split), jnp.array([3, 5]), statistics(split))
     >>> batch["image"].shape, batch["label"].tolist()

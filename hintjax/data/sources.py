@@ -66,7 +66,8 @@ def load(
         ~/tensorflow_datasets.
       validation: fraction of "train" that becomes the validation split, in (0, 1).
       limit: number of training examples to keep; a smaller limit keeps a subset of
-        what a larger limit keeps. Validation, test and `standardize` do not depend on it.
+        what a larger limit keeps. Validation, test and `standardize` do not depend on
+        it.
       size: images are scaled and cropped at the center to size x size. None keeps them.
       seed: the seed of the validation split and of the limit.
 

@@ -29,9 +29,9 @@ def stream(
 ) -> Iterator[dict[str, np.ndarray]]:
     """Endless shuffled batches of a split that does not fit on the device, by Grain.
 
-    The examples form one sequence, with a new order each epoch and each example once per
-    epoch; a batch may span the end of an epoch. Process p of P takes the p-th part of
-    every batch. So the batches of all processes together, their crops and flips, and
+    The examples form one sequence, with a new order each epoch and each example once
+    per epoch; a batch may span the end of an epoch. Process p of P takes the p-th part
+    of every batch. So the batches of all processes together, their crops and flips, and
     the position in the sequence do not depend on P.
 
     Args:
@@ -43,8 +43,8 @@ def stream(
       process_index: the number of this process, as jax.process_index().
       process_count: the number of processes.
       workers: the number of worker processes that decode; the batches do not depend on
-        it. With workers, the program must start under `if __name__ == "__main__":`. 0 decodes in a
-        background thread.
+        it. With workers, the program must start under `if __name__ == "__main__":`.
+        0 decodes in a background thread.
 
     Returns:
       Grain's iterator of batches as `take` returns them, with numpy arrays. Its

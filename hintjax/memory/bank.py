@@ -99,7 +99,7 @@ def update(
         if not _checks.is_array(array) or array.shape != wanted:
             got = _checks.described(array)
             text = _checks.message("memory", f"{name} to be {wanted}", got)
-            raise ValueError(text)
+            raise _checks.Refusal(text)
     _checks.scalar("memory", "in [0, 1]", lambda m: 0 <= m <= 1, momentum=momentum)
     _checks.mask("memory", where, index.shape)
     if mesh is not None:

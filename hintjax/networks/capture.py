@@ -2,7 +2,7 @@
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -10,7 +10,7 @@ import jax
 from jaxtyping import PyTree
 
 from hintjax._checks import Refusal, WrongType, message
-from hintjax.networks.network import Features, Network, Variables
+from hintjax.networks.network import Features, Network, Variables, Wants
 from hintjax.networks.paths import (
     activations,
     at,
@@ -117,18 +117,27 @@ def default_call(where: str, module: Any) -> Callable[[Any, PyTree, bool], PyTre
     kinds = [p.kind for p in parameters]
     if len(names) == 1 or kinds[:1] == [inspect.Parameter.VAR_POSITIONAL]:
         return lambda bound, inputs, train: bound(inputs)
-    raise TypeError(
-        f"{where}: expected {name}.__call__ to take the inputs alone or the inputs and "
-        f"train=, got ({', '.join(names)}). Say how it is called, e.g. "
-        f"call=lambda module, x, train: module(x, deterministic=not train)."
+    wanted = f"{name}.__call__ to take the inputs alone or the inputs and train="
+    do = (
+        "Say how it is called, e.g. "
+        "call=lambda module, x, train: module(x, deterministic=not train)."
     )
+    raise WrongType(message(where, wanted, f"({', '.join(names)})", do))
 
 
 def _public(method: str) -> bool:
+    """Whether the outputs of a method can have a path."""
     return method == "__call__" or not (method.startswith("_") or method == "setup")
 
 
-def features_of(name, output, hints, params, wants):
+def features_of(
+    name: str,
+    output: PyTree,
+    hints: Mapping[str, Any],
+    params: PyTree,
+    wants: Wants,
+) -> Features:
+    """The output, hints and parameters of one pass that are wanted."""
     params = nn.unbox(params)  # methods see arrays, whatever their axes are named
     return Features(
         output=output if wants.output else None,
@@ -137,7 +146,8 @@ def features_of(name, output, hints, params, wants):
     )
 
 
-def _subtree(params, path, name):
+def _subtree(params: PyTree, path: str, name: str) -> PyTree:
+    """The parameters below a path."""
     node = params
     for part in path.split("/"):
         children = _children(node)
@@ -147,8 +157,8 @@ def _subtree(params, path, name):
     return node
 
 
-def _children(node):
-    """What is directly below a node of any pytree, by name."""
+def _children(node: PyTree) -> dict[str, PyTree]:
+    """The children of a node of any pytree, by name."""
     below = jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda n: n is not node)
     return {
         jax.tree_util.keystr(keys, simple=True): child
@@ -157,7 +167,8 @@ def _children(node):
     }
 
 
-def _prefixes(tree, scope=""):
+def _prefixes(tree: PyTree, scope: str = "") -> Iterator[str]:
+    """The paths of all nodes of a tree."""
     for name, node in _children(tree).items():
         yield scope + name
         yield from _prefixes(node, f"{scope}{name}/")

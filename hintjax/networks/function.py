@@ -32,6 +32,8 @@ def function(
     Raises:
         TypeError: when it is applied, if `apply` returns anything else.
 
+    >>> import jax
+    >>> from hintjax.networks import Wants
     >>> def apply(params, state, x, train, key):
     ...     hidden = jax.nn.relu(x @ params["in"])
     ...     return hidden @ params["out"], {"hidden": hidden}, state

@@ -34,6 +34,8 @@ def linen(
     Raises:
         TypeError: if the module takes other arguments and there is no `call`.
 
+    >>> import jax
+    >>> from hintjax.networks import Wants
     >>> net = linen(nn.Sequential([nn.Dense(4), nn.relu, nn.Dense(2)]))
     >>> x = jax.numpy.ones((1, 3))
     >>> params, state = net.init(jax.random.key(0), x)

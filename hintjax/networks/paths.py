@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import jax
 
-from hintjax._checks import Refusal, message, nearest
+from hintjax._checks import Refusal, WrongType, message, nearest
 
 _GRAMMAR = re.compile(
     r"(?P<scope>[^.#:\[\]]+)"
@@ -58,10 +58,9 @@ def parse_path(path: str) -> Path:
     """
     match = _GRAMMAR.fullmatch(path)
     if match is None or not all(match["scope"].split("/")):
-        raise ValueError(
-            f"path: expected scope/name, then .method, #call, :in or [i], got "
-            f"{path!r}. List the paths of a model with `hintjax layers`."
-        )
+        wanted = "scope/name, then .method, #call, :in or [i]"
+        do = "List the paths of a model with `hintjax layers`."
+        raise Refusal(message("path", wanted, repr(path), do))
     return Path(
         scope=tuple(match["scope"].split("/")),
         method=match["method"] or "__call__",
@@ -86,10 +85,9 @@ def find_call(captured, path, parsed, missing):
         return keys
     if parsed.call is None and len(calls) > 1:
         first, last = (_written(parsed, call) for call in (0, len(calls) - 1))
-        raise ValueError(
-            f"hints: expected {path!r} to be one activation, got {len(calls)} calls. "
-            f"Choose one of {first} to {last}."
-        )
+        wanted = f"{path!r} to be one activation"
+        do = f"Choose one of {first} to {last}."
+        raise Refusal(message("hints", wanted, f"{len(calls)} calls", do))
     if (parsed.call or 0) >= len(calls):
         raise missing()
     return *keys, parsed.call or 0
@@ -120,10 +118,11 @@ def take(captured, path, keys, items, origins, missing):
             raise missing()
         value = value[tuple(items)]
     if not isinstance(value, jax.Array):
-        raise TypeError(
-            f"hints: expected {path!r} to be an array, got {type(value).__name__}. "
+        wanted = f"{path!r} to be an array"
+        do = (
             f"Choose an entry of a tuple with {path}[0], or sow the array in the model."
         )
+        raise WrongType(message("hints", wanted, type(value).__name__, do))
     return value
 
 

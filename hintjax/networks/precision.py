@@ -1,9 +1,11 @@
 """Precision of a network's computations; parameters and losses stay as they are."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import DTypeLike, PyTree
+from jaxtyping import Array, DTypeLike, PyTree
 
 from hintjax._checks import Refusal, WrongType, described, instance, message
 from hintjax.networks.network import Network
@@ -13,10 +15,10 @@ def computed_in(network: Network, dtype: DTypeLike) -> Network:
     """The network, computing in another precision: on TPU, bfloat16.
 
     Parameters are kept and updated in their own precision, and cast on their way into
-    every pass; so are floating inputs. On a mesh, XLA may sum gradients over devices in
-    the lower precision, before it casts them back (on TPU it does). Statistics of
-    BatchNorm stay as they are, and Flax sums them in float32. Losses raise what they are given to
-    float32. Teacher and student are chosen separately:
+    every pass; floating inputs are cast, too. On a mesh, XLA may sum gradients over
+    devices in the lower precision, before it casts them back (on TPU it does).
+    Statistics of BatchNorm stay as they are, and Flax sums them in float32. Losses
+    convert their arguments to float32. Teacher and student have separate precisions:
     `hint_stage(student, computed_in(teacher, jnp.bfloat16), ...)`.
 
     Args:
@@ -32,7 +34,7 @@ def computed_in(network: Network, dtype: DTypeLike) -> Network:
     instance("computed_in", Network, network=network)
     wanted = "a floating dtype"
     try:
-        # An array, or what NumPy would make a record of, is no dtype.
+        # NumPy would read an array or a list as a record; it is no dtype.
         instance("computed_in", (str, type, np.dtype), dtype=dtype)
         dtype = jnp.dtype(dtype)
     except TypeError:
@@ -55,7 +57,9 @@ def computed_in(network: Network, dtype: DTypeLike) -> Network:
 
 
 def _cast(tree: PyTree, dtype: DTypeLike) -> PyTree:
-    def cast(leaf):
+    """The tree, with its floating arrays in another dtype."""
+
+    def cast(leaf: Any) -> Array:
         floating = jnp.issubdtype(leaf.dtype, jnp.floating)
         return leaf.astype(dtype) if floating else leaf
 

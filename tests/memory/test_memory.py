@@ -75,7 +75,7 @@ def test_others_are_drawn_evenly_from_all_other_classes():
     index, valid = draw(CLASSES, KEYS, jnp.array(ANCHORS), 20_000)
     assert np.all(valid)
     for row, label in zip(np.array(index), ANCHORS, strict=True):
-        assert_uniform(row, np.flatnonzero(LABELS != label))
+        assert_uniform(row, np.flatnonzero(label != LABELS))
 
 
 def test_shared_draws_are_even_and_masked_by_class():

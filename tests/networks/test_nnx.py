@@ -226,7 +226,9 @@ def test_every_kind_of_hint_is_that_of_linen():
     for train in (False, True):
         got, want = (
             shown(network, variables, *HINTS, train=train, key=KEY)
-            for network, variables in zip(networks()[::-1], weights()[::-1])
+            for network, variables in zip(
+                networks()[::-1], weights()[::-1], strict=True
+            )
         )
         close(got[0], want[0])
         close(got[1], want[1]["batch_stats"])
@@ -236,7 +238,7 @@ def test_every_kind_of_hint_is_that_of_linen():
 def test_layers_are_those_of_linen_in_the_same_order():
     linen, mine = (
         network.layers(*variables, X)
-        for network, variables in zip(networks(), weights())
+        for network, variables in zip(networks(), weights(), strict=True)
     )
     assert list(mine.items()) == list(linen.items())
     assert list(mine)[-3:] == ["layers/dense[2]", "layers[0][2]", "head"]
@@ -520,7 +522,7 @@ def test_the_hint_stage_freezes_what_does_not_feed_the_hint():
             for a, b in zip(*map(jax.tree.leaves, (tree, before)), strict=True)
         )
         for (name, tree), before in zip(
-            after.params["student"].items(), variables.params.values()
+            after.params["student"].items(), variables.params.values(), strict=True
         )
     }
     assert {name for name, it in moved.items() if it} == {"first", "rematted", "shared"}
