@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, ScalarLike
 
 LARGEST_FLOAT = float(np.finfo(np.float32).max)
@@ -77,9 +78,9 @@ def rank(caller: str, least: int, layout: str, **arrays: Array) -> None:
 
 
 def labels(caller: str, batch: tuple[int, ...] | None, **arrays: Array) -> None:
-    """Raise unless every array is of integers, one for each example.
+    """Raise unless every array holds one integer per example.
 
-    Without `batch`, the examples are as many as there are integers.
+    Without `batch`, the number of examples is free.
     """
     for name, array in arrays.items():
         integers = is_array(array) and jnp.issubdtype(array.dtype, jnp.integer)
@@ -90,10 +91,10 @@ def labels(caller: str, batch: tuple[int, ...] | None, **arrays: Array) -> None:
 
 
 def key(caller: str, axes: int, **keys: Array) -> None:
-    """Raise unless every array is of random keys, with so many axes."""
+    """Raise unless every array holds random keys and has this number of axes."""
     for name, array in keys.items():
         typed = is_array(array) and jnp.issubdtype(array.dtype, jax.dtypes.prng_key)
-        # Raw keys, of jax.random.PRNGKey, have an axis of integers more.
+        # Raw keys, of jax.random.PRNGKey, have one more axis, of integers.
         raw = is_array(array) and array.dtype == jnp.uint32 and array.shape[-1:] != ()
         if not (typed or raw) or array.ndim != axes + (not typed):
             wanted = f"{name} to be {'keys' if axes else 'a key'} of jax.random"
@@ -114,15 +115,15 @@ def mask(
 def scalar(
     caller: str, wanted: str, holds: Callable[[Any], bool], **values: ScalarLike
 ) -> None:
-    """Raise unless every value is one number that `holds`; a traced one is let through.
+    """Raise unless every value is one number and `holds(value)`.
 
-    A number that 32 bits would make infinite is none that can be computed with.
+    Traced numbers are let through. A number that is too large for 32 bits is refused.
     """
     for name, value in values.items():
         if not _is_number(value):
             do = "It is one number."
             raise Refusal(message(caller, f"{name} {wanted}", described(value), do))
-        if isinstance(value, jax.core.Tracer):
+        if isinstance(value, Tracer):
             continue
         # On the host: while something else is traced, JAX would trace this, too.
         number = np.asarray(value).item() if is_array(value) else value
@@ -160,7 +161,7 @@ def positive_int(caller: str, **values: int) -> None:
 
 
 def sizes(caller: str, axes: int, **shapes: Sequence[int]) -> None:
-    """Raise unless every shape is of so many axes (any number, if 0), each >= 1."""
+    """Raise unless every shape has `axes` axes (any number, if 0), each >= 1."""
     for name, shape in shapes.items():
         known = isinstance(shape, tuple | list) and len(shape) == (axes or len(shape))
         if not known or not all(type(n) is int and n > 0 for n in shape):
@@ -188,7 +189,8 @@ def function(caller: str, **values: Callable[..., Any]) -> None:
             raise WrongType(message(caller, wanted, described(value)))
 
 
-def _is_number(value):
+def _is_number(value: Any) -> bool:
+    """Whether it is one real number; not a bool."""
     if is_array(value):
         kinds = jnp.floating, jnp.integer
         real = any(jnp.issubdtype(value.dtype, kind) for kind in kinds)
@@ -202,7 +204,7 @@ def is_array(value: Any) -> bool:
 
 
 def described(value: Any) -> str:
-    """What a message says of a value: an array by its dtype and shape."""
+    """The text of a value for a message: an array by its dtype and shape."""
     if is_array(value) and not isinstance(value, np.generic):
         return f"{value.dtype} {tuple(value.shape)}"
     return _SHORT.repr(value)

@@ -81,8 +81,8 @@ def each(find: Callable[[], Any]) -> Any:
 
 def _gathered(text: str) -> dict[int, str]:
     """The texts of all processes by process number, without the empty ones."""
-    text, ours = text.encode()[:_SAID], np.zeros(_SAID, np.uint8)
-    ours[: len(text)] = np.frombuffer(text, np.uint8)
+    sent, ours = text.encode()[:_SAID], np.zeros(_SAID, np.uint8)
+    ours[: len(sent)] = np.frombuffer(sent, np.uint8)
     all_of_them = multihost_utils.process_allgather(ours).astype(np.uint8)
     return {
         process: said.tobytes().rstrip(b"\0").decode(errors="replace")
@@ -108,12 +108,13 @@ def told_arrays(
         arrays: the arrays of process 0; ignored in the other processes.
         kinds: the shape and dtype of each array, known in every process.
     """
+    ours = arrays or ()
     if jax.process_count() == 1:
-        return list(arrays)
+        return list(ours)
     found = []
     for i, (shape, dtype) in enumerate(kinds):
         if first():
-            sent = np.ascontiguousarray(arrays[i]).reshape(-1).view(np.uint8)
+            sent = np.ascontiguousarray(ours[i]).reshape(-1).view(np.uint8)
         else:
             size = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
             sent = np.zeros(size, np.uint8)

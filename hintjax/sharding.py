@@ -25,6 +25,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.linen.spmd import logical_to_mesh_axes
+from jax.core import Tracer
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
@@ -147,7 +149,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def over_batch(mesh: Mesh) -> NamedSharding:
     """The sharding of the leading axis over `data` and `fsdp`."""
     axes = batch_axes(mesh)
-    return NamedSharding(mesh, PartitionSpec(axes if len(axes) > 1 else axes[0]))
+    return NamedSharding(mesh, PartitionSpec(axes[0] if len(axes) == 1 else axes))
 
 
 def check_batch(batch: PyTree, mesh: Mesh) -> None:
@@ -184,7 +186,7 @@ def check_spans(batch: PyTree, mesh: Mesh) -> None:
         return
     for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
         # A traced array, or a shape to compile for, is not on any device yet.
-        shape = isinstance(leaf, jax.core.Tracer | jax.ShapeDtypeStruct)
+        shape = isinstance(leaf, Tracer | jax.ShapeDtypeStruct)
         if not shape and getattr(leaf, "is_fully_addressable", True):
             wanted = "a batch on the devices of all processes"
             got = f"{_name(path)!r}, which is this process' own"
@@ -288,7 +290,7 @@ def spread(tree: PyTree, shardings: PyTree) -> PyTree:
 
 def _spread(sharding: jax.sharding.Sharding, leaf: Any) -> jax.Array:
     """Places one array as `spread` does."""
-    if isinstance(leaf, jax.core.Tracer):
+    if isinstance(leaf, Tracer):
         return jax.lax.with_sharding_constraint(leaf, sharding)
     elsewhere = isinstance(leaf, jax.Array) and not leaf.is_fully_addressable
     if sharding.is_fully_addressable or elsewhere:
@@ -385,7 +387,8 @@ def _annotated(layout: Layout, path: str, box: nn.Partitioned) -> PartitionSpec:
             near = ", ".join(nearest(name, known))
             do = f"Nearest: {near}; or add logical={{{name!r}: None}}."
             raise Refusal(message("layout", wanted, f"{name!r} of {path!r}", do))
-    return nn.logical_to_mesh_axes(box.names, rules)
+    # None is the answer to no names; a box has names.
+    return logical_to_mesh_axes(box.names, rules) or PartitionSpec()
 
 
 def _is_box(node: Any) -> bool:

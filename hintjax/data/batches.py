@@ -93,7 +93,7 @@ def take(
         flip = jax.random.bernoulli(flip_key, 0.5, (n,))
         image = augmented(jnp, image, shift, flip, augment)
     image = standardized(jnp, image, standardize)
-    return {"image": image, "label": label, "index": index}
+    return {"image": image, "label": jnp.asarray(label), "index": index}
 
 
 def augmented(xp: Any, image: Any, shift: Any, flip: Any, augment: Augment) -> Any:

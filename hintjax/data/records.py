@@ -28,13 +28,13 @@ class Records:
         tfds = importlib.import_module("tensorflow_datasets")
         features = dict(builder.info.features.items())
         keys = builder.info.supervised_keys or ("image", "label")
-        image, label = (features.get(key) for key in (*keys, None, None)[:2])
-        if not isinstance(image, tfds.features.Image) or not isinstance(
-            label, tfds.features.ClassLabel
-        ):
+        found: list[Any] = [features.get(key) for key in (*keys, None, None)[:2]]
+        kinds = tfds.features.Image, tfds.features.ClassLabel
+        if not all(map(isinstance, found, kinds)):
             wanted = "an image classification set (an image and a class label)"
             got = f"{name!r} with {', '.join(sorted(features))}"
             raise WrongType(message("records", wanted, got, _ARRAYS))
+        image, label = found
         if image.np_dtype != np.uint8 or image.shape[-1] not in MODES:
             got = f"{np.dtype(image.np_dtype)} of {image.shape[-1]} in {name!r}"
             wanted = "uint8 images of 1, 3 or 4 channels"

@@ -88,13 +88,10 @@ def load(
     elif name.endswith(".npz"):
         splits, names = _npz(Path(name).expanduser())
     else:
-        splits, names = _tfds(name, data_dir, size)
-    if "test" not in splits and "validation" in splits:
-        splits["test"] = splits.pop("validation")
-    if isinstance(splits["train"], Records):
-        if sum(map(_nbytes, splits.values())) > IN_MEMORY:
-            return _on_disk(splits, names, data_dir, size, validation, limit)
-        splits = {key: split.read(range(split.n)) for key, split in splits.items()}
+        stored, names = _tfds(name, data_dir, size)
+        if sum(map(_nbytes, stored.values())) > IN_MEMORY:
+            return _on_disk(stored, names, data_dir, size, validation, limit)
+        splits = {key: split.read(range(split.n)) for key, split in stored.items()}
     if size is not None:
         splits = {key: _resized(split, size) for key, split in splits.items()}
     train = splits["train"]
@@ -167,7 +164,8 @@ def _npz(path: Path) -> tuple[dict[str, Split], Sequence[str]]:
 
 def _tfds(
     name: str, data_dir: str | os.PathLike[str] | None, size: int | None
-) -> tuple[dict[str, "Records"], Sequence[str]]:
+) -> tuple[dict[str, Records], Sequence[str]]:
+    """The splits and class names of a prepared set of TensorFlow Datasets."""
     splits = {
         key: records(name, data_dir, key, size=size)
         for key in builder_of(name, data_dir).info.splits
@@ -179,6 +177,8 @@ def _tfds(
     test = splits.get("test")
     if test is not None and test.labels([0])[0] < 0:
         del splits["test"]  # published without labels, as ImageNet's
+    if "test" not in splits and "validation" in splits:
+        splits["test"] = splits.pop("validation")
     return splits, splits["train"].class_names
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 
 from hintjax._checks import Refusal, WrongType, message
-from hintjax.data.images import Split
+from hintjax.data.images import AnyArray, Split
 
 
 def checked_split(
@@ -40,7 +40,7 @@ def check_labels(where: str, label: np.ndarray, classes: int) -> None:
         raise Refusal(message("load", wanted, got, "Correct them."))
 
 
-def stratified(label: np.ndarray, count: int, seed: int) -> np.ndarray:
+def stratified(label: AnyArray, count: int, seed: int) -> np.ndarray:
     """Sorted positions of `count` examples, each class by its share, rounded."""
     # RandomState, not Generator: its numbers are the same in every release of numpy.
     shuffled = np.random.RandomState(seed).permutation(len(label))

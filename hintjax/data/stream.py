@@ -113,4 +113,4 @@ def _read(
     if augment.pad or augment.flip:
         image = augmented(np, image, drawn["shift"], drawn["flip"], augment)
     image = standardized(np, image, standardize)
-    return {"image": image, "label": label, "index": drawn["index"]}
+    return {"image": image, "label": np.asarray(label), "index": drawn["index"]}

@@ -1,4 +1,10 @@
-"""Any model as pure functions on plain pytrees, with named activations."""
+"""Networks: any model as pure functions on plain pytrees, with named activations.
+
+`linen`, `hintjax.networks.nnx.nnx` and `function` make a `Network` of a Flax Linen
+module, a Flax NNX model or a function. `Wants` names the output, activations and
+parameters that a method needs, and one forward pass returns them as `Features`.
+`computed_in` sets the precision of a network.
+"""
 
 from hintjax.networks.function import function
 from hintjax.networks.linen import linen

@@ -1,4 +1,4 @@
-"""Networks of modules: how the activations that are wanted are picked by path."""
+"""Networks of modules: wanted activations are picked by path."""
 
 import functools
 import inspect
@@ -29,14 +29,15 @@ def watched(
     """A network of modules, whose activations have paths.
 
     Args:
-        name: of the model, for errors.
+        name: name of the model, for errors.
         init: `Network.init`.
         run: `(params, state, inputs, train, key, watch, given) -> (output, captured,
-            state)`. `watch(scope, method)` says whose outputs are captured, the set
-            `given` whose inputs; captured is a nested dict by scope, of tuples with
-            an entry for each call, by "method" or "method:in". With `watch=False`
-            nothing is.
-        hidden: what to do about a module that is there while nothing is captured.
+            state)`. `watch(scope, method)` says whether the outputs of a method are
+            captured; the set `given` holds the (scope, method) whose inputs are
+            captured. `captured` is a nested dict by scope, then by "method" or
+            "method:in", of tuples with one entry per call. With `watch=False` nothing
+            is captured.
+        hidden: advice for a module that exists, but of which nothing is captured.
 
     Returns:
         The network.
@@ -69,7 +70,7 @@ def watched(
         return features, changed if train else state
 
     def listed(params, state, inputs, methods):
-        """All activations, and of which modules' methods there could be any."""
+        """All activations, and the (scope, method) that could have activations."""
         seen = set()
 
         def watch(scope, method):
@@ -103,7 +104,7 @@ def watched(
 
 
 def default_call(where: str, module: Any) -> Callable[[Any, PyTree, bool], PyTree]:
-    """How a module is called that takes the inputs, and maybe `train`."""
+    """The call of a module that takes the inputs, and maybe `train`."""
     name = type(module).__name__
     if not callable(module):
         do = (
@@ -138,7 +139,7 @@ def features_of(
     wants: Wants,
 ) -> Features:
     """The output, hints and parameters of one pass that are wanted."""
-    params = nn.unbox(params)  # methods see arrays, whatever their axes are named
+    params = nn.unbox(params)  # methods see arrays, without the names of their axes
     return Features(
         output=output if wants.output else None,
         hints=hints,

@@ -1,6 +1,6 @@
 """A function that returns its own activations, as a `Network`."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from jaxtyping import PyTree
 
@@ -26,8 +26,8 @@ def function(
             with variables from elsewhere.
 
     Returns:
-        The network. A path is a key of `hints` as it is, `outer/inner` in nested
-        dicts; `[i]` is an entry of a tuple, or one layer of what a scan stacked.
+        The network. A path is a key of `hints`, unchanged, or `outer/inner` in nested
+        dicts; `[i]` is an entry of a tuple, or one layer that a scan stacked.
 
     Raises:
         TypeError: when it is applied, if `apply` returns anything else.
@@ -95,7 +95,8 @@ def function(
     return Network(initial, apply_, layers)
 
 
-def _flat(hints, scope=""):
+def _flat(hints: Mapping[str, PyTree], scope: str = "") -> Iterator[tuple[str, PyTree]]:
+    """Each hint of nested dicts, with its path."""
     for name, node in hints.items():
         if isinstance(node, Mapping):
             yield from _flat(node, f"{scope}{name}/")

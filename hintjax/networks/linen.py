@@ -1,6 +1,7 @@
 """A Flax Linen module as a `Network`."""
 
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 from jaxtyping import Array, Key, PyTree
@@ -18,15 +19,14 @@ def linen(
 ) -> Network:
     """A Flax Linen module as a `Network`.
 
-    Hints are exposed by Linen's own `capture_intermediates` with a filter for the
-    paths that are wanted; under jit, whatever does not feed what is returned is
-    not computed.
+    Linen's own `capture_intermediates` exposes the hints, with a filter for the paths
+    that are wanted. Under jit, only the layers that feed the results are computed.
 
     Args:
         module: the module, unbound.
-        call: `(module, inputs, train) -> output`, for a module that is called in
-            its own way. By default `module(inputs, train=train)`, or
-            `module(inputs)` for a module that takes nothing else.
+        call: `(module, inputs, train) -> output`, for a module with another call.
+            By default `module(inputs, train=train)`, or `module(inputs)` for a module
+            that takes nothing else.
 
     Returns:
         The network.
@@ -49,7 +49,7 @@ def linen(
     call = call or default_call("linen", module)
 
     # Not jitted: equal layers share their compiled operations, and compiling the
-    # initialisation of a deep network at once takes five times as long.
+    # initialization of a deep network at once takes five times as long.
     def init(key: Key[Array, ""], inputs: PyTree) -> Variables:
         return split(module.init(key, inputs, False, method=call))
 
@@ -63,8 +63,8 @@ def linen(
                 method=call,
                 rngs=key,
                 mutable=collections,
-                # A filter even where only sown values are wanted: it opens the
-                # collection.
+                # The filter opens the collection, also if only sown values are
+                # wanted.
                 capture_intermediates=watch and (lambda m, name: watch(m.path, name)),
             )
         changed = dict(changed)
@@ -75,8 +75,8 @@ def linen(
     return watched(type(module).__name__, init, run, hidden=do)
 
 
-def _sowing(wanted):
-    """An interceptor that sows what the wanted submodules were given."""
+def _sowing(wanted: set[tuple[tuple[str, ...], str]]) -> Callable[..., Any]:
+    """An interceptor that sows the inputs of the wanted submodules."""
 
     def sow(call_next, args, kwargs, context):
         if (context.module.path, context.method_name) in wanted:

@@ -1,4 +1,4 @@
-"""The shapes that every model is seen through: `Network`, `Wants`, `Features`."""
+"""The types that describe every model: `Network`, `Wants`, `Features`."""
 
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
@@ -9,14 +9,20 @@ from jaxtyping import Array, PyTree
 
 
 class Variables(NamedTuple):
-    """What a network is made of: its parameters and every other collection."""
+    """The parameters of a network, and its state: every other collection."""
 
     params: PyTree
     state: PyTree
 
 
 class Wants(NamedTuple):
-    """What a method needs to see of one network."""
+    """The parts of one network that a method needs.
+
+    Attributes:
+        output: whether the output is needed.
+        hints: paths of activations.
+        params: paths of parameters.
+    """
 
     output: bool = False
     hints: tuple[str, ...] = ()
@@ -24,7 +30,13 @@ class Wants(NamedTuple):
 
 
 class Features(NamedTuple):
-    """What one forward pass shows; nothing that was not wanted is in it."""
+    """The result of one forward pass; it holds only the parts that are wanted.
+
+    Attributes:
+        output: the output, or None.
+        hints: the activations by path.
+        params: the parameters by path.
+    """
 
     output: PyTree = None
     hints: Mapping[str, Array] = {}
@@ -37,7 +49,7 @@ class Network(NamedTuple):
     Attributes:
         init: `(key, inputs) -> Variables`.
         apply: `(params, state, inputs, *, wants, train, key=None) -> (Features,
-            state)`. With `train=False` the state comes back untouched.
+            state)`. With `train=False` it returns the state unchanged.
         layers: `(params, state, inputs) -> {path: ShapeDtypeStruct}`, the output
             of every layer and every sown value, in the order of execution; found by
             tracing, without a single floating-point operation.
@@ -52,28 +64,28 @@ def split(variables: Mapping[str, PyTree]) -> Variables:
     """Flax variables as `Variables`: the collection "params" and all others.
 
     Args:
-        variables: what `module.init` returns.
+        variables: the result of `module.init`.
 
     Returns:
-        `Variables(params, state)`. What a model sows is no state and is left out:
-        it would grow with every call.
+        `Variables(params, state)`, without the values that a model sows: they are not
+        state, and they would grow with every call.
 
     >>> split({"params": {"w": 1}, "batch_stats": {"m": 2}})
     Variables(params={'w': 1}, state={'batch_stats': {'m': 2}})
     """
-    collections = dict(unfreeze(variables))
+    collections = unfreeze(dict(variables))
     params = collections.pop("params", {})
     state = {name: tree for name, tree in collections.items() if not _sown(tree)}
     return Variables(params, state)
 
 
 def join(variables: Variables) -> dict[str, PyTree]:
-    """`Variables` as what `module.apply` takes; the inverse of `split`."""
+    """The argument of `module.apply`, from `Variables`; the inverse of `split`."""
     return {"params": variables.params, **variables.state}
 
 
-def _sown(tree):
-    """Whether a collection holds what `sow` leaves: tuples, one entry a call."""
+def _sown(tree: PyTree) -> bool:
+    """Whether a collection holds sown values: tuples with one entry per call."""
     if isinstance(tree, Mapping):
         return any(map(_sown, tree.values()))
     return isinstance(tree, tuple)

@@ -1,26 +1,27 @@
-"""How activations are named: one grammar, and where a program makes each of them.
+"""Names of activations: one grammar, and the place in a program that makes each one.
 
 A path names one activation::
 
     group2/block1              the output of the submodule at that scope
     encoder.embed              the output of another method than `__call__`
     shared#1                   the second call of a module called several times
-    group2/block1:in           what the submodule was given
+    group2/block1:in           the input of the submodule
     attention[1]               one entry of a tuple
-    layers/dense[2]            one layer of those that a scan runs
+    layers/dense[2]            one of the layers that a scan runs
     group2/margin              a value that the module `sow`s as "margin"
 
-What a scan stacks can also be wanted whole, as `layers/dense`. A scan runs all its
-layers, whichever is wanted, and holds their parameters as one array: those above the
-hint have no gradient but are not frozen.
+The layers that a scan stacks can also be wanted whole, as `layers/dense`. A scan runs
+all its layers, whichever is wanted, and holds their parameters as one array: parameters
+above the hint have no gradient but are not frozen.
 """
 
 import functools
 import re
-from collections.abc import Iterable, Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
+from jaxtyping import PyTree
 
 from hintjax._checks import Refusal, WrongType, message, nearest
 
@@ -31,7 +32,15 @@ _GRAMMAR = re.compile(
 
 
 class Path(NamedTuple):
-    """One activation: whose, of which method and call, which side, which entries."""
+    """The parts of the path of one activation.
+
+    Attributes:
+        scope: names from the model down to the submodule or the sown value.
+        method: the method of the submodule.
+        call: number of the call, or None for the only call.
+        side: ":in" for the input, "" for the output.
+        items: positions in a tuple, or in the layers of a scan.
+    """
 
     scope: tuple[str, ...]
     method: str
@@ -41,11 +50,11 @@ class Path(NamedTuple):
 
 
 def parse_path(path: str) -> Path:
-    """Reads the one grammar of paths.
+    """Reads a path by the grammar of this module.
 
     Args:
-        path: `scope/name`, then optionally `.method`, `#call`, `:in`, `[i]`,
-            the last as often as needed.
+        path: `scope/name`, then optionally `.method`, `#call`, `:in` and any number
+            of `[i]`.
 
     Returns:
         The parts.
@@ -70,16 +79,21 @@ def parse_path(path: str) -> Path:
     )
 
 
-def find_call(captured, path, parsed, missing):
-    """Where the value of one call is kept: a submodule's, or a sown one."""
-    places = [(*parsed.scope, parsed.method + parsed.side)]
+def find_call(
+    captured: Mapping[str, Any],
+    path: str,
+    parsed: Path,
+    missing: Callable[[], Exception],
+) -> tuple[str | int, ...]:
+    """The keys of the value of one call, of a submodule or sown."""
+    places: list[tuple[str, ...]] = [(*parsed.scope, parsed.method + parsed.side)]
     if parsed.method == "__call__" and not parsed.side:
         places.append(parsed.scope)
     keys = next((keys for keys in places if _is_value(captured, keys)), None)
     if keys is None:
         raise missing()
     calls = at(captured, keys)
-    if not isinstance(calls, tuple):  # sown with a reduction of its own
+    if not isinstance(calls, tuple):  # sown with its own reduction
         if parsed.call:
             raise missing()
         return keys
@@ -93,7 +107,8 @@ def find_call(captured, path, parsed, missing):
     return *keys, parsed.call or 0
 
 
-def _is_value(captured, keys):
+def _is_value(captured: Mapping[str, Any], keys: tuple[str, ...]) -> bool:
+    """Whether the keys lead to a captured value."""
     node = captured
     for key in keys:
         if not isinstance(node, Mapping) or key not in node:
@@ -102,21 +117,29 @@ def _is_value(captured, keys):
     return not isinstance(node, Mapping)
 
 
-def take(captured, path, keys, items, origins, missing):
-    """The array at some keys: an entry of tuples, or of what scans stacked."""
-    value, items = at(captured, keys), list(items)
+def take(
+    captured: Mapping[str, Any],
+    path: str,
+    keys: tuple[str | int, ...],
+    items: tuple[int, ...],
+    origins: Callable[[], PyTree],
+    missing: Callable[[], Exception],
+) -> jax.Array:
+    """The array at some keys: an entry of tuples, or a layer that scans stacked."""
+    value = at(captured, keys)
     while items and isinstance(value, (tuple, list)):
-        keys = (*keys, items.pop(0))
-        if keys[-1] >= len(value):
+        item, items = items[0], items[1:]
+        keys = (*keys, item)
+        if item >= len(value):
             raise missing()
-        value = value[keys[-1]]
+        value = value[item]
     if items:
         # Only the program says whether the first axis is a scan's or the batch.
         stacked = at(origins(), keys).lengths if isinstance(value, jax.Array) else ()
         inside = (i < length for i, length in zip(items, stacked, strict=False))
         if len(items) > len(stacked) or not all(inside):
             raise missing()
-        value = value[tuple(items)]
+        value = value[items]
     if not isinstance(value, jax.Array):
         wanted = f"{path!r} to be an array"
         do = (
@@ -126,25 +149,30 @@ def take(captured, path, keys, items, origins, missing):
     return value
 
 
-def split_items(path):
-    """`path[1][2]` as the path and the numbers."""
-    scope, items = re.fullmatch(r"(.*?)((?:\[\d+\])*)", path, re.DOTALL).groups()
-    return scope, tuple(map(int, re.findall(r"\d+", items)))
+def split_items(path: str) -> tuple[str, tuple[int, ...]]:
+    """Splits `path[1][2]` into the path and the numbers."""
+    scope = re.sub(r"(?:\[\d+\])+\Z", "", path)
+    return scope, tuple(map(int, re.findall(r"\d+", path[len(scope) :])))
 
 
-def _written(parsed, call):
+def _written(parsed: Path, call: int) -> str:
     """The path of one call."""
     method = "" if parsed.method == "__call__" else f".{parsed.method}"
     items = "".join(f"[{item}]" for item in parsed.items)
     return f"{'/'.join(parsed.scope)}{method}#{call}{parsed.side}{items}"
 
 
-def at(tree, keys):
+def at(tree: Any, keys: tuple[str | int, ...]) -> Any:
+    """The node of a tree at some keys."""
     return functools.reduce(lambda node, key: node[key], keys, tree)
 
 
-def activations(tree, methods, scope=()):
-    """(path, keys) of every call that was captured."""
+def activations(
+    tree: Mapping[str, Any],
+    methods: set[tuple[tuple[str, ...], str]],
+    scope: tuple[str, ...] = (),
+) -> Iterator[tuple[str, tuple[str | int, ...]]]:
+    """The (path, keys) of every call that was captured."""
     for name, node in tree.items():
         if isinstance(node, Mapping):
             yield from activations(node, methods, (*scope, name))
@@ -164,17 +192,19 @@ def activations(tree, methods, scope=()):
 
 
 class _Origin(NamedTuple):
-    """Where a program makes a value, and the lengths of the scans that stack it.
+    """The place where a program makes a value, and the scans that stack the value.
 
-    The place is the number of the equation, then that inside of it and so on; where
-    a scan stacks the value, the number of the step comes between and is still None.
+    Attributes:
+        place: number of the equation, then of the equation inside it, and so on; for a
+            scan that stacks the value, None stands between for the number of the step.
+        lengths: the lengths of the scans that stack the value.
     """
 
     place: tuple[int | None, ...]
     lengths: tuple[int, ...]
 
 
-def traced(function, *arguments):
+def traced(function: Callable[..., PyTree], *arguments: PyTree) -> tuple[Any, Any]:
     """The shapes of all arrays in a function's result, and their origins."""
 
     def arrays(*arguments):
@@ -188,7 +218,8 @@ def traced(function, *arguments):
     return shapes, jax.tree.unflatten(jax.tree.structure(shapes), origins)
 
 
-def _origins(program, values):
+def _origins(program: Any, values: Sequence[Any]) -> list[_Origin]:
+    """The origins of some values of a program (a jaxpr)."""
     makers = {
         id(value): (number, equation, position)
         for number, equation in enumerate(program.eqns)
@@ -197,7 +228,8 @@ def _origins(program, values):
     return [_origin(makers.get(id(value))) for value in values]
 
 
-def _origin(maker):
+def _origin(maker: tuple[int, Any, int] | None) -> _Origin:
+    """The origin of a value, by the number, equation and position that make it."""
     if maker is None:  # an argument or a constant
         return _Origin((), ())
     number, equation, position = maker
@@ -217,16 +249,18 @@ def _origin(maker):
     return _Origin((number, None, *place), (steps, *lengths))
 
 
-def in_order(found):
-    """{path: shape} by place in the program, from (path, shape, origin)."""
+def in_order(
+    found: Iterable[tuple[str, Any, Any]],
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Sorts (path, shape, origin) by place in the program, to {path: shape}."""
     entries = [entry for one in found for entry in _entries(*one)]
-    # Of layers that show the same array, the innermost first.
+    # If several layers show the same array, the innermost comes first.
     entries.sort(key=lambda entry: (entry[2].place, -entry[0].count("/")))
     return {path: shape for path, shape, _ in entries}
 
 
-def _entries(path, shape, origin):
-    """Each array of a tuple, and each layer of what a scan stacked."""
+def _entries(path: str, shape: Any, origin: Any) -> Iterator[tuple[str, Any, _Origin]]:
+    """Each array of a tuple, and each layer that a scan stacked."""
     if isinstance(shape, (tuple, list)):
         for number, (one, its) in enumerate(zip(shape, origin, strict=True)):
             yield from _entries(f"{path}[{number}]", one, its)
@@ -242,7 +276,8 @@ def _entries(path, shape, origin):
             yield from _entries(f"{path}[{step}]", one, its)
 
 
-def unknown_path(name: str, path: str, known: Iterable[str]) -> ValueError:
+def unknown_path(name: str, path: str, known: Iterable[str]) -> Refusal:
+    """The error about a path that a model does not have."""
     near = ", ".join(nearest(path, known)) or "none"
     do = f"Nearest: {near}; list them all with `hintjax layers`."
     return Refusal(message(name, "the path of a layer", repr(path), do))
