@@ -1,4 +1,10 @@
-"""The memory bank of contrastive distillation (CRD): its state, rows and draws."""
+"""The memory bank of contrastive distillation (CRD): its state, rows and draws.
+
+The bank holds one embedding per training example and network. `init`, `update` and
+`select` make and change a bank; `draw_*` choose positive and negative examples;
+`batch_rows`, `shared_rows` and `scores_by_rows` read the rows, on one device or split
+over a mesh.
+"""
 
 from hintjax.memory.bank import init, select, set_once, update
 from hintjax.memory.draws import Classes, by_class, draw_others, draw_same, draw_shared

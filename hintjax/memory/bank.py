@@ -1,20 +1,22 @@
 """The memory bank of contrastive distillation: state, and pure functions of it.
 
-`init` makes a bank; `update` gives the bank after a step, changed by what the step
-embedded; `draw_*` choose candidates by class. All of it runs inside jit, on the device.
+`init` makes a bank; `update` writes the embeddings of a step into it; `draw_*` choose
+candidates by class. All functions run inside jit, on the device.
 
-Draws are uniform and *with* replacement (the published loader draws without). What is
-drawn for an example depends on the key and the example, not on its place in the batch.
+Draws are uniform and *with* replacement (the published loader draws without). The draw
+for an example depends on the key and the example, not on its place in the batch.
 
-On a mesh the rows of a bank may be split over the devices that split the batch. What a
-step sends then hardly grows with their number: an example's rows are asked for, and
-changed, only where they live (`batch_rows`, `update`); rows for all are summed
-(`shared_rows`); and where each anchor has its own candidates, anchors are scored where
-rows live (`scores_by_rows`). What they give equals what one device gives.
+On a mesh the rows of a bank may be split over the devices that split the batch. The
+data that a step sends then hardly grow with the number of devices: the rows of an
+example are read and changed only on the device that holds them (`batch_rows`,
+`update`); rows for all devices are summed (`shared_rows`); if each anchor has its own
+candidates, each device scores all anchors with its rows (`scores_by_rows`). The results
+equal the results of one device.
 """
 
 from functools import partial
 from types import NoneType
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,14 +35,14 @@ def init(
     """A random bank: entries U(-a, a) with a = sqrt(3 / features), of norm about 1.
 
     Args:
-        key: for the entries.
+        key: the random key of the entries.
         size: number of training examples; 0 for none.
         features: size of an embedding.
-        mesh: its devices can share the rows evenly: rows of zeros, which are never
-            read, fill up the last share.
+        mesh: rows of zeros, which are never read, are appended until the devices of
+            this mesh can share the rows evenly.
 
     Returns:
-        The bank, without constants.
+        The bank; its constants are not set yet.
     """
     _checks.key("memory", 0, key=key)
     _checks.integer("memory", 0, size=size)
@@ -71,17 +73,18 @@ def update(
 ) -> MemoryBank:
     """The bank after a step: M[index] <- unit(momentum M[index] + (1 - momentum) v).
 
-    No gradient passes. If an example stands in the batch twice, its last embedding
-    counts, as in the code on a CPU, and here everywhere.
+    No gradient passes. If an example is twice in the batch, its last embedding counts:
+    the published code does the same on a CPU, this function on every device.
 
     Args:
         bank: the bank.
-        index: which training examples the batch holds.
-        student: their embeddings by the student.
-        teacher: their embeddings by the teacher.
-        momentum: how much is kept.
+        index: the positions of the batch's examples in the training set.
+        student: the student's embeddings of the batch.
+        teacher: the teacher's embeddings of the batch.
+        momentum: the weight of the old row, in [0, 1].
         where: the examples that count; the others write nothing.
-        mesh: the bank's rows are split over it: each device writes its own.
+        mesh: the mesh over which the bank's rows are split; each device writes its own
+            rows.
 
     Returns:
         The new bank, with the same constants.
@@ -117,19 +120,31 @@ def update(
     )
 
 
-def _last(index, where, place, all_index, all_where):
-    """Whether an example counts, and is the last that does of those with its index."""
+def _last(
+    index: Array, where: Array, place: Array, all_index: Array, all_where: Array
+) -> Array:
+    """Whether an example counts, and no later example with its index counts."""
     same = (index[:, None] == all_index[None, :]) & all_where[None, :]
     places = jnp.arange(all_index.shape[0])[None, :]
     return where & (jnp.max(jnp.where(same, places, -1), 1) == place)
 
 
-def _mixed(rows, embedded, momentum):
+def _mixed(rows: Array, embedded: Array, momentum: float) -> Array:
+    """The new rows of unit norm, mixed from old rows and embeddings."""
     embedded = jax.lax.stop_gradient(embedded).astype(rows.dtype)
     return unit(momentum * rows + (1 - momentum) * embedded)
 
 
-def _updated_by_rows(bank, index, student, teacher, momentum, where, mesh):
+def _updated_by_rows(
+    bank: MemoryBank,
+    index: Array,
+    student: Array,
+    teacher: Array,
+    momentum: float,
+    where: Array | None,
+    mesh: Mesh,
+) -> MemoryBank:
+    """`update` of a bank whose rows are split over a mesh."""
     split, homes = over_batch(mesh).spec, split_rows(bank, mesh)
 
     @partial(jax.shard_map, mesh=mesh, in_specs=(homes, *[split] * 4), out_specs=homes)
@@ -165,21 +180,22 @@ def select(
     *,
     mesh: Mesh | None = None,
 ) -> MemoryBank:
-    """The bank after a step if that was good, else as before it, bit for bit.
+    """The bank after a step if the step was good, else the bank before it, bit for bit.
 
     Only the rows that the step can have changed are written, in place: a select
-    between two whole banks would copy one. That is done where the batch is a quarter of
-    the bank or more.
+    between two whole banks would copy a bank. If the batch is a quarter of the bank or
+    more, whole banks are selected.
 
     Args:
         good: whether the step counts.
         bank: the bank after `update`.
-        before: the bank before it.
-        index: which training examples the batch held.
-        mesh: the bank's rows are split over it: each device writes its own.
+        before: the bank before `update`.
+        index: the positions of the batch's examples in the training set.
+        mesh: the mesh over which the bank's rows are split; each device writes its own
+            rows.
 
     Returns:
-        The one or the other.
+        `bank` or `before`.
 
     >>> before = init(jax.random.key(0), 4, 2)
     >>> index, vector = jnp.array([1]), jnp.ones((1, 2))
@@ -192,7 +208,7 @@ def select(
         return _selected_by_rows(good, bank, before, index, mesh)
 
     if 4 * index.shape[0] >= bank.student.shape[0]:
-        return either(good, bank, before)  # cheaper than single rows of so short a bank
+        return either(good, bank, before)  # cheaper than rows of a short bank
 
     def chosen(new, old):
         return new.at[index].set(jnp.where(good, new[index], old[index]))
@@ -204,7 +220,10 @@ def select(
     )
 
 
-def _selected_by_rows(good, bank, before, index, mesh):
+def _selected_by_rows(
+    good: Array, bank: MemoryBank, before: MemoryBank, index: Array, mesh: Mesh
+) -> MemoryBank:
+    """`select` between banks whose rows are split over a mesh."""
     rows, homes = over_batch(mesh).spec, split_rows(bank, mesh)
 
     @partial(
@@ -215,18 +234,20 @@ def _selected_by_rows(good, bank, before, index, mesh):
     )
     def local(good, bank, before, index):
         index = jax.lax.all_gather(index, batch_axes(mesh), tiled=True)
-        # Of rows that live elsewhere come others in their place: chosen as well.
+        # An index of another device becomes a row of this device, which is
+        # selected, too: that is harmless.
         return select(good, bank, before, own_rows(index, bank.student, mesh)[0])
 
     return local(good, bank, before, index)
 
 
 def set_once(stored: Float[Array, ""], computed: Float[Array, ""]) -> Float[Array, ""]:
-    """A constant that the first batch sets, and that stays from then on."""
+    """A constant that the first batch sets; later batches do not change it."""
     return jnp.where(jnp.isneginf(stored), computed.astype(stored.dtype), stored)
 
 
-def _check(caller, bank, index, mesh):
+def _check(caller: str, bank: Any, index: Any, mesh: Any) -> None:
+    """Raises unless the arguments are a bank, indices, and a mesh or None."""
     _checks.instance(caller, MemoryBank, bank=bank)
     _checks.instance(caller, (Mesh, NoneType), mesh=mesh)
     _checks.labels(caller, None, index=index)

@@ -1,6 +1,6 @@
 """Draws of negative and positive examples by class."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +13,8 @@ class Classes(NamedTuple):
     """The training examples by class: whole classes, one after another.
 
     Attributes:
-        order: the examples, sorted by label.
-        label: their labels.
+        order: positions of the examples, sorted by label.
+        label: the labels in this order.
     """
 
     order: Int[Array, " size"]
@@ -38,17 +38,17 @@ def draw_others(
     label: Int[Array, " batch"],
     count: int,
 ) -> tuple[Int[Array, "batch count"], Bool[Array, "batch count"]]:
-    """Examples of other classes, for each anchor on its own.
+    """Draws examples of other classes, separately for each anchor.
 
     Args:
         classes: the training examples by class.
         keys: one key per anchor.
         label: the anchors' labels.
-        count: how many for each.
+        count: number of examples per anchor.
 
     Returns:
-        Indices, and whether they are of another class: all or, where there is no
-        other class, none.
+        Indices, and whether they are of another class: all of them, or none if there
+        is no other class.
     """
     _checks.positive_int("draw_others", count=count)
     _check_draw("draw_others", classes, label)
@@ -68,13 +68,13 @@ def draw_others(
 def draw_shared(
     classes: Classes, key: Key[Array, ""], label: Int[Array, " batch"], count: int
 ) -> tuple[Int[Array, " count"], Bool[Array, "batch count"]]:
-    """Examples of any class, the same for all anchors.
+    """Draws examples of any class, the same for all anchors.
 
     Args:
         classes: the training examples by class.
-        key: the key.
+        key: the random key.
         label: the anchors' labels.
-        count: how many.
+        count: number of examples.
 
     Returns:
         Indices, and for each anchor whether they are of another class.
@@ -89,7 +89,7 @@ def draw_shared(
 def draw_same(
     classes: Classes, keys: Key[Array, " batch"], label: Int[Array, " batch"]
 ) -> Int[Array, " batch"]:
-    """One example of each anchor's own class, itself included.
+    """Draws one example of each anchor's own class; it may be the anchor itself.
 
     Args:
         classes: the training examples by class.
@@ -97,7 +97,7 @@ def draw_same(
         label: the anchors' labels.
 
     Returns:
-        Indices.
+        One index per anchor.
     """
     _check_draw("draw_same", classes, label)
     _checks.key("draw_same", 1, keys=keys)
@@ -110,12 +110,13 @@ def draw_same(
     return jax.vmap(draw)(keys, start, own)
 
 
-def _check_draw(caller, classes, label):
+def _check_draw(caller: str, classes: Any, label: Any) -> None:
+    """Raises unless the arguments are `Classes` and labels."""
     _checks.instance(caller, Classes, classes=classes)
     _checks.labels(caller, None, label=label)
 
 
-def _range(classes, label):
-    """Where each label's class begins in the order, and its size."""
+def _range(classes: Classes, label: Array) -> tuple[Array, Array]:
+    """The start of each label's class in the order, and its size."""
     start = jnp.searchsorted(classes.label, label, side="left")
     return start, jnp.searchsorted(classes.label, label, side="right") - start

@@ -1,18 +1,19 @@
 """A memory bank and its rows, which may be split over the devices of a mesh."""
 
 import math
+from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PyTree, ScalarLike
 
 from hintjax.sharding import batch_axes, over_batch, shares
 
 HIGHEST = jax.lax.Precision.HIGHEST
-PIECES = 4  # of a device's anchors, scored one after another to save memory
+PIECES = 4  # a device scores its anchors in pieces, one by one, to save memory
 
 
 class MemoryBank(NamedTuple):
@@ -32,14 +33,14 @@ class MemoryBank(NamedTuple):
 
 
 class Mail:
-    """Examples and the devices where their rows live, inside a `shard_map`.
+    """Examples and the devices that hold their rows, inside a `shard_map`.
 
-    Every device has the same room for letters to each other one: a few more than there
-    are on average. What finds no room goes in the next round, so that nothing is lost
-    however the rows are spread; of a shuffled batch hardly anything ever has to.
+    Every device has the same room for letters to each other device: a few more than the
+    average number. Letters without room are sent in the next round, so nothing is lost
+    however the rows are spread; in a shuffled batch almost no letter has to wait.
     """
 
-    def __init__(self, index, chosen, size, mesh):
+    def __init__(self, index: Array, chosen: Array, size: int, mesh: Mesh) -> None:
         n = shares(mesh)
         self.axes = batch_axes(mesh)
         mean = index.shape[0] / n
@@ -52,28 +53,29 @@ class Mail:
         longest = jnp.max(jnp.where(self.chosen, self.turn + 1, 0))
         self.needed = -(-jax.lax.pmax(longest, self.axes) // self.room)
 
-    def rounds(self, deliver, carried):
-        """As many as are needed, which is the same number on all devices."""
+    def rounds(self, deliver: Callable[..., Any], carried: PyTree) -> PyTree:
+        """Runs the rounds that are needed, the same number on all devices."""
         return jax.lax.fori_loop(0, self.needed, deliver, carried)
 
-    def sent(self, turn, values, empty):
-        """What the others sent here: (devices x room, ...)."""
+    def sent(self, turn: ScalarLike, values: Array, empty: int) -> Array:
+        """The values that all devices sent to this one: (devices x room, ...)."""
         shape = self.box, *values.shape[1:]
         place, _ = self._place(turn)
         box = jnp.full(shape, empty, values.dtype).at[place].set(values, mode="drop")
         return self.exchanged(box)
 
-    def exchanged(self, box):
-        """Each device's part of the box, for what it has for this one."""
+    def exchanged(self, box: Array) -> Array:
+        """Sends each device its part of the box, and returns the parts received."""
         return jax.lax.all_to_all(box, self.axes, 0, 0, tiled=True)
 
-    def answered(self, turn, box, before):
-        """The answers, each to who asked, and what was there for who did not."""
+    def answered(self, turn: ScalarLike, box: Array, before: Array) -> Array:
+        """The answers to the examples of this turn; the others keep `before`."""
         place, now = self._place(turn)
         answers = self.exchanged(box)[jnp.minimum(place, self.box - 1)]
         return jnp.where(now[:, None], answers, before)
 
-    def _place(self, turn):
+    def _place(self, turn: ScalarLike) -> tuple[Array, Array]:
+        """Each example's place in the box, and whether it is sent in this turn."""
         slot = self.turn - turn * self.room
         now = self.chosen & (slot >= 0) & (slot < self.room)
         return jnp.where(now, self.home * self.room + slot, self.box), now
@@ -94,11 +96,12 @@ def batch_rows(
 
     Args:
         bank: the bank.
-        index: one training example for each of the batch.
-        mesh: the bank's rows are split over it: they are sent by who has them.
+        index: the positions of the batch's examples in the training set.
+        mesh: the mesh over which the bank's rows are split; each device sends the rows
+            that it holds.
 
     Returns:
-        Rows, split like the batch.
+        The student's rows and the teacher's, split like the batch.
     """
     if mesh is None:
         return bank.student[index], bank.teacher[index]
@@ -125,12 +128,13 @@ def batch_rows(
 def shared_rows(
     bank: MemoryBank, index: Int[Array, " k"], *, mesh: Mesh | None = None
 ) -> tuple[Float[Array, "k features"], Float[Array, "k features"]]:
-    """The two rows of each of some examples, for all devices the same.
+    """The two rows of each of some examples, the same on all devices.
 
     Args:
         bank: the bank.
-        index: the training examples.
-        mesh: the bank's rows are split over it: each device adds those that it has.
+        index: positions in the training set.
+        mesh: the mesh over which the bank's rows are split; each device adds the rows
+            that it holds.
 
     Returns:
         The student's rows and the teacher's.
@@ -160,14 +164,14 @@ def scores_by_rows(
     *,
     mesh: Mesh,
 ) -> Float[Array, "batch k"]:
-    """Inner products of anchors with candidates of their own, rows split over a mesh.
+    """Inner products of anchors with their own candidates, rows split over a mesh.
 
-    Every device scores the anchors of all with the rows that it has, in a matrix
-    product, and sends each device the scores of its anchors. Of an anchor's scores with
-    the whole bank those that were asked for are kept. No row leaves its device, and the
-    scores that a device sends are as many on any number of devices; it holds those of a
-    quarter of its anchors at a time. Gradients go the same ways back, to the anchors;
-    the rows are stored state and get none.
+    Every device scores the anchors of all devices with its own rows, in a matrix
+    product, and sends each device the scores of its anchors. Each anchor then has
+    scores with the whole bank, and keeps the scores of its candidates. No row leaves
+    its device. A device sends the same number of scores on any number of devices, and
+    holds the scores of a quarter of its anchors at a time. Gradients go the same ways
+    back to the anchors; the rows are stored state and get no gradient.
 
     Args:
         anchors: embeddings, split like the batch.
@@ -176,7 +180,7 @@ def scores_by_rows(
         mesh: the mesh.
 
     Returns:
-        One score per anchor and candidate; 0 for what is not in the bank.
+        One score per anchor and candidate; 0 for a candidate outside the bank.
     """
     split, axes = over_batch(mesh).spec, batch_axes(mesh)
 
@@ -189,9 +193,9 @@ def scores_by_rows(
         def of_some(anchors, index):
             batch = anchors.shape[0]
             anchors = jax.lax.all_gather(anchors, axes, tiled=True)
-            # Not with vectors.T, of which the gradient would keep a copy.
+            # Not with vectors.T: the gradient would keep a copy of it.
             scores = jnp.einsum("bd,rd->br", anchors, vectors, precision=HIGHEST)
-            # From each device the block of these anchors, left as they come.
+            # One block of these anchors from each device, in the order received.
             scores = jax.lax.all_to_all(scores, axes, 0, 0, tiled=True)
             home, row = index // size, index % size
             block = jnp.where(home < 0, shares(mesh), home) * batch
@@ -206,8 +210,8 @@ def scores_by_rows(
     return local(anchors, jax.lax.stop_gradient(vectors), index)
 
 
-def own_rows(index, vectors, mesh):
-    """Rows of the bank as this device counts its own, and whether it has them."""
+def own_rows(index: Array, vectors: Array, mesh: Mesh) -> tuple[Array, Array]:
+    """The bank's rows as row numbers of this device, and whether it holds them."""
     size = vectors.shape[0]
     index = index - jax.lax.axis_index(batch_axes(mesh)) * size
     return jnp.clip(index, 0, size - 1), (index >= 0) & (index < size)

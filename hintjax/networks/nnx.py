@@ -2,9 +2,9 @@
 
 Parameters and state are plain nested dicts by scope, with list indices as text:
 `params["blocks"]["0"]["kernel"]`. Only parameters whose axes have names
-(`nnx.with_partitioning`) are in the boxes that Linen has for them, where
-`hintjax.sharding` finds these names. Every call builds a model of its own from them, so
-that the model that was given is never touched.
+(`nnx.with_partitioning`) are in Linen's boxes, where `hintjax.sharding` finds the
+names. Every call builds a new model from parameters and state, so the user's model
+never changes.
 """
 
 import functools
@@ -30,23 +30,23 @@ def nnx(
 ) -> Network:
     """A Flax NNX model as a `Network`.
 
-    Hints are exposed by NNX's own `nnx.capture`, of the outputs that are wanted. Each
-    application starts from `model.train()` or `model.eval()`. Keys of NNX's random
-    streams are no state: all streams are folded from the key of the call, so that
-    equal keys give equal dropout; in evaluation without a key, from key 0.
+    NNX's own `nnx.capture` exposes the hints that are wanted. Each application starts
+    from `model.train()` or `model.eval()`. Keys of NNX's random streams are not state:
+    all streams are folded from the key of the call, so that equal keys give equal
+    dropout. Evaluation without a key uses key 0.
 
     Args:
         model: a factory `(rngs=) -> model`, such as the class itself, with which
-            `init` draws parameters from its key; or a model, with which `init` gives
-            that model's own variables (a pretrained teacher), whatever the key.
-        call: `(model, inputs, train) -> output`, for a model that is called in its
-            own way. By default `model(inputs, train=train)`, or `model(inputs)` for a
-            model that takes nothing else.
+            `init` draws parameters from its key; or a model (a pretrained teacher),
+            with which `init` gives the model's own variables for every key.
+        call: `(model, inputs, train) -> output`, for a model with another call. By
+            default `model(inputs, train=train)`, or `model(inputs)` for a model that
+            takes nothing else.
 
     Returns:
-        The network. Its state is all that is neither `nnx.Param` nor a random stream.
-        (NNX makes a model whose axes have names only under `jax.set_mesh`, or without
-        `nnx.use_eager_sharding`.)
+        The network. Its state is every variable that is neither `nnx.Param` nor a
+        random stream. (NNX makes a model whose axes have names only under
+        `jax.set_mesh`, or without `nnx.use_eager_sharding`.)
 
     Raises:
         TypeError: if the model takes other arguments and there is no `call`.
@@ -75,7 +75,7 @@ def nnx(
         if train and key is None and jax.tree.leaves(streams):
             do = "The model has random streams."
             raise Refusal(message(name, "a key in training", "None", do))
-        # New variables in every call: those of an outer trace cannot be changed.
+        # New variables in every call: variables of an outer trace cannot be changed.
         made = flax.nnx.merge(
             graph,
             _streams(streams, jax.random.key(0) if key is None else key),
@@ -88,7 +88,7 @@ def nnx(
 
         def called(made):
             for _, module in list(flax.nnx.iter_modules(made)):
-                # Some versions mark lists too, which no transform then takes.
+                # Some versions mark lists, too; no transform takes a marked list.
                 if isinstance(module, flax.nnx.List):
                     vars(module).pop("__captures__", None)
             return call(made, inputs, train)
@@ -104,11 +104,11 @@ def nnx_update(model: flax.nnx.Module, variables: Variables) -> None:
     """Writes variables into an NNX model, such as those of a trained student.
 
     Args:
-        model: with the structure of the network that the variables are of.
-        variables: its parameters and state.
+        model: a model of the same structure as the network of the variables.
+        variables: parameters and state of the network.
 
     Raises:
-        ValueError: if they are not those of such a model.
+        ValueError: if the model has a variable that `variables` lack.
     """
     _, _, params, state = _split(model)
     flax.nnx.update(
@@ -118,16 +118,17 @@ def nnx_update(model: flax.nnx.Module, variables: Variables) -> None:
     )
 
 
-def _split(model):
+def _split(model: flax.nnx.Module) -> tuple[Any, ...]:
     """The graph, and the states of random streams, parameters and all else."""
     return flax.nnx.split(model, flax.nnx.RngState, flax.nnx.Param, ...)
 
 
-def _value(leaf):
+def _value(leaf: Any) -> Any:
+    """The array of a variable."""
     return leaf.get_value() if isinstance(leaf, flax.nnx.Variable) else leaf
 
 
-def _boxed(leaf):
+def _boxed(leaf: Any) -> Any:
     """The value, in a box with the names of its axes if they have names."""
     told = leaf.get_metadata()
     names = told.get("out_sharding")
@@ -138,8 +139,8 @@ def _boxed(leaf):
     return nn.LogicallyPartitioned(_value(leaf), names, rules=rules)
 
 
-def _plain(state, read=_value):
-    """A state as nested dicts by text, of what is read of its leaves."""
+def _plain(state: Any, read: Callable[[Any], Any] = _value) -> dict[str, Any]:
+    """A state as nested dicts with keys of text; `read` is applied to the leaves."""
     tree: dict[str, Any] = {}
     for path, leaf in flax.nnx.to_flat_state(state):
         node = tree
@@ -149,15 +150,16 @@ def _plain(state, read=_value):
     return tree
 
 
-def _filled(where, like, tree):
+def _filled(where: str, like: Any, tree: PyTree) -> Any:
     """The inverse of `_plain`: a state of new variables."""
 
     def filled(path, leaf):
         try:
             value = functools.reduce(lambda node, part: node[str(part)], path, tree)
         except (KeyError, TypeError) as error:
-            got, do = f"none at {path}", "Pass what the network's init gave."
-            raise Refusal(message(where, "this model's", got, do)) from error
+            got, do = f"none at {path}", "Pass the result of the network's init."
+            wanted = "the variables of this model"
+            raise Refusal(message(where, wanted, got, do)) from error
         value = value.value if isinstance(value, nn.Partitioned) else value
         return leaf.replace(value) if isinstance(leaf, flax.nnx.Variable) else value
 
@@ -165,7 +167,7 @@ def _filled(where, like, tree):
     return flax.nnx.from_flat_state((path, filled(path, leaf)) for path, leaf in flat)
 
 
-def _streams(like, key):
+def _streams(like: Any, key: jax.Array) -> Any:
     """Random streams at their start, each with its own key."""
 
     def start(number, leaf):
@@ -177,11 +179,16 @@ def _streams(like, key):
     return jax.tree.unflatten(tree, [start(*leaf) for leaf in enumerate(leaves)])
 
 
-def _watch(module, scope, watch, given):
-    """Makes a module sow what is wanted of it, by giving it a subclass of its own.
+def _watch(
+    module: Any,
+    scope: tuple[str, ...],
+    watch: Callable[[tuple[str, ...], str], bool],
+    given: set[tuple[tuple[str, ...], str]],
+) -> None:
+    """Makes a module sow its wanted inputs and outputs: it gets its own subclass.
 
-    `nnx.capture(method_outputs=...)` changes the class for all its instances, those of
-    other networks included, and passes over inherited methods.
+    `nnx.capture(method_outputs=...)` is not used: it changes the class for all its
+    instances, also in other networks, and it ignores inherited methods.
     """
     methods = {
         name
@@ -199,19 +206,19 @@ def _watch(module, scope, watch, given):
 
 
 @functools.cache
-def _watching(cls, outputs, inputs):
-    """A subclass, made once, that sows what some methods are given and return."""
+def _watching(cls: type, outputs: frozenset[str], inputs: frozenset[str]) -> type:
+    """A subclass, made once, that sows inputs and outputs of some methods."""
 
-    def sow(module, name, value):
+    def sow(module: Any, name: str, value: Any) -> None:
         try:
             module._hintjax = True  # refused inside a transform of jax
         except flax.errors.TraceContextError:
-            return  # the value could not leave it
+            return  # the value could not leave the transform
         module.sow(flax.nnx.Intermediate, name, value)
 
-    def sowing(name):
+    def sowing(name: str) -> Callable[..., Any]:
         @functools.wraps(getattr(cls, name))
-        def method(self, *args, **kwargs):
+        def method(self: Any, *args: Any, **kwargs: Any) -> Any:
             if name in inputs:
                 given = (*args, *kwargs.values())
                 sow(self, f"{name}:in", given[0] if len(given) == 1 else given)
@@ -223,7 +230,8 @@ def _watching(cls, outputs, inputs):
         return method
 
     methods = {name: sowing(name) for name in outputs | inputs}
-    return (watching := type(cls)(cls.__name__, (cls,), methods))
+    watching: type = type(cls)(cls.__name__, (cls,), methods)
+    return watching
 
 
 __all__ = ["nnx", "nnx_update"]

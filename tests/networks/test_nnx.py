@@ -358,7 +358,7 @@ def test_a_model_that_cannot_be_called():
 def test_variables_of_another_model():
     network, variables = small(Listed)
     wrong = variables._replace(params={"tail": variables.params["tail"]})
-    message = "params: expected this model's, got none at ('blocks', 0, 'bias')."
+    message = "of this model, got none at ('blocks', 0, 'bias')."
     with pytest.raises(ValueError, match=re.escape(message)):
         shown(network, wrong)
 
@@ -391,7 +391,9 @@ def test_variables_are_written_into_a_model():
     jax.tree.map(
         np.testing.assert_array_equal, hj.nnx(model).init(KEY, X), weights()[1]
     )
-    with pytest.raises(ValueError, match="params: expected this model's"):
+    with pytest.raises(
+        ValueError, match="params: expected the variables of this model"
+    ):
         hj.nnx_update(model, small(Listed)[1])
 
 
