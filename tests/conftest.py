@@ -8,11 +8,8 @@ HERE = Path(__file__).parent
 # All are read when jax starts, so they come before any import of it; the processes that
 # tests start inherit them.
 os.environ["JAX_PLATFORMS"] = "cpu"
-# XLA's newer emitters of fused loops compile for twice as long as the older ones.
 os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "")
-    + " --xla_force_host_platform_device_count=8"
-    + " --xla_cpu_use_fusion_emitters=false"
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(HERE.parent / ".jax_cache")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"

@@ -222,7 +222,7 @@ NOT_FUZZED = {
     debugging: dict.fromkeys(
         (
             "checked",
-            "finite",
+            "look",
             "raising",
             "watched",
             "watching",
