@@ -475,7 +475,7 @@ def test_a_run_moves_from_two_processes_to_one_and_back(
 @pytest.mark.quick
 def test_a_comparison_needs_one_process(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    monkeypatch.setattr("hintjax.experiments.distill.told", lambda find: find())
+    monkeypatch.setattr("hintjax.cli.told", lambda find: find())
     with pytest.raises(SystemExit):
         main(["distill", "--run-dir", str(tmp_path / "run")])
     assert "expected one method in several processes" in capsys.readouterr().err
