@@ -25,6 +25,7 @@ set_up "$hintjax_root/.venv" "$(find_python any || true)" "$extras"
 bin="$hintjax_root/.venv/bin"
 "$bin/ruff" check .
 "$bin/ruff" format --check .
+"$bin/pyright" --pythonpath "$bin/python"
 # Compilation uses one core, so there is one process for each core. A process runs whole
 # files, because the tests of a file share their compiled steps.
 parallel=(-n logical --maxprocesses 4 --dist loadfile)
