@@ -68,5 +68,5 @@ def test_a_student_that_stands_alone_is_shipped_as_it_is(trained):
 
 def test_two_terms_cannot_both_be_deployed():
     term = hj.simkd(("a", "x"))
-    with pytest.raises(ValueError, match="objective: expected at most one term that"):
+    with pytest.raises(ValueError, match="objective: expected at most one term whose"):
         hj.objective(one=term, two=term)
