@@ -397,7 +397,7 @@ def _apart(wanted: Numbers, sizes: Numbers, low: Side, high: Side) -> np.ndarray
     """The places nearest to those wanted (ascending) that leave each its size.
 
     Least squares under "each at least so far above the one before": after taking the
-    distances off, that is isotonic regression, solved by pooling neighbours.
+    distances off, that is isotonic regression, solved by pooling neighbors.
     """
     sizes = np.asarray(sizes, float)
     shift = np.concatenate([[0.0], np.cumsum((sizes[1:] + sizes[:-1]) / 2)])[

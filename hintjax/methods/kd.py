@@ -51,7 +51,7 @@ def soft_targets(temperature: float = 3.0) -> Method:
 
 
 def standardized_kd(temperature: float = 2.0) -> Method:
-    """KD of standardised logits: the student matches relations, not sizes.
+    """KD of standardized logits: the student matches relations, not sizes.
 
     It applies `kd_loss` to `standardize_logits` of both outputs. The authors' setting
     on CIFAR-100 is temperature 2 and weight 9. To standardize another loss of logits,

@@ -6,7 +6,7 @@ from hintjax.methods._compared import compared
 
 
 def probability_transfer(pairs: Pairs) -> Method:
-    """PKT: each example has the same neighbours for both (see `probability_loss`).
+    """PKT: each example has the same neighbors for both (see `probability_loss`).
 
     It trains nothing beside the student. The layers of a pair may have any shapes. The
     loss compares the examples of a batch with each other, so it depends on the batch
