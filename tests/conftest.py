@@ -3,18 +3,11 @@
 import os
 from pathlib import Path
 
-HERE = Path(__file__).parent
-
-# All are read when jax starts, so they come before any import of it; the processes that
-# tests start inherit them.
+# Both are read when jax starts, so they come before any import of it.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
-os.environ["JAX_COMPILATION_CACHE_DIR"] = str(HERE.parent / ".jax_cache")
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-# Tests compile much and compute little.
-os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"
 
 import multiprocessing.reduction
 import pickle
@@ -26,9 +19,16 @@ import jaxtyping
 import numpy as np
 import pytest
 
+HERE = Path(__file__).parent
+
 # Annotations are checked at run time, in tests only, and must be hooked in before
 # hintjax is imported.
 jaxtyping.install_import_hook("hintjax", "beartype.beartype")
+
+jax.config.update("jax_compilation_cache_dir", str(HERE.parent / ".jax_cache"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+# Tests compile much and compute little.
+jax.config.update("jax_disable_most_optimizations", True)
 
 hypothesis.settings.register_profile(
     "hintjax",

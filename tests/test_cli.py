@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -345,8 +346,9 @@ def test_a_killed_run_resumes_to_the_same_bits_in_both_stages(
         *("--checkpoint-every", "1", "--teacher", str(finished / "teacher")),
     )
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
-    # One device, as elsewhere; the last of two equal flags counts.
-    environment["XLA_FLAGS"] += " --xla_force_host_platform_device_count=1"
+    environment.pop("XLA_FLAGS", None)  # one device, as elsewhere
+    cache = Path(__file__).parent.parent / ".jax_cache"
+    environment["JAX_COMPILATION_CACHE_DIR"] = str(cache)
     run_dir = tmp_path / "killed"
 
     def start(*arguments):

@@ -30,9 +30,7 @@ def spawn(words, port, **how):
     environment = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
-        # The last of two equal flags counts.
-        "XLA_FLAGS": os.environ["XLA_FLAGS"]
-        + " --xla_force_host_platform_device_count=2",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
     }
     return subprocess.Popen(
         [sys.executable, *map(str, words), f"localhost:{port}"],

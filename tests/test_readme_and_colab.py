@@ -67,6 +67,9 @@ def test_the_notebook_and_its_script_say_the_same():
 
 def test_the_notebook_runs_on_eight_devices(monkeypatch):
     monkeypatch.setenv("HINTJAX_STEPS", "3")
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".jax_cache"))
     monkeypatch.setenv("MPLBACKEND", "agg")
     notebook = nbformat.read(ROOT / "colabs" / "quickstart.ipynb", as_version=4)
     client = nbclient.NotebookClient(
