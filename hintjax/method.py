@@ -6,7 +6,7 @@ sum of methods is an `objective`, which is a method itself.
 """
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -113,7 +113,7 @@ def hints_of(caller: str, pairs: Pairs) -> tuple[Wants, Wants]:
         ValueError: if there are no pairs. The message names the caller.
     """
     do = 'For instance [("group2", "group2")].'
-    instance(caller, Sequence, do=do, pairs=pairs)
+    instance(caller, Sequence, do, pairs=pairs)
     if not pairs:
         do = "Find pairs with hintjax.suggest_pairs."
         wanted = "at least one pair (guided layer, hint layer)"
@@ -154,9 +154,19 @@ def over_pairs(
         groups: dict[tuple, list[tuple[Array, Array]]] = {}
         for pair in zip(students, teachers, strict=True):
             groups.setdefault(tuple((a.shape, a.dtype) for a in pair), []).append(pair)
-        return sum(
+        return total(
             jax.vmap(loss)(*map(jnp.stack, zip(*pairs, strict=True))).sum(0)
             for pairs in groups.values()
         )
 
     return summed
+
+
+def total(values: Iterable[Float[Array, "..."]]) -> Float[Array, "..."]:
+    """The sum of at least one array, as an array: `sum` alone may return its start, 0.
+
+    >>> total([jnp.ones(2), jnp.ones(2)]).tolist()
+    [2.0, 2.0]
+    """
+    first, *rest = values
+    return sum(rest, start=first)

@@ -12,7 +12,7 @@ from jaxtyping import Array, ArrayLike, DTypeLike, Float, Num, ScalarLike
 
 from hintjax._checks import Refusal, function, instance, message, scalar
 from hintjax._numerics import as_float, either, masked_mean
-from hintjax.method import PREPARED, Method, nothing, one_per_example, union
+from hintjax.method import PREPARED, Method, nothing, one_per_example, total, union
 from hintjax.networks import Wants
 
 ADJUSTABLE = "weights"  # the memory of an objective that holds adjustable weights
@@ -131,7 +131,7 @@ def objective(**terms: Weighted | Method) -> Method:
         return params, memory
 
     def apply(params, memory, student, teacher, batch, context):
-        total, metrics = 0.0, {}
+        parts, metrics = [], {}
         remembered = {ADJUSTABLE: memory[ADJUSTABLE]} if adjustable else {}
         n = None
         for name, (method, weight) in named.items():
@@ -147,12 +147,13 @@ def objective(**terms: Weighted | Method) -> Method:
             n = values.shape[0]
             kept = memory[ADJUSTABLE][name] if name in adjustable else None
             scaled = values * _now(weight, kept, context.step, values.dtype)
-            total = total + scaled
+            parts.append(scaled)
             metrics[name] = masked_mean(values, batch.get("where"))
             metrics[f"{name}/weighted"] = masked_mean(scaled, batch.get("where"))
             metrics |= {f"{name}/{key}": value for key, value in own.items()}
-        metrics["loss"] = masked_mean(total, batch.get("where"))
-        return total, remembered, metrics
+        values = total(parts)
+        metrics["loss"] = masked_mean(values, batch.get("where"))
+        return values, remembered, metrics
 
     prepared = {
         name: term.method.prepare
@@ -172,7 +173,7 @@ def objective(**terms: Weighted | Method) -> Method:
 
 
 def _now(
-    weight: Weight | None, kept: ArrayLike | None, step: ArrayLike, dtype: DTypeLike
+    weight: Weight | None, kept: ArrayLike | None, step: Array, dtype: DTypeLike
 ) -> Array:
     """The weight of a term at a step.
 
@@ -228,16 +229,16 @@ def _own(terms: dict[str, Weighted], field: str) -> dict[str, Callable]:
 
 def _deployed(terms: dict[str, Weighted]) -> Callable[..., Array] | None:
     """`Method.deploy` of an objective: that of the only term that defines it."""
-    found = [name for name, term in terms.items() if term.method.deploy is not None]
+    found = _own(terms, "deploy")
     if len(found) > 1:
         wanted = "at most one term whose method defines deploy"
-        raise Refusal(message("objective", wanted, f"{found}"))
+        raise Refusal(message("objective", wanted, f"{list(found)}"))
     if not found:
         return None
-    (name,) = found
+    ((name, shipped),) = found.items()
 
     def deploy(params, memory, student, teacher):
-        return terms[name].method.deploy(params[name], memory[name], student, teacher)
+        return shipped(params[name], memory[name], student, teacher)
 
     return deploy
 

@@ -157,15 +157,28 @@ def through(
     def apply(params, memory, student, teacher, batch, context):
         return method.apply(params, memory, *seen(student, teacher), batch, context)
 
-    def deploy(params, memory, student, teacher):
-        return method.deploy(params, memory, *seen(student, teacher))
-
     return method._replace(
         init=init,
         apply=apply,
         prepare=None if method.prepare is None else again(method.prepare),
-        deploy=None if method.deploy is None else deploy,
+        deploy=_shipped(method.deploy, seen),
     )
+
+
+def _shipped(
+    deploy: Callable[..., Array] | None,
+    seen: Callable[[Features, Features], tuple[Features, Features]],
+) -> Callable[..., Array] | None:
+    """`Method.deploy` on features that are passed through a function first."""
+    if deploy is None:
+        return None
+
+    def shipped(
+        params: dict, memory: dict, student: Features, teacher: Features
+    ) -> Array:
+        return deploy(params, memory, *seen(student, teacher))
+
+    return shipped
 
 
 def _applied(

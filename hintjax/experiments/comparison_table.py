@@ -13,7 +13,7 @@ from jaxtyping import PyTree
 
 from hintjax.experiments.attachment import middle
 from hintjax.experiments.finished import accuracy
-from hintjax.experiments.setting import Setting
+from hintjax.experiments.setting import Setting, taught_by
 from hintjax.experiments.statistics import paired, summary
 from hintjax.networks import Variables
 
@@ -72,7 +72,7 @@ def table(
         "machine": _machine(),
         "teacher": {
             "accuracy": accuracy(
-                setting.teacher, teacher, dataset.test, dataset.standardize
+                taught_by(setting), teacher, dataset.test, dataset.standardize
             ),
             "parameters": sizes["teacher"],
         },

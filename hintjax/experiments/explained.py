@@ -8,7 +8,7 @@ from jaxtyping import Array
 
 from hintjax.data import Dataset, Records, Split, order, take
 from hintjax.experiments.attachment import middle
-from hintjax.experiments.setting import Setting
+from hintjax.experiments.setting import Setting, taught_by
 from hintjax.networks import Network, Variables, Wants
 from hintjax.pairing import linearly_explained
 from hintjax.regressors import to_grid
@@ -25,7 +25,7 @@ def explained_by(setting: Setting, teacher: Variables) -> Callable[[Variables], 
     ours, theirs = setting.places.class_tokens
     shown = {
         "student": jax.jit(map_of(setting.student, guided, ours)),
-        "teacher": jax.jit(map_of(setting.teacher, hint, theirs)),
+        "teacher": jax.jit(map_of(taught_by(setting), hint, theirs)),
     }
     dataset = setting.dataset
     fit_on, judge_on = (

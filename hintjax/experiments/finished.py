@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 
 from hintjax._checks import Refusal, message
-from hintjax.data import Split, Standardize, evaluation_batches
+from hintjax.data import Records, Split, Standardize, evaluation_batches
 from hintjax.experiments import config as configs
 from hintjax.experiments.config import Config
 from hintjax.experiments.factories import network
@@ -57,7 +57,10 @@ def run_config(run_dir: Path) -> Config:
 
 
 def accuracy(
-    network: Network, variables: Variables, split: Split, standardize: Standardize
+    network: Network,
+    variables: Variables,
+    split: Split | Records,
+    standardize: Standardize,
 ) -> float:
     """The accuracy of a network on a split, between 0 and 1."""
     apply = jax.jit(

@@ -11,7 +11,7 @@ from hintjax.experiments.config import Config
 from hintjax.experiments.finished import RESULT, accuracy, load_student
 from hintjax.experiments.recipes import backprop
 from hintjax.experiments.run import run
-from hintjax.experiments.setting import Setting, prepare
+from hintjax.experiments.setting import Setting, prepare, taught_by
 from hintjax.experiments.teacher import teacher_of
 from hintjax.networks import Variables
 from hintjax.training.run_directory import read_json
@@ -67,7 +67,7 @@ def check_teacher(setting: Setting, variables: Variables) -> float:
     n = dataset.validation.n
     few = np.linspace(0, n - 1, min(n, _JUDGED)).astype(int)
     split = dataset.validation.read(few)
-    found = accuracy(setting.teacher, variables, split, dataset.standardize)
+    found = accuracy(taught_by(setting), variables, split, dataset.standardize)
     if found < config.teacher_at_least:
         enough = 100 * config.teacher_at_least
         warnings.warn(

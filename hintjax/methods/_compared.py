@@ -5,7 +5,7 @@ from collections.abc import Callable
 from jaxtyping import Array, Float
 
 from hintjax._checks import Refusal, message
-from hintjax.method import Method, Pairs, hints_of, nothing
+from hintjax.method import Method, Pairs, hints_of, nothing, total
 from hintjax.methods._tokens import counted
 from hintjax.networks import Wants
 
@@ -38,7 +38,7 @@ def compared(
             loss(student.hints[guided], teacher.hints[hint], where=where)
             for guided, hint in pairs
         ]
-        return sum(values), memory, {}
+        return total(values), memory, {}
 
     return Method(student_wants, teacher_wants, nothing, apply)
 

@@ -1,6 +1,6 @@
 """AB: transfer of activation boundaries (Heo et al. 2019)."""
 
-from functools import partial
+from functools import partial, reduce
 
 from hintjax import regressors
 from hintjax._checks import function, positive
@@ -52,14 +52,11 @@ def activation_boundary(
 
     def apply(params, memory, student, teacher, batch, context):
         predictions, memory = predict(params, memory, student, teacher, context.train)
-        total = 0.0
-        for (
-            _,
-            predicted,
-            hint,
-        ) in predictions:  # a loss is halved once for each deeper pair
-            loss = activation_boundary_loss(predicted, hint, margin=margin)
-            total = total / 2 + SCALE * loss
-        return total, memory, {}
+        losses = (
+            SCALE * activation_boundary_loss(predicted, hint, margin=margin)
+            for _, predicted, hint in predictions
+        )
+        # A loss is halved once for each deeper pair.
+        return reduce(lambda total, loss: total / 2 + loss, losses), memory, {}
 
     return Method(student_wants, teacher_wants, init, apply)

@@ -5,7 +5,7 @@ from functools import partial
 from hintjax import regressors
 from hintjax._checks import function, positive
 from hintjax.losses import channel_loss
-from hintjax.method import Method, Pairs, hints_of
+from hintjax.method import Method, Pairs, hints_of, total
 from hintjax.methods import _regressed
 
 
@@ -47,6 +47,6 @@ def channel_wise(
         predictions, memory = predict(params, memory, student, teacher, context.train)
         loss = partial(channel_loss, temperature=temperature, where=batch.get("where"))
         values = [loss(predicted, hint) for _, predicted, hint in predictions]
-        return sum(values), memory, {}
+        return total(values), memory, {}
 
     return Method(student_wants, teacher_wants, init, apply)

@@ -7,7 +7,7 @@ import jax
 from hintjax import regressors
 from hintjax._checks import positive_int
 from hintjax.losses import correlation_loss
-from hintjax.method import Method, Pairs, hints_of
+from hintjax.method import Method, Pairs, hints_of, total
 
 
 def correlation_congruence(pairs: Pairs, *, feature_dim: int = 128) -> Method:
@@ -58,7 +58,7 @@ def correlation_congruence(pairs: Pairs, *, feature_dim: int = 128) -> Method:
         return params, {}
 
     def apply(params, memory, student, teacher, batch, context):
-        total = 0.0
+        values = []
         for name, layers in sides(student, teacher):
             embedded = {}
             for side, layer in layers.items():
@@ -67,7 +67,8 @@ def correlation_congruence(pairs: Pairs, *, feature_dim: int = 128) -> Method:
                 embedded[side], _ = regressors.apply(
                     module, params[name][side], {}, rows, context.train
                 )
-            total = total + correlation_loss(**embedded, where=batch.get("where"))
-        return total, memory, {}
+            loss = correlation_loss(**embedded, where=batch.get("where"))
+            values.append(loss)
+        return total(values), memory, {}
 
     return Method(student_wants, teacher_wants, init, apply)

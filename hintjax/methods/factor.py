@@ -11,7 +11,7 @@ from hintjax import regressors
 from hintjax._checks import Refusal, function, message, scalar
 from hintjax._numerics import as_float
 from hintjax.losses import factor_loss
-from hintjax.method import PREPARED, Method, Pairs, hints_of
+from hintjax.method import PREPARED, Method, Pairs, hints_of, total
 from hintjax.networks import Features
 
 
@@ -76,7 +76,7 @@ def factor_transfer(
         return params, {PREPARED: prepared, "translators": statistics}
 
     def apply(params, memory, student, teacher, batch, context):
-        total, statistics = 0.0, {}
+        values, statistics = [], {}
         for own, module in translators(student, teacher):
             paraphraser = memory[PREPARED][own.name]
             coded, _ = regressors.apply(
@@ -89,8 +89,8 @@ def factor_transfer(
                 own.guided,
                 context.train,
             )
-            total = total + loss(translated, coded)
-        return total, {**memory, "translators": statistics}, {}
+            values.append(loss(translated, coded))
+        return total(values), {**memory, "translators": statistics}, {}
 
     return Method(student_wants, teacher_wants, init, apply, prepare=before)
 
@@ -133,7 +133,7 @@ def paraphrase(pairs: Pairs, *, rate: float = 0.5) -> Method:
         return params, {}
 
     def apply(params, memory, student, teacher, batch, context):
-        total = 0.0
+        values = []
         for own in _ready(pairs, rate, student, teacher):
             weights = params[own.name]
             coded, _ = regressors.apply(
@@ -143,8 +143,8 @@ def paraphrase(pairs: Pairs, *, rate: float = 0.5) -> Method:
                 own.decoder, weights["decoder"], {}, coded, context.train
             )
             again, hint = as_float("factor_transfer", again, own.hint)
-            total = total + jnp.mean(jnp.square(again - hint), (1, 2, 3))
-        return total, memory, {}
+            values.append(jnp.mean(jnp.square(again - hint), (1, 2, 3)))
+        return total(values), memory, {}
 
     return Method(student_wants, teacher_wants, init, apply)
 

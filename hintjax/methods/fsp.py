@@ -1,8 +1,9 @@
 """FSP: the flow of solution procedure (Yim et al. 2017)."""
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
+import flax.linen as nn
 import jax
 from jaxtyping import Array, Float
 
@@ -72,11 +73,13 @@ def fsp(
     student_wants, teacher_wants = hints_of("fsp", matched)
     summed = over_pairs(loss)
 
-    def sized(student, teacher):
+    def sized(
+        sizing: regressors.Sizing, student: Features, teacher: Features
+    ) -> Iterator[tuple[tuple[str, str], str, nn.Module]]:
         for guided, hint in matched:
             shape = student.hints[guided].shape[1:]
             target = (*shape[:-1], teacher.hints[hint].shape[-1])
-            yield (guided, hint), f"{guided}->{hint}", regressor(shape, target)
+            yield (guided, hint), f"{guided}->{hint}", sizing(shape, target)
 
     def init(key, student, teacher, data):
         if regressor is None:
@@ -84,7 +87,9 @@ def fsp(
                 _same_channels(*layers, student, teacher)
             return {}, {}
         params, memory = {}, {}
-        for number, (layers, name, module) in enumerate(sized(student, teacher)):
+        for number, (layers, name, module) in enumerate(
+            sized(regressor, student, teacher)
+        ):
             one, shape = jax.random.fold_in(key, number), student.hints[layers[0]].shape
             params[name], memory[name] = regressors.init(module, one, shape)
         return params, memory
@@ -92,7 +97,8 @@ def fsp(
     def apply(params, memory, student, teacher, batch, context):
         maps = {layers: student.hints[layers[0]] for layers in matched}
         remembered = {}
-        for layers, name, module in sized(student, teacher) if regressor else ():
+        matching = sized(regressor, student, teacher) if regressor else ()
+        for layers, name, module in matching:
             maps[layers], remembered[name] = regressors.apply(
                 module, params[name], memory[name], maps[layers], context.train
             )
@@ -125,7 +131,10 @@ def flows(pairs: Pairs) -> Flows:
     if len(pairs) < 2:
         wanted = "at least two pairs, shallow to deep"
         raise Refusal(message("flows", wanted, f"{list(pairs)}"))
-    return [tuple(zip(*both, strict=True)) for both in itertools.pairwise(pairs)]
+    return [
+        ((guided, deeper), (hint, deeper_hint))
+        for (guided, hint), (deeper, deeper_hint) in itertools.pairwise(pairs)
+    ]
 
 
 def _same_channels(

@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Key, ScalarLike
 from hintjax import _checks, regressors
 from hintjax._checks import Refusal, function, message
 from hintjax.losses import masked_generation_loss
-from hintjax.method import Method, Pairs, hints_of
+from hintjax.method import Method, Pairs, hints_of, total
 from hintjax.methods import _regressed
 
 
@@ -77,7 +77,7 @@ def masked_generation(
     init, _ = _regressed.beside(pairs, sizing)
 
     def apply(params, memory, student, teacher, batch, context):
-        total = 0.0
+        values = []
         ready = _regressed.ready(pairs, sizing, student, teacher)
         for number, (name, module, guided, hint) in enumerate(ready):
             key = jax.random.fold_in(context.key, number)
@@ -87,9 +87,11 @@ def masked_generation(
                     jax.random.fold_in(key, i), shape, rate
                 )
             )(index)
-            generated = module.apply({"params": params[name]}, guided, mask=kept)
-            total = total + masked_generation_loss(generated, hint)
-        return total, memory, {}
+            generated, _ = module.apply(
+                {"params": params[name]}, guided, mask=kept, mutable=[]
+            )
+            values.append(masked_generation_loss(generated, hint))
+        return total(values), memory, {}
 
     return Method(student_wants, teacher_wants, init, apply)
 

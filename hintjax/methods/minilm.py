@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from hintjax._checks import instance, positive_int, rank
 from hintjax._numerics import masked_mean
 from hintjax.losses import attention_distribution_loss, relation_loss
-from hintjax.method import Method, Pairs, hints_of, nothing
+from hintjax.method import Method, Pairs, hints_of, nothing, total
 from hintjax.methods._tokens import counted
 
 
@@ -75,7 +75,7 @@ def minilm(
     def apply(params, memory, student, teacher, batch, context):
         where = counted("minilm", batch, padding)
         parts = {
-            name: sum(
+            name: total(
                 loss(student.hints[guided], teacher.hints[hint], where=where)
                 for guided, hint in pairs
             )
@@ -86,6 +86,6 @@ def minilm(
             name: masked_mean(values, batch.get("where"))
             for name, values in parts.items()
         }
-        return sum(parts.values()), memory, metrics
+        return total(parts.values()), memory, metrics
 
     return Method(*wants, nothing, apply)

@@ -1,7 +1,7 @@
 """OFD: the overhaul of feature distillation (Heo et al. 2019)."""
 
 from collections.abc import Sequence
-from functools import partial
+from functools import partial, reduce
 
 from hintjax import regressors
 from hintjax._checks import Refusal, function, instance, message
@@ -71,14 +71,14 @@ def overhaul(
         predictions, memory = beside.predict(
             params, memory, student, teacher, context.train
         )
-        total = 0.0
+        losses = []
         for (_, predicted, hint), path in zip(predictions, norms, strict=True):
             norm = teacher.params[path]
             margin = batch_norm_margin(norm["scale"], norm["bias"])
             target = margin_relu(hint, margin)
-            # A loss is halved once for each deeper pair.
-            total = total / 2 + partial_l2_loss(predicted, target)
-        return total, memory, {}
+            losses.append(partial_l2_loss(predicted, target))
+        # A loss is halved once for each deeper pair.
+        return reduce(lambda total, loss: total / 2 + loss, losses), memory, {}
 
     return Method(
         student_wants,

@@ -3,7 +3,7 @@
 from hintjax._checks import Refusal, message, not_negative
 from hintjax._numerics import masked_mean
 from hintjax.losses import angle_loss, distance_loss
-from hintjax.method import Method, Pairs, hints_of, nothing
+from hintjax.method import Method, Pairs, hints_of, nothing, total
 
 
 def relational(pairs: Pairs, *, distance: float = 25.0, angle: float = 50.0) -> Method:
@@ -37,16 +37,16 @@ def relational(pairs: Pairs, *, distance: float = 25.0, angle: float = 50.0) -> 
     student_wants, teacher_wants = hints_of("relational", pairs)
 
     def apply(params, memory, student, teacher, batch, context):
-        total, metrics, where = 0.0, {}, batch.get("where")
+        parts, metrics, where = [], {}, batch.get("where")
         for name, weight in weights.items():
             if weight == 0:
                 continue
-            values = sum(
+            values = total(
                 losses[name](student.hints[guided], teacher.hints[hint], where=where)
                 for guided, hint in pairs
             )
-            total = total + weight * values
+            parts.append(weight * values)
             metrics[name] = masked_mean(values, where)
-        return total, memory, metrics
+        return total(parts), memory, metrics
 
     return Method(student_wants, teacher_wants, nothing, apply)

@@ -10,7 +10,7 @@ from hintjax import regressors
 from hintjax._checks import Refusal, function, message, not_negative, positive_int
 from hintjax._numerics import masked_mean
 from hintjax.losses import hierarchical_context_loss
-from hintjax.method import Method, Pairs, hints_of
+from hintjax.method import Method, Pairs, hints_of, total
 
 MOST_CHANNELS = 512  # largest number of channels of the fusion, as published
 
@@ -65,7 +65,7 @@ def review(
         ]
         mid = min(MOST_CHANNELS, maps[-1][0].shape[-1])
         for name, (guided, hint) in reversed(list(zip(names, maps, strict=True))):
-            module = regressors.ABF(mid, hint.shape[-1], hint.shape[1:3])
+            module = regressors.ABF(mid, hint.shape[-1], (hint.shape[1], hint.shape[2]))
             yield name, module, guided, hint
 
     def init(key, student, teacher, data):
@@ -85,7 +85,7 @@ def review(
         return made(*zeros)
 
     def apply(params, memory, student, teacher, batch, context):
-        total, remembered, losses, deeper = 0.0, {}, {}, None
+        parts, remembered, losses, deeper = [], {}, {}, None
         for name, module, guided, hint in stages(student, teacher):
             (predicted, deeper), changed = module.apply(
                 {"params": params[name], **memory[name]},
@@ -96,9 +96,9 @@ def review(
             )
             remembered[name] = {**memory[name], **changed}
             values = loss(predicted, hint)
-            total = total + values
+            parts.append(values)
             losses[f"{name}/loss"] = masked_mean(values, batch.get("where"))
-        return total, remembered, losses if len(names) > 1 else {}
+        return total(parts), remembered, losses if len(names) > 1 else {}
 
     return Method(student_wants, teacher_wants, init, apply)
 

@@ -6,7 +6,7 @@ from hintjax import regressors
 from hintjax._checks import Refusal, function, instance, message
 from hintjax._numerics import masked_mean
 from hintjax.losses import attention_score_loss, hint_loss
-from hintjax.method import Method, Pairs, hints_of
+from hintjax.method import Method, Pairs, hints_of, total
 from hintjax.methods._tokens import counted
 
 
@@ -79,7 +79,7 @@ def tinybert(
         parts = {}
         if hidden_pairs:
             module, state = sized(student, teacher), memory["hidden"]
-            parts["hidden"] = 0.0
+            values = []
             for guided, hint in hidden_pairs:
                 predicted, state = regressors.apply(
                     module,
@@ -88,11 +88,12 @@ def tinybert(
                     student.hints[guided],
                     context.train,
                 )
-                values = hint_loss(predicted, teacher.hints[hint], where=where)
-                parts["hidden"] = parts["hidden"] + values
+                loss = hint_loss(predicted, teacher.hints[hint], where=where)
+                values.append(loss)
+            parts["hidden"] = total(values)
             memory = {"hidden": state}
         if attention_pairs:
-            parts["attention"] = sum(
+            parts["attention"] = total(
                 attention_score_loss(
                     student.hints[guided], teacher.hints[hint], where=where
                 )
@@ -102,6 +103,6 @@ def tinybert(
             name: masked_mean(values, batch.get("where"))
             for name, values in parts.items()
         }
-        return sum(parts.values()), memory, metrics
+        return total(parts.values()), memory, metrics
 
     return Method(*wants, init, apply)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from hintjax import regressors
 from hintjax._checks import function, scalar
 from hintjax.losses.variational import LEAST_VARIANCE, variance_of, variational_loss
-from hintjax.method import Method, Pairs, hints_of
+from hintjax.method import Method, Pairs, hints_of, total
 from hintjax.methods import _regressed
 
 MOST_VARIANCE = 700.0  # largest initial variance: expm1 of more overflows
@@ -81,6 +81,7 @@ def variational(
             for name, predicted, hint in predictions
         ]
         variances = [jnp.mean(variance_of(own["scale"])) for own in params.values()]
-        return sum(values), memory, {"variance": sum(variances) / len(variances)}
+        variance = total(variances) / len(variances)
+        return total(values), memory, {"variance": variance}
 
     return Method(student_wants, teacher_wants, init, apply)
