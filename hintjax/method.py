@@ -6,19 +6,21 @@ sum of methods is an `objective`, which is a method itself.
 """
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Int, Key, PyTree
 
 from hintjax._checks import Refusal, described, function, instance, message
 from hintjax.networks import Features, Wants
 
 PREPARED = "prepared"  # the memory with the parameters that an earlier stage trained
 Pairs = Sequence[tuple[str, str]]  # (guided layer, hint layer), as paths
+Batch = Mapping[str, PyTree]  # of arrays of JAX or NumPy
+Applied = tuple[Array, dict, dict]  # values, memory, metrics
 
 
 class Context(NamedTuple):

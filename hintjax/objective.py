@@ -12,8 +12,19 @@ from jaxtyping import Array, ArrayLike, DTypeLike, Float, Num, ScalarLike
 
 from hintjax._checks import Refusal, function, instance, message, scalar
 from hintjax._numerics import as_float, either, masked_mean
-from hintjax.method import PREPARED, Method, nothing, one_per_example, total, union
-from hintjax.networks import Wants
+from hintjax.method import (
+    PREPARED,
+    Applied,
+    Batch,
+    Context,
+    Data,
+    Method,
+    nothing,
+    one_per_example,
+    total,
+    union,
+)
+from hintjax.networks import Features, Wants
 
 ADJUSTABLE = "weights"  # the memory of an objective that holds adjustable weights
 
@@ -117,7 +128,9 @@ def objective(**terms: Weighted | Method) -> Method:
         got = f"the terms {list(named)} with weight 0" if named else "no terms"
         raise Refusal(message("objective", "a term with a weight > 0", got))
 
-    def init(key, student, teacher, data):
+    def init(
+        key: Array, student: Features, teacher: Features, data: Data | None
+    ) -> tuple[dict, dict]:
         made = {
             name: term.method.init(_fold(key, name), student, teacher, data)
             for name, term in named.items()
@@ -130,7 +143,14 @@ def objective(**terms: Weighted | Method) -> Method:
             }
         return params, memory
 
-    def apply(params, memory, student, teacher, batch, context):
+    def apply(
+        params: dict,
+        memory: dict,
+        student: Features,
+        teacher: Features,
+        batch: Batch,
+        context: Context,
+    ) -> Applied:
         parts, metrics = [], {}
         remembered = {ADJUSTABLE: memory[ADJUSTABLE]} if adjustable else {}
         n = None
@@ -195,7 +215,7 @@ def _split(terms: dict[str, Weighted]) -> Callable[[dict], dict] | None:
     if not own:
         return None
 
-    def split(memory):
+    def split(memory: dict) -> dict:
         return {
             name: own[name](kept) if name in own else PartitionSpec()
             for name, kept in memory.items()
@@ -210,7 +230,7 @@ def _select(terms: dict[str, Weighted]) -> Callable[..., dict] | None:
     if not own:
         return None
 
-    def select(good, memory, before, batch):
+    def select(good: Array, memory: dict, before: dict, batch: Batch) -> dict:
         return {
             name: own[name](good, kept, before[name], batch)
             if name in own
@@ -237,7 +257,9 @@ def _deployed(terms: dict[str, Weighted]) -> Callable[..., Array] | None:
         return None
     ((name, shipped),) = found.items()
 
-    def deploy(params, memory, student, teacher):
+    def deploy(
+        params: dict, memory: dict, student: Features, teacher: Features
+    ) -> Array:
         return shipped(params[name], memory[name], student, teacher)
 
     return deploy
@@ -260,7 +282,14 @@ def task(
     function("task", loss=loss)
     instance("task", str, label=label)
 
-    def apply(params, memory, student, teacher, batch, context):
+    def apply(
+        params: dict,
+        memory: dict,
+        student: Features,
+        teacher: Features,
+        batch: Batch,
+        context: Context,
+    ) -> Applied:
         if label not in batch:
             got, do = f"{sorted(batch)}", "Name the labels with label=."
             raise Refusal(message("task", f"{label!r} in the batch", got, do))

@@ -5,8 +5,9 @@ from functools import partial, reduce
 from hintjax import regressors
 from hintjax._checks import function, positive
 from hintjax.losses import activation_boundary_loss
-from hintjax.method import Method, Pairs, hints_of
+from hintjax.method import Applied, Batch, Context, Method, Pairs, hints_of
 from hintjax.methods import _regressed
+from hintjax.networks import Features
 
 SCALE = 3 / 1000  # factor of the last pair's loss, as published
 CONNECTOR = partial(regressors.conv, batch_norm=True)
@@ -50,7 +51,14 @@ def activation_boundary(
     student_wants, teacher_wants = hints_of("activation_boundary", pairs)
     init, predict = _regressed.beside(pairs, regressor, _regressed.as_they_are)
 
-    def apply(params, memory, student, teacher, batch, context):
+    def apply(
+        params: dict,
+        memory: dict,
+        student: Features,
+        teacher: Features,
+        batch: Batch,
+        context: Context,
+    ) -> Applied:
         predictions, memory = predict(params, memory, student, teacher, context.train)
         losses = (
             SCALE * activation_boundary_loss(predicted, hint, margin=margin)

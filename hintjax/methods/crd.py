@@ -17,7 +17,8 @@ from hintjax import regressors
 from hintjax._checks import Refusal, instance, message, positive, positive_int, scalar
 from hintjax._numerics import either, masked_mean
 from hintjax.losses import contrastive_log_constant, contrastive_scores_loss
-from hintjax.method import Method, hints_of
+from hintjax.method import Applied, Batch, Context, Data, Method, hints_of
+from hintjax.networks import Features
 
 HIGHEST = jax.lax.Precision.HIGHEST
 Scores = tuple[Array, Array]  # (batch,) of the positives, (batch, K) of the negatives
@@ -190,7 +191,9 @@ def crd(
     guided, hint = pair
     head = regressors.Embedding(feature_dim)
 
-    def init(key, student, teacher, data):
+    def init(
+        key: Array, student: Features, teacher: Features, data: Data | None
+    ) -> tuple[dict, dict]:
         if data is None:
             do = "Pass data=hintjax.Data(labels) to the stage's init."
             wanted = "the training set's labels"
@@ -205,7 +208,14 @@ def crd(
             "classes": banks.by_class(jnp.asarray(data.labels)),
         }
 
-    def apply(params, memory, student, teacher, batch, context):
+    def apply(
+        params: dict,
+        memory: dict,
+        student: Features,
+        teacher: Features,
+        batch: Batch,
+        context: Context,
+    ) -> Applied:
         bank, classes = memory["bank"], memory["classes"]
         where, train = batch.get("where"), context.train
         seen = (student.hints[guided], teacher.hints[hint])
@@ -278,7 +288,7 @@ def crd(
         metrics = {"positive": masked_mean(by_student[0], where)}
         return values, {**memory, "bank": bank}, metrics
 
-    def select(good, memory, before, batch):
+    def select(good: Array, memory: dict, before: dict, batch: Batch) -> dict:
         if in_batch:
             return either(good, memory, before)
         bank, index = memory["bank"], batch["index"]

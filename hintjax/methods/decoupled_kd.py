@@ -1,13 +1,10 @@
 """DKD: decoupled knowledge distillation (Zhao et al. 2022)."""
 
-from collections.abc import Mapping
-from typing import Any
-
 from jaxtyping import Array
 
 from hintjax._checks import instance, not_negative, positive
 from hintjax.losses import decoupled_kd_loss
-from hintjax.method import Method
+from hintjax.method import Batch, Method
 from hintjax.methods._compared import outputs
 
 
@@ -44,7 +41,7 @@ def decoupled_kd(
     not_negative("decoupled_kd", alpha=alpha, beta=beta)
     instance("decoupled_kd", str, label=label)
 
-    def loss(student: Array, teacher: Array, batch: Mapping[str, Any]) -> Array:
+    def loss(student: Array, teacher: Array, batch: Batch) -> Array:
         return decoupled_kd_loss(
             student,
             teacher,

@@ -19,9 +19,10 @@ from hintjax._checks import (
 )
 from hintjax._numerics import as_float, keep, masked_mean
 from hintjax.losses import hint_loss
-from hintjax.method import Method, Pairs, hints_of, total
+from hintjax.method import Applied, Batch, Context, Method, Pairs, hints_of, total
 from hintjax.methods import _regressed
 from hintjax.methods._tokens import counted
+from hintjax.networks import Features
 
 
 def fitnets(
@@ -68,7 +69,14 @@ def fitnets(
     student_wants, teacher_wants = hints_of("fitnets", pairs)
     init, predict = _regressed.beside(pairs, regressor, _regressed.as_they_are)
 
-    def apply(params, memory, student, teacher, batch, context):
+    def apply(
+        params: dict,
+        memory: dict,
+        student: Features,
+        teacher: Features,
+        batch: Batch,
+        context: Context,
+    ) -> Applied:
         predictions, memory = predict(params, memory, student, teacher, context.train)
         parts, losses, r2 = [], {}, {}
         where, tokens = batch.get("where"), counted("fitnets", batch, padding)

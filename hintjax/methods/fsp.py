@@ -10,7 +10,16 @@ from jaxtyping import Array, Float
 from hintjax import regressors
 from hintjax._checks import Refusal, described, function, instance, message
 from hintjax.losses import fsp_matrix, fsp_matrix_loss
-from hintjax.method import Method, Pairs, hints_of, over_pairs
+from hintjax.method import (
+    Applied,
+    Batch,
+    Context,
+    Data,
+    Method,
+    Pairs,
+    hints_of,
+    over_pairs,
+)
 from hintjax.networks import Features
 
 Flows = Sequence[tuple[tuple[str, str], tuple[str, str]]]
@@ -81,7 +90,9 @@ def fsp(
             target = (*shape[:-1], teacher.hints[hint].shape[-1])
             yield (guided, hint), f"{guided}->{hint}", sizing(shape, target)
 
-    def init(key, student, teacher, data):
+    def init(
+        key: Array, student: Features, teacher: Features, data: Data | None
+    ) -> tuple[dict, dict]:
         if regressor is None:
             for layers in matched:
                 _same_channels(*layers, student, teacher)
@@ -94,7 +105,14 @@ def fsp(
             params[name], memory[name] = regressors.init(module, one, shape)
         return params, memory
 
-    def apply(params, memory, student, teacher, batch, context):
+    def apply(
+        params: dict,
+        memory: dict,
+        student: Features,
+        teacher: Features,
+        batch: Batch,
+        context: Context,
+    ) -> Applied:
         maps = {layers: student.hints[layers[0]] for layers in matched}
         remembered = {}
         matching = sized(regressor, student, teacher) if regressor else ()
@@ -106,7 +124,9 @@ def fsp(
             matrix(*(maps[layers] for layers in zip(*pair, strict=True)))
             for pair in pairs
         ]
-        teachers = [matrix(*map(teacher.hints.get, flow)) for _, flow in pairs]
+        teachers = [
+            matrix(*(teacher.hints[path] for path in flow)) for _, flow in pairs
+        ]
         return summed(students, teachers), remembered, {}
 
     return Method(student_wants, teacher_wants, init, apply)

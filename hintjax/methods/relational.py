@@ -3,7 +3,17 @@
 from hintjax._checks import Refusal, message, not_negative
 from hintjax._numerics import masked_mean
 from hintjax.losses import angle_loss, distance_loss
-from hintjax.method import Method, Pairs, hints_of, nothing, total
+from hintjax.method import (
+    Applied,
+    Batch,
+    Context,
+    Method,
+    Pairs,
+    hints_of,
+    nothing,
+    total,
+)
+from hintjax.networks import Features
 
 
 def relational(pairs: Pairs, *, distance: float = 25.0, angle: float = 50.0) -> Method:
@@ -36,7 +46,14 @@ def relational(pairs: Pairs, *, distance: float = 25.0, angle: float = 50.0) -> 
     losses = {"distance": distance_loss, "angle": angle_loss}
     student_wants, teacher_wants = hints_of("relational", pairs)
 
-    def apply(params, memory, student, teacher, batch, context):
+    def apply(
+        params: dict,
+        memory: dict,
+        student: Features,
+        teacher: Features,
+        batch: Batch,
+        context: Context,
+    ) -> Applied:
         parts, metrics, where = [], {}, batch.get("where")
         for name, weight in weights.items():
             if weight == 0:
