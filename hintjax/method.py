@@ -68,6 +68,9 @@ class Method(NamedTuple):
             `good`, else the memory before the step, bit for bit. It is only for a
             method whose step changes a small part of a large memory (CRD's bank):
             selecting between two whole memories would take a copy.
+        reduced: `(shapes of the student's features) -> Reduced`: the method on reduced
+            features of the teacher, if its loss needs only a reduction of them that
+            does not depend on parameters (AT's attention maps, FSP's matrices).
     """
 
     student: Wants
@@ -78,6 +81,35 @@ class Method(NamedTuple):
     deploy: Callable[..., Array] | None = None
     split: Callable[[dict], dict] | None = None
     select: Callable[..., dict] | None = None
+    reduced: "Callable[[Features], Reduced] | None" = None
+
+
+class Reduced(NamedTuple):
+    """A method that reads fewer numbers of the teacher, and the function to get them.
+
+    `method.apply` gives the values that the full method gives, up to rounding. A cache
+    of the teacher's features stores the reduced features.
+
+    Attributes:
+        reduce: `features of the teacher -> features` with hints by new names; output
+            and parameters stay.
+        method: the method that reads them; all else is as in the full method.
+    """
+
+    reduce: Callable[[Features], Features]
+    method: Method
+
+
+def reduced(method: Method, student: Features) -> Reduced:
+    """The reduction of a method; a method without one reads what it reads.
+
+    Args:
+        method: the method.
+        student: the shapes of the student's features.
+    """
+    if method.reduced is None:
+        return Reduced(lambda teacher: teacher, method)
+    return method.reduced(student)
 
 
 def nothing(

@@ -19,8 +19,10 @@ from hintjax.method import (
     Context,
     Data,
     Method,
+    Reduced,
     nothing,
     one_per_example,
+    reduced,
     total,
     union,
 )
@@ -189,6 +191,7 @@ def objective(**terms: Weighted | Method) -> Method:
         deploy=_deployed(named),
         split=_split(named),
         select=_select(named),
+        reduced=_reduced(named),
     )
 
 
@@ -239,6 +242,34 @@ def _select(terms: dict[str, Weighted]) -> Callable[..., dict] | None:
         }
 
     return select
+
+
+def _reduced(terms: dict[str, Weighted]) -> Callable[[Features], Reduced] | None:
+    """`Method.reduced` of an objective, from that of each term."""
+    if not _own(terms, "reduced"):
+        return None
+
+    def made(student: Features) -> Reduced:
+        found = {name: reduced(term.method, student) for name, term in terms.items()}
+
+        def reduce(teacher: Features) -> Features:
+            hints = {}
+            for name, term in terms.items():
+                own = {path: teacher.hints[path] for path in term.method.teacher.hints}
+                hints |= found[name].reduce(teacher._replace(hints=own)).hints
+            return teacher._replace(hints=hints)
+
+        return Reduced(
+            reduce,
+            objective(
+                **{
+                    name: Weighted(found[name].method, term.weight)
+                    for name, term in terms.items()
+                }
+            ),
+        )
+
+    return made
 
 
 def _own(terms: dict[str, Weighted], field: str) -> dict[str, Callable]:

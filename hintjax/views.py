@@ -172,6 +172,7 @@ def through(
         apply=apply,
         prepare=None if method.prepare is None else again(method.prepare),
         deploy=_shipped(method.deploy, seen),
+        reduced=None,  # it reads features that have not passed through the function
     )
 
 

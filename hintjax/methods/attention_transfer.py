@@ -5,13 +5,14 @@ from collections.abc import Callable
 from jaxtyping import Array, Float
 
 from hintjax._checks import positive_int
-from hintjax.losses import attention_map_loss, attention_maps
+from hintjax.losses import attention_energy, attention_map_loss, attention_maps
 from hintjax.method import (
     Applied,
     Batch,
     Context,
     Method,
     Pairs,
+    Reduced,
     hints_of,
     nothing,
     over_pairs,
@@ -67,4 +68,26 @@ def attention_transfer(
         ]
         return summed(*zip(*maps, strict=True)), memory, {}
 
-    return Method(student_wants, teacher_wants, nothing, apply)
+    def reduced(student: Features) -> Reduced:
+        sizes = {hint: student.hints[guided].shape[1:-1] for guided, hint in pairs}
+        names = {hint: f"attention({hint}, {power}, {sizes[hint]})" for hint in sizes}
+
+        def reduce(teacher: Features) -> Features:
+            hints = {
+                name: attention_energy(teacher.hints[hint], sizes[hint], power=power)
+                for hint, name in names.items()
+            }
+            return Features(teacher.output, hints, teacher.params)
+
+        renamed = [(guided, names[hint]) for guided, hint in pairs]
+        return Reduced(reduce, attention_transfer(renamed, power=power, loss=loss))
+
+    # A layer that is paired with layers of several sizes needs an energy for each.
+    alone = len({hint for _, hint in pairs}) == len(pairs)
+    return Method(
+        student_wants,
+        teacher_wants,
+        nothing,
+        apply,
+        reduced=reduced if alone else None,
+    )
