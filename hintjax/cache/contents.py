@@ -46,7 +46,7 @@ class Contents(NamedTuple):
         network: a teacher that reads rows. Batches without "view" (such as those of
             evaluation) run the live teacher.
         inputs: `teacher_inputs` of a stage with this teacher.
-        methods: the methods, as they read the rows.
+        reading: `(method) -> method` that reads the rows, for each of the methods.
         rows: shape and dtype of each array of one row, by name.
         description: plain values that name the contents: coding, features, shapes.
     """
@@ -54,7 +54,7 @@ class Contents(NamedTuple):
     encode: Callable[[Variables, Batch], dict[str, Array]]
     network: Network
     inputs: Callable[[Batch], Any]
-    methods: tuple[Method, ...]
+    reading: Callable[[Method], Method]
     rows: dict[str, jax.ShapeDtypeStruct]
     description: dict[str, Any]
 
@@ -115,6 +115,9 @@ def contents(
     shapes = jax.eval_shape(shown, student_variables, batch)
     reductions = [reduced(method, shapes) for method in methods]
 
+    def reading(method: Method) -> Method:
+        return reduced(method, shapes).method
+
     def live(params: PyTree, state: PyTree, at: PyTree) -> dict[str, PyTree]:
         """The features before they are stored, by name."""
         found, _ = teacher.apply(params, state, at, wants=wants, train=False)
@@ -167,7 +170,7 @@ def contents(
         encode=rows_of,
         network=Network(init, apply, layers),
         inputs=lambda batch: _place(batch, teacher_inputs),
-        methods=tuple(reduction.method for reduction in reductions),
+        reading=reading,
         rows={
             name: jax.ShapeDtypeStruct(row.shape[1:], row.dtype)
             for name, row in rows.items()

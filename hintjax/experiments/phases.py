@@ -9,11 +9,19 @@ import jax.numpy as jnp
 import optax
 
 from hintjax.data import Augment, steps_per_epoch
+from hintjax.experiments.cached_teacher import CachedTeacher
 from hintjax.experiments.config import Config
 from hintjax.experiments.recipes import PlannedPhase, Recipe
 from hintjax.experiments.setting import Setting, taught_by
 from hintjax.method import Data
-from hintjax.stages import SpikeGuard, Stage, State, distillation_stage, hint_stage
+from hintjax.stages import (
+    SpikeGuard,
+    Stage,
+    State,
+    distillation_stage,
+    hint_stage,
+    image,
+)
 from hintjax.training import Phase, program
 
 
@@ -48,7 +56,11 @@ def check(setting: Setting, recipe: Recipe) -> list[PlannedPhase]:
 
 
 def compiled_phase(
-    setting: Setting, phase: PlannedPhase, config: Config, per_epoch: int
+    setting: Setting,
+    phase: PlannedPhase,
+    config: Config,
+    per_epoch: int,
+    cache: CachedTeacher | None = None,
 ) -> Phase:
     """The phase as the loop trains it; phases that are built alike share a program.
 
@@ -58,11 +70,12 @@ def compiled_phase(
         config: config of the run, which may have another learning rate and seed than
             the setting's config.
         per_epoch: steps in an epoch.
+        cache: the teacher's features, if the phase reads them from a cache.
     """
-    built_with = _built_with(phase, config)
+    built_with = (*_built_with(phase, config), cache is not None)
     if built_with not in setting.programs:
         setting.programs[built_with] = program(
-            _stage(setting, phase, config, per_epoch),
+            _stage(setting, phase, config, per_epoch, cache),
             config.batch_size,
             Augment(pad=config.pad, flip=config.flip),
             setting.layout and setting.layout.mesh,
@@ -83,7 +96,7 @@ def compiled_phase(
     )
 
 
-def _built_with(phase: PlannedPhase, config: Config) -> Hashable:
+def _built_with(phase: PlannedPhase, config: Config) -> tuple[Hashable, ...]:
     """Everything from which a program is built, besides data and networks.
 
     The learning rate and the seed are arguments of a program.
@@ -96,26 +109,32 @@ def _built_with(phase: PlannedPhase, config: Config) -> Hashable:
 
 
 def _stage(
-    setting: Setting, phase: PlannedPhase, config: Config, per_epoch: int
+    setting: Setting,
+    phase: PlannedPhase,
+    config: Config,
+    per_epoch: int,
+    cache: CachedTeacher | None,
 ) -> Stage:
     """The update of a phase."""
+    teacher, method, inputs = setting.teacher, phase.method, image
+    if cache is not None:
+        contents = cache.contents
+        teacher, inputs = contents.network, contents.inputs
+        method = contents.reading(method)
     optimizer = _optimizer(config, phase.epochs * per_epoch)
     factor = config.spike_factor
     how = {
+        "teacher_inputs": inputs,
         "mesh": setting.layout,
         "accumulate": config.accumulate,
         "spikes": None if factor is None else SpikeGuard(factor),
     }
     if phase.hints_only:
-        teacher = taught_by(setting)
-        return hint_stage(setting.student, teacher, phase.method, optimizer, **how)
+        teacher = teacher or taught_by(setting)
+        return hint_stage(setting.student, teacher, method, optimizer, **how)
+    rates = phase.rates
     return distillation_stage(
-        setting.student,
-        setting.teacher,
-        phase.method,
-        optimizer,
-        rates=phase.rates,
-        **how,
+        setting.student, teacher, method, optimizer, rates=rates, **how
     )
 
 

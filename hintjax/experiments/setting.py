@@ -19,6 +19,7 @@ from hintjax.data import (
 )
 from hintjax.experiments import config as configs
 from hintjax.experiments.attachment import Places
+from hintjax.experiments.cached_teacher import CachedTeacher
 from hintjax.experiments.config import Config
 from hintjax.experiments.factories import attribute_of, layers, network
 from hintjax.experiments.finished import EVALUATION_BATCH, load_student, run_config
@@ -41,6 +42,7 @@ class Setting(NamedTuple):
         places: layers of both networks, to which methods attach.
         layout: mesh on which the runs train; None for a single device.
         programs: compiled stages by all that they are built with; filled during runs.
+        cache: the teacher's features of all training examples, or None.
     """
 
     config: Config
@@ -51,6 +53,7 @@ class Setting(NamedTuple):
     places: Places
     layout: Layout | None
     programs: dict[Any, Program]
+    cache: CachedTeacher | None = None
 
 
 def prepare(config: Config, *, teach: bool = False) -> Setting:
@@ -69,7 +72,7 @@ def prepare(config: Config, *, teach: bool = False) -> Setting:
         )
     )
     if jax.process_count() > 1:
-        agree("data", _seen(dataset))
+        agree("data", seen(dataset))
     steps_per_epoch(dataset.train.n, config.batch_size)  # raises
     layout = mesh_of(config)
     inputs = jnp.zeros((1, *dataset.train.shape), jnp.float32)
@@ -145,7 +148,7 @@ def taught_by(setting: Setting) -> Network:
     return setting.teacher
 
 
-def _seen(dataset: Dataset) -> dict[str, Any]:
+def seen(dataset: Dataset) -> dict[str, Any]:
     """Numbers that tell datasets apart; images on a disk are not read for them."""
     found = {
         "classes": dataset.classes,

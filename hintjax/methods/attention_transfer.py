@@ -69,25 +69,23 @@ def attention_transfer(
         return summed(*zip(*maps, strict=True)), memory, {}
 
     def reduced(student: Features) -> Reduced:
-        sizes = {hint: student.hints[guided].shape[1:-1] for guided, hint in pairs}
-        names = {hint: f"attention({hint}, {power}, {sizes[hint]})" for hint in sizes}
+        # A layer may be paired with layers of several sizes: each needs an energy.
+        sizes = [student.hints[guided].shape[1:-1] for guided, _ in pairs]
+        names = [
+            f"attention({hint}, {power}, {size})"
+            for (_, hint), size in zip(pairs, sizes, strict=True)
+        ]
 
         def reduce(teacher: Features) -> Features:
             hints = {
-                name: attention_energy(teacher.hints[hint], sizes[hint], power=power)
-                for hint, name in names.items()
+                name: attention_energy(teacher.hints[hint], size, power=power)
+                for name, (_, hint), size in zip(names, pairs, sizes, strict=True)
             }
             return Features(teacher.output, hints, teacher.params)
 
-        renamed = [(guided, names[hint]) for guided, hint in pairs]
+        renamed = [
+            (guided, name) for (guided, _), name in zip(pairs, names, strict=True)
+        ]
         return Reduced(reduce, attention_transfer(renamed, power=power, loss=loss))
 
-    # A layer that is paired with layers of several sizes needs an energy for each.
-    alone = len({hint for _, hint in pairs}) == len(pairs)
-    return Method(
-        student_wants,
-        teacher_wants,
-        nothing,
-        apply,
-        reduced=reduced if alone else None,
-    )
+    return Method(student_wants, teacher_wants, nothing, apply, reduced=reduced)

@@ -102,7 +102,11 @@ def test_a_step_from_the_cache_equals_the_step_of_the_live_teacher():
     live = hj.distillation_stage(STUDENT, TEACHER, METHOD, optimizer)
     params, metrics = trained(live, teacher, batches, student)
     stage = hj.distillation_stage(
-        STUDENT, plan.network, plan.methods[0], optimizer, teacher_inputs=plan.inputs
+        STUDENT,
+        plan.network,
+        plan.reading(METHOD),
+        optimizer,
+        teacher_inputs=plan.inputs,
     )
     everything = cache.variables_of(teacher, cache.flat(rows.everything()))
     with_rows = [
@@ -241,7 +245,7 @@ def test_a_batch_without_rows_says_where_they_come_from():
     stage = hj.distillation_stage(
         STUDENT,
         plan.network,
-        plan.methods[0],
+        plan.reading(METHOD),
         optax.sgd(0.1),
         teacher_inputs=plan.inputs,
     )
