@@ -1,4 +1,4 @@
-"""The command `hintjax`: distill, resume, eval, layers, methods, doctor."""
+"""The command `hintjax`: distill, resume, eval, layers, methods, cache, doctor."""
 
 import dataclasses
 import importlib.metadata
@@ -8,6 +8,7 @@ import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Literal
 
 import jax
 
@@ -24,7 +25,13 @@ from hintjax.experiments.config import (
     ScheduleOptions,
     part,
 )
-from hintjax.experiments.distill import claim, distill, evaluate_run, resume
+from hintjax.experiments.distill import (
+    claim,
+    distill,
+    evaluate_run,
+    resume,
+    verify_cache,
+)
 from hintjax.experiments.factories import layers, network
 from hintjax.experiments.finished import load_student
 from hintjax.experiments.launch import leaving, start
@@ -78,6 +85,18 @@ def show_methods(*, markdown: bool = False) -> None:
     methods_table.show(in_markdown=markdown)
 
 
+def cache_command(action: Literal["verify"], run_dir: Path) -> None:
+    """Checks a run's cache of teacher features: some rows are computed again.
+
+    Prints the largest error and the least cosine of each feature.
+
+    Args:
+        action: the only action is verify.
+        run_dir: run directory, whose run was started with --cache.
+    """
+    verify_cache(run_dir)
+
+
 def doctor() -> None:
     """Prints versions, devices and disk space, for the report of a problem."""
     print(f"python       {platform.python_version()} on {platform.platform()}")
@@ -128,6 +147,7 @@ def _run(argv: list[str]) -> None:
             "eval": evaluate_run,
             "layers": show_layers,
             "methods": show_methods,
+            "cache": cache_command,
             "doctor": doctor,
         },
         prog="hintjax",

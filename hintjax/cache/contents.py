@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int32, PyTree
 
@@ -24,7 +25,7 @@ Batch = Mapping[str, PyTree]
 
 
 class Place(NamedTuple):
-    """The rows of a batch: their numbers, and their arrays if they are not on the device.
+    """The rows of a batch: their numbers, and their arrays if the batch brings them.
 
     Attributes:
         index: the position of each example in the training split.
@@ -41,8 +42,10 @@ class Contents(NamedTuple):
     """The teacher's features that a cache holds, and how they are read back.
 
     Attributes:
-        encode: `(variables, batch) -> rows`: computes the rows of a batch with the
-            teacher, by name.
+        features: `(variables, batch) -> features`: runs the teacher on a batch; its
+            reduced features by name.
+        encode: `features -> rows`, by name.
+        decode: `rows -> features`, the inverse.
         network: a teacher that reads rows. Batches without "view" (such as those of
             evaluation) run the live teacher.
         inputs: `teacher_inputs` of a stage with this teacher.
@@ -51,7 +54,9 @@ class Contents(NamedTuple):
         description: plain values that name the contents: coding, features, shapes.
     """
 
-    encode: Callable[[Variables, Batch], dict[str, Array]]
+    features: Callable[[Variables, Batch], dict[str, Array]]
+    encode: Callable[[Mapping[str, Array]], dict[str, Array]]
+    decode: Callable[[Mapping[str, Array | np.ndarray]], dict[str, Array]]
     network: Network
     inputs: Callable[[Batch], Any]
     reading: Callable[[Method], Method]
@@ -109,10 +114,10 @@ def contents(
     encode, decode = CODINGS[coding]
     seen = union(*(method.student for method in methods))
 
-    def shown(variables, batch):
+    def guided(variables: Variables, batch: Batch) -> Features:
         return student.apply(*variables, inputs(batch), wants=seen, train=False)[0]
 
-    shapes = jax.eval_shape(shown, student_variables, batch)
+    shapes = jax.eval_shape(guided, student_variables, batch)
     reductions = [reduced(method, shapes) for method in methods]
 
     def reading(method: Method) -> Method:
@@ -126,35 +131,40 @@ def contents(
             hints |= reduction.reduce(_part(found, method.teacher)).hints
         return {"output": found.output if wants.output else {}, "hints": dict(hints)}
 
-    def rows_of(variables: Variables, batch: Batch) -> dict[str, Array]:
-        found = live(*variables, teacher_inputs(batch))
-        return {
-            f"{name}:{part}": stored
-            for name, leaf in _named(found)
-            for part, stored in encode(leaf).items()
-        }
+    def features(variables: Variables, batch: Batch) -> dict[str, Array]:
+        return dict(_named(live(*variables, teacher_inputs(batch))))
 
-    features = jax.eval_shape(
+    shown = jax.eval_shape(
         lambda variables, batch: live(*variables, teacher_inputs(batch)),
         teacher_variables,
         batch,
     )
-    rows = jax.eval_shape(rows_of, teacher_variables, batch)
+    named = dict(_named(shown))
 
-    def read(rows: dict[str, Array]) -> dict[str, PyTree]:
-        """The features from the rows."""
+    def encoded(features: Mapping[str, Array]) -> dict[str, Array]:
+        return {
+            f"{name}:{part}": stored
+            for name, leaf in features.items()
+            for part, stored in encode(leaf).items()
+        }
+
+    def decoded(rows: Mapping[str, Array | np.ndarray]) -> dict[str, Array]:
         parts: dict[str, dict[str, Array]] = {}
         for name, stored in rows.items():
             leaf, _, part = name.rpartition(":")
-            parts.setdefault(leaf, {})[part] = stored
-        return jax.tree.unflatten(
-            jax.tree.structure(features),
-            [decode(parts[name]).astype(leaf.dtype) for name, leaf in _named(features)],
-        )
+            parts.setdefault(leaf, {})[part] = jnp.asarray(stored)
+        return {
+            name: decode(stored).astype(named[name].dtype)
+            for name, stored in parts.items()
+        }
+
+    rows = jax.eval_shape(encoded, named)
 
     def apply(params, state, at, *, wants, train, key=None):
         if isinstance(at, Place):
-            found = read(_gathered(at, state["rows"], rows, examples))
+            read = decoded(_gathered(at, state["rows"], rows, examples))
+            leaves = [read[name] for name in named]
+            found = jax.tree.unflatten(jax.tree.structure(shown), leaves)
         else:
             found = live(params, state["live"], at)
         hints = {name: found["hints"][name] for name in wants.hints}
@@ -164,10 +174,12 @@ def contents(
         raise Refusal(message("cache", "the variables of a teacher", "init"))
 
     def layers(params, state, at):
-        return dict(features["hints"])
+        return dict(shown["hints"])
 
     return Contents(
-        encode=rows_of,
+        features=features,
+        encode=encoded,
+        decode=decoded,
         network=Network(init, apply, layers),
         inputs=lambda batch: _place(batch, teacher_inputs),
         reading=reading,

@@ -1,4 +1,4 @@
-"""The teacher's features of all training examples, as the runs of a setting use them."""
+"""The features of the teacher for all training examples, as runs use them."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple

@@ -4,13 +4,14 @@ import functools
 import shutil
 import time
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 
 from hintjax import cache as caches
 from hintjax._checks import Refusal, message
@@ -34,6 +35,7 @@ from hintjax.sharding import replicated, spread
 from hintjax.training import fingerprint
 
 CACHE = "cache"  # in the run directory
+_VERIFIED = 256  # rows that are computed again
 _FREE = 0.9  # the part of the free disk that a cache may take
 
 
@@ -61,7 +63,11 @@ def with_cache(
     plan = contents_of(setting, methods, teacher)
     identity = identity_of(setting, plan, teacher)
     total = identity["total"]
-    compute, seconds = _compute(setting, plan, teacher)
+
+    def encoded(teacher: Variables, batch: Mapping[str, Any]) -> dict[str, Array]:
+        return plan.encode(plan.features(teacher, batch))
+
+    compute, seconds = _compute(setting, encoded, teacher)
     path.mkdir(parents=True, exist_ok=True)
     nbytes = total * plan.nbytes
     free = shutil.disk_usage(path).free
@@ -91,6 +97,46 @@ def with_cache(
             else spread(everything, replicated(mesh))
         )
     return setting._replace(cache=CachedTeacher(plan, rows, placed))
+
+
+def verify(path: Path, setting: Setting, plan: Contents, teacher: Variables) -> None:
+    """Recomputes some rows of a cache, and prints the errors of its features.
+
+    Args:
+        path: directory of the cache.
+        setting: setting of the run.
+        plan: the features that the cache holds.
+        teacher: variables of the teacher.
+
+    Raises:
+        Refusal: if the cache belongs to another teacher, other data or other features,
+            or is damaged or incomplete.
+    """
+    identity = identity_of(setting, plan, teacher)
+    rows = caches.read(path, identity, mapped=True)
+    total = identity["total"]
+    some = np.random.default_rng().permutation(total)[:_VERIFIED]
+    numbers = np.sort(some)
+    index, view = numbers % rows.examples, numbers // rows.examples
+    compute, _ = _compute(setting, plan.features, teacher)
+    stored = plan.decode(rows.read(index, view))
+    live = {name: jnp.asarray(x) for name, x in compute(numbers).items()}
+    print(f"{len(numbers)} of {total} rows, computed again")
+    for name, ours in stored.items():
+        theirs = live[name]
+        error = float(jnp.abs(ours - theirs).max())
+        low = float(cosines(ours, theirs).min())
+        print(f"{name:40} largest error {error:.3g}  least cosine {low:.6f}")
+
+
+def cosines(first: Array | np.ndarray, second: Array | np.ndarray) -> Array:
+    """The cosine of two arrays, of each example; 1 where both are 0."""
+    a, b = (
+        jnp.asarray(x, jnp.float32).reshape(x.shape[0], -1) for x in (first, second)
+    )
+    norms = jnp.linalg.norm(a, axis=1) * jnp.linalg.norm(b, axis=1)
+    same = (a == b).all(1)
+    return jnp.where(same, 1.0, (a * b).sum(1) / jnp.where(norms > 0, norms, 1.0))
 
 
 def methods_of(setting: Setting, recipes: Sequence[Recipe]) -> list[Method]:
@@ -145,9 +191,17 @@ def identity_of(setting: Setting, plan: Contents, teacher: Variables) -> dict[st
 
 
 def _compute(
-    setting: Setting, plan: Contents, teacher: Variables
+    setting: Setting,
+    function: Callable[[Variables, Mapping[str, Any]], dict[str, Array]],
+    teacher: Variables,
 ) -> tuple[Callable[[np.ndarray], dict[str, np.ndarray]], float]:
-    """Makes the function that computes rows, and measures the seconds per row."""
+    """Makes `numbers of rows -> arrays`, and measures the seconds per row.
+
+    Args:
+        setting: setting of the runs.
+        function: `(variables, batch) -> arrays` by name.
+        teacher: variables of the teacher.
+    """
     config, dataset = setting.config, setting.dataset
     train, size = dataset.train, config.batch_size
     crops = crops_of(config, train.n)
@@ -156,12 +210,12 @@ def _compute(
     @jax.jit
     def encode(
         variables: Variables, split: Split, standardize: Standardize, view: View
-    ) -> dict[str, jax.Array]:
+    ) -> dict[str, Array]:
         # The statistics are arguments, as in training: constants would be folded, and
         # the images would differ in their last bit.
         position = jnp.arange(size)
         batch = take(split, position, standardize, augment=augment, view=view)
-        return plan.encode(variables, batch)
+        return function(variables, batch)
 
     def batch_of(index: np.ndarray, view: int) -> tuple[Split, Standardize, View]:
         shown = View(crops[view][index], np.int32(view))

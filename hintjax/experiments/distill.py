@@ -16,7 +16,13 @@ from hintjax._checks import Refusal, message, nearest
 from hintjax.experiments import attachment, recipes
 from hintjax.experiments import config as configs
 from hintjax.experiments.attachment import Places
-from hintjax.experiments.caching import CACHE, with_cache
+from hintjax.experiments.caching import (
+    CACHE,
+    contents_of,
+    methods_of,
+    verify,
+    with_cache,
+)
 from hintjax.experiments.comparison import REPORT, Arm, compare
 from hintjax.experiments.comparison_picture import picture
 from hintjax.experiments.comparison_table import show_table, table
@@ -301,3 +307,20 @@ def evaluate_run(run_dir: Path) -> None:
         split = getattr(dataset, name)
         found = accuracy(student, variables, split, dataset.standardize)
         print(f"{name} accuracy: {found:.4f}")
+
+
+def verify_cache(run_dir: Path) -> None:
+    """Checks a run's cache of teacher features: some rows are computed again.
+
+    Prints the largest error and the least cosine of each feature.
+
+    Args:
+        run_dir: run directory.
+    """
+    path = run_dir.expanduser().resolve()
+    config = run_config(path)
+    here = dataclasses.replace(config, devices=1, fsdp=1)  # any machine can check
+    setting = prepare(here, teach=True)
+    teacher = teacher_variables(config, path)
+    methods = methods_of(setting, planned(config).recipes)
+    verify(path / CACHE, setting, contents_of(setting, methods, teacher), teacher)

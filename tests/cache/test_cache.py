@@ -79,8 +79,10 @@ def planned(coding="float32", method=METHOD):
 
 def computed(plan):
     batch, _, teacher = parts()
-    encode = functools.partial(jax.jit(plan.encode), teacher)
-    return cache.by_batches(encode, batch, BATCH, N)
+    encode = jax.jit(
+        lambda variables, batch: plan.encode(plan.features(variables, batch))
+    )
+    return cache.by_batches(functools.partial(encode, teacher), batch, BATCH, N)
 
 
 IDENTITY = {"teacher": "t", "total": N * VIEWS, "examples": N}
@@ -139,7 +141,7 @@ def test_stored_features_are_close_to_the_features(coding):
     batch, _, teacher = parts()
     plan = planned(coding, hj.fitnets([("second", "second")]))
     given = batch(np.arange(BATCH), 1)
-    rows = jax.jit(plan.encode)(teacher, given)
+    rows = plan.encode(plan.features(teacher, given))
     wants = hj.networks.Wants(hints=("second",))
     read, _ = plan.network.apply(
         *cache.variables_of(teacher, None),
