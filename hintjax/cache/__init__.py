@@ -14,6 +14,7 @@ not the flipped feature map. So batches must hold "index" and "view", as
 from hintjax.cache.coding import CODINGS, Coding
 from hintjax.cache.contents import ROWS, Contents, contents, flat, variables_of
 from hintjax.cache.shards import (
+    Compute,
     Rows,
     by_batches,
     check_identity,
@@ -26,6 +27,7 @@ __all__ = [
     "CODINGS",
     "ROWS",
     "Coding",
+    "Compute",
     "Contents",
     "Rows",
     "by_batches",

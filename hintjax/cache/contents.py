@@ -132,10 +132,10 @@ def contents(
         return {"output": found.output if wants.output else {}, "hints": dict(hints)}
 
     def features(variables: Variables, batch: Batch) -> dict[str, Array]:
-        return dict(_named(live(*variables, teacher_inputs(batch))))
+        return dict(_named(live(*variables, at=teacher_inputs(batch))))
 
     shown = jax.eval_shape(
-        lambda variables, batch: live(*variables, teacher_inputs(batch)),
+        lambda variables, batch: live(*variables, at=teacher_inputs(batch)),
         teacher_variables,
         batch,
     )

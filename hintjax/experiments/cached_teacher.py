@@ -41,21 +41,27 @@ class CachedTeacher(NamedTuple):
         return {**batch, ROWS: self.rows.read(batch["index"], batch["view"])}
 
 
-def views_of(config: Config) -> int | None:
-    """The number of fixed views of an image; None if every epoch draws new crops."""
-    if config.views is not None or not config.cache:
-        return config.views
-    return _VIEWS if config.pad or config.flip else 1
-
-
 def crops_of(config: Config, n: int) -> UInt8[np.ndarray, "views n 3"] | None:
-    """The crops and flips of all views; they are the same for every seed.
+    """The crops and flips of all views; None if every epoch draws new ones.
+
+    They are the same for every seed.
 
     Args:
         config: config of the run.
         n: number of training examples.
     """
-    views = views_of(config)
-    if views is None:
+    if config.views is None and not config.cache:
         return None
-    return fixed_views(n, views, Augment(pad=config.pad, flip=config.flip))
+    return cached_crops(config, n)
+
+
+def cached_crops(config: Config, n: int) -> UInt8[np.ndarray, "views n 3"]:
+    """The crops and flips of all views of a run with a cache.
+
+    Args:
+        config: config of the run.
+        n: number of training examples.
+    """
+    augment = Augment(pad=config.pad, flip=config.flip)
+    views = _VIEWS if config.pad or config.flip else 1
+    return fixed_views(n, config.views or views, augment)

@@ -26,9 +26,9 @@ from hintjax.data import (
     steps_per_epoch,
     take,
 )
-from hintjax.experiments.cached_teacher import CachedTeacher, crops_of
+from hintjax.experiments.cached_teacher import CachedTeacher, cached_crops
 from hintjax.experiments.recipes import Recipe
-from hintjax.experiments.setting import Setting, seen
+from hintjax.experiments.setting import Setting, seen, taught_by
 from hintjax.method import Method
 from hintjax.networks import Variables
 from hintjax.sharding import replicated, spread
@@ -162,7 +162,7 @@ def contents_of(
     batch = {"image": jax.ShapeDtypeStruct((size, *train.shape), jnp.float32)}
     return contents(
         setting.student,
-        setting.teacher,
+        taught_by(setting),
         methods,
         student,
         teacher,
@@ -175,7 +175,7 @@ def contents_of(
 def identity_of(setting: Setting, plan: Contents, teacher: Variables) -> dict[str, Any]:
     """The values that must be equal when a cache is used again."""
     config, train = setting.config, setting.dataset.train
-    crops = crops_of(config, train.n)
+    crops = cached_crops(config, train.n)
     data = seen(setting.dataset)
     return {
         **plan.description,
@@ -183,7 +183,7 @@ def identity_of(setting: Setting, plan: Contents, teacher: Variables) -> dict[st
         "data": data["train"],
         "standardization": data["mean and std"],
         "augmentation": [config.pad, config.flip],
-        "crops": zlib.crc32(np.ascontiguousarray(crops)),
+        "crops": zlib.crc32(crops.tobytes()),
         "views": len(crops),
         "examples": train.n,
         "total": len(crops) * train.n,
@@ -194,7 +194,7 @@ def _compute(
     setting: Setting,
     function: Callable[[Variables, Mapping[str, Any]], dict[str, Array]],
     teacher: Variables,
-) -> tuple[Callable[[np.ndarray], dict[str, np.ndarray]], float]:
+) -> tuple[caches.Compute, float]:
     """Makes `numbers of rows -> arrays`, and measures the seconds per row.
 
     Args:
@@ -204,7 +204,7 @@ def _compute(
     """
     config, dataset = setting.config, setting.dataset
     train, size = dataset.train, config.batch_size
-    crops = crops_of(config, train.n)
+    crops = cached_crops(config, train.n)
     augment = Augment(pad=config.pad, flip=config.flip)
 
     @jax.jit
@@ -218,7 +218,7 @@ def _compute(
         return function(variables, batch)
 
     def batch_of(index: np.ndarray, view: int) -> tuple[Split, Standardize, View]:
-        shown = View(crops[view][index], np.int32(view))
+        shown = View(crops[view][index], np.asarray(view, np.int32))
         return train.read(index), dataset.standardize, shown
 
     first = batch_of(np.arange(size), 0)

@@ -140,10 +140,11 @@ def _run(
         of, cache = teacher, setting.cache
         if phase.hints_only and hints is not None:
             of, cache = hints, None  # the cache holds features of the other teacher
-        if cache is not None and not cache.serves(phase.method):
-            cache = None
+        if of is None or cache is None or not cache.serves(phase.method):
+            made = compiled_phase(setting, phase, config, feed.per_epoch)
+            return made._replace(teacher=of)
         made = compiled_phase(setting, phase, config, feed.per_epoch, cache)
-        return made._replace(teacher=of if cache is None else cache.variables(of))
+        return made._replace(teacher=cache.variables(of))
 
     phases = [phase_of(phase) for phase in planned]
     fitted = fit(

@@ -1,5 +1,7 @@
 """Attention transfer (AT): matches the positions that the networks attend to."""
 
+from collections.abc import Sequence
+
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
@@ -87,7 +89,7 @@ def attention_maps(
 
 
 def attention_energy(
-    features: Float[Array, "*batch h w c"], size: tuple[int, int], *, power: int = 2
+    features: Float[Array, "*batch h w c"], size: Sequence[int], *, power: int = 2
 ) -> Float[Array, "*batch h2 w2 1"]:
     """Attention energy (AT): one channel with the same attention map as all channels.
 
@@ -111,8 +113,8 @@ def attention_energy(
     features = as_float("attention_energy", features)
     _checks.rank("attention_energy", 3, "*batch h w c", features=features)
     _checks.positive_int("attention_energy", power=power)
-    smaller = tuple(map(min, size, features.shape[-3:-1]))
-    pooled = adaptive_average_pool(features, smaller)
+    height, width = map(min, size, features.shape[-3:-1])
+    pooled = adaptive_average_pool(features, (height, width))
     energy = jnp.mean(absolute_power(pooled, power), -1, keepdims=True)
     return energy ** (1 / power)
 

@@ -91,11 +91,12 @@ def program(
 
     def body(state, teacher, train, standardize, epoch, crops, at, position):
         index = jax.lax.dynamic_slice(epoch, (position * batch_size,), (batch_size,))
+        key = view = None
         if isinstance(crops, View):
-            how = {"view": crops}
+            view = crops
         else:
-            how = {"key": jax.random.fold_in(crops, at)}
-        batch = take(train, index, standardize, augment=augment, **how)
+            key = jax.random.fold_in(crops, at)
+        batch = take(train, index, standardize, key=key, augment=augment, view=view)
         if mesh is not None:
             batch = jax.lax.with_sharding_constraint(batch, over_batch(mesh))
         return stage.step(state, stage.teach(state, teacher, batch), batch)
