@@ -66,6 +66,8 @@ class Method(NamedTuple):
             `good`, else the memory before the step, bit for bit. It is only for a
             method whose step changes a small part of a large memory (CRD's bank):
             selecting between two whole memories would take a copy.
+        silent: the names of the terms, as the metrics have them, whose weight is the
+            number 0: an objective only watches them.
     """
 
     student: Wants
@@ -76,6 +78,7 @@ class Method(NamedTuple):
     deploy: Callable[..., Array] | None = None
     split: Callable[[dict], dict] | None = None
     select: Callable[..., dict] | None = None
+    silent: tuple[str, ...] = ()
 
 
 def nothing(

@@ -168,6 +168,7 @@ def objective(**terms: Weighted | Method) -> Method:
         deploy=_deployed(named),
         split=_split(named),
         select=_select(named),
+        silent=_silent(named),
     )
 
 
@@ -218,6 +219,15 @@ def _select(terms: dict[str, Weighted]) -> Callable[..., dict] | None:
         }
 
     return select
+
+
+def _silent(terms: dict[str, Weighted]) -> tuple[str, ...]:
+    """`Method.silent` of an objective: its own terms, and those of its terms."""
+    own = [name for name, term in terms.items() if term.weight == 0]
+    inner = [
+        f"{n}/{inside}" for n, term in terms.items() for inside in term.method.silent
+    ]
+    return *own, *inner
 
 
 def _own(terms: dict[str, Weighted], field: str) -> dict[str, Callable]:

@@ -10,7 +10,7 @@ from jaxtyping import Array, Key, PyTree
 from hintjax._checks import Refusal, message
 from hintjax.method import PREPARED, Data
 from hintjax.networks import Variables
-from hintjax.stages import skipping
+from hintjax.stages import reach, skipping
 from hintjax.stages.forward import Plan, features_of_teacher, loss, parts_of
 from hintjax.stages.stage import Batch, State
 
@@ -82,12 +82,10 @@ def fresh(
     """
     params, state = student
     taught = features_of_teacher(plan, teacher, batch)
-    shown, _ = plan.student.apply(
-        params, state, plan.inputs(batch), wants=plan.method.student, train=False
-    )
-    shapes = jax.eval_shape(lambda *features: features, shown, taught)
+    shown = reach.shown(plan, student, batch, key)
+    told = jax.eval_shape(lambda features: features, taught)
     own, theirs = jax.random.split(key)
-    regressors, memory = copied(plan.method.init(theirs, *shapes, data))
+    regressors, memory = copied(plan.method.init(theirs, shown.features, told, data))
     if earlier is not None:
         regressors, memory = carried((regressors, memory), earlier)
     params = {"student": params, "regressors": regressors}
@@ -95,6 +93,7 @@ def fresh(
     skipped = skipping.nothing_skipped()
     made = State(params, state, memory, (), zero, own, skipped)
     parts = parts_of(plan, made, taught, batch)
+    reach.check(plan, parts, shown)
     chosen = plan.choose(lambda parts, **how: loss(plan, parts, **how), parts)
     return made._replace(
         params={"regressors": regressors},
