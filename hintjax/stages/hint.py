@@ -103,4 +103,6 @@ def only_what_feeds(
     }
     # BatchNorm does not read its statistics in training: evaluation says which count.
     kept = jax.tree.map(lambda *read: any(read), learning.state, judging.state)
-    return Chosen(optax.partition(transforms, labels), learning.params, kept)
+    # The mask of the gradients is that of an optimizer's extra argument `grad`, too.
+    chosen = optax.partition(transforms, labels, mask_compatible_extra_args=True)
+    return Chosen(chosen, learning.params, kept)

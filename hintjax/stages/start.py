@@ -10,7 +10,7 @@ from jaxtyping import Array, Key, PyTree
 from hintjax._checks import Refusal, message
 from hintjax.method import PREPARED, Data
 from hintjax.networks import Variables
-from hintjax.stages import reach, skipping
+from hintjax.stages import optimizer, reach, skipping
 from hintjax.stages.forward import Plan, features_of_teacher, loss, parts_of
 from hintjax.stages.stage import Batch, State
 
@@ -98,7 +98,7 @@ def fresh(
     return made._replace(
         params={"regressors": regressors},
         state=None,
-        opt_state=chosen.transform.init(params),
+        opt_state=optimizer.begun(chosen.transform, params),
     )
 
 
