@@ -10,6 +10,7 @@ from jaxtyping import Array, Key, PyTree
 from hintjax._checks import Refusal, message
 from hintjax.method import PREPARED, Data
 from hintjax.networks import Variables
+from hintjax.sharding import on_automatic
 from hintjax.stages import optimizer, reach, skipping
 from hintjax.stages.forward import Plan, features_of_teacher, loss, parts_of
 from hintjax.stages.stage import Batch, State
@@ -45,6 +46,7 @@ def init(
         do = "Train method.prepare in a hint_stage first."
         wanted = "carry=, the state of the stage before"
         raise Refusal(message("stage", wanted, "None", do))
+    student, teacher, batch = on_automatic((student, teacher, batch))
     variables = Variables(*copied(tuple(student)))
     earlier = None
     if carry is not None:
