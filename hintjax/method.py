@@ -66,6 +66,10 @@ class Method(NamedTuple):
             `good`, else the memory before the step, bit for bit. It is only for a
             method whose step changes a small part of a large memory (CRD's bank):
             selecting between two whole memories would take a copy.
+        check: `(data) -> None`: raises if the method cannot learn from this training
+            set. It is called on the host, before `init`, with the labels themselves.
+        limits: `(memory) -> {name: n}`: the entries of a batch whose numbers must be in
+            0..n - 1, such as "index".
         silent: the names of the terms, as the metrics have them, whose weight is the
             number 0: an objective only watches them.
     """
@@ -78,6 +82,8 @@ class Method(NamedTuple):
     deploy: Callable[..., Array] | None = None
     split: Callable[[dict], dict] | None = None
     select: Callable[..., dict] | None = None
+    check: Callable[[Data], None] | None = None
+    limits: Callable[[dict], dict[str, int]] | None = None
     silent: tuple[str, ...] = ()
 
 

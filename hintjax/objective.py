@@ -12,7 +12,7 @@ from jaxtyping import Array, ArrayLike, DTypeLike, Float, Num, ScalarLike
 
 from hintjax._checks import Refusal, function, instance, message, scalar
 from hintjax._numerics import as_float, either, masked_mean
-from hintjax.method import PREPARED, Method, nothing, one_per_example, union
+from hintjax.method import PREPARED, Data, Method, nothing, one_per_example, union
 from hintjax.networks import Wants
 
 ADJUSTABLE = "weights"  # the memory of an objective that holds adjustable weights
@@ -168,6 +168,8 @@ def objective(**terms: Weighted | Method) -> Method:
         deploy=_deployed(named),
         split=_split(named),
         select=_select(named),
+        check=_check(named),
+        limits=_limits(named),
         silent=_silent(named),
     )
 
@@ -219,6 +221,35 @@ def _select(terms: dict[str, Weighted]) -> Callable[..., dict] | None:
         }
 
     return select
+
+
+def _check(terms: dict[str, Weighted]) -> Callable[[Data], None] | None:
+    """`Method.check` of an objective, from that of each term that teaches."""
+    own = _own({n: term for n, term in terms.items() if term.weight != 0}, "check")
+    if not own:
+        return None
+
+    def check(data):
+        for one in own.values():
+            one(data)
+
+    return check
+
+
+def _limits(terms: dict[str, Weighted]) -> Callable[[dict], dict[str, int]] | None:
+    """`Method.limits` of an objective: the lowest of all terms."""
+    own = _own(terms, "limits")
+    if not own:
+        return None
+
+    def limits(memory):
+        found: dict[str, int] = {}
+        for term, one in own.items():
+            for name, n in one(memory[term]).items():
+                found[name] = min(n, found.get(name, n))
+        return found
+
+    return limits
 
 
 def _silent(terms: dict[str, Weighted]) -> tuple[str, ...]:
