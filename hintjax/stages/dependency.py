@@ -70,8 +70,8 @@ def differentiated(
 
     Args:
         function: `(moving, fixed) -> results`.
-        moving: a pytree of shapes; integers in it have no derivative.
-        fixed: a pytree of shapes.
+        moving: a pytree of arrays or their shapes; integers have no derivative.
+        fixed: a pytree of arrays or their shapes.
 
     >>> shape = jax.ShapeDtypeStruct((), "float32")
     >>> traced = differentiated(lambda x, y: x["a"] * jnp.round(x["b"]),
@@ -79,6 +79,7 @@ def differentiated(
     >>> traced.changes(lambda path: True).changes
     {'a': True, 'b': False}
     """
+    moving, fixed = jax.tree.map(_shape, (moving, fixed))
     leaves, tree = jax.tree.flatten(moving)
     floats = {i: leaf for i, leaf in enumerate(leaves) if _has_derivative(leaf)}
 
@@ -109,6 +110,10 @@ def differentiated(
 
 def _has_derivative(leaf: jax.ShapeDtypeStruct) -> bool:
     return jnp.issubdtype(leaf.dtype, jnp.inexact)
+
+
+def _shape(leaf: PyTree) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf))
 
 
 def _number(change: PyTree) -> PyTree:

@@ -56,8 +56,7 @@ def shown(plan: Plan, student: Variables, batch: Batch, key: Key[Array, ""]) -> 
         return plan.student.apply(params, state, plan.inputs(batch), **how)[0]
 
     params, state = student
-    given = jax.tree.map(_shape, (params, (state, batch, key)))
-    program = differentiated(features, *given)
+    program = differentiated(features, params, (state, batch, key))
     paths = jax.tree_util.tree_leaves_with_path(program.shapes)
     found = {
         name: program.changes(lambda path, own=own: path == own).changes
@@ -136,7 +135,6 @@ def judged(plan: Plan, parts: Parts, shown: Shown) -> Program:
         {name: leaf for name, leaf in named.items() if (name in shown.moved) == moved}
         for moved in (True, False)
     )
-    parts = jax.tree.map(_shape, parts)
     return differentiated(losses, moving, {"parts": parts, "features": rest})
 
 
@@ -166,7 +164,3 @@ def _named(features: Features) -> Leaves:
 def _those(used: Mapping[str, bool]) -> list[str]:
     """The names whose value is True."""
     return [name for name, yes in used.items() if yes]
-
-
-def _shape(leaf: PyTree) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf))

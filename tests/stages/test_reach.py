@@ -65,21 +65,20 @@ class Net(nn.Module):
     """Two convolutions, a layer that applies a function, and a head."""
 
     function: object = nothing
-    classes: int = 4
 
     @nn.compact
     def __call__(self, x, train: bool = False):
         x = nn.relu(nn.Conv(4, (3, 3), name="block1")(x))
         y = Same(self.function, name="same")(x)
         y = nn.relu(nn.Conv(4, (3, 3), name="block2")(y))
-        return nn.Dense(self.classes, name="head")(y.mean((1, 2)))
+        return nn.Dense(4, name="head")(y.mean((1, 2)))
 
 
-def start(method, function=nothing, make=hj.distillation_stage, classes=4):
+def start(method, function=nothing, make=hj.distillation_stage):
     """The shapes of a stage's first state; nothing is compiled."""
-    student, teacher = linen(Net(function, classes)), linen(Net(classes=classes))
+    student, teacher = linen(Net(function)), linen(Net())
     shapes = jax.eval_shape(teacher.init, KEY, BATCH["image"])
-    stage = make(student, teacher, method, optax.sgd(0.1))
+    stage = make(student, teacher, method, optax.adam(0.1))
     carry = None
     if method.prepare is not None:
         before = hj.hint_stage(student, teacher, method.prepare, optax.sgd(0.1))
@@ -183,6 +182,16 @@ def test_a_term_of_weight_zero_only_watches():
 
 def test_a_stage_that_trains_the_teachers_side_alone_is_no_error():
     start(hj.objective(task=task(), factor=factor_transfer([GOOD])))
+
+
+@pytest.mark.parametrize("function", [nothing, *BLOCKING.values()])
+def test_a_hint_stage_freezes_what_no_gradient_reaches(function):
+    """Otherwise weight decay would shrink layers that feed the hint by value alone."""
+    state = start(hj.fitnets([("block2", "block2")]), function, hj.hint_stage)
+    paths, _ = zip(*jax.tree_util.tree_leaves_with_path(state.opt_state), strict=True)
+    trained = " ".join(map(jax.tree_util.keystr, paths))
+    assert "block2" in trained and "head" not in trained
+    assert ("block1" in trained) == (function is nothing)
 
 
 def test_changes_pass_through_floats_alone():
