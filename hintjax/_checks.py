@@ -203,6 +203,15 @@ def is_array(value: Any) -> bool:
     return isinstance(value, jax.Array | np.ndarray | np.generic)
 
 
+def on_host(value: Any) -> bool:
+    """Whether it is an array whose numbers this process can read.
+
+    A traced array has none, a shape neither, and a part of an array may be elsewhere.
+    """
+    known = is_array(value) and not isinstance(value, Tracer)
+    return known and getattr(value, "is_fully_addressable", True)
+
+
 def described(value: Any) -> str:
     """The text of a value for a message: an array by its dtype and shape."""
     if is_array(value) and not isinstance(value, np.generic):

@@ -1,4 +1,9 @@
-"""The command `hintjax`: distill, resume, eval, layers, methods, cache, doctor."""
+"""The command `hintjax`: distill, resume, eval, layers, methods, cache, doctor.
+
+Its exit codes: 0 after success; 2 if it refuses the input; 3 if a run learned nothing
+(its updates were skipped, because numbers were not finite); 130 after Ctrl-C and 143
+after SIGTERM, both once the run is saved; 1 after a defect, with a traceback.
+"""
 
 import dataclasses
 import importlib.metadata
@@ -36,6 +41,7 @@ from hintjax.experiments.factories import layers, network
 from hintjax.experiments.finished import load_student
 from hintjax.experiments.launch import leaving, start
 from hintjax.processes import first, told
+from hintjax.training import NothingLearned
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,6 +139,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             # Every other error is a defect, whose traceback helps to mend it.
             print(f"hintjax: {error}", file=sys.stderr)
             sys.exit(2)
+        except NothingLearned as error:
+            print(f"hintjax: {error}", file=sys.stderr)
+            sys.exit(3)
 
 
 def _run(argv: list[str]) -> None:

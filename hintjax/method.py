@@ -71,6 +71,12 @@ class Method(NamedTuple):
         reduced: `(shapes of the student's features) -> Reduced`: the method on reduced
             features of the teacher, if its loss needs only a reduction of them that
             does not depend on parameters (AT's attention maps, FSP's matrices).
+        check: `(data) -> None`: raises if the method cannot learn from this training
+            set. It is called on the host, before `init`, with the labels themselves.
+        limits: `(memory) -> {name: n}`: the entries of a batch whose numbers must be in
+            0..n - 1, such as "index".
+        silent: the names of the terms, as the metrics have them, whose weight is the
+            number 0: an objective only watches them.
     """
 
     student: Wants
@@ -82,6 +88,9 @@ class Method(NamedTuple):
     split: Callable[[dict], dict] | None = None
     select: Callable[..., dict] | None = None
     reduced: "Callable[[Features], Reduced] | None" = None
+    check: Callable[[Data], None] | None = None
+    limits: Callable[[dict], dict[str, int]] | None = None
+    silent: tuple[str, ...] = ()
 
 
 class Reduced(NamedTuple):

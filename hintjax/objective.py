@@ -192,6 +192,9 @@ def objective(**terms: Weighted | Method) -> Method:
         split=_split(named),
         select=_select(named),
         reduced=_reduced(named),
+        check=_check(named),
+        limits=_limits(named),
+        silent=_silent(named),
     )
 
 
@@ -270,6 +273,44 @@ def _reduced(terms: dict[str, Weighted]) -> Callable[[Features], Reduced] | None
         )
 
     return made
+
+
+def _check(terms: dict[str, Weighted]) -> Callable[[Data], None] | None:
+    """`Method.check` of an objective, from that of each term that teaches."""
+    own = _own({n: term for n, term in terms.items() if term.weight != 0}, "check")
+    if not own:
+        return None
+
+    def check(data):
+        for one in own.values():
+            one(data)
+
+    return check
+
+
+def _limits(terms: dict[str, Weighted]) -> Callable[[dict], dict[str, int]] | None:
+    """`Method.limits` of an objective: the lowest of all terms."""
+    own = _own(terms, "limits")
+    if not own:
+        return None
+
+    def limits(memory: dict) -> dict[str, int]:
+        found: dict[str, int] = {}
+        for term, one in own.items():
+            for name, n in one(memory[term]).items():
+                found[name] = min(n, found[name]) if name in found else n
+        return found
+
+    return limits
+
+
+def _silent(terms: dict[str, Weighted]) -> tuple[str, ...]:
+    """`Method.silent` of an objective: its own terms, and those of its terms."""
+    own = [name for name, term in terms.items() if term.weight == 0]
+    inner = [
+        f"{n}/{inside}" for n, term in terms.items() for inside in term.method.silent
+    ]
+    return *own, *inner
 
 
 def _own(terms: dict[str, Weighted], field: str) -> dict[str, Callable]:

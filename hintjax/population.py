@@ -12,7 +12,14 @@ from jaxtyping import Array, Float, PyTree, ScalarLike
 from hintjax._checks import Refusal, message, nearest, positive_int
 from hintjax.networks import Variables
 from hintjax.objective import ADJUSTABLE, check_weight
-from hintjax.sharding import check_batch, over_batch, replicated, shares, spread
+from hintjax.sharding import (
+    automatic,
+    check_batch,
+    over_batch,
+    replicated,
+    shares,
+    spread,
+)
 from hintjax.stages import Stage, State
 
 Members = State | tuple[State, ...]
@@ -103,6 +110,7 @@ def population(
         wanted = f"n to be a multiple of the {parts} devices"
         do = f"Use {n + -n % parts}, or fewer devices."
         raise Refusal(message("population", wanted, f"{n}", do))
+    mesh = mesh and automatic(mesh)
     stacked = together or mesh is not None
 
     def init(keys, students, teacher, batch, data=None, adjust=None):

@@ -24,13 +24,18 @@ from hintjax.experiments.distill import keep_compiled
 from hintjax.experiments.finished import load_student
 from hintjax.experiments.setting import prepare
 from hintjax.experiments.teaching import check_teacher
-from hintjax.training import fingerprint, load_tree, read_metrics
+from hintjax.training import NothingLearned, fingerprint, load_tree, read_metrics
 from hintjax.training.run_directory import owned
 
 TINY = (
     *("--student", "hintjax.models:plain_wide", "--batch-size", "16"),
     *("--epochs", "4", "--teacher-epochs", "2", "--devices", "1"),
 )
+
+
+def narrow(classes):
+    """A factory whose network has fewer outputs than classes."""
+    return models.plain_wide(classes=classes - 1)
 
 
 @pytest.fixture(scope="module")
@@ -210,6 +215,18 @@ def test_doctor_names_versions_devices_and_disk(capsys):
         (["--teacher", "no/such/run"], "expected a file"),
         (["--method", "fitnets", "--pairs", "conv99=conv2"], "Nearest: conv9"),
         (["--method", "fitnets", "--epochs", "1"], "one for each stage"),
+        (
+            ["--method", "fitnets", "--pairs", "conv1:in=conv1:in"],
+            "parameters, got none through layer 'conv1:in'",
+        ),
+        (
+            ["--method", "backprop", "--student", f"{__name__}:narrow"],
+            "a student with an output for each of the 10 classes, got 9 outputs. ",
+        ),
+        (
+            ["--method", "fitnets", "--teacher", f"{__name__}:narrow"],
+            "a teacher with an output for each of the 10 classes, got 9 outputs. ",
+        ),
         (["--dataset", "diggits"], "diggits"),
         (["--config", "nowhere.yaml"], "expected a file"),
     ],
@@ -295,6 +312,19 @@ def test_sigint_is_a_sentence_and_130(tmp_path, monkeypatch, capsys):
         main(["distill", "--method", "kd", "--run-dir", str(tmp_path / "run")])
     assert ended.value.code == 130
     assert capsys.readouterr().err == "hintjax: stopped. step 3 is saved\n"
+
+
+@pytest.mark.quick
+def test_a_run_that_learned_nothing_is_a_sentence_and_3(tmp_path, monkeypatch, capsys):
+    def skipped(*_, **__):
+        raise NothingLearned("fit: expected finite losses, got 3 skipped updates.")
+
+    monkeypatch.setattr("hintjax.experiments.distill.prepare", skipped)
+    with pytest.raises(SystemExit) as ended:
+        main(["distill", "--method", "kd", "--run-dir", str(tmp_path / "run")])
+    assert ended.value.code == 3
+    said = "hintjax: fit: expected finite losses, got 3 skipped updates.\n"
+    assert capsys.readouterr().err == said
 
 
 @pytest.mark.quick

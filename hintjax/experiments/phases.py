@@ -8,12 +8,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from hintjax._checks import Refusal, message
 from hintjax.data import Augment, steps_per_epoch
 from hintjax.experiments.cached_teacher import CachedTeacher
 from hintjax.experiments.config import Config
 from hintjax.experiments.recipes import PlannedPhase, Recipe
 from hintjax.experiments.setting import Setting, taught_by
+from hintjax.experiments.teacher import teacher_of
 from hintjax.method import Data
+from hintjax.networks import Network, Wants
 from hintjax.stages import (
     SpikeGuard,
     Stage,
@@ -44,6 +47,9 @@ def check(setting: Setting, recipe: Recipe) -> list[PlannedPhase]:
         None if network is None else jax.eval_shape(network.init, key, setting.inputs)
         for network in (setting.student, setting.teacher)
     )
+    _check_head(setting, "student", setting.student)
+    if setting.teacher is not None and teacher_of(config.teacher).factory is not None:
+        _check_head(setting, "teacher", setting.teacher)
     per_epoch = steps_per_epoch(train.n, size)
     state, phases = None, list(recipe(config, setting.places, per_epoch))
     for phase in phases:
@@ -53,6 +59,25 @@ def check(setting: Setting, recipe: Recipe) -> list[PlannedPhase]:
         state = jax.eval_shape(stage.init, key, student, teacher, batch, data, carry)
         jax.eval_shape(stage.update, state, teacher, batch)
     return phases
+
+
+def _check_head(setting: Setting, who: str, network: Network) -> None:
+    """Raises if a network that is trained here has fewer outputs than classes.
+
+    The loss of a label beyond the outputs is not finite, so its updates are skipped.
+    """
+    classes, wants = setting.dataset.classes, Wants(output=True)
+    variables = jax.eval_shape(network.init, jax.random.key(0), setting.inputs)
+    shown, _ = jax.eval_shape(
+        functools.partial(network.apply, wants=wants, train=False),
+        *variables,
+        setting.inputs,
+    )
+    outputs = shown.output.shape[-1]
+    if outputs < classes:
+        wanted = f"a {who} with an output for each of the {classes} classes"
+        do = f"Give --{who} a factory that makes `classes` outputs."
+        raise Refusal(message("distill", wanted, f"{outputs} outputs", do))
 
 
 def compiled_phase(

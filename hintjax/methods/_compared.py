@@ -60,11 +60,22 @@ def compared(
     return Method(student_wants, teacher_wants, nothing, apply)
 
 
-def outputs(caller: str, loss: Callable[..., Float[Array, " batch"]]) -> Method:
+def outputs(
+    caller: str, loss: Callable[..., Float[Array, " batch"]], least: int = 2
+) -> Method:
     """A loss of the two outputs, `(student, teacher, batch) -> one value per example`.
 
     When a stage is initialized, the method raises if the outputs of the two networks
-    have different shapes.
+    have different shapes, or fewer classes than the loss needs.
+
+    Args:
+        caller: the name of the method, for messages.
+        loss: the loss.
+        least: the number of classes below which the loss is constant. The softmax of
+            one class is 1, whatever the network learns.
+
+    Returns:
+        The method.
     """
 
     def init(
@@ -75,6 +86,10 @@ def outputs(caller: str, loss: Callable[..., Float[Array, " batch"]]) -> Method:
             got = f"outputs {student.output.shape} and {teacher.output.shape}"
             do = "Distill hints instead, or change the head of a network."
             raise Refusal(message(caller, wanted, got, do))
+        if student.output.shape[-1] < least:
+            wanted = f"outputs of {least} classes or more"
+            do = "With fewer the loss is constant: compare hints, or write a loss."
+            raise Refusal(message(caller, wanted, f"{student.output.shape}", do))
         return nothing(key, student, teacher, data)
 
     def apply(

@@ -9,12 +9,21 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from hintjax import memory as banks
 from hintjax import regressors
-from hintjax._checks import Refusal, instance, message, positive, positive_int, scalar
+from hintjax._checks import (
+    Refusal,
+    instance,
+    message,
+    on_host,
+    positive,
+    positive_int,
+    scalar,
+)
 from hintjax._numerics import either, masked_mean
 from hintjax.losses import contrastive_log_constant, contrastive_scores_loss
 from hintjax.method import Applied, Batch, Context, Data, Method, hints_of
@@ -162,13 +171,15 @@ def crd(
     Returns:
         The method. It trains two heads, `student` and `teacher`; remembers the bank
         (`MemoryBank`) and the examples by class; reports `positive`, the mean cosine
-        of the positives. Batches need "label" and "index"; a stage is initialized
-        with `data=Data(labels)`.
+        of the positives, and, if there is a bank, `outside`: the fraction of examples
+        whose index is not in the training set. Such examples are not remembered.
+        Batches need "label" and "index"; a stage is initialized with
+        `data=Data(labels)`.
 
     Raises:
         ValueError: if a temperature, momentum or size is out of range, if `relax` is
             set and nothing is drawn, or (when a stage is initialized) if there is no
-            data.
+            data, or only one class without `GivenNegatives`.
 
     References:
         Tian, Krishnan, Isola 2020, Contrastive Representation Distillation.
@@ -218,12 +229,14 @@ def crd(
     ) -> Applied:
         bank, classes = memory["bank"], memory["classes"]
         where, train = batch.get("where"), context.train
+        outside = None
         seen = (student.hints[guided], teacher.hints[hint])
         s, _ = regressors.apply(head, params["student"], {}, seen[0], train)
         t, _ = regressors.apply(head, params["teacher"], {}, seen[1], train)
         if isinstance(negatives, BatchNegatives):
             by_student, by_teacher, valid = _within(s, t, batch["label"], where)
         else:
+            outside = _outside(batch, limits(memory))
             draws, positives = jax.random.split(context.key)
             drawn = negatives.draw(classes, draws, batch)
             mine = drawn.positive
@@ -267,11 +280,11 @@ def crd(
                 *scores, log_constant=constant, **setting
             )
         if train:
-            if not in_batch:
+            if outside is not None:
                 # The bank does not store embeddings whose loss is not finite. Since
                 # this mask depends on the scores, XLA writes the bank after it has read
                 # it, in place and without a copy.
-                known = jnp.isfinite(values)
+                known = jnp.isfinite(values) & ~outside
                 known = known if where is None else known & where
                 bank = banks.update(
                     bank,
@@ -286,6 +299,8 @@ def crd(
                 student_constant=constants[0], teacher_constant=constants[1]
             )
         metrics = {"positive": masked_mean(by_student[0], where)}
+        if outside is not None:
+            metrics["outside"] = masked_mean(outside.astype(values.dtype), where)
         return values, {**memory, "bank": bank}, metrics
 
     def select(good: Array, memory: dict, before: dict, batch: Batch) -> dict:
@@ -295,6 +310,18 @@ def crd(
         bank = banks.select(good, bank, before["bank"], index, mesh=mesh)
         return {**memory, "bank": bank}
 
+    def check(data: Data) -> None:
+        labels = data.labels
+        if on_host(labels) and np.min(labels) == np.max(labels):
+            got = f"{data.size} labels of one class"
+            do = "The negatives of an example are of other classes."
+            raise Refusal(message("crd", "labels of several classes", got, do))
+
+    def limits(memory: dict) -> dict[str, int]:
+        size = memory["classes"].order.shape[0]
+        named = [negatives.name] if isinstance(negatives, GivenNegatives) else []
+        return {name: size for name in ("index", *named)}
+
     return Method(
         student_wants,
         teacher_wants,
@@ -302,6 +329,8 @@ def crd(
         apply,
         split=None if mesh is None else partial(_split, mesh),
         select=select,
+        check=None if isinstance(negatives, GivenNegatives) else check,
+        limits=None if in_batch else limits,
     )
 
 
@@ -344,6 +373,17 @@ def _split(mesh: Mesh, memory: dict) -> dict:
     """`Method.split`: the rows of the bank are sharded over the mesh."""
     rows = banks.split_rows(memory["bank"], mesh)
     return {"bank": rows, "classes": PartitionSpec()}
+
+
+def _outside(
+    batch: Mapping[str, Array], limits: Mapping[str, int]
+) -> Bool[Array, " batch"]:
+    """Whether an example has a number outside of the limits."""
+    found = [
+        jnp.any((x < 0) | (x >= n), tuple(range(1, x.ndim)))
+        for x, n in ((batch[name], n) for name, n in limits.items())
+    ]
+    return jnp.any(jnp.stack(found), 0)
 
 
 def _keys(key: Array, index: Array) -> Array:

@@ -32,7 +32,8 @@ def decoupled_kd(
 
     Raises:
         ValueError: if the temperature is not positive, if a weight is negative, or
-            (when a stage is initialized) if the numbers of classes differ.
+            (when a stage is initialized) if the numbers of classes differ, or are 1 (or
+            2, with alpha 0), so that the loss is constant.
 
     References:
         Zhao et al. 2022, Decoupled Knowledge Distillation.
@@ -51,4 +52,5 @@ def decoupled_kd(
             temperature=temperature,
         )
 
-    return outputs("decoupled_kd", loss)
+    # One other class among itself has the probability 1.
+    return outputs("decoupled_kd", loss, least=2 if alpha > 0 else 3)

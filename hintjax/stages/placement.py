@@ -16,9 +16,11 @@ from hintjax.networks import Variables
 from hintjax.sharding import (
     Layout,
     alike,
+    automatic,
     check_batch,
     check_rules,
     check_spans,
+    on_automatic,
     over_batch,
     replicated,
     shares,
@@ -65,7 +67,8 @@ def placement(mesh: Mesh | Layout | None, method: Method) -> Placement:
     """
     if mesh is None:
         return one_device()
-    return on_mesh(Layout(mesh) if isinstance(mesh, Mesh) else mesh, method)
+    layout = Layout(mesh) if isinstance(mesh, Mesh) else mesh
+    return on_mesh(layout._replace(mesh=automatic(layout.mesh)), method)
 
 
 def one_device() -> Placement:
@@ -176,6 +179,7 @@ class _Sharded:
         # These checks come before those of jit, whose messages say less.
         check_batch(batch, self._layout.mesh)
         check_spans(batch, self._layout.mesh)
+        variables, batch = on_automatic((variables, batch))
         variables = None if variables is None else Variables(*variables)
         structure = jax.tree.structure((state, variables))
         if structure not in self._made:

@@ -25,7 +25,7 @@ from hintjax._numerics import either
 from hintjax.method import Method
 from hintjax.networks import Features, Network, Variables, Wants
 from hintjax.sharding import Layout
-from hintjax.stages import debugging, skipping, start
+from hintjax.stages import debugging, optimizer, skipping, start
 from hintjax.stages import report as reports
 from hintjax.stages.accumulation import (
     divided,
@@ -57,8 +57,14 @@ def step(
     debugging.look("gradients", grads, state.step)
     chosen = plan.choose(partial(loss, plan), parts)
     grads = plan.place.grads(grads)
-    transform = chosen.transform
-    updates, opt_state = transform.update(grads, state.opt_state, state.params)
+    updates, opt_state = optimizer.updates(
+        chosen.transform,
+        grads,
+        state.opt_state,
+        state.params,
+        metrics["loss"],
+        partial(value, plan, state, taught, batch),
+    )
     moved = optax.apply_updates(state.params, updates)
     good, norms, counts = skipping.guard(
         plan.spikes, state.norms, metrics["loss"], grads
@@ -135,6 +141,28 @@ def gradients(
 
     grads, (after, metrics) = jax.grad(weighed, has_aux=True)(parts.params)
     return (grads, metrics), after
+
+
+def value(
+    plan: Plan, state: State, taught: Features, batch: Batch, params: PyTree
+) -> Array:
+    """Returns the loss of the step at other parameters, for a line search.
+
+    Args:
+        plan: the stage's settings.
+        state: the state before the update.
+        taught: the teacher's features of the batch.
+        batch: the batch.
+        params: the parameters.
+    """
+
+    def mean(
+        plan: Plan, parts: Parts, weigh: Callable[[Array], Array], number: Any
+    ) -> tuple[Array, Carry]:
+        found, (after, _) = loss(plan, parts, train=True)
+        return weigh(found), after
+
+    return learn(plan, mean, state._replace(params=params), taught, batch)[0]
 
 
 def keep(plan: Plan, good: Array, new: State, old: State, batch: Batch) -> State:
@@ -323,17 +351,17 @@ def make_stage(
     )
 
 
-def check_kinds(caller: str, method: Any, optimizer: Any) -> None:
+def check_kinds(caller: str, method: Any, transform: Any) -> None:
     """Raises unless method and optimizer have their types, and so their places.
 
     Args:
         caller: name of the function that the user called.
         method: should be a `Method`.
-        optimizer: should be an optax transformation.
+        transform: should be an optax transformation.
     """
     for name, value, kind in (
         ("method", method, Method),
-        ("optimizer", optimizer, optax.GradientTransformation),
+        ("optimizer", transform, optax.GradientTransformation),
     ):
         if not isinstance(value, kind):
             wanted = f"{name} to be a {kind.__name__}"
