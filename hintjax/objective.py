@@ -10,9 +10,16 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, ArrayLike, DTypeLike, Float, Num, ScalarLike
 
-from hintjax._checks import Refusal, function, instance, message, scalar
+from hintjax._checks import Refusal, function, instance, message, needed, scalar
 from hintjax._numerics import as_float, either, masked_mean
-from hintjax.method import PREPARED, Method, nothing, one_per_example, union
+from hintjax.method import (
+    PREPARED,
+    Method,
+    nothing,
+    one_per_example,
+    output_of,
+    union,
+)
 from hintjax.networks import Wants
 
 ADJUSTABLE = "weights"  # the memory of an objective that holds adjustable weights
@@ -259,18 +266,21 @@ def task(
     function("task", loss=loss)
     instance("task", str, label=label)
 
+    def init(key, student, teacher, data):
+        if student.output is not None:
+            output_of("task", "student", student)
+        return nothing(key, student, teacher, data)
+
     def apply(params, memory, student, teacher, batch, context):
-        if label not in batch:
-            got, do = f"{sorted(batch)}", "Name the labels with label=."
-            raise Refusal(message("task", f"{label!r} in the batch", got, do))
-        output, labels = as_float("task", student.output), batch[label]
+        labels = needed("task", batch, label, "Name the labels with label=.")
+        output = as_float("task", output_of("task", "student", student))
         metrics = {}
         if jnp.issubdtype(labels.dtype, jnp.integer):
             right = (output.argmax(-1) == labels).astype(output.dtype)
             metrics["accuracy"] = masked_mean(right, batch.get("where"))
         return loss(output, labels), memory, metrics
 
-    return Method(Wants(output=True), Wants(), nothing, apply)
+    return Method(Wants(output=True), Wants(), init, apply)
 
 
 def _fold(key: Array, name: str) -> Array:

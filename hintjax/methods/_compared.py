@@ -5,7 +5,7 @@ from collections.abc import Callable
 from jaxtyping import Array, Float
 
 from hintjax._checks import Refusal, message
-from hintjax.method import Method, Pairs, hints_of, nothing
+from hintjax.method import Method, Pairs, hints_of, nothing, output_of
 from hintjax.methods._tokens import counted
 from hintjax.networks import Wants
 
@@ -50,15 +50,20 @@ def outputs(caller: str, loss: Callable[..., Float[Array, " batch"]]) -> Method:
     have different shapes.
     """
 
+    def both(student, teacher):
+        ours = output_of(caller, "student", student)
+        return ours, output_of(caller, "teacher", teacher)
+
     def init(key, student, teacher, data):
-        if student.output.shape != teacher.output.shape:
+        ours, theirs = both(student, teacher)
+        if ours.shape != theirs.shape:
             wanted = "student and teacher to have the same number of classes"
-            got = f"outputs {student.output.shape} and {teacher.output.shape}"
+            got = f"outputs {ours.shape} and {theirs.shape}"
             do = "Distill hints instead, or change the head of a network."
             raise Refusal(message(caller, wanted, got, do))
         return nothing(key, student, teacher, data)
 
     def apply(params, memory, student, teacher, batch, context):
-        return loss(student.output, teacher.output, batch), memory, {}
+        return loss(*both(student, teacher), batch), memory, {}
 
     return Method(Wants(output=True), Wants(output=True), init, apply)

@@ -1,6 +1,6 @@
 """DKD: decoupled knowledge distillation (Zhao et al. 2022)."""
 
-from hintjax._checks import instance, not_negative, positive
+from hintjax._checks import instance, needed, not_negative, positive
 from hintjax.losses import decoupled_kd_loss
 from hintjax.method import Method
 from hintjax.methods._compared import outputs
@@ -41,6 +41,8 @@ def decoupled_kd(
     hyper = {"alpha": alpha, "beta": beta, "temperature": temperature}
 
     def loss(student, teacher, batch):
-        return decoupled_kd_loss(student, teacher, batch[label], **hyper)
+        do = "Name the labels with label=."
+        labels = needed("decoupled_kd", batch, label, do)
+        return decoupled_kd_loss(student, teacher, labels, **hyper)
 
     return outputs("decoupled_kd", loss)

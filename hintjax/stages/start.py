@@ -10,17 +10,17 @@ from jaxtyping import Array, Key, PyTree
 from hintjax._checks import Refusal, message
 from hintjax.method import PREPARED, Data
 from hintjax.networks import Variables
-from hintjax.stages import skipping
+from hintjax.stages import entering, skipping
 from hintjax.stages.forward import Plan, features_of_teacher, loss, parts_of
-from hintjax.stages.stage import Batch, State
+from hintjax.stages.stage import Batch, Given, State
 
 
 def init(
     plan: Plan,
     fresh: Callable[..., Any],
     key: Key[Array, ""],
-    student: Variables,
-    teacher: Variables | None,
+    student: Given,
+    teacher: Given | None,
     batch: Batch,
     data: Data | None = None,
     carry: State | None = None,
@@ -38,9 +38,14 @@ def init(
         carry: the state of an earlier stage.
 
     Raises:
-        ValueError: if the method needs an earlier stage and `carry` is None, or the
-            stages have no common term.
+        ValueError: if an argument has a wrong form (see `entering`), the method needs
+            an earlier stage and `carry` is None, or the stages have no common term.
     """
+    entering.check_key(key)
+    student, teacher = entering.student(student), entering.teacher(teacher)
+    entering.check_batch(batch)
+    entering.check_data(data)
+    entering.check_carry(carry)
     if plan.method.prepare is not None and carry is None:
         do = "Train method.prepare in a hint_stage first."
         wanted = "carry=, the state of the stage before"
@@ -83,7 +88,11 @@ def fresh(
     params, state = student
     taught = features_of_teacher(plan, teacher, batch)
     shown, _ = plan.student.apply(
-        params, state, plan.inputs(batch), wants=plan.method.student, train=False
+        params,
+        state,
+        entering.selected("inputs", plan.inputs, batch),
+        wants=plan.method.student,
+        train=False,
     )
     shapes = jax.eval_shape(lambda *features: features, shown, taught)
     own, theirs = jax.random.split(key)
