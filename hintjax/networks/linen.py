@@ -36,7 +36,8 @@ def linen(
         module: the module, unbound.
         call: `(module, inputs, train) -> output`, for a module with another call.
             By default `module(inputs, train=train)`, or `module(inputs)` for a module
-            that takes nothing else.
+            that takes nothing else. A module that has `train` as an attribute needs
+            `lambda m, x, train: m.clone(parent=m.scope, train=train)(x)`.
 
     Returns:
         The network.
@@ -51,7 +52,7 @@ def linen(
     >>> x = jax.numpy.ones((1, 3))
     >>> params, state = net.init(jax.random.key(0), x)
     >>> list(net.layers(params, state, x))
-    ['layers_0', 'layers_2']
+    ['layers_0', 'layers_2', ':out']
     >>> wants = Wants(output=True, hints=("layers_0",))
     >>> features, _ = net.apply(params, state, x, wants=wants, train=False)
     >>> features.output.shape, features.hints["layers_0"].shape

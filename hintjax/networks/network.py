@@ -53,8 +53,9 @@ class Network(NamedTuple):
         apply: `(params, state, inputs, *, wants, train, key=None) -> (Features,
             state)`. With `train=False` it returns the state unchanged.
         layers: `(params, state, inputs) -> {path: ShapeDtypeStruct}`, the output
-            of every layer and every sown value, in the order of execution; found by
-            tracing, without a single floating-point operation.
+            of every layer and every sown value, in the order of execution, and last
+            the output of the network, ":out"; found by tracing, without a single
+            floating-point operation.
     """
 
     init: Callable[..., Variables]

@@ -58,12 +58,13 @@ def nnx(
     >>> x = jnp.ones((1, 3))
     >>> params, state = net.init(jax.random.key(0), x)
     >>> {path: layer.shape for path, layer in net.layers(params, state, x).items()}
-    {'layers/0': (1, 3), 'layers/1': (1, 2)}
+    {'layers/0': (1, 3), 'layers/1': (1, 2), ':out': (1, 2)}
     """
     if isinstance(model, nn.Module):
         do = "Pass it to hintjax.linen."
         raise WrongType(message("nnx", "an NNX model", "a Linen module", do))
-    function("nnx", model=model)
+    if not isinstance(model, flax.nnx.Module):
+        function("nnx", model=model)
     factory = (lambda rngs: model) if isinstance(model, flax.nnx.Module) else model
     # The graph is the same for every key, and this draws nothing.
     shape = flax.nnx.eval_shape(lambda: factory(rngs=flax.nnx.Rngs(0)))
