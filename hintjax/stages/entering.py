@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import PyTree
 
 from hintjax._checks import (
@@ -92,8 +93,7 @@ def check_batch(given: Any) -> None:
     sizes = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(given):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        array = is_array(leaf) or isinstance(leaf, jax.ShapeDtypeStruct)
-        if not array or getattr(leaf.dtype, "kind", "") in "OSU":
+        if not _is_entry(leaf):
             wanted = f"{name!r} to be an array of JAX or NumPy"
             do = "Convert it first, e.g. with numpy.asarray."
             raise WrongType(message("batch", wanted, form(leaf), do))
@@ -110,6 +110,14 @@ def check_batch(given: Any) -> None:
         raise Refusal(message("batch", wanted, got))
     if 0 in sizes.values():
         raise Refusal(message("batch", "at least one example", "0 examples"))
+
+
+def _is_entry(leaf: Any) -> bool:
+    """Whether it is an array, or the shape of one, that JAX can compute with."""
+    if not (is_array(leaf) or isinstance(leaf, jax.ShapeDtypeStruct)):
+        return False
+    # NumPy's dtypes of objects, texts and dates; random keys have a dtype of JAX.
+    return not (isinstance(leaf.dtype, np.dtype) and leaf.dtype.kind in "OSUMm")
 
 
 def check_state(given: Any) -> None:
