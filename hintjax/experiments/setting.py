@@ -20,7 +20,12 @@ from hintjax.data import (
 from hintjax.experiments import config as configs
 from hintjax.experiments.attachment import Places
 from hintjax.experiments.config import Config
-from hintjax.experiments.factories import attribute_of, layers, network
+from hintjax.experiments.factories import (
+    attribute_of,
+    check_output,
+    layers,
+    network,
+)
 from hintjax.experiments.finished import EVALUATION_BATCH, load_student, run_config
 from hintjax.experiments.teacher import Teacher, teacher_of
 from hintjax.networks import Network
@@ -79,6 +84,9 @@ def prepare(config: Config, *, teach: bool = False) -> Setting:
         config.student,
         *([_factory(teacher_of(config.teacher))] if teach else []),
     ]
+
+    for name, made in zip(factories, (student, teacher), strict=False):
+        check_output(name, made, inputs)
 
     def said(attribute: str, missing: Any) -> tuple[Any, ...]:
         return tuple(
