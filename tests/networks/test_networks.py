@@ -4,6 +4,7 @@ Hints of Linen are compared with what plain `module.apply` captures.
 """
 
 import functools
+import re
 
 import flax.linen as nn
 import hypothesis
@@ -567,6 +568,99 @@ def test_a_module_without_call_needs_call():
 
     with pytest.raises(TypeError, match="linen: expected Silent to have __call__"):
         linen(Silent())
+
+
+class Moded(nn.Module):
+    """The mode is an attribute, not an argument."""
+
+    train: bool = False
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Dense(4, name="low")(x)
+        x = nn.BatchNorm(use_running_average=not self.train, name="norm")(x)
+        return nn.Dropout(0.5, deterministic=not self.train, name="dropout")(x)
+
+
+class ModedSetup(nn.Module):
+    train: bool = False
+
+    def setup(self):
+        self.low = nn.Dense(4)
+        self.norm = nn.BatchNorm(use_running_average=not self.train)
+
+    def __call__(self, x):
+        return self.norm(self.low(x))
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("cls", [Moded, ModedSetup])
+def test_a_module_with_train_as_an_attribute_is_called_by_its_clone(cls):
+    (line,) = re.findall(r"`(lambda m, x, train: m\.clone.*?)`", linen.__doc__)
+    network = linen(cls(), call=eval(line))
+    variables = network.init(jax.random.key(0), TOKENS)
+    key, wants = jax.random.key(1), Wants(True, ("low", "norm"))
+    for train in (False, True):
+        shown, state = network.apply(
+            *variables, TOKENS, wants=wants, train=train, key=key
+        )
+        want, changed = cls(train=train).apply(
+            join(variables), TOKENS, rngs={"dropout": key}, mutable=["batch_stats"]
+        )
+        assert shown.hints["low"].shape == TOKENS.shape
+        if cls is ModedSetup:
+            np.testing.assert_array_equal(shown.output, want)
+        else:  # another stream of the same key
+            assert (shown.output == 0).any() == train
+        jax.tree.map(np.testing.assert_array_equal, state, dict(changed))
+
+
+def test_adapters_beside_a_dense_layer_are_layers_like_others():
+    class Adapted(nn.Module):
+        width: int
+
+        @nn.compact
+        def __call__(self, x):
+            low = nn.Dense(2, use_bias=False, name="a")(x)
+            delta = nn.Dense(self.width, use_bias=False, name="b")(low)
+            return nn.Dense(self.width, name="base")(x) + delta
+
+    class Whole(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return Adapted(3, name="two")(nn.relu(Adapted(4, name="one")(x)))
+
+    network, variables = made(Whole())
+    parts = [f"{at}/{name}" for at in ("one", "two") for name in ("a", "b", "base")]
+    assert {"one", "two", ":out", *parts} == set(network.layers(*variables, TOKENS))
+    got = hint(network, variables, TOKENS, "one/base")
+    want = plain(Whole(), variables, TOKENS)["one"]["base"]["__call__"][0]
+    np.testing.assert_array_equal(got, want)
+
+
+def test_a_layer_that_rounds_its_weights_shows_its_activations():
+    """A student that is trained for int8, with straight-through gradients."""
+
+    def rounded(a, b, *rest, **how):
+        def one(x):
+            return x + jax.lax.stop_gradient(jnp.round(x * 127) / 127 - x)
+
+        return jax.lax.dot_general(one(a), one(b), *rest, **how)
+
+    class Quantized(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            low = nn.Dense(4, dot_general=rounded, name="low")(x)
+            return nn.Dense(3, dot_general=rounded, name="head")(low)
+
+    network, variables = made(Quantized())
+    assert hint(network, variables, TOKENS, "low").shape == (2, 5, 4)
+
+    def total(params):
+        return hint(network, Variables(params, {}), TOKENS, ":out").sum()
+
+    grads = jax.grad(total)(variables.params)
+    assert jnp.abs(grads["low"]["kernel"]).sum() > 0
 
 
 def test_inputs_may_be_any_tree():

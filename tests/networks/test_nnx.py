@@ -529,3 +529,23 @@ def test_the_hint_stage_freezes_what_does_not_feed_the_hint():
         )
     }
     assert {name for name, it in moved.items() if it} == {"first", "rematted", "shared"}
+
+
+@pytest.mark.quick
+def test_adapters_of_nnx_are_layers_like_others():
+    class Adapted(nnx.Module):
+        def __init__(self, rngs):
+            self.one = nnx.LoRALinear(4, 6, lora_rank=2, rngs=rngs)
+            base = nnx.Linear(6, 3, rngs=rngs)
+            self.two = nnx.LoRA(6, 2, 3, base_module=base, rngs=rngs)
+
+        def __call__(self, x):
+            return self.two(nnx.relu(self.one(x)))
+
+    network, variables = small(Adapted)
+    layers = network.layers(*variables, X)
+    assert list(layers) == ["one/lora", "one", "two/base_module", "two", ":out"]
+    features, _ = shown(network, variables, "one")
+    one, x = variables.params["one"], X
+    lora = x @ one["lora"]["lora_a"] @ one["lora"]["lora_b"]
+    close(features.hints["one"], x @ one["kernel"] + one["bias"] + lora)

@@ -438,6 +438,8 @@ def test_labels_in_a_container_are_refused(method, label):
     call = functools.partial(jax.eval_shape, stage.update, state, VARIABLES, batch)
     text = sentence(call)
     assert "'label'" in text and "Name the labels with label=." in text
+    update = hj.checked(stage).update
+    assert text == sentence(lambda: jax.eval_shape(update, state, VARIABLES, batch))
 
 
 def test_needed_gives_the_entry_itself():
