@@ -7,14 +7,23 @@ sum of methods is an `objective`, which is a method itself.
 
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key, PyTree
 
-from hintjax._checks import Refusal, described, function, instance, message
+from hintjax._checks import (
+    Refusal,
+    WrongType,
+    described,
+    form,
+    function,
+    instance,
+    is_array,
+    message,
+)
 from hintjax.networks import Features, Wants
 
 PREPARED = "prepared"  # the memory with the parameters that an earlier stage trained
@@ -147,6 +156,33 @@ def one_per_example(caller: str, who: str, values: Array, n: int | None) -> None
         do = "Take no mean inside a loss: the objective divides by the valid examples."
         wanted = f"{who} to give one value per example, ({n or 'batch'},)"
         raise Refusal(message(caller, wanted, f"{values.shape}", do))
+
+
+def output_of(caller: str, whose: str, features: Features) -> Any:
+    """The output of a network, for a method that reads it as one array.
+
+    Args:
+        caller: the name of the method, for messages.
+        whose: "student" or "teacher".
+        features: the features of that network, or their shapes.
+
+    Returns:
+        The output, an array or its shape.
+
+    Raises:
+        WrongType: if the output is a tuple, a dict or another container.
+    """
+    output = features.output
+    if is_array(output) or isinstance(output, jax.ShapeDtypeStruct):
+        return output
+    do = (
+        f"Choose one with at_head(method, {whose}=':out[0]'), by position or by name, "
+        f"or let call= of hintjax.linen or hintjax.nnx return it alone."
+    )
+    if whose == "teacher" and isinstance(output, dict):
+        do += " For a teacher of together(), say from_teacher(method, name)."
+    wanted = f"the output of the {whose} to be one array"
+    raise WrongType(message(caller, wanted, form(output), do))
 
 
 def hints_of(caller: str, pairs: Pairs) -> tuple[Wants, Wants]:

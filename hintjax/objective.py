@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, ArrayLike, DTypeLike, Float, Num, ScalarLike
 
-from hintjax._checks import Refusal, function, instance, message, scalar
+from hintjax._checks import Refusal, function, instance, message, needed, scalar
 from hintjax._numerics import as_float, either, masked_mean
 from hintjax.method import (
     PREPARED,
@@ -22,6 +22,7 @@ from hintjax.method import (
     Reduced,
     nothing,
     one_per_example,
+    output_of,
     reduced,
     total,
     union,
@@ -354,6 +355,13 @@ def task(
     function("task", loss=loss)
     instance("task", str, label=label)
 
+    def init(
+        key: Array, student: Features, teacher: Features, data: Data | None
+    ) -> tuple[dict, dict]:
+        if student.output is not None:
+            output_of("task", "student", student)
+        return nothing(key, student, teacher, data)
+
     def apply(
         params: dict,
         memory: dict,
@@ -362,17 +370,15 @@ def task(
         batch: Batch,
         context: Context,
     ) -> Applied:
-        if label not in batch:
-            got, do = f"{sorted(batch)}", "Name the labels with label=."
-            raise Refusal(message("task", f"{label!r} in the batch", got, do))
-        output, labels = as_float("task", student.output), batch[label]
+        labels = needed("task", batch, label, "Name the labels with label=.")
+        output = as_float("task", output_of("task", "student", student))
         metrics = {}
         if jnp.issubdtype(labels.dtype, jnp.integer):
             right = (output.argmax(-1) == labels).astype(output.dtype)
             metrics["accuracy"] = masked_mean(right, batch.get("where"))
         return loss(output, labels), memory, metrics
 
-    return Method(Wants(output=True), Wants(), nothing, apply)
+    return Method(Wants(output=True), Wants(), init, apply)
 
 
 def _fold(key: Array, name: str) -> Array:

@@ -142,7 +142,7 @@ def test_layers_lists_paths_and_shapes_in_order(capsys):
     lines = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
     assert lines == [
         *("conv1/conv", "conv1", "conv2/conv", "conv2", "maxpool2"),
-        *("conv3/conv", "conv3", "pool", "classifier"),
+        *("conv3/conv", "conv3", "pool", "classifier", ":out"),
     ]
 
 
@@ -242,6 +242,72 @@ def test_bad_input_is_one_sentence_before_anything_is_trained(
     assert sentence in error
     assert "Traceback" not in error
     assert not run_dir.exists() or not list(run_dir.iterdir())  # can be used again
+
+
+OUTPUTS = """
+import dataclasses
+
+import flax.linen as nn
+
+
+@dataclasses.dataclass
+class Both:
+    logits: object
+
+
+class Model(nn.Module):
+    classes: int
+    form: str
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Dense(self.classes, name="head")(x.mean((1, 2)))
+        forms = {"tuple": (x, x), "dict": {"logits": x}, "flat": x[:, 0], "both": Both}
+        form = forms[self.form]
+        return form(x) if callable(form) else form
+
+
+def tuple(classes):
+    return Model(classes, "tuple")
+
+
+def dict(classes):
+    return Model(classes, "dict")
+
+
+def flat(classes):
+    return Model(classes, "flat")
+
+
+def both(classes):
+    return Model(classes, "both")
+"""
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("tuple", "got tuple of 2 entries"),
+        ("dict", "got dict with the entries ['logits']"),
+        ("flat", "got the shape (1,)"),
+        ("both", "got Both with the fields ['logits']"),
+    ],
+)
+def test_a_model_that_gives_no_logits_is_refused_before_anything_is_trained(
+    name, words, tmp_path, monkeypatch, capsys
+):
+    (tmp_path / "their_outputs.py").write_text(OUTPUTS)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    run_dir = tmp_path / "run"
+    for role, method in (("student", "backprop"), ("teacher", "kd")):
+        arguments = [f"--{role}", f"their_outputs:{name}", "--method", method]
+        with pytest.raises(SystemExit) as stopped:
+            main(["distill", *arguments, "--run-dir", str(run_dir)])
+        assert stopped.value.code == 2
+        error = capsys.readouterr().err
+        assert words in error and "Traceback" not in error
+        assert not run_dir.exists() or not list(run_dir.iterdir())
 
 
 @pytest.mark.quick

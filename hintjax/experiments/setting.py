@@ -21,7 +21,12 @@ from hintjax.experiments import config as configs
 from hintjax.experiments.attachment import Places
 from hintjax.experiments.cached_teacher import CachedTeacher
 from hintjax.experiments.config import Config
-from hintjax.experiments.factories import attribute_of, layers, network
+from hintjax.experiments.factories import (
+    attribute_of,
+    check_output,
+    layers,
+    network,
+)
 from hintjax.experiments.finished import EVALUATION_BATCH, load_student, run_config
 from hintjax.experiments.teacher import teacher_of
 from hintjax.networks import Network
@@ -82,6 +87,10 @@ def prepare(config: Config, *, teach: bool = False) -> Setting:
         config.student,
         *([_factory(config.teacher)] if teach else []),
     ]
+
+    for name, made in zip(factories, (student, teacher), strict=False):
+        if made is not None:
+            check_output(name, made, inputs)
 
     def said(attribute: str, missing: Any) -> tuple[Any, ...]:
         return tuple(

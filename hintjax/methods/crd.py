@@ -19,6 +19,7 @@ from hintjax._checks import (
     Refusal,
     instance,
     message,
+    needed,
     on_host,
     positive,
     positive_int,
@@ -62,8 +63,8 @@ class AnchorNegatives:
         self, classes: banks.Classes, key: Key[Array, ""], batch: Mapping[str, Array]
     ) -> Drawn:
         """Draws indices (batch, K)."""
-        keys = _keys(key, batch["index"])
-        return Drawn(*banks.draw_others(classes, keys, batch["label"], self.number))
+        keys = _keys(key, _index(batch))
+        return Drawn(*banks.draw_others(classes, keys, _label(batch), self.number))
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ class SharedNegatives:
         self, classes: banks.Classes, key: Key[Array, ""], batch: Mapping[str, Array]
     ) -> Drawn:
         """Draws indices (K,)."""
-        return Drawn(*banks.draw_shared(classes, key, batch["label"], self.number))
+        return Drawn(*banks.draw_shared(classes, key, _label(batch), self.number))
 
 
 @dataclass(frozen=True)
@@ -102,10 +103,8 @@ class GivenNegatives:
         self, classes: banks.Classes, key: Key[Array, ""], batch: Mapping[str, Array]
     ) -> Drawn:
         """Returns the given indices (batch, K), and the positives."""
-        if self.name not in batch:
-            wanted = f'an entry "{self.name}" of the batch'
-            raise Refusal(message("crd", wanted, f"{sorted(batch)}"))
-        given = batch[self.name]
+        do = "Name the candidates with GivenNegatives(name)."
+        given = needed("crd", batch, self.name, do)
         return Drawn(given[:, 1:], None, given[:, 0])
 
 
@@ -234,17 +233,17 @@ def crd(
         s, _ = regressors.apply(head, params["student"], {}, seen[0], train)
         t, _ = regressors.apply(head, params["teacher"], {}, seen[1], train)
         if isinstance(negatives, BatchNegatives):
-            by_student, by_teacher, valid = _within(s, t, batch["label"], where)
+            by_student, by_teacher, valid = _within(s, t, _label(batch), where)
         else:
             outside = _outside(batch, limits(memory))
             draws, positives = jax.random.split(context.key)
             drawn = negatives.draw(classes, draws, batch)
             mine = drawn.positive
             if relax:
-                keys = _keys(positives, batch["index"])
-                mine = banks.draw_same(classes, keys, batch["label"])
+                keys = _keys(positives, _index(batch))
+                mine = banks.draw_same(classes, keys, _label(batch))
             elif mine is None:
-                mine = batch["index"]
+                mine = _index(batch)
             valid = drawn.valid
             # In evaluation the examples are not in the bank: the positives are the
             # embeddings of this batch.
@@ -288,7 +287,7 @@ def crd(
                 known = known if where is None else known & where
                 bank = banks.update(
                     bank,
-                    batch["index"],
+                    _index(batch),
                     s,
                     t,
                     momentum=momentum,
@@ -306,7 +305,7 @@ def crd(
     def select(good: Array, memory: dict, before: dict, batch: Batch) -> dict:
         if in_batch:
             return either(good, memory, before)
-        bank, index = memory["bank"], batch["index"]
+        bank, index = memory["bank"], _index(batch)
         bank = banks.select(good, bank, before["bank"], index, mesh=mesh)
         return {**memory, "bank": bank}
 
@@ -384,6 +383,17 @@ def _outside(
         for x, n in ((batch[name], n) for name, n in limits.items())
     ]
     return jnp.any(jnp.stack(found), 0)
+
+
+def _index(batch: Mapping[str, Array]) -> Int[Array, " batch"]:
+    """The place of each example in the training set."""
+    do = "It is the place of each example in the labels of hintjax.Data."
+    return needed("crd", batch, "index", do)
+
+
+def _label(batch: Mapping[str, Array]) -> Int[Array, " batch"]:
+    """The class of each example."""
+    return needed("crd", batch, "label", "It is the class of each example.")
 
 
 def _keys(key: Array, index: Array) -> Array:

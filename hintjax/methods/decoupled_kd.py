@@ -2,7 +2,7 @@
 
 from jaxtyping import Array
 
-from hintjax._checks import instance, not_negative, positive
+from hintjax._checks import instance, needed, not_negative, positive
 from hintjax.losses import decoupled_kd_loss
 from hintjax.method import Batch, Method
 from hintjax.methods._compared import outputs
@@ -43,13 +43,9 @@ def decoupled_kd(
     instance("decoupled_kd", str, label=label)
 
     def loss(student: Array, teacher: Array, batch: Batch) -> Array:
+        labels = needed("decoupled_kd", batch, label, "Name the labels with label=.")
         return decoupled_kd_loss(
-            student,
-            teacher,
-            batch[label],
-            alpha=alpha,
-            beta=beta,
-            temperature=temperature,
+            student, teacher, labels, alpha=alpha, beta=beta, temperature=temperature
         )
 
     # One other class among itself has the probability 1.

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax.experimental import checkify
 from jaxtyping import Array, Bool, Int, PyTree
 
-from hintjax._checks import Refusal, message
+from hintjax._checks import Refusal, is_array, message
 from hintjax.method import Context, Method
 from hintjax.networks import Features
 from hintjax.stages.report import by_layer
@@ -195,7 +195,10 @@ class _Check:
 
     def labels(self, label: Array | None, *outputs: Any) -> None:
         """Checks that integer labels are classes; one logit means two classes."""
-        if label is None or not jnp.issubdtype(label.dtype, jnp.integer):
+        # The method itself refuses labels that are no array.
+        if label is None or not is_array(label):
+            return
+        if not jnp.issubdtype(label.dtype, jnp.integer):
             return
         classes = [x.shape[-1] for x in outputs if getattr(x, "ndim", 0) > 1]
         if not classes:

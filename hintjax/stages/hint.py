@@ -64,7 +64,7 @@ def hint_stage(
     References:
         Romero et al. 2015, FitNets, stage 1 (Eq. 3).
     """
-    check_kinds("hint_stage", method, optimizer)
+    check_kinds("hint_stage", student, teacher, method, optimizer)
     if method.student.output:
         wanted, got = "a method of hints alone", "one that wants the student's output"
         do = "Train it in a distillation_stage."

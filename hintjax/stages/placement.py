@@ -28,7 +28,8 @@ from hintjax.sharding import (
     stored,
     whole,
 )
-from hintjax.stages.stage import Batch, State
+from hintjax.stages import entering
+from hintjax.stages.stage import Batch, Given, State
 
 
 class Placement(NamedTuple):
@@ -164,19 +165,21 @@ class _Sharded:
         self._layout, self._homes = layout, homes
         self._made: dict[Any, Callable[..., Any]] = {}
 
-    def __call__(self, state: State, variables: Variables | None, batch: Batch) -> Any:
+    def __call__(self, state: State, variables: Given | None, batch: Batch) -> Any:
         jitted, arguments = self._prepared(state, variables, batch)
         return jitted(*arguments)
 
-    def lower(self, state: State, variables: Variables | None, batch: Batch) -> Any:
+    def lower(self, state: State, variables: Given | None, batch: Batch) -> Any:
         """Lowers the function for these arguments, as `jax.jit(...).lower` does."""
         jitted, arguments = self._prepared(state, variables, batch)
         return jitted.lower(*arguments)
 
     def _prepared(
-        self, state: State, variables: Variables | None, batch: Batch
+        self, state: State, variables: Given | None, batch: Batch
     ) -> tuple[Any, tuple[State, Variables | None, Batch]]:
         # These checks come before those of jit, whose messages say less.
+        entering.check_state(state)
+        variables = entering.teacher(variables)
         check_batch(batch, self._layout.mesh)
         check_spans(batch, self._layout.mesh)
         variables, batch = on_automatic((variables, batch))

@@ -16,6 +16,7 @@ from jaxtyping import Array, Key, PyTree
 from hintjax._checks import Refusal, message
 from hintjax.method import Context
 from hintjax.networks import Features, Variables
+from hintjax.stages import entering
 from hintjax.stages.dependency import Program, differentiated
 from hintjax.stages.forward import Plan
 from hintjax.stages.stage import Batch, Parts
@@ -53,7 +54,8 @@ def shown(plan: Plan, student: Variables, batch: Batch, key: Key[Array, ""]) -> 
     def features(params: PyTree, others: tuple) -> Features:
         state, batch, key = others
         how = {"wants": plan.method.student, "train": True, "key": key}
-        return plan.student.apply(params, state, plan.inputs(batch), **how)[0]
+        inputs = entering.selected("inputs", plan.inputs, batch)
+        return plan.student.apply(params, state, inputs, **how)[0]
 
     params, state = student
     program = differentiated(features, params, (state, batch, key))

@@ -12,17 +12,17 @@ from hintjax._checks import Refusal, message, on_host
 from hintjax.method import PREPARED, Data
 from hintjax.networks import Variables
 from hintjax.sharding import on_automatic
-from hintjax.stages import optimizer, reach, skipping
+from hintjax.stages import entering, optimizer, reach, skipping
 from hintjax.stages.forward import Plan, features_of_teacher, loss, parts_of
-from hintjax.stages.stage import Batch, State
+from hintjax.stages.stage import Batch, Given, State
 
 
 def init(
     plan: Plan,
     fresh: Callable[..., Any],
     key: Key[Array, ""],
-    student: Variables,
-    teacher: Variables | None,
+    student: Given,
+    teacher: Given | None,
     batch: Batch,
     data: Data | None = None,
     carry: State | None = None,
@@ -40,9 +40,14 @@ def init(
         carry: the state of an earlier stage.
 
     Raises:
-        ValueError: if the method needs an earlier stage and `carry` is None, or the
-            stages have no common term.
+        ValueError: if an argument has a wrong form (see `entering`), the method needs
+            an earlier stage and `carry` is None, or the stages have no common term.
     """
+    entering.check_key(key)
+    student, teacher = entering.student(student), entering.teacher(teacher)
+    entering.check_batch(batch)
+    entering.check_data(data)
+    entering.check_carry(carry)
     if plan.method.prepare is not None and carry is None:
         do = "Train method.prepare in a hint_stage first."
         wanted = "carry=, the state of the stage before"
@@ -64,7 +69,7 @@ def init(
         skipped=skipping.nothing_skipped(),
         norms=() if plan.spikes is None else skipping.begin(),
     )
-    return plan.place.begin(state, None if teacher is None else teacher[0])
+    return plan.place.begin(state, None if teacher is None else teacher.params)
 
 
 def check_limits(batch: Batch, limits: dict[str, int]) -> None:

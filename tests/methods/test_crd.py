@@ -387,7 +387,7 @@ def test_it_is_told_what_it_needs():
         method.init(KEY, *shapes, None)
     given = crd(PAIR, negatives=hj.GivenNegatives("idx"), feature_dim=8)
     _, params, memory = made(hj.SharedNegatives(30))
-    with pytest.raises(ValueError, match='crd: expected an entry "idx" of the batch'):
+    with pytest.raises(ValueError, match="crd: expected 'idx' in the batch"):
         run(given, params, memory, STUDENT, TEACHER, KNOWN)
 
 
