@@ -44,7 +44,7 @@ def init(
             an earlier stage and `carry` is None, or the stages have no common term.
     """
     entering.check_key(key)
-    student, teacher = entering.student(student), entering.teacher(teacher)
+    variables = entering.student(student), entering.teacher(teacher)
     entering.check_batch(batch)
     entering.check_data(data)
     entering.check_carry(carry)
@@ -52,14 +52,14 @@ def init(
         do = "Train method.prepare in a hint_stage first."
         wanted = "carry=, the state of the stage before"
         raise Refusal(message("stage", wanted, "None", do))
-    student, teacher, batch = on_automatic((student, teacher, batch))
+    ours, theirs, batch = on_automatic((*variables, batch))
     if plan.method.check is not None and data is not None:
         plan.method.check(data)
-    variables = Variables(*copied(tuple(student)))
+    variables = Variables(*copied(tuple(ours)))
     earlier = None
     if carry is not None:
         earlier = copied((carry.params["regressors"], carry.memory))
-    made: State = fresh(key, variables, teacher, batch, data, earlier)
+    made: State = fresh(key, variables, theirs, batch, data, earlier)
     if plan.method.limits is not None:
         check_limits(batch, plan.method.limits(made.memory))
     # Only the new arrays come out of the jit: the student's are the copies above.
@@ -69,7 +69,7 @@ def init(
         skipped=skipping.nothing_skipped(),
         norms=() if plan.spikes is None else skipping.begin(),
     )
-    return plan.place.begin(state, None if teacher is None else teacher.params)
+    return plan.place.begin(state, None if theirs is None else theirs.params)
 
 
 def check_limits(batch: Batch, limits: dict[str, int]) -> None:
