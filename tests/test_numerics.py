@@ -135,7 +135,7 @@ def test_nearest_resize_has_torch_indices(n, m, index):
     "resize", [_numerics.adaptive_average_pool, _numerics.nearest_resize]
 )
 def test_a_size_is_positive(resize):
-    with pytest.raises(ValueError, match=f"{resize.__name__}.*height"):
+    with pytest.raises(ValueError, match=f"{resize.__name__}.*size"):
         resize(jnp.zeros((1, 4, 4, 1)), (0, 4))
 
 

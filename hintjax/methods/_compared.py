@@ -6,6 +6,7 @@ from jaxtyping import Array, Float
 
 from hintjax._checks import Refusal, message
 from hintjax.method import Method, Pairs, hints_of, nothing
+from hintjax.methods._shapes import Fit, check_pair, checked, examples_of, vectors
 from hintjax.methods._tokens import counted
 from hintjax.networks import Wants
 
@@ -15,6 +16,7 @@ def compared(
     pairs: Pairs,
     loss: Callable[..., Float[Array, " batch"]],
     padding: str | None = None,
+    fit: Fit = vectors,
 ) -> Method:
     """The loss of each pair of layers, summed.
 
@@ -24,8 +26,9 @@ def compared(
         loss: `(student, teacher, where=mask) -> one value per example`. The mask marks
             the valid examples, because a loss that compares the examples of a batch
             must leave out the examples that only fill the batch.
-        padding: the name of the token mask in the batch. With it, the mask that the
-            loss receives marks the valid tokens.
+        padding: the name of the mask of positions in the batch. With it, the mask that
+            the loss receives marks the valid positions.
+        fit: the shapes of a pair that the loss can work with.
 
     Returns:
         The method.
@@ -40,17 +43,40 @@ def compared(
         ]
         return sum(values), memory, {}
 
-    return Method(student_wants, teacher_wants, nothing, apply)
+    method = Method(student_wants, teacher_wants, nothing, apply)
+    return checked(caller, pairs, method, fit)
 
 
-def outputs(caller: str, loss: Callable[..., Float[Array, " batch"]]) -> Method:
-    """A loss of the two outputs, `(student, teacher, batch) -> one value per example`.
+def outputs(
+    caller: str,
+    loss: Callable[..., Float[Array, " batch"]],
+    padding: str | None = None,
+    *,
+    coupled: bool = False,
+) -> Method:
+    """A loss of the two outputs, (batch, *positions, classes), as a method.
 
     When a stage is initialized, the method raises if the outputs of the two networks
     have different shapes.
+
+    Args:
+        caller: the name of the method, for messages.
+        loss: `(student, teacher, batch, where=mask) -> one value per example`.
+        padding: the name of the mask of positions in the batch. With it, the mask that
+            the loss receives marks the valid positions.
+        coupled: whether the loss compares the examples of a batch, so that it needs the
+            mask of the valid examples even without `padding`.
+
+    Returns:
+        The method.
     """
 
+    def check(student, teacher, examples=None):
+        layers = {"the output": student.output}, {"the output": teacher.output}
+        check_pair(caller, *layers, examples, vectors)
+
     def init(key, student, teacher, data):
+        check(student, teacher)
         if student.output.shape != teacher.output.shape:
             wanted = "student and teacher to have the same number of classes"
             got = f"outputs {student.output.shape} and {teacher.output.shape}"
@@ -59,6 +85,10 @@ def outputs(caller: str, loss: Callable[..., Float[Array, " batch"]]) -> Method:
         return nothing(key, student, teacher, data)
 
     def apply(params, memory, student, teacher, batch, context):
-        return loss(student.output, teacher.output, batch), memory, {}
+        check(student, teacher, examples_of(batch))
+        where = None
+        if coupled or padding is not None:
+            where = counted(caller, batch, padding)
+        return loss(student.output, teacher.output, batch, where=where), memory, {}
 
     return Method(Wants(output=True), Wants(output=True), init, apply)

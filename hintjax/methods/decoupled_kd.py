@@ -1,6 +1,6 @@
 """DKD: decoupled knowledge distillation (Zhao et al. 2022)."""
 
-from hintjax._checks import instance, not_negative, positive
+from hintjax._checks import Refusal, instance, message, not_negative, positive
 from hintjax.losses import decoupled_kd_loss
 from hintjax.method import Method
 from hintjax.methods._compared import outputs
@@ -12,6 +12,7 @@ def decoupled_kd(
     temperature: float = 4.0,
     *,
     label: str = "label",
+    padding: str | None = None,
 ) -> Method:
     """DKD: KD of the label's class and of the others apart (see `decoupled_kd_loss`).
 
@@ -23,14 +24,19 @@ def decoupled_kd(
         alpha: weight of the label's class against all other classes, >= 0.
         beta: weight of the other classes among themselves, >= 0.
         temperature: the temperature of both softmaxes, > 0.
-        label: the name of the labels in the batch.
+        label: the name of the labels in the batch, one integer for each example or, if
+            the outputs have positions, for each position: (batch, *positions).
+        padding: the name in the batch of the mask of valid positions: bool (batch,
+            *positions), True for a valid token or pixel. By default all positions are
+            valid.
 
     Returns:
         The method.
 
     Raises:
         ValueError: if the temperature is not positive, if a weight is negative, or
-            (when a stage is initialized) if the numbers of classes differ.
+            (when a stage is initialized) if the outputs differ in shape; if the batch
+            has no such labels or mask.
 
     References:
         Zhao et al. 2022, Decoupled Knowledge Distillation.
@@ -40,7 +46,11 @@ def decoupled_kd(
     instance("decoupled_kd", str, label=label)
     hyper = {"alpha": alpha, "beta": beta, "temperature": temperature}
 
-    def loss(student, teacher, batch):
-        return decoupled_kd_loss(student, teacher, batch[label], **hyper)
+    def loss(student, teacher, batch, where):
+        if label not in batch:
+            got, do = f"{sorted(batch)}", "Name the labels with label=."
+            wanted = f"{label!r} in the batch"
+            raise Refusal(message("decoupled_kd", wanted, got, do))
+        return decoupled_kd_loss(student, teacher, batch[label], where=where, **hyper)
 
-    return outputs("decoupled_kd", loss)
+    return outputs("decoupled_kd", loss, padding)

@@ -6,7 +6,13 @@ from hintjax.method import Method
 from hintjax.methods._compared import outputs
 
 
-def dist(beta: float = 1.0, gamma: float = 1.0, temperature: float = 1.0) -> Method:
+def dist(
+    beta: float = 1.0,
+    gamma: float = 1.0,
+    temperature: float = 1.0,
+    *,
+    padding: str | None = None,
+) -> Method:
     """DIST: the student's output correlates with the teacher's (see `dist_loss`).
 
     It reads both outputs and trains nothing beside the student. The loss compares the
@@ -17,13 +23,17 @@ def dist(beta: float = 1.0, gamma: float = 1.0, temperature: float = 1.0) -> Met
         beta: weight of the correlation within examples, >= 0.
         gamma: weight of the correlation between examples, >= 0.
         temperature: the temperature of both softmaxes, > 0.
+        padding: the name in the batch of the mask of valid positions: bool (batch,
+            *positions), True for a valid token or pixel. By default all positions are
+            valid.
 
     Returns:
         The method.
 
     Raises:
         ValueError: if the temperature is not positive, if a weight is negative, or
-            (when a stage is initialized) if the numbers of classes differ.
+            (when a stage is initialized) if the outputs differ in shape, or if the
+            batch has no such mask.
 
     References:
         Huang et al. 2022, Knowledge Distillation from A Stronger Teacher.
@@ -32,7 +42,7 @@ def dist(beta: float = 1.0, gamma: float = 1.0, temperature: float = 1.0) -> Met
     not_negative("dist", beta=beta, gamma=gamma)
     hyper = {"beta": beta, "gamma": gamma, "temperature": temperature}
 
-    def loss(student, teacher, batch):
-        return dist_loss(student, teacher, where=batch.get("where"), **hyper)
+    def loss(student, teacher, batch, where):
+        return dist_loss(student, teacher, where=where, **hyper)
 
-    return outputs("dist", loss)
+    return outputs("dist", loss, padding, coupled=True)
