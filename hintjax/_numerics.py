@@ -245,6 +245,7 @@ def touched(
     """
     for axis, n in zip(range(-len(grid), 0), grid, strict=True):
         holds = _bins(n, where.shape[axis]) > 0  # (small, large)
+        holds = np.expand_dims(holds, tuple(range(where.ndim - 1)))
         each = jnp.moveaxis(where, axis, -1)[..., None] & holds
         where = jnp.moveaxis(jnp.any(each, -2), -1, axis)
     return where

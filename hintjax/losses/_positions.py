@@ -55,13 +55,16 @@ def on_one_grid(
     pool: Callable[..., Array] = adaptive_average_pool,
     **maps: Array,
 ) -> list[Array]:
-    """Returns two maps at the smaller size of each axis, checked, 0 where masked.
+    """Returns two maps at the smaller size of each axis, checked.
+
+    The mask is checked too, and is left to the caller to apply. Positions of a larger
+    map that only masked positions are made of are 0 already: a nan there would reach
+    the means of other positions.
 
     Args:
         caller: name of the function that the user called.
         batch_dims: number of leading axes over examples.
-        where: mask of the examples, or of the positions of the smaller size. Positions
-            of a larger map that only masked positions are made of are not read.
+        where: mask of the examples, or of the positions of the smaller size.
         pool: `(map, size) -> map` of that size.
         **maps: two maps, (*batch, *positions, c), by name.
     """
@@ -71,7 +74,7 @@ def on_one_grid(
     size = tuple(map(min, *sizes))
     batch = next(iter(maps.values())).shape[:batch_dims]
     _checks.mask(caller, where, batch, (*batch, *size))
-    return [keep(pool(_read(x, where, size), size), where) for x in maps.values()]
+    return [pool(_read(x, where, size), size) for x in maps.values()]
 
 
 def products(first: Array, second: Array, batch_dims: int) -> Float[Array, "..."]:

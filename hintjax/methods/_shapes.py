@@ -43,6 +43,17 @@ def maps(student: Shape, teacher: Shape) -> tuple[str, str] | None:
     return None
 
 
+def same_positions(student: Shape, teacher: Shape) -> tuple[str, str] | None:
+    """Layers with the same positions; the channels may differ.
+
+    See `vectors` for the arguments and the result.
+    """
+    if student[:-1] != teacher[:-1]:
+        do = "hintjax.viewed drops the tokens that one network alone has."
+        return maps(student, teacher) or ("to have the same positions", do)
+    return maps(student, teacher)
+
+
 def alike(student: Shape, teacher: Shape) -> tuple[str, str] | None:
     """Layers of the same shape, because nothing stands between them.
 

@@ -7,6 +7,7 @@ from hintjax._checks import function, positive
 from hintjax.losses import activation_boundary_loss
 from hintjax.method import Method, Pairs, hints_of
 from hintjax.methods import _regressed
+from hintjax.methods._shapes import checked
 
 SCALE = 3 / 1000  # factor of the last pair's loss, as published
 CONNECTOR = partial(regressors.conv, batch_norm=True)
@@ -62,4 +63,5 @@ def activation_boundary(
             total = total / 2 + SCALE * loss
         return total, memory, {}
 
-    return Method(student_wants, teacher_wants, init, apply)
+    method = Method(student_wants, teacher_wants, init, apply)
+    return checked("activation_boundary", pairs, method)

@@ -8,6 +8,7 @@ from hintjax import regressors
 from hintjax._checks import positive_int
 from hintjax.losses import correlation_loss
 from hintjax.method import Method, Pairs, hints_of
+from hintjax.methods._shapes import checked
 
 
 def correlation_congruence(pairs: Pairs, *, feature_dim: int = 128) -> Method:
@@ -70,4 +71,5 @@ def correlation_congruence(pairs: Pairs, *, feature_dim: int = 128) -> Method:
             total = total + correlation_loss(**embedded, where=batch.get("where"))
         return total, memory, {}
 
-    return Method(student_wants, teacher_wants, init, apply)
+    method = Method(student_wants, teacher_wants, init, apply)
+    return checked("correlation_congruence", pairs, method)

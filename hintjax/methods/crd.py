@@ -17,6 +17,7 @@ from hintjax._checks import Refusal, instance, message, positive, positive_int, 
 from hintjax._numerics import either, masked_mean
 from hintjax.losses import contrastive_log_constant, contrastive_scores_loss
 from hintjax.method import Method, hints_of
+from hintjax.methods._shapes import checked
 
 HIGHEST = jax.lax.Precision.HIGHEST
 Scores = tuple[Array, Array]  # (batch,) of the positives, (batch, K) of the negatives
@@ -285,7 +286,7 @@ def crd(
         rows = banks.split_rows(memory["bank"], mesh)
         return {"bank": rows, "classes": PartitionSpec()}
 
-    return Method(
+    method = Method(
         student_wants,
         teacher_wants,
         init,
@@ -293,6 +294,7 @@ def crd(
         split=split if mesh else None,
         select=select,
     )
+    return checked("crd", [pair], method)
 
 
 def crd_bytes(

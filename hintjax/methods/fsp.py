@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import jax
 from jaxtyping import Array, Float
@@ -10,6 +11,9 @@ from hintjax import regressors
 from hintjax._checks import Refusal, described, function, instance, message
 from hintjax.losses import fsp_matrix, fsp_matrix_loss
 from hintjax.method import Method, Pairs, hints_of, over_pairs
+from hintjax.methods._shapes import checked, of_pair
+from hintjax.methods._shapes import maps as with_positions
+from hintjax.methods._tokens import counted
 from hintjax.networks import Features
 
 Flows = Sequence[tuple[tuple[str, str], tuple[str, str]]]
@@ -18,16 +22,17 @@ Flows = Sequence[tuple[tuple[str, str], tuple[str, str]]]
 def fsp(
     pairs: Flows,
     *,
-    matrix: Callable[[Array, Array], Array] = fsp_matrix,
+    matrix: Callable[..., Array] = fsp_matrix,
     loss: Callable[[Array, Array], Float[Array, " batch"]] = fsp_matrix_loss,
     regressor: regressors.Sizing | None = None,
+    padding: str | None = None,
 ) -> Method:
     """FSP: what happens between two layers is the same in student and teacher.
 
     Each flow is first reduced to its FSP matrix. Matrices of one shape are then
     compared at once, by vmap over the pairs, and the losses are summed. The layers may
-    have any sizes. Their channels must be equal, or a regressor maps the student's
-    channels to the teacher's.
+    be maps, tokens or volumes of any sizes. Their channels must be equal, or a
+    regressor maps the student's channels to the teacher's.
 
     Training has two stages: FSP alone (a hint stage; 30 epochs at weight 1 in the CRD
     benchmark), then the task, which starts from the weights of the first stage. The
@@ -38,11 +43,15 @@ def fsp(
     Args:
         pairs: (flow of the student, flow of the teacher) for each pair, where a flow
             is (first layer, second layer) of one network, as paths.
-        matrix: the FSP matrix of two maps.
+        matrix: the FSP matrix of two maps. With `padding`, it also receives the mask of
+            valid positions, as `where`.
         loss: compares two batches of matrices, one value per example.
         regressor: makes the regressor of each layer of the student, for instance
             `regressors.linear`. It receives the layer's shape, and this shape with the
             teacher's channels. By default there is no regressor.
+        padding: the name in the batch of the mask of valid positions: bool (batch,
+            *positions), True for a valid token or pixel, at the smaller size of each
+            flow. By default all positions are valid.
 
     Returns:
         The method. It trains a regressor for each matched pair of layers if one is
@@ -50,7 +59,8 @@ def fsp(
 
     Raises:
         ValueError: if there are no pairs, or (when a stage is initialized) if channels
-            differ and there is no regressor.
+            differ and there is no regressor, if a layer has no positions, or if the
+            batch has no such mask.
 
     References:
         Yim et al. 2017, A Gift from Knowledge Distillation.
@@ -76,7 +86,9 @@ def fsp(
         for guided, hint in matched:
             shape = student.hints[guided].shape[1:]
             target = (*shape[:-1], teacher.hints[hint].shape[-1])
-            yield (guided, hint), f"{guided}->{hint}", regressor(shape, target)
+            with of_pair(f"{guided}->{hint}"):
+                module = regressor(shape, target)
+            yield (guided, hint), f"{guided}->{hint}", module
 
     def init(key, student, teacher, data):
         if regressor is None:
@@ -96,14 +108,16 @@ def fsp(
             maps[layers], remembered[name] = regressors.apply(
                 module, params[name], memory[name], maps[layers], context.train
             )
+        masked = {} if padding is None else {"where": counted("fsp", batch, padding)}
+        of = partial(matrix, **masked)
         students = [
-            matrix(*(maps[layers] for layers in zip(*pair, strict=True)))
-            for pair in pairs
+            of(*(maps[layers] for layers in zip(*pair, strict=True))) for pair in pairs
         ]
-        teachers = [matrix(*map(teacher.hints.get, flow)) for _, flow in pairs]
+        teachers = [of(*map(teacher.hints.get, flow)) for _, flow in pairs]
         return summed(students, teachers), remembered, {}
 
-    return Method(student_wants, teacher_wants, init, apply)
+    method = Method(student_wants, teacher_wants, init, apply)
+    return checked("fsp", matched, method, with_positions)
 
 
 def flows(pairs: Pairs) -> Flows:

@@ -6,6 +6,7 @@ from hintjax._checks import instance, positive_int, rank
 from hintjax._numerics import masked_mean
 from hintjax.losses import attention_distribution_loss, relation_loss
 from hintjax.method import Method, Pairs, hints_of, nothing
+from hintjax.methods._shapes import alike, checked
 from hintjax.methods._tokens import counted
 
 
@@ -88,4 +89,5 @@ def minilm(
         }
         return sum(parts.values()), memory, metrics
 
-    return Method(*wants, nothing, apply)
+    method = checked("minilm", relations, Method(*wants, nothing, apply))
+    return checked("minilm", attention, method, alike)

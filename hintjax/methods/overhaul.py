@@ -8,6 +8,7 @@ from hintjax._checks import Refusal, function, instance, message
 from hintjax.losses import batch_norm_margin, margin_relu, partial_l2_loss
 from hintjax.method import Method, Pairs, hints_of
 from hintjax.methods import _regressed
+from hintjax.methods._shapes import checked
 
 CONNECTOR = partial(regressors.linear, batch_norm=True, bias=False)
 
@@ -80,9 +81,6 @@ def overhaul(
             total = total / 2 + partial_l2_loss(predicted, target)
         return total, memory, {}
 
-    return Method(
-        student_wants,
-        teacher_wants._replace(params=tuple(dict.fromkeys(norms))),
-        init,
-        apply,
-    )
+    teacher_wants = teacher_wants._replace(params=tuple(dict.fromkeys(norms)))
+    method = Method(student_wants, teacher_wants, init, apply)
+    return checked("overhaul", pairs, method)

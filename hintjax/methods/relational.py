@@ -4,6 +4,7 @@ from hintjax._checks import Refusal, message, not_negative
 from hintjax._numerics import masked_mean
 from hintjax.losses import angle_loss, distance_loss
 from hintjax.method import Method, Pairs, hints_of, nothing
+from hintjax.methods._shapes import checked
 
 
 def relational(pairs: Pairs, *, distance: float = 25.0, angle: float = 50.0) -> Method:
@@ -49,4 +50,5 @@ def relational(pairs: Pairs, *, distance: float = 25.0, angle: float = 50.0) -> 
             metrics[name] = masked_mean(values, where)
         return total, memory, metrics
 
-    return Method(student_wants, teacher_wants, nothing, apply)
+    method = Method(student_wants, teacher_wants, nothing, apply)
+    return checked("relational", pairs, method)

@@ -7,6 +7,7 @@ from hintjax._checks import Refusal, function, instance, message
 from hintjax._numerics import masked_mean
 from hintjax.losses import attention_score_loss, hint_loss
 from hintjax.method import Method, Pairs, hints_of
+from hintjax.methods._shapes import alike, checked
 from hintjax.methods._tokens import counted
 
 
@@ -104,4 +105,5 @@ def tinybert(
         }
         return sum(parts.values()), memory, metrics
 
-    return Method(*wants, init, apply)
+    method = checked("tinybert", hidden_pairs, Method(*wants, init, apply))
+    return checked("tinybert", attention_pairs, method, alike)
