@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from hintjax.experiments.attachment import middle
-from hintjax.experiments.finished import accuracy
+from hintjax.experiments.finished import accuracy, evaluation_size
 from hintjax.experiments.setting import Setting
 from hintjax.experiments.statistics import paired, summary
 from hintjax.networks import Variables
@@ -72,7 +72,11 @@ def table(
         "machine": _machine(),
         "teacher": {
             "accuracy": accuracy(
-                setting.teacher, teacher, dataset.test, dataset.standardize
+                setting.teacher,
+                teacher,
+                dataset.test,
+                dataset.standardize,
+                evaluation_size(dataset.test, setting.config),
             ),
             "parameters": sizes["teacher"],
         },

@@ -20,7 +20,7 @@ from hintjax.experiments.comparison import REPORT, Arm, compare
 from hintjax.experiments.comparison_picture import picture
 from hintjax.experiments.comparison_table import show_table, table
 from hintjax.experiments.config import Config
-from hintjax.experiments.finished import DEPLOYED, accuracy, run_config
+from hintjax.experiments.finished import DEPLOYED, accuracy, evaluation_size, run_config
 from hintjax.experiments.methods_table import RECIPES
 from hintjax.experiments.phases import check
 from hintjax.experiments.recipes import PlannedPhase, Recipe, backprop
@@ -282,5 +282,6 @@ def evaluate_run(run_dir: Path) -> None:
     dataset = setting.dataset
     for name in ("validation", "test"):
         split = getattr(dataset, name)
-        found = accuracy(student, variables, split, dataset.standardize)
+        size = evaluation_size(split, config)
+        found = accuracy(student, variables, split, dataset.standardize, size)
         print(f"{name} accuracy: {found:.4f}")

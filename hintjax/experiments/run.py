@@ -17,7 +17,7 @@ from typing import Any
 import jax
 from jaxtyping import Array, Key
 
-from hintjax.data import Augment, fits_on_device, steps_per_epoch
+from hintjax.data import ON_DEVICE, Augment, fits_on_device, steps_per_epoch
 from hintjax.experiments import config as configs
 from hintjax.experiments.config import Config
 from hintjax.experiments.finished import DEPLOYED, RESULT, load_student
@@ -178,7 +178,7 @@ def _validation(setting: Setting) -> Callable[[], Iterable[Any]]:
     """Makes the validation batches anew; they stay on the device if they fit."""
     split = setting.dataset.validation
     batches = functools.partial(batches_of, setting, split)
-    if fits_on_device(split):
+    if fits_on_device(split, limit=ON_DEVICE // 4):  # as float32
         return functools.partial(list, list(batches()))
     return batches
 

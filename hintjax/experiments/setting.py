@@ -21,7 +21,7 @@ from hintjax.experiments import config as configs
 from hintjax.experiments.attachment import Places
 from hintjax.experiments.config import Config
 from hintjax.experiments.factories import attribute_of, layers, network
-from hintjax.experiments.finished import EVALUATION_BATCH, load_student, run_config
+from hintjax.experiments.finished import evaluation_size, load_student, run_config
 from hintjax.experiments.teacher import Teacher, teacher_of
 from hintjax.networks import Network
 from hintjax.processes import agree, each
@@ -158,6 +158,6 @@ def batches_of(setting: Setting, split: Split | Records) -> Iterator[dict[str, A
     """The batches of a split for evaluation, which all devices can share."""
     mesh = setting.layout and setting.layout.mesh
     parts = 1 if mesh is None else shares(mesh)
-    size = -(-EVALUATION_BATCH // parts) * parts
+    size = evaluation_size(split, setting.config, parts)
     found = evaluation_batches(split, size, setting.dataset.standardize)
     return found if mesh is None else (spread(b, over_batch(mesh)) for b in found)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from hintjax.experiments.config import Config
-from hintjax.experiments.finished import RESULT, accuracy, load_student
+from hintjax.experiments.finished import RESULT, accuracy, evaluation_size, load_student
 from hintjax.experiments.recipes import backprop
 from hintjax.experiments.run import run
 from hintjax.experiments.setting import Setting, prepare
@@ -67,7 +67,8 @@ def check_teacher(setting: Setting, variables: Variables) -> float:
     n = dataset.validation.n
     few = np.linspace(0, n - 1, min(n, _JUDGED)).astype(int)
     split = dataset.validation.read(few)
-    found = accuracy(setting.teacher, variables, split, dataset.standardize)
+    size = evaluation_size(split, config)
+    found = accuracy(setting.teacher, variables, split, dataset.standardize, size)
     if found < config.teacher_at_least:
         enough = 100 * config.teacher_at_least
         warnings.warn(
