@@ -1,6 +1,7 @@
 """A comparison as one picture."""
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,7 @@ def picture(
         attention[f"{name} {guided}"] = attention_of(
             setting.student, guided, ours, student
         )
-    fewer = report["compression"]
+    fewer, known = report["compression"], report["teacher"]["accuracy"]
     figure = pictures.comparison(
         {
             name: [_history(run_dir / path, per_epoch) for path in arm["runs"]]
@@ -70,7 +71,7 @@ def picture(
         dataset.test.read(shown).image,
         attention,
         accuracies={name: arm["test"] for name, arm in found.items()},
-        reference=("teacher", report["teacher"]["accuracy"]),
+        reference=None if math.isnan(known) else ("teacher", known),
         title=f"{report['dataset']}: {fewer:.0f} times fewer parameters",
         chance=report["chance"],
     )

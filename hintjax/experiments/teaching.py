@@ -48,7 +48,7 @@ def teacher_variables(config: Config, run_dir: Path, **how: Any) -> Variables:
     return load_student(path)[1]
 
 
-def check_teacher(setting: Setting, variables: Variables) -> float:
+def check_teacher(setting: Setting, variables: Variables) -> float | None:
     """Warns about a teacher that knows little of the validation split.
 
     The teacher is judged whenever a run starts or resumes. So only a few examples are
@@ -61,9 +61,13 @@ def check_teacher(setting: Setting, variables: Variables) -> float:
         variables: variables of the teacher.
 
     Returns:
-        Accuracy of the teacher.
+        Accuracy of the teacher; None if it knows other classes, so that only its hints
+        are used.
     """
     config, dataset = setting.config, setting.dataset
+    if not setting.places.same_outputs:
+        print(f"teacher {config.teacher}: it knows other classes, so it is not judged")
+        return None
     n = dataset.validation.n
     few = np.linspace(0, n - 1, min(n, _JUDGED)).astype(int)
     split = dataset.validation.read(few)
