@@ -86,6 +86,8 @@ class DataOptions:
         limit: Number of training examples to keep. By default all examples.
         size: Height and width to which images are scaled, in pixels. By default images
             keep their size.
+        range: Range of the pixels in a .npz file that are not uint8, such as floats.
+            They are converted to uint8.
         pad: Number of pixels by which training images are padded before a random crop.
             By default nothing is cropped.
         flip: Whether training images are flipped left to right at random.
@@ -95,6 +97,7 @@ class DataOptions:
     data_dir: str | None = None
     limit: int | None = None
     size: int | None = None
+    range: Literal["0..1", "0..255"] | None = None
     pad: int = 0
     flip: bool = False
 

@@ -155,6 +155,7 @@ def keep_compiled(folder: Path) -> None:
 def _distill(config: Config, run_dir: Path, plan: Plan, resume: bool) -> None:
     """Checks and runs a plan in a run directory that is owned."""
     setting = prepare(config, teach=config.method != "backprop")
+    show_classes(setting)
     phases = [phase for recipe in plan.recipes for phase in check(setting, recipe)]
     if not resume:
         configs.save(config, run_dir)
@@ -179,6 +180,16 @@ def _distill(config: Config, run_dir: Path, plan: Plan, resume: bool) -> None:
     write_text(run_dir / REPORT, json.dumps(result, indent=1))
     show_table(result)
     print(f"picture: {picture(setting, run_dir, variables, result, found)}")
+
+
+def show_classes(setting: Setting) -> None:
+    """Prints the labels of the classes, if they are other numbers than 0, 1, ..."""
+    names = setting.dataset.class_names
+    numbers = tuple(map(str, range(len(names))))
+    if names != numbers and all(map(str.isdecimal, names)):
+        some = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+        last = len(names) - 1
+        print(f"classes 0..{last} are the labels {some} of {setting.config.dataset}")
 
 
 def _total_steps(setting: Setting, plan: Plan) -> int:

@@ -191,6 +191,7 @@ def _result(
     result = {"steps": fitted.steps, "seconds": round(fitted.seconds, 2)}
     result["spent"] = {name: round(s, 2) for name, s in fitted.spent.items()}
     result |= {"boundaries": list(fitted.boundaries), "classes": dataset.classes}
+    result["class_names"] = list(dataset.class_names)
     for name in ("validation", "test"):
         batches = batches_of(setting, getattr(dataset, name))
         found = evaluate(stage, fitted.state, teacher, batches)

@@ -66,7 +66,11 @@ def prepare(config: Config, *, teach: bool = False) -> Setting:
     """
     dataset = each(
         lambda: load(
-            config.dataset, config.data_dir, limit=config.limit, size=config.size
+            config.dataset,
+            config.data_dir,
+            limit=config.limit,
+            size=config.size,
+            range=config.range,
         )
     )
     if jax.process_count() > 1:

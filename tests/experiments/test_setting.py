@@ -15,6 +15,7 @@ from hintjax.experiments import config as configs
 from hintjax.experiments import recipes
 from hintjax.experiments.attachment import compares_outputs
 from hintjax.experiments.config import Config
+from hintjax.experiments.distill import show_classes
 from hintjax.experiments.methods_table import METHODS
 from hintjax.experiments.phases import check
 from hintjax.experiments.setting import prepare
@@ -164,3 +165,41 @@ def test_hints_of_a_teacher_of_other_classes_train_a_student(
     assert (run_dir / "comparison.png").exists()
     main(["eval", str(run_dir)])
     assert "other classes" in capsys.readouterr().out
+
+
+@pytest.mark.quick
+def test_a_head_has_one_output_for_each_class_that_occurs(corners, tmp_path, capsys):
+    """Teacher and student number the classes alike, and one line says how."""
+    with np.load(corners) as file:
+        ids = np.array([3, 10, 57, 200])[file["label"]]
+        np.savez(tmp_path / "ids.npz", image=file["image"], label=ids)
+    config = Config(dataset=str(tmp_path / "ids.npz"), devices=1)
+    setting, plain = (
+        prepare(dataclasses.replace(config, dataset=path), teach=True)
+        for path in (config.dataset, corners)
+    )
+    for layers in (setting.places.student, setting.places.teacher):
+        assert layers["classifier"].shape == (1, 4)
+    np.testing.assert_array_equal(
+        setting.dataset.train.label, plain.dataset.train.label
+    )
+    show_classes(plain)
+    assert not capsys.readouterr().out
+    show_classes(setting)
+    out = capsys.readouterr().out
+    assert out == f"classes 0..3 are the labels 3, 10, 57, 200 of {config.dataset}\n"
+
+
+@pytest.mark.quick
+def test_floats_are_read_in_the_range_of_the_config(
+    corners, tmp_path, capsys, unchecked
+):
+    path = tmp_path / "floats.npz"
+    with np.load(corners) as file:
+        np.savez(path, image=file["image"] / 255, label=file["label"])
+    command = ("distill", "--dataset", path, "--run-dir", tmp_path / "run")
+    assert "(--range 0..1)" in refused(capsys, *command, "--method", "kd")
+    config = Config(dataset=str(path), method="backprop", range="0..1", devices=1)
+    plain = dataclasses.replace(config, dataset=corners, range=None)
+    got, want = (prepare(one).dataset.train for one in (config, plain))
+    np.testing.assert_array_equal(got.image, want.image)
