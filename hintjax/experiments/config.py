@@ -111,6 +111,10 @@ class NetworkOptions:
             factory(classes=...).
         teacher: Factory of a teacher to train first, or the run directory of a finished
             run.
+        weights: File of weights from torch (.safetensors) for the factory of the
+            teacher, which then is not trained. By default there is no file.
+        weights_sha256: SHA-256 of the file of weights, which is checked. By default it
+            is recorded when the run starts.
         teacher_epochs: Number of epochs for which a teacher from a factory is trained.
         teacher_at_least: Lowest validation accuracy (0 to 1) of a teacher that causes
             no warning.
@@ -118,6 +122,8 @@ class NetworkOptions:
 
     student: str = "hintjax.models:plain_thin"
     teacher: str = "hintjax.models:plain_wide"
+    weights: str | None = None
+    weights_sha256: str | None = None
     teacher_epochs: int = 6
     teacher_at_least: float = 0.5
 
@@ -269,6 +275,9 @@ def check(config: Config) -> Config:
     teacher = teacher_of(config.teacher)
     if teacher.factory is not None:
         models["teacher"] = teacher.factory
+    elif config.weights is not None:
+        wanted = "a factory as teacher, which makes the network of the weights"
+        raise Refusal(message("config", wanted, described(config.teacher)))
     for name, model in models.items():
         if not re.fullmatch(r"\w+(\.\w+)*:\w+", model):
             wanted = f"{name} as package.module:factory"

@@ -23,10 +23,10 @@ from hintjax.experiments.config import Config
 from hintjax.experiments.finished import DEPLOYED, accuracy, evaluation_size, run_config
 from hintjax.experiments.methods_table import RECIPES
 from hintjax.experiments.phases import check
+from hintjax.experiments.pretrained import recorded
 from hintjax.experiments.recipes import PlannedPhase, Recipe, backprop
 from hintjax.experiments.run import load_deployed, run
 from hintjax.experiments.setting import Setting, prepare
-from hintjax.experiments.teacher import teacher_of
 from hintjax.experiments.teaching import check_teacher, teacher_variables
 from hintjax.processes import agree, first
 from hintjax.training import progress
@@ -154,6 +154,7 @@ def keep_compiled(folder: Path) -> None:
 
 def _distill(config: Config, run_dir: Path, plan: Plan, resume: bool) -> None:
     """Checks and runs a plan in a run directory that is owned."""
+    config = recorded(config)
     setting = prepare(config, teach=config.method != "backprop")
     show_classes(setting)
     phases = [phase for recipe in plan.recipes for phase in check(setting, recipe)]
@@ -165,7 +166,7 @@ def _distill(config: Config, run_dir: Path, plan: Plan, resume: bool) -> None:
     with progress(total, "hintjax", images_per_step=config.batch_size) as report:
         begin, variables = _counting(report), None
         if setting.teacher is not None:
-            variables = teacher_variables(config, run_dir, show=begin("teacher"))
+            variables = teacher_variables(setting, run_dir, show=begin("teacher"))
             check_teacher(setting, variables)
         if not plan.arms:
             (recipe,) = plan.recipes
@@ -196,7 +197,7 @@ def _total_steps(setting: Setting, plan: Plan) -> int:
     """The steps of all runs, and of the teacher if it is trained here."""
     config = setting.config
     runs = sum(len(arm.rates) for arm in plan.arms) * config.seeds or 1
-    trained_here = teacher_of(config.teacher).factory is not None
+    trained_here = ":" in config.teacher and config.weights is None
     before = config.teacher_epochs if trained_here else 0
     per_epoch = setting.dataset.train.n // config.batch_size
     return (runs * config.epochs + before) * per_epoch

@@ -46,7 +46,7 @@ from hintjax.training.run_directory import owned, write_text
 # of one run, or the checkpoint knows them better (a teacher by its fingerprint).
 _ELSEWHERE = (
     *("compare", "data_dir", "rates", "seeds"),
-    *("teacher", "teacher_at_least", "teacher_epochs"),
+    *("teacher", "teacher_at_least", "teacher_epochs", "weights", "weights_sha256"),
 )
 # Fields that may change when a run resumes.
 _HARMLESS = (

@@ -23,6 +23,7 @@ from hintjax.experiments.attachment import Places
 from hintjax.experiments.config import Config
 from hintjax.experiments.factories import attribute_of, layers, network, output_shape
 from hintjax.experiments.finished import evaluation_size, load_student, run_config
+from hintjax.experiments.pretrained import pretrained
 from hintjax.experiments.teacher import Teacher, teacher_of
 from hintjax.networks import Network, Variables, join
 from hintjax.processes import agree, each
@@ -138,13 +139,16 @@ def teacher_network(config: Config, classes: int, inputs: jax.Array) -> Network:
     Args:
         config: config of the run.
         classes: number of classes of the dataset, for a teacher that is trained first.
-            A teacher from a finished run keeps the classes of that run.
+            A teacher from a finished run or a file keeps its own classes.
         inputs: one image of the dataset.
 
     Raises:
-        Refusal: if the run is not finished, or its student takes other images.
+        Refusal: if the run is not finished, or its student takes other images; or if
+            the network and the file of weights do not match.
     """
-    teacher = teacher_of(config.teacher)
+    teacher = teacher_of(config.teacher, config.weights)
+    if teacher.weights is not None:
+        return pretrained(teacher, classes, inputs)[0]
     if teacher.run_dir is None:
         return each(lambda: network(teacher.factory, classes))
     made, variables = load_student(teacher.run_dir)
