@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from hintjax.data import Dataset
+from hintjax.experiments.config import Config
 from hintjax.experiments.finished import RESULT, accuracy, evaluation_size, load_student
 from hintjax.experiments.pretrained import pretrained
 from hintjax.experiments.recipes import backprop
@@ -14,6 +16,7 @@ from hintjax.experiments.run import run
 from hintjax.experiments.setting import Setting, prepare
 from hintjax.experiments.teacher import teacher_of
 from hintjax.networks import Variables
+from hintjax.processes import told
 from hintjax.training.run_directory import read_json
 
 _JUDGED = 1000  # validation examples on which a teacher is judged, at most
@@ -68,6 +71,7 @@ def check_teacher(setting: Setting, variables: Variables) -> float | None:
         are used.
     """
     config, dataset = setting.config, setting.dataset
+    _compare_names(config, dataset)
     if not setting.places.same_outputs:
         print(f"teacher {config.teacher}: it knows other classes, so it is not judged")
         return None
@@ -86,3 +90,20 @@ def check_teacher(setting: Setting, variables: Variables) -> float | None:
             stacklevel=2,
         )
     return found
+
+
+def _compare_names(config: Config, dataset: Dataset) -> None:
+    """Warns if a teacher from a run has as many classes, but with other names."""
+    teacher = teacher_of(config.teacher)
+    if teacher.run_dir is None:
+        return
+    theirs = told(lambda: read_json(teacher.run_dir / RESULT).get("class_names"))
+    ours = list(dataset.class_names)
+    if theirs is not None and len(theirs) == len(ours) and theirs != ours:
+        at = next(i for i, name in enumerate(ours) if theirs[i] != name)
+        warnings.warn(
+            f"teacher {config.teacher}: its class {at} is named {theirs[at]}, and "
+            f"class {at} of {dataset.name} is named {ours[at]}. Are these the same "
+            f"classes, in the same order?",
+            stacklevel=3,
+        )

@@ -1,5 +1,6 @@
 """Settings: teachers from finished runs, also of other datasets."""
 
+import contextlib
 import dataclasses
 import json
 
@@ -188,6 +189,32 @@ def test_a_head_has_one_output_for_each_class_that_occurs(corners, tmp_path, cap
     show_classes(setting)
     out = capsys.readouterr().out
     assert out == f"classes 0..3 are the labels 3, 10, 57, 200 of {config.dataset}\n"
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    ("names", "warned"),
+    [
+        (["0", "1", "2", "3"], False),
+        (None, False),  # of an older version
+        (["3", "10", "57", "200"], True),
+        (["0", "1", "3", "2"], True),
+    ],
+)
+def test_a_teacher_whose_classes_have_other_names_is_named(
+    names, warned, corners, tmp_path
+):
+    student, path = "hintjax.models:plain_wide", tmp_path / "run"
+    run_dir = finished_run(path, models.plain_wide(classes=4), 4, student=student)
+    result = {"classes": 4} | ({} if names is None else {"class_names": names})
+    (path / "result.json").write_text(json.dumps(result))
+    config = Config(dataset=corners, teacher=run_dir, teacher_at_least=0.0, devices=1)
+    setting = prepare(config, teach=True)
+    expect = pytest.warns(
+        UserWarning, match=r"is named (3|2), and class \d of .*corners"
+    )
+    with expect if warned else contextlib.nullcontext():
+        check_teacher(setting, setting.teacher.init(jax.random.key(0), setting.inputs))
 
 
 @pytest.mark.quick
