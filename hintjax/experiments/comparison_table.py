@@ -13,7 +13,7 @@ from jaxtyping import PyTree
 
 from hintjax.experiments.attachment import middle
 from hintjax.experiments.finished import accuracy, evaluation_size
-from hintjax.experiments.setting import Setting
+from hintjax.experiments.setting import Setting, taught_by
 from hintjax.experiments.statistics import paired, summary
 from hintjax.networks import Variables
 
@@ -141,7 +141,7 @@ def _accuracy(setting: Setting, teacher: Variables) -> float:
         return math.nan
     test, standardize = setting.dataset.test, setting.dataset.standardize
     size = evaluation_size(test, setting.config)
-    return accuracy(setting.teacher, teacher, test, standardize, size)
+    return accuracy(taught_by(setting), teacher, test, standardize, size)
 
 
 def _machine() -> dict[str, Any]:

@@ -174,7 +174,7 @@ def training_begins() -> None:
     """Waits until every process has come here; from then on, the watch is over."""
     if _CURRENT:
         each(lambda: None)
-        watched().stop()
+        _CURRENT.pop().stop()
 
 
 def watched() -> Watch | None:

@@ -188,7 +188,7 @@ class Beside(NamedTuple):
         before = 0 if method.prepare is None else _share(config, 9)
         rest = epochs - before
         usual = self.weight
-        if not isinstance(usual, float):
+        if isinstance(usual, Grown | Falling):
             usual = usual(rest, per_epoch)
         name = self.name or self.method.__name__
         terms = {
@@ -198,11 +198,11 @@ class Beside(NamedTuple):
             name: weighted(method, _or(config.weight, usual)),
         }
         if config.kd_weight:
-            term = kd(_or(config.temperature, 4.0))
+            term = kd(4.0 if config.temperature is None else config.temperature)
             terms["logits"] = weighted(term, config.kd_weight)
         whole, note = objective(**terms), self.note(config, places)
         source = (self, rest)  # the schedule of the weight depends on both
-        if not before:
+        if not before or whole.prepare is None:
             return [PlannedPhase(name, whole, epochs, source, note=note)]
         first = f"before {name}"
         return [

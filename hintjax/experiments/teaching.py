@@ -13,7 +13,7 @@ from hintjax.experiments.finished import RESULT, accuracy, evaluation_size, load
 from hintjax.experiments.pretrained import pretrained
 from hintjax.experiments.recipes import backprop
 from hintjax.experiments.run import run
-from hintjax.experiments.setting import Setting, prepare
+from hintjax.experiments.setting import Setting, prepare, taught_by
 from hintjax.experiments.teacher import teacher_of
 from hintjax.networks import Variables
 from hintjax.processes import told
@@ -35,7 +35,8 @@ def teacher_variables(setting: Setting, run_dir: Path, **how: Any) -> Variables:
     if teacher.run_dir is not None:
         return load_student(teacher.run_dir)[1]
     if teacher.weights is not None:
-        return pretrained(teacher, setting.dataset.classes, setting.inputs)[1]
+        classes = setting.dataset.classes
+        return pretrained(config.teacher, teacher.weights, classes, setting.inputs)[1]
     path = run_dir / "teacher"
     if read_json(path / RESULT) is None:
         own = dataclasses.replace(
@@ -79,7 +80,7 @@ def check_teacher(setting: Setting, variables: Variables) -> float | None:
     few = np.linspace(0, n - 1, min(n, _JUDGED)).astype(int)
     split = dataset.validation.read(few)
     size = evaluation_size(split, config)
-    found = accuracy(setting.teacher, variables, split, dataset.standardize, size)
+    found = accuracy(taught_by(setting), variables, split, dataset.standardize, size)
     if found < config.teacher_at_least:
         enough = 100 * config.teacher_at_least
         warnings.warn(
@@ -94,10 +95,10 @@ def check_teacher(setting: Setting, variables: Variables) -> float | None:
 
 def _compare_names(config: Config, dataset: Dataset) -> None:
     """Warns if a teacher from a run has as many classes, but with other names."""
-    teacher = teacher_of(config.teacher)
-    if teacher.run_dir is None:
+    run_dir = teacher_of(config.teacher).run_dir
+    if run_dir is None:
         return
-    theirs = told(lambda: read_json(teacher.run_dir / RESULT).get("class_names"))
+    theirs = told(lambda: (read_json(run_dir / RESULT) or {}).get("class_names"))
     ours = list(dataset.class_names)
     if theirs is not None and len(theirs) == len(ours) and theirs != ours:
         at = next(i for i, name in enumerate(ours) if theirs[i] != name)
