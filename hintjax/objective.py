@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, ArrayLike, DTypeLike, Float, Num, ScalarLike
 
-from hintjax._checks import Refusal, function, instance, message, scalar
+from hintjax._checks import Refusal, function, instance, message, needed, scalar
 from hintjax._numerics import as_float, either, masked_mean
 from hintjax.method import (
     PREPARED,
@@ -19,8 +19,11 @@ from hintjax.method import (
     Context,
     Data,
     Method,
+    Reduced,
     nothing,
     one_per_example,
+    output_of,
+    reduced,
     total,
     union,
 )
@@ -189,6 +192,10 @@ def objective(**terms: Weighted | Method) -> Method:
         deploy=_deployed(named),
         split=_split(named),
         select=_select(named),
+        reduced=_reduced(named),
+        check=_check(named),
+        limits=_limits(named),
+        silent=_silent(named),
     )
 
 
@@ -241,6 +248,72 @@ def _select(terms: dict[str, Weighted]) -> Callable[..., dict] | None:
     return select
 
 
+def _reduced(terms: dict[str, Weighted]) -> Callable[[Features], Reduced] | None:
+    """`Method.reduced` of an objective, from that of each term."""
+    if not _own(terms, "reduced"):
+        return None
+
+    def made(student: Features) -> Reduced:
+        found = {name: reduced(term.method, student) for name, term in terms.items()}
+
+        def reduce(teacher: Features) -> Features:
+            hints = {}
+            for name, term in terms.items():
+                own = {path: teacher.hints[path] for path in term.method.teacher.hints}
+                hints |= found[name].reduce(teacher._replace(hints=own)).hints
+            return teacher._replace(hints=hints)
+
+        return Reduced(
+            reduce,
+            objective(
+                **{
+                    name: Weighted(found[name].method, term.weight)
+                    for name, term in terms.items()
+                }
+            ),
+        )
+
+    return made
+
+
+def _check(terms: dict[str, Weighted]) -> Callable[[Data], None] | None:
+    """`Method.check` of an objective, from that of each term that teaches."""
+    own = _own({n: term for n, term in terms.items() if term.weight != 0}, "check")
+    if not own:
+        return None
+
+    def check(data):
+        for one in own.values():
+            one(data)
+
+    return check
+
+
+def _limits(terms: dict[str, Weighted]) -> Callable[[dict], dict[str, int]] | None:
+    """`Method.limits` of an objective: the lowest of all terms."""
+    own = _own(terms, "limits")
+    if not own:
+        return None
+
+    def limits(memory: dict) -> dict[str, int]:
+        found: dict[str, int] = {}
+        for term, one in own.items():
+            for name, n in one(memory[term]).items():
+                found[name] = min(n, found[name]) if name in found else n
+        return found
+
+    return limits
+
+
+def _silent(terms: dict[str, Weighted]) -> tuple[str, ...]:
+    """`Method.silent` of an objective: its own terms, and those of its terms."""
+    own = [name for name, term in terms.items() if term.weight == 0]
+    inner = [
+        f"{n}/{inside}" for n, term in terms.items() for inside in term.method.silent
+    ]
+    return *own, *inner
+
+
 def _own(terms: dict[str, Weighted], field: str) -> dict[str, Callable]:
     """The values of an optional field of the methods, by term, without None."""
     found = {name: getattr(term.method, field) for name, term in terms.items()}
@@ -282,6 +355,13 @@ def task(
     function("task", loss=loss)
     instance("task", str, label=label)
 
+    def init(
+        key: Array, student: Features, teacher: Features, data: Data | None
+    ) -> tuple[dict, dict]:
+        if student.output is not None:
+            output_of("task", "student", student)
+        return nothing(key, student, teacher, data)
+
     def apply(
         params: dict,
         memory: dict,
@@ -290,17 +370,15 @@ def task(
         batch: Batch,
         context: Context,
     ) -> Applied:
-        if label not in batch:
-            got, do = f"{sorted(batch)}", "Name the labels with label=."
-            raise Refusal(message("task", f"{label!r} in the batch", got, do))
-        output, labels = as_float("task", student.output), batch[label]
+        labels = needed("task", batch, label, "Name the labels with label=.")
+        output = as_float("task", output_of("task", "student", student))
         metrics = {}
         if jnp.issubdtype(labels.dtype, jnp.integer):
             right = (output.argmax(-1) == labels).astype(output.dtype)
             metrics["accuracy"] = masked_mean(right, batch.get("where"))
         return loss(output, labels), memory, metrics
 
-    return Method(Wants(output=True), Wants(), nothing, apply)
+    return Method(Wants(output=True), Wants(), init, apply)
 
 
 def _fold(key: Array, name: str) -> Array:

@@ -16,6 +16,13 @@ from hintjax._checks import Refusal, message, nearest
 from hintjax.experiments import attachment, recipes
 from hintjax.experiments import config as configs
 from hintjax.experiments.attachment import Places
+from hintjax.experiments.caching import (
+    CACHE,
+    contents_of,
+    methods_of,
+    verify,
+    with_cache,
+)
 from hintjax.experiments.comparison import REPORT, Arm, compare
 from hintjax.experiments.comparison_picture import picture
 from hintjax.experiments.comparison_table import show_table, table
@@ -28,6 +35,7 @@ from hintjax.experiments.pretrained import recorded
 from hintjax.experiments.recipes import PlannedPhase, Recipe, backprop
 from hintjax.experiments.run import load_deployed, run
 from hintjax.experiments.setting import Setting, prepare
+from hintjax.experiments.teacher import teacher_of
 from hintjax.experiments.teaching import check_teacher, teacher_variables
 from hintjax.networks import Variables
 from hintjax.processes import agree, first
@@ -174,15 +182,22 @@ def _distill(config: Config, run_dir: Path, plan: Plan, resume: bool) -> None:
             check_teacher(setting, variables)
             return variables
 
+        def cached(variables: Variables) -> Setting:
+            if not config.cache:
+                return setting
+            return with_cache(setting, run_dir / CACHE, plan.recipes, variables)
+
         if not plan.arms:
             (recipe,) = plan.recipes
             teacher = None if setting.teacher is None else taught()
             how = {"teacher": teacher, "resume": resume, "show": begin("student")}
-            fitted, _ = run(setting, run_dir, recipe, **how)
+            runs = setting if teacher is None else cached(teacher)
+            fitted, _ = run(runs, run_dir, recipe, **how)
             print(fitted.account())
             return
         variables = taught()
-        found = compare(setting, run_dir, plan.arms, variables, begin=begin)
+        runs = cached(variables)
+        found = compare(runs, run_dir, plan.arms, variables, begin=begin)
     arms = plan.arms
     baselines = [arm.name for arm in arms if arm.baseline] or [arms[0].name]
     result = table(setting, variables, found, baselines)
@@ -205,7 +220,7 @@ def _total_steps(setting: Setting, plan: Plan) -> int:
     """The steps of all runs, and of the teacher if it is trained here."""
     config = setting.config
     runs = sum(len(arm.rates) for arm in plan.arms) * config.seeds or 1
-    trained_here = ":" in config.teacher and config.weights is None
+    trained_here = teacher_of(config.teacher, config.weights).trained_here
     before = config.teacher_epochs if trained_here else 0
     per_epoch = setting.dataset.train.n // config.batch_size
     return (runs * config.epochs + before) * per_epoch
@@ -308,3 +323,20 @@ def evaluate_run(run_dir: Path) -> None:
         size = evaluation_size(split, config)
         found = accuracy(student, variables, split, dataset.standardize, size)
         print(f"{name} accuracy: {found:.4f}")
+
+
+def verify_cache(run_dir: Path) -> None:
+    """Checks a run's cache of teacher features: some rows are computed again.
+
+    Prints the largest error and the least cosine of each feature.
+
+    Args:
+        run_dir: run directory.
+    """
+    path = run_dir.expanduser().resolve()
+    config = run_config(path)
+    here = dataclasses.replace(config, devices=1, fsdp=1)  # any machine can check
+    setting = prepare(here, teach=True)
+    teacher = teacher_variables(setting, path)
+    methods = methods_of(setting, planned(config).recipes)
+    verify(path / CACHE, setting, contents_of(setting, methods, teacher), teacher)

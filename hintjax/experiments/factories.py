@@ -8,8 +8,9 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+from jaxtyping import PyTree
 
-from hintjax._checks import Refusal, message
+from hintjax._checks import Refusal, WrongType, form, message
 from hintjax.experiments import config as configs
 from hintjax.networks import Network, Wants, linen
 from hintjax.networks.nnx import nnx
@@ -105,6 +106,31 @@ def _parameters(made: Any) -> Mapping[str, inspect.Parameter]:
         return {}
 
 
+def check_output(name: str, network: Network, inputs: jax.Array) -> None:
+    """Raises unless a network gives one array of logits, found on shapes alone.
+
+    Args:
+        name: name of the factory of the network.
+        network: the network.
+        inputs: some images.
+
+    Raises:
+        WrongType: if the output is a tuple, a dict or another container.
+        Refusal: if the output has no axis of classes, as `(batch,)`.
+    """
+    found = _output(network, inputs)
+    wanted = f"{name} to make a model that gives logits, (batch, classes)"
+    if not isinstance(found, jax.ShapeDtypeStruct):
+        do = (
+            "Let the factory return hintjax.linen(module, call=...), with a call that "
+            "returns the logits alone, e.g. lambda module, x, train: module(x)[0]."
+        )
+        raise WrongType(message("model", wanted, form(found), do))
+    if found.ndim < 2 or found.shape[0] != inputs.shape[0]:
+        do = "Give one logit for each class; a model of two classes gives two logits."
+        raise Refusal(message("model", wanted, f"the shape {found.shape}", do))
+
+
 def layers(network: Network, inputs: jax.Array) -> dict[str, jax.ShapeDtypeStruct]:
     """The layers of a network for such inputs, found on shapes alone."""
     variables = jax.eval_shape(network.init, jax.random.key(0), inputs)
@@ -113,11 +139,15 @@ def layers(network: Network, inputs: jax.Array) -> dict[str, jax.ShapeDtypeStruc
 
 def output_shape(network: Network, inputs: jax.Array) -> Any:
     """The shape of one example's output; a tree of shapes if the output is a tree."""
+    return jax.tree.map(lambda array: array.shape[1:], _output(network, inputs))
 
-    def output(inputs: jax.Array) -> Any:
+
+def _output(network: Network, inputs: jax.Array) -> PyTree:
+    """The output of a network, found on shapes alone."""
+
+    def output(inputs: jax.Array) -> PyTree:
         variables = network.init(jax.random.key(0), inputs)
         wants = Wants(output=True)
         return network.apply(*variables, inputs, wants=wants, train=False)[0].output
 
-    found = jax.eval_shape(output, inputs)
-    return jax.tree.map(lambda array: array.shape[1:], found)
+    return jax.eval_shape(output, inputs)

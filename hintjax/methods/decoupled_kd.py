@@ -2,7 +2,7 @@
 
 from jaxtyping import Array
 
-from hintjax._checks import instance, not_negative, positive
+from hintjax._checks import instance, needed, not_negative, positive
 from hintjax.losses import decoupled_kd_loss
 from hintjax.method import Batch, Method
 from hintjax.methods._compared import outputs
@@ -32,7 +32,8 @@ def decoupled_kd(
 
     Raises:
         ValueError: if the temperature is not positive, if a weight is negative, or
-            (when a stage is initialized) if the numbers of classes differ.
+            (when a stage is initialized) if the numbers of classes differ, or are 1 (or
+            2, with alpha 0), so that the loss is constant.
 
     References:
         Zhao et al. 2022, Decoupled Knowledge Distillation.
@@ -42,13 +43,10 @@ def decoupled_kd(
     instance("decoupled_kd", str, label=label)
 
     def loss(student: Array, teacher: Array, batch: Batch) -> Array:
+        labels = needed("decoupled_kd", batch, label, "Name the labels with label=.")
         return decoupled_kd_loss(
-            student,
-            teacher,
-            batch[label],
-            alpha=alpha,
-            beta=beta,
-            temperature=temperature,
+            student, teacher, labels, alpha=alpha, beta=beta, temperature=temperature
         )
 
-    return outputs("decoupled_kd", loss)
+    # One other class among itself has the probability 1.
+    return outputs("decoupled_kd", loss, least=2 if alpha > 0 else 3)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from hintjax import regressors
-from hintjax._checks import Refusal, function, instance, message
+from hintjax._checks import Refusal, function, instance, message, needed
 from hintjax._numerics import as_float, masked_mean
 from hintjax.losses import hint_loss
 from hintjax.method import Applied, Batch, Context, Data, Method, hints_of
@@ -80,7 +80,8 @@ def simkd(
         metrics = {}
         if "label" in batch:
             logits = reused_classifier(found, teacher.params[classifier])
-            right = (logits.argmax(-1) == batch["label"]).astype(logits.dtype)
+            labels = needed("simkd", batch, "label")
+            right = (logits.argmax(-1) == labels).astype(logits.dtype)
             metrics["accuracy"] = masked_mean(right, batch.get("where"))
         return hint_loss(found, hint), memory, metrics
 
