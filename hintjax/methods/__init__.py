@@ -35,6 +35,7 @@ from hintjax.methods.selectivity import selectivity
 from hintjax.methods.similarity import similarity_preserving
 from hintjax.methods.simkd import reused_classifier, simkd
 from hintjax.methods.tinybert import tinybert
+from hintjax.methods.token_gram import token_gram
 from hintjax.methods.variational import variational
 
 __all__ = [
@@ -76,6 +77,7 @@ __all__ = [
     "soft_targets",
     "standardized_kd",
     "tinybert",
+    "token_gram",
     "variational",
     "warm_up",
 ]
