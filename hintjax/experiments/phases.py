@@ -10,13 +10,15 @@ import optax
 
 from hintjax._checks import Refusal, message
 from hintjax.data import Augment, steps_per_epoch
+from hintjax.experiments.attachment import compares_outputs
 from hintjax.experiments.cached_teacher import CachedTeacher
 from hintjax.experiments.config import Config
+from hintjax.experiments.factories import output_shape
 from hintjax.experiments.recipes import PlannedPhase, Recipe
 from hintjax.experiments.setting import Setting, taught_by
 from hintjax.experiments.teacher import teacher_of
 from hintjax.method import Data
-from hintjax.networks import Network, Wants
+from hintjax.networks import Network
 from hintjax.stages import (
     SpikeGuard,
     Stage,
@@ -48,11 +50,13 @@ def check(setting: Setting, recipe: Recipe) -> list[PlannedPhase]:
         for network in (setting.student, setting.teacher)
     )
     _check_head(setting, "student", setting.student)
-    if setting.teacher is not None and teacher_of(config.teacher).factory is not None:
+    trained_here = teacher_of(config.teacher, config.weights).trained_here
+    if setting.teacher is not None and trained_here:
         _check_head(setting, "teacher", setting.teacher)
     per_epoch = steps_per_epoch(train.n, size)
     state, phases = None, list(recipe(config, setting.places, per_epoch))
     for phase in phases:
+        _check_outputs(setting, phase)
         stage = compiled_phase(setting, phase, config, per_epoch).program.stage
         carry = state if phase.carry else None
         data = jax.eval_shape(Data, of((train.n,)))
@@ -61,19 +65,30 @@ def check(setting: Setting, recipe: Recipe) -> list[PlannedPhase]:
     return phases
 
 
+def _check_outputs(setting: Setting, phase: PlannedPhase) -> None:
+    """Raises if a phase compares outputs whose shapes differ."""
+    places, config = setting.places, setting.config
+    if places.same_outputs or not compares_outputs(phase.method, places):
+        return
+    ours, theirs = (
+        output_shape(network, setting.inputs)
+        for network in (setting.student, taught_by(setting))
+    )
+    wanted = f"a teacher with outputs {ours} of the student, for {phase.name}"
+    got = f"outputs {theirs} of {config.teacher}"
+    do = "A method of hints, such as fitnets or at, works with this teacher."
+    if config.kd_weight:
+        do = "Leave out --kd-weight, or train another teacher."
+    raise Refusal(message("distill", wanted, got, do))
+
+
 def _check_head(setting: Setting, who: str, network: Network) -> None:
     """Raises if a network that is trained here has fewer outputs than classes.
 
     The loss of a label beyond the outputs is not finite, so its updates are skipped.
     """
-    classes, wants = setting.dataset.classes, Wants(output=True)
-    variables = jax.eval_shape(network.init, jax.random.key(0), setting.inputs)
-    shown, _ = jax.eval_shape(
-        functools.partial(network.apply, wants=wants, train=False),
-        *variables,
-        setting.inputs,
-    )
-    outputs = shown.output.shape[-1]
+    classes = setting.dataset.classes
+    outputs = output_shape(network, setting.inputs)[-1]
     if outputs < classes:
         wanted = f"a {who} with an output for each of the {classes} classes"
         do = f"Give --{who} a factory that makes `classes` outputs."

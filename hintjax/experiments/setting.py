@@ -1,5 +1,6 @@
 """The parts that the runs of a config share: data, networks, mesh, programs."""
 
+import functools
 import zlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -26,10 +27,12 @@ from hintjax.experiments.factories import (
     check_output,
     layers,
     network,
+    output_shape,
 )
-from hintjax.experiments.finished import EVALUATION_BATCH, load_student, run_config
+from hintjax.experiments.finished import evaluation_size, load_student, run_config
+from hintjax.experiments.pretrained import pretrained
 from hintjax.experiments.teacher import teacher_of
-from hintjax.networks import Network
+from hintjax.networks import Network, Variables, join
 from hintjax.processes import agree, each
 from hintjax.sharding import Layout, make_mesh, over_batch, shares, spread
 from hintjax.training import Program
@@ -73,7 +76,11 @@ def prepare(config: Config, *, teach: bool = False) -> Setting:
     """
     dataset = each(
         lambda: load(
-            config.dataset, config.data_dir, limit=config.limit, size=config.size
+            config.dataset,
+            config.data_dir,
+            limit=config.limit,
+            size=config.size,
+            range=config.range,
         )
     )
     if jax.process_count() > 1:
@@ -82,7 +89,7 @@ def prepare(config: Config, *, teach: bool = False) -> Setting:
     layout = mesh_of(config)
     inputs = jnp.zeros((1, *dataset.train.shape), jnp.float32)
     student = each(lambda: network(config.student, dataset.classes))
-    teacher = teacher_network(config, dataset.classes) if teach else None
+    teacher = teacher_network(config, dataset.classes, inputs) if teach else None
     factories = [
         config.student,
         *([_factory(config.teacher)] if teach else []),
@@ -106,6 +113,8 @@ def prepare(config: Config, *, teach: bool = False) -> Setting:
         norms=said("norms", {})[-1],
         class_tokens=said("class_tokens", 0),
         examples=dataset.train.n,
+        same_outputs=teacher is None
+        or output_shape(student, inputs) == output_shape(teacher, inputs),
     )
     return Setting(config, dataset, inputs, student, teacher, places, layout, {})
 
@@ -137,13 +146,44 @@ def mesh_of(config: Config) -> Layout | None:
     return Layout(make_mesh(**shares, devices=devices[:wanted]))
 
 
-def teacher_network(config: Config, classes: int) -> Network:
-    """The network of the configured teacher, whether it is trained yet or not."""
-    teacher = teacher_of(config.teacher)
-    if teacher.run_dir is not None:
-        load_student(teacher.run_dir)  # raises if the run is not finished
-    name = _factory(config.teacher)
-    return each(lambda: network(name, classes))
+def teacher_network(config: Config, classes: int, inputs: jax.Array) -> Network:
+    """The network of the configured teacher, whether it is trained yet or not.
+
+    Args:
+        config: config of the run.
+        classes: number of classes of the dataset, for a teacher that is trained first.
+            A teacher from a finished run or a file keeps its own classes.
+        inputs: one image of the dataset.
+
+    Raises:
+        Refusal: if the run is not finished, or its student takes other images; or if
+            the network and the file of weights do not match.
+    """
+    teacher = teacher_of(config.teacher, config.weights)
+    name = config.teacher
+    if teacher.weights is not None:
+        return pretrained(name, teacher.weights, classes, inputs)[0]
+    if teacher.run_dir is None:
+        return each(lambda: network(name, classes))
+    made, variables = load_student(teacher.run_dir)
+    wanted = jax.eval_shape(made.init, jax.random.key(0), inputs)
+    there, here = map(_shapes, (variables, wanted))
+    other = [name for name in {**there, **here} if there.get(name) != here.get(name)]
+    if other:
+        shapes = f"{there.get(other[0])} in the teacher, {here.get(other[0])} for these"
+        got = f"{inputs.shape[1:]} of {config.dataset} ({other[0]}: {shapes})"
+        trained = run_config(teacher.run_dir).dataset
+        wanted = f"images like those of {trained}, on which {teacher.run_dir} learned"
+        do = "Name a teacher of such images, or a factory to train one."
+        raise Refusal(message("teacher", wanted, got, do))
+    return made
+
+
+def _shapes(variables: Variables) -> dict[str, tuple[int, ...]]:
+    """The shapes of all variables by name."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(join(variables))
+    name = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
+    return {name(path): np.shape(leaf) for path, leaf in leaves}
 
 
 def taught_by(setting: Setting) -> Network:
@@ -181,6 +221,6 @@ def batches_of(setting: Setting, split: Split | Records) -> Iterator[dict[str, A
     """The batches of a split for evaluation, which all devices can share."""
     mesh = setting.layout and setting.layout.mesh
     parts = 1 if mesh is None else shares(mesh)
-    size = -(-EVALUATION_BATCH // parts) * parts
+    size = evaluation_size(split, setting.config, parts)
     found = evaluation_batches(split, size, setting.dataset.standardize)
     return found if mesh is None else (spread(b, over_batch(mesh)) for b in found)

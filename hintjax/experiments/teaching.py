@@ -7,29 +7,36 @@ from typing import Any
 
 import numpy as np
 
+from hintjax.data import Dataset
 from hintjax.experiments.config import Config
-from hintjax.experiments.finished import RESULT, accuracy, load_student
+from hintjax.experiments.finished import RESULT, accuracy, evaluation_size, load_student
+from hintjax.experiments.pretrained import pretrained
 from hintjax.experiments.recipes import backprop
 from hintjax.experiments.run import run
 from hintjax.experiments.setting import Setting, prepare, taught_by
 from hintjax.experiments.teacher import teacher_of
 from hintjax.networks import Variables
+from hintjax.processes import told
 from hintjax.training.run_directory import read_json
 
 _JUDGED = 1000  # validation examples on which a teacher is judged, at most
 
 
-def teacher_variables(config: Config, run_dir: Path, **how: Any) -> Variables:
-    """The variables of the teacher: loaded from its run, or trained now.
+def teacher_variables(setting: Setting, run_dir: Path, **how: Any) -> Variables:
+    """The variables of the teacher: from its run or its file, or trained now.
 
     Args:
-        config: config of the run that needs a teacher.
+        setting: setting of the run that needs a teacher.
         run_dir: directory of this run; a teacher is trained in `run_dir/teacher`.
         **how: see `run`.
     """
-    teacher = teacher_of(config.teacher)
+    config = setting.config
+    teacher = teacher_of(config.teacher, config.weights)
     if teacher.run_dir is not None:
         return load_student(teacher.run_dir)[1]
+    if teacher.weights is not None:
+        classes = setting.dataset.classes
+        return pretrained(config.teacher, teacher.weights, classes, setting.inputs)[1]
     path = run_dir / "teacher"
     if read_json(path / RESULT) is None:
         own = dataclasses.replace(
@@ -48,7 +55,7 @@ def teacher_variables(config: Config, run_dir: Path, **how: Any) -> Variables:
     return load_student(path)[1]
 
 
-def check_teacher(setting: Setting, variables: Variables) -> float:
+def check_teacher(setting: Setting, variables: Variables) -> float | None:
     """Warns about a teacher that knows little of the validation split.
 
     The teacher is judged whenever a run starts or resumes. So only a few examples are
@@ -61,13 +68,19 @@ def check_teacher(setting: Setting, variables: Variables) -> float:
         variables: variables of the teacher.
 
     Returns:
-        Accuracy of the teacher.
+        Accuracy of the teacher; None if it knows other classes, so that only its hints
+        are used.
     """
     config, dataset = setting.config, setting.dataset
+    _compare_names(config, dataset)
+    if not setting.places.same_outputs:
+        print(f"teacher {config.teacher}: it knows other classes, so it is not judged")
+        return None
     n = dataset.validation.n
     few = np.linspace(0, n - 1, min(n, _JUDGED)).astype(int)
     split = dataset.validation.read(few)
-    found = accuracy(taught_by(setting), variables, split, dataset.standardize)
+    size = evaluation_size(split, config)
+    found = accuracy(taught_by(setting), variables, split, dataset.standardize, size)
     if found < config.teacher_at_least:
         enough = 100 * config.teacher_at_least
         warnings.warn(
@@ -78,3 +91,20 @@ def check_teacher(setting: Setting, variables: Variables) -> float:
             stacklevel=2,
         )
     return found
+
+
+def _compare_names(config: Config, dataset: Dataset) -> None:
+    """Warns if a teacher from a run has as many classes, but with other names."""
+    run_dir = teacher_of(config.teacher).run_dir
+    if run_dir is None:
+        return
+    theirs = told(lambda: (read_json(run_dir / RESULT) or {}).get("class_names"))
+    ours = list(dataset.class_names)
+    if theirs is not None and len(theirs) == len(ours) and theirs != ours:
+        at = next(i for i, name in enumerate(ours) if theirs[i] != name)
+        warnings.warn(
+            f"teacher {config.teacher}: its class {at} is named {theirs[at]}, and "
+            f"class {at} of {dataset.name} is named {ours[at]}. Are these the same "
+            f"classes, in the same order?",
+            stacklevel=3,
+        )

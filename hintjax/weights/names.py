@@ -1,8 +1,13 @@
 """Names of the parts of torchvision's and timm's models, and the layouts of torch."""
 
+from collections.abc import Mapping
+
+import jax
 import numpy as np
 
+from hintjax.networks import Variables, join
 from hintjax.weights.convert import How, Names, Rule
+from hintjax.weights.positions import resample_positions, side_of
 
 # Layouts of the tensors of torch's layers.
 
@@ -23,11 +28,24 @@ TOKENS = How(
     lambda tokens, width: tokens * [(1, 1, width)],
     lambda shape, *tokens: np.concatenate(tokens)[:, 0],
 )
-POSITIONS = How(
-    "tokens width",
-    lambda tokens, width: [(1, tokens, width)],
-    lambda shape, x: x[0],
-)
+
+
+def positions(class_tokens: int) -> How:
+    """Learned positions, resampled if the square grids of file and model differ."""
+
+    def convert(shape: tuple[int, ...], x: np.ndarray) -> np.ndarray:
+        side = side_of(shape[0], class_tokens)
+        if x.shape[1] == shape[0] or side is None:
+            return x[0]
+        return resample_positions(x, (side, side), class_tokens)[0]
+
+    def fits(got: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
+        squares = len(got) == 3 and all(
+            side_of(shape[1], class_tokens) for shape in (got, wanted)
+        )
+        return got == wanted or (squares and got[::2] == wanted[::2])
+
+    return How("tokens width", lambda n, width: [(1, n, width)], convert, fits)
 
 
 def _third(number: int) -> tuple[How, How]:
@@ -112,7 +130,7 @@ TIMM_VIT = Names(
     (
         *conv("embed/patches", "patch_embed.proj", bias=True),
         Rule("params/embed/tokens", ("cls_token",), TOKENS),
-        Rule("params/embed/positions", ("pos_embed",), POSITIONS),
+        Rule("params/embed/positions", ("pos_embed",), positions(1)),
         *layer_norm("block<b>/norm<n>", "blocks.<b-1>.norm<n>"),
         *attention(
             "block<b>/attention", "blocks.<b-1>.attn.qkv.", "blocks.<b-1>.attn.proj"
@@ -127,6 +145,7 @@ TIMM_VIT = Names(
 TIMM_DEIT = Names(
     (
         Rule("params/embed/tokens", ("cls_token", "dist_token"), TOKENS),
+        Rule("params/embed/positions", ("pos_embed",), positions(2)),
         *linear("distillation_classifier", "head_dist"),
         *TIMM_VIT.rules,
     )
@@ -138,7 +157,7 @@ TORCHVISION_VIT = Names(
     (
         *conv("embed/patches", "conv_proj", bias=True),
         Rule("params/embed/tokens", ("class_token",), TOKENS),
-        Rule("params/embed/positions", ("encoder.pos_embedding",), POSITIONS),
+        Rule("params/embed/positions", ("encoder.pos_embedding",), positions(1)),
         *layer_norm("block<b>/norm<n>", f"{_ENCODER}.ln_<n>"),
         *attention(
             "block<b>/attention",
@@ -151,3 +170,30 @@ TORCHVISION_VIT = Names(
         *linear("classifier", "heads.head"),
     )
 )
+
+FAMILIES = (RESNET, TIMM_VIT, TIMM_DEIT, TORCHVISION_VIT)
+
+
+def family(tensors: Mapping[str, np.ndarray], like: Variables) -> Names:
+    """The map of names, among those of this module, that finds the most tensors.
+
+    Args:
+        tensors: tensors by torch's names.
+        like: variables of the Flax model, or their shapes.
+
+    >>> from hintjax import models, networks
+    >>> network, images = networks.linen(models.vit_micro(10)), np.zeros((1, 8, 8, 1))
+    >>> like = jax.eval_shape(network.init, jax.random.key(0), images)
+    >>> family({"class_token": np.zeros((1, 1, 32))}, like) is TORCHVISION_VIT
+    True
+    """
+    paths = [
+        jax.tree_util.keystr(keys, simple=True, separator="/")
+        for keys, _ in jax.tree.leaves_with_path(join(like))
+    ]
+
+    def found(names: Names) -> int:
+        rules = filter(None, map(names.find, paths))
+        return len({name for rule in rules for name in rule.torch} & set(tensors))
+
+    return max(FAMILIES, key=found)
