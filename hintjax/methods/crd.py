@@ -32,6 +32,7 @@ from hintjax.methods._shapes import checked
 from hintjax.networks import Features
 
 HIGHEST = jax.lax.Precision.HIGHEST
+_INDEX = "It is the place of each example in the labels of hintjax.Data."
 Scores = tuple[Array, Array]  # (batch,) of the positives, (batch, K) of the negatives
 
 
@@ -236,9 +237,9 @@ def crd(
         if isinstance(negatives, BatchNegatives):
             by_student, by_teacher, valid = _within(s, t, _label(batch), where)
         else:
-            outside = _outside(batch, limits(memory))
             draws, positives = jax.random.split(context.key)
             drawn = negatives.draw(classes, draws, batch)
+            outside = _outside(batch, limits(memory))
             mine = drawn.positive
             if relax:
                 keys = _keys(positives, _index(batch))
@@ -382,15 +383,16 @@ def _outside(
     """Whether an example has a number outside of the limits."""
     found = [
         jnp.any((x < 0) | (x >= n), tuple(range(1, x.ndim)))
-        for x, n in ((batch[name], n) for name, n in limits.items())
+        for x, n in (
+            (needed("crd", batch, name, _INDEX), n) for name, n in limits.items()
+        )
     ]
     return jnp.any(jnp.stack(found), 0)
 
 
 def _index(batch: Mapping[str, Array]) -> Int[Array, " batch"]:
     """The place of each example in the training set."""
-    do = "It is the place of each example in the labels of hintjax.Data."
-    return needed("crd", batch, "index", do)
+    return needed("crd", batch, "index", _INDEX)
 
 
 def _label(batch: Mapping[str, Array]) -> Int[Array, " batch"]:

@@ -67,7 +67,8 @@ def test_only_the_layers_of_the_pairs_are_wanted():
     assert method.student == Wants(hints=("a", "b"))
     assert method.teacher.hints[0] == "x"
     assert not method.teacher.output
-    assert method.init(jax.random.key(0), *features(), None) == ({}, {})
+    alone = attention_transfer(list(SHAPES))
+    assert alone.init(jax.random.key(0), *features(), None) == ({}, {})
 
 
 def test_equal_maps_cost_nothing():

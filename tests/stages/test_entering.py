@@ -424,8 +424,8 @@ READING = {
 def test_a_method_names_the_entry_that_it_misses(case):
     method, batch, words = READING[case]
     stage = stage_of(hj.objective(term=method))
-    state = begun(stage, batch=batch, data=hj.Data(np.arange(9, dtype=np.int32) % 3))
-    text = sentence(lambda: jax.eval_shape(stage.update, state, VARIABLES, batch))
+    data = hj.Data(np.arange(9, dtype=np.int32) % 3)
+    text = sentence(lambda: begun(stage, batch=batch, data=data))
     assert f"expected {words} in the batch, got {sorted(batch)}" in text
 
 
