@@ -723,7 +723,7 @@ METHODS = {
         Features(hints={"hint": (2, 2, 5)}),
     ),
     "decoupled_kd": Taught(methods.decoupled_kd(), *OUTPUTS, least=2),
-    "dist": Taught(methods.dist(), *OUTPUTS, waived=TOGETHER),
+    "dist": Taught(methods.dist(), *OUTPUTS, least=2, waived=TOGETHER),
     "factor_transfer": Taught(
         methods.factor_transfer(PAIRS),
         Features(hints={"guided": (4, 4, 3)}),
@@ -741,7 +741,7 @@ METHODS = {
         Features(hints={"low": (4, 4, 3), "high": (2, 2, 4)}),
         Features(hints={"one": (8, 8, 5), "two": (4, 4, 6)}),
     ),
-    "kd": Taught(methods.kd(), *OUTPUTS),
+    "kd": Taught(methods.kd(), *OUTPUTS, least=2),
     "masked_generation": Taught(
         methods.masked_generation(PAIRS),
         Features(hints={"guided": (4, 4, 3)}),
@@ -796,8 +796,8 @@ METHODS = {
             params={"classifier": {"kernel": (5, 10), "bias": (10,)}},
         ),
     ),
-    "standardized_kd": Taught(methods.standardized_kd(), *OUTPUTS),
-    "soft_targets": Taught(methods.soft_targets(), *OUTPUTS),
+    "standardized_kd": Taught(methods.standardized_kd(), *OUTPUTS, least=3),
+    "soft_targets": Taught(methods.soft_targets(), *OUTPUTS, least=2),
     "token_gram": Taught(
         methods.token_gram(PAIRS),
         Features(hints={"guided": (4, 6)}),
