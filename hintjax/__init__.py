@@ -5,7 +5,7 @@ layers. `losses` are pure functions of arrays; a `Method` says what it wants to 
 of each `Network` and what it trains; a stage makes an optax update step of it.
 """
 
-from hintjax import losses, regressors
+from hintjax import losses, metrics, regressors
 from hintjax._checks import Refusal
 from hintjax.method import Context, Data, Method, over_pairs
 from hintjax.methods import (
@@ -135,6 +135,7 @@ __all__ = [
     "masked_channels",
     "masked_generation",
     "masked_positions",
+    "metrics",
     "minilm",
     "moving_average",
     "nnx",

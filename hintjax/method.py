@@ -6,13 +6,13 @@ sum of methods is an `objective`, which is a method itself.
 """
 
 import itertools
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Int, Key, Num
 
 from hintjax._checks import Refusal, described, function, instance, message
 from hintjax.networks import Features, Wants
@@ -32,7 +32,7 @@ class Context(NamedTuple):
 class Data(NamedTuple):
     """The facts about the training set that a method may use before the first step."""
 
-    labels: Int[Array | np.ndarray, " size"]
+    labels: Num[Array | np.ndarray, "size ..."]
 
     @property
     def size(self) -> int:
@@ -104,6 +104,18 @@ def one_per_example(caller: str, who: str, values: Array, n: int | None) -> None
         do = "Take no mean inside a loss: the objective divides by the valid examples."
         wanted = f"{who} to give one value per example, ({n or 'batch'},)"
         raise Refusal(message(caller, wanted, f"{values.shape}", do))
+
+
+def entry(caller: str, batch: Mapping[str, Any], name: str, do: str = "") -> Any:
+    """The entry of a batch that a method needs.
+
+    Raises:
+        Refusal: if the batch has no such entry. The message names the caller, and ends
+            with `do`.
+    """
+    if name not in batch:
+        raise Refusal(message(caller, f"{name!r} in the batch", f"{sorted(batch)}", do))
+    return batch[name]
 
 
 def hints_of(caller: str, pairs: Pairs) -> tuple[Wants, Wants]:

@@ -13,10 +13,18 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from hintjax import memory as banks
 from hintjax import regressors
-from hintjax._checks import Refusal, instance, message, positive, positive_int, scalar
+from hintjax._checks import (
+    Refusal,
+    instance,
+    labels,
+    message,
+    positive,
+    positive_int,
+    scalar,
+)
 from hintjax._numerics import either, masked_mean
 from hintjax.losses import contrastive_log_constant, contrastive_scores_loss
-from hintjax.method import Method, hints_of
+from hintjax.method import Method, entry, hints_of
 
 HIGHEST = jax.lax.Precision.HIGHEST
 Scores = tuple[Array, Array]  # (batch,) of the positives, (batch, K) of the negatives
@@ -51,8 +59,10 @@ class AnchorNegatives:
         self, classes: banks.Classes, key: Key[Array, ""], batch: Mapping[str, Array]
     ) -> Drawn:
         """Draws indices (batch, K)."""
-        keys = _keys(key, batch["index"])
-        return Drawn(*banks.draw_others(classes, keys, batch["label"], self.number))
+        keys = _keys(key, _entry(batch, "index"))
+        return Drawn(
+            *banks.draw_others(classes, keys, _entry(batch, "label"), self.number)
+        )
 
 
 @dataclass(frozen=True)
@@ -73,7 +83,9 @@ class SharedNegatives:
         self, classes: banks.Classes, key: Key[Array, ""], batch: Mapping[str, Array]
     ) -> Drawn:
         """Draws indices (K,)."""
-        return Drawn(*banks.draw_shared(classes, key, batch["label"], self.number))
+        return Drawn(
+            *banks.draw_shared(classes, key, _entry(batch, "label"), self.number)
+        )
 
 
 @dataclass(frozen=True)
@@ -210,16 +222,16 @@ def crd(
         s = head.apply({"params": params["student"]}, student.hints[guided])
         t = head.apply({"params": params["teacher"]}, teacher.hints[hint])
         if in_batch:
-            by_student, by_teacher, valid = _within(s, t, batch["label"], where)
+            by_student, by_teacher, valid = _within(s, t, _entry(batch, "label"), where)
         else:
             draws, positives = jax.random.split(context.key)
             drawn = negatives.draw(classes, draws, batch)
             mine = drawn.positive
             if relax:
-                keys = _keys(positives, batch["index"])
-                mine = banks.draw_same(classes, keys, batch["label"])
+                keys = _keys(positives, _entry(batch, "index"))
+                mine = banks.draw_same(classes, keys, _entry(batch, "label"))
             elif mine is None:
-                mine = batch["index"]
+                mine = _entry(batch, "index")
             valid = drawn.valid
             # In evaluation the examples are not in the bank: the positives are the
             # embeddings of this batch.
@@ -261,7 +273,7 @@ def crd(
                 known = known if where is None else known & where
                 bank = banks.update(
                     bank,
-                    batch["index"],
+                    _entry(batch, "index"),
                     s,
                     t,
                     momentum=momentum,
@@ -277,7 +289,7 @@ def crd(
     def select(good, memory, before, batch):
         if in_batch:
             return either(good, memory, before)
-        bank, index = memory["bank"], batch["index"]
+        bank, index = memory["bank"], _entry(batch, "index")
         bank = banks.select(good, bank, before["bank"], index, mesh=mesh)
         return {**memory, "bank": bank}
 
@@ -330,6 +342,15 @@ def crd_bytes(
     return {"bank": 8 * size * feature_dim, "step": 8 * (gathered + batch * count)}
 
 
+def _entry(batch: Mapping[str, Array], name: str) -> Array:
+    """An entry of the batch; CRD needs "label" and "index"."""
+    usual = {
+        "label": "Give each example its class.",
+        "index": "Give each example its position in the training set.",
+    }
+    return entry("crd", batch, name, usual.get(name, ""))
+
+
 def _keys(key: Array, index: Array) -> Array:
     """A key per example that does not depend on its place in the batch."""
     return jax.vmap(lambda i: jax.random.fold_in(key, i))(index)
@@ -342,6 +363,7 @@ def _within(
     where: Bool[Array, " batch"] | None,
 ) -> tuple[Scores, Scores, Bool[Array, "batch batch"]]:
     """Scores of both directions within the batch, and the mask of valid negatives."""
+    labels("crd", (len(student),), label=label)
     scores = jnp.matmul(student, teacher.T, precision=HIGHEST)
     valid = label[:, None] != label[None, :]
     if where is not None:

@@ -2,7 +2,7 @@
 
 from hintjax._checks import instance, not_negative, positive
 from hintjax.losses import decoupled_kd_loss
-from hintjax.method import Method
+from hintjax.method import Method, entry
 from hintjax.methods._compared import outputs
 
 
@@ -30,7 +30,8 @@ def decoupled_kd(
 
     Raises:
         ValueError: if the temperature is not positive, if a weight is negative, or
-            (when a stage is initialized) if the numbers of classes differ.
+            (when a stage is initialized) if the numbers of classes differ, or (when it
+            is traced) if the batch has no class labels of this name.
 
     References:
         Zhao et al. 2022, Decoupled Knowledge Distillation.
@@ -41,6 +42,7 @@ def decoupled_kd(
     hyper = {"alpha": alpha, "beta": beta, "temperature": temperature}
 
     def loss(student, teacher, batch):
-        return decoupled_kd_loss(student, teacher, batch[label], **hyper)
+        classes = entry("decoupled_kd", batch, label, "Name the labels with label=.")
+        return decoupled_kd_loss(student, teacher, classes, **hyper)
 
     return outputs("decoupled_kd", loss)

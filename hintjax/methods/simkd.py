@@ -12,6 +12,7 @@ from hintjax._numerics import as_float, masked_mean
 from hintjax.losses import hint_loss
 from hintjax.method import Method, hints_of
 from hintjax.methods import _regressed
+from hintjax.metrics import accuracy, class_labels
 
 
 def simkd(
@@ -39,8 +40,8 @@ def simkd(
 
     Returns:
         The method. It trains the projector, named `guided->hint`, and remembers its
-        BatchNorm statistics. If the batch has a "label", it reports the `accuracy` of
-        projector and classifier.
+        BatchNorm statistics. It needs no labels. If the batch has class labels under
+        "label", it reports the `accuracy` of projector and classifier.
 
     Raises:
         ValueError: (when a stage is initialized) if the layers are not maps, or the
@@ -68,9 +69,9 @@ def simkd(
             params, memory, student, teacher, context.train
         )
         metrics = {}
-        if "label" in batch:
-            logits = reused_classifier(found, teacher.params[classifier])
-            right = (logits.argmax(-1) == batch["label"]).astype(logits.dtype)
+        logits = reused_classifier(found, teacher.params[classifier])
+        if "label" in batch and class_labels(logits, batch["label"]):
+            right = accuracy(logits, batch["label"])
             metrics["accuracy"] = masked_mean(right, batch.get("where"))
         return hint_loss(found, hint), memory, metrics
 

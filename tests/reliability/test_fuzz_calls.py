@@ -22,6 +22,7 @@ from hintjax import (
     memory,
     method,
     methods,
+    metrics,
     networks,
     pairing,
     regressors,
@@ -54,6 +55,8 @@ KEY = jax.random.key(0)
 KEYS = jax.random.split(KEY, 4)
 LABEL = np.arange(4, dtype=np.int32) % 3
 LOGITS = {"student_logits": a(4, 10), "teacher_logits": a(4, 10)}
+CLASSIFIED = {"output": a(4, 10), "labels": LABEL}
+TARGETS = {"output": a(4, 10), "labels": a(4, 10)}
 SCORES = {"positive": a(4), "negatives": a(4, 5), "size": 50}
 PAIRS, PAIR = {"pairs": [("a", "b")]}, {"pair": ("a", "b")}
 SIZES = {"student": (4, 4, 3), "teacher": (4, 4, 5)}
@@ -158,6 +161,10 @@ VALID = {
     method: {
         "over_pairs": {"loss": losses.hint_loss},
     },
+    metrics: {
+        **dict.fromkeys(("absolute_error", "binary_accuracy", "f1"), TARGETS),
+        **dict.fromkeys(("accuracy", "intersection_over_union"), CLASSIFIED),
+    },
     objective: {
         "objective": {"one": METHOD},
         "task": {"loss": optax.softmax_cross_entropy_with_integer_labels},
@@ -213,7 +220,7 @@ NOT_FUZZED = {
         MADE_INSIDE,
     ),
     method: dict.fromkeys(
-        ("hints_of", "nothing", "one_per_example", "union"), MADE_INSIDE
+        ("entry", "hints_of", "nothing", "one_per_example", "union"), MADE_INSIDE
     ),
     objective: {"check_weight": MADE_INSIDE},
     regressors: dict.fromkeys(("apply", "init"), MADE_INSIDE),
