@@ -66,6 +66,8 @@ class Method(NamedTuple):
             `good`, else the memory before the step, bit for bit. It is only for a
             method whose step changes a small part of a large memory (CRD's bank):
             selecting between two whole memories would take a copy.
+        ignored: integer labels that the method leaves out (255 of `task(ignore=255)`),
+            so that the debug mode lets them pass.
     """
 
     student: Wants
@@ -76,6 +78,7 @@ class Method(NamedTuple):
     deploy: Callable[..., Array] | None = None
     split: Callable[[dict], dict] | None = None
     select: Callable[..., dict] | None = None
+    ignored: tuple[int, ...] = ()
 
 
 def nothing(

@@ -178,6 +178,9 @@ def objective(**terms: Weighted | Method) -> Method:
         deploy=_deployed(named),
         split=_split(named),
         select=_select(named),
+        ignored=tuple(
+            dict.fromkeys(i for term in named.values() for i in term.method.ignored)
+        ),
     )
 
 
@@ -322,7 +325,7 @@ def task(
         }
         return values, memory, found
 
-    return Method(Wants(output=True), Wants(), nothing, apply)
+    return Method(Wants(output=True), Wants(), nothing, apply, ignored=left_out)
 
 
 def _check_examples(output: Array, labels: Any) -> None:

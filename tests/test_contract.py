@@ -66,6 +66,10 @@ SIGNS = dict.fromkeys(
     ("least_at_equality", "zero_at_equality", "flat_at_equality"),
     "the student should be beyond a margin, not equal",
 ) | {"teacher_may_be_stopped": "only the teacher's signs are read"}
+CLASS = dict.fromkeys(
+    ("least_at_equality", "zero_at_equality", "flat_at_equality"),
+    "only the teacher's largest class is read",
+) | {"teacher_may_be_stopped": "only the teacher's largest class is read"}
 GAUSSIAN = {"zero_at_equality": "the least value is half the log of the variance"}
 CANDIDATES = dict.fromkeys(
     ("least_at_equality", "zero_at_equality", "flat_at_equality"),
@@ -130,6 +134,7 @@ LOSSES = {
         (3, 6),
         waived=CANDIDATES,
     ),
+    "binary_kd_loss": Loss(losses.binary_kd_loss, (10,)),
     "channel_loss": Loss(losses.channel_loss, **FEATURES),
     "correlation_loss": Loss(losses.correlation_loss, (3, 5), coupled=True),
     "cosine_loss": Loss(losses.cosine_loss, **FEATURES, batch_dims=True),
@@ -143,6 +148,7 @@ LOSSES = {
     ),
     "fsp_matrix_loss": Loss(losses.fsp_matrix_loss, (3, 5)),
     "fsp_matrix_loss_paper": Loss(losses.fsp_matrix_loss_paper, (3, 5)),
+    "hard_label_loss": Loss(losses.hard_label_loss, (10,), waived=CLASS),
     "hierarchical_context_loss": Loss(losses.hierarchical_context_loss, (5, 4, 3)),
     "hint_loss": Loss(losses.hint_loss, **FEATURES, batch_dims=True),
     "hint_loss_paper": Loss(losses.hint_loss_paper, **FEATURES, batch_dims=True),
@@ -634,6 +640,7 @@ METHODS = {
         Features(hints={"guided": (4, 4, 3)}),
         Features(hints={"hint": (8, 8, 5)}),
     ),
+    "binary_kd": Taught(methods.binary_kd(), *OUTPUTS),
     "channel_wise": Taught(
         methods.channel_wise(PAIRS, regressor=regressors.linear),
         Features(hints={"guided": (4, 4, 3)}),
@@ -666,6 +673,9 @@ METHODS = {
         Features(hints={"hint": (2, 2, 5)}),
     ),
     "decoupled_kd": Taught(methods.decoupled_kd(), *OUTPUTS, least=2),
+    "dense_kd": Taught(
+        methods.dense_kd(), Features(output=(2, 3, 10)), Features(output=(2, 3, 10))
+    ),
     "dist": Taught(methods.dist(), *OUTPUTS, waived=TOGETHER),
     "factor_transfer": Taught(
         methods.factor_transfer(PAIRS),
@@ -684,6 +694,7 @@ METHODS = {
         Features(hints={"low": (4, 4, 3), "high": (2, 2, 4)}),
         Features(hints={"one": (8, 8, 5), "two": (4, 4, 6)}),
     ),
+    "hard_labels": Taught(methods.hard_labels(), *OUTPUTS),
     "kd": Taught(methods.kd(), *OUTPUTS),
     "masked_generation": Taught(
         methods.masked_generation(PAIRS),
@@ -717,6 +728,7 @@ METHODS = {
     "probability_transfer": Taught(
         methods.probability_transfer(PAIRS), *UNLIKE, waived=TOGETHER
     ),
+    "regression_kd": Taught(methods.regression_kd(), *OUTPUTS),
     "relational": Taught(methods.relational(PAIRS), *UNLIKE, waived=TOGETHER),
     "review": Taught(
         methods.review([("shallow", "low"), ("guided", "hint"), ("pooled", "last")]),

@@ -138,6 +138,13 @@ METHODS: dict[str, Named] = {
         "Factor Transfer",
         "one translator per pair (three 3x3 convolutions with BatchNorm)",
     ),
+    "hard": Named(
+        recipes.HARD_LABELS,
+        "Hard labels, as in DeiT",
+        "the teacher's class is one more label",
+        "Touvron et al. 2021, Training Data-Efficient Image Transformers and "
+        "Distillation through Attention",
+    ),
     "kd": Named(
         recipes.KD,
         "KD",

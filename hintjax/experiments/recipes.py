@@ -54,6 +54,7 @@ from hintjax.methods import (
     fitnets,
     flows,
     fsp,
+    hard_labels,
     kd,
     lambda_decay,
     masked_generation,
@@ -317,6 +318,10 @@ def _softened(method: Callable[..., Method], temperature: float) -> Make:
     return make
 
 
+def _hard(config: Config, places: Places) -> Method:
+    return hard_labels()
+
+
 def _hints_jointly(config: Config, places: Places) -> Method:
     sizing = functools.partial(regressors.conv, batch_norm=True, activation=nn.relu)
     return fitnets(middle_stage(places), regressor=sizing)
@@ -393,6 +398,7 @@ FITNETS_JOINTLY = Beside(
 KD = Beside(kd, outputs, 0.9, _softened(kd, 4.0), task_weight=0.1)
 STANDARDIZED_KD = Beside(standardized_kd, outputs, 9.0, _softened(standardized_kd, 2.0))
 DKD = Beside(decoupled_kd, outputs, Grown(1.0), _softened(decoupled_kd, 4.0))
+HARD_LABELS = Beside(hard_labels, outputs, 0.5, _hard, task_weight=0.5)
 DIST = Beside(dist, outputs, 1.0, _softened(dist, 1.0))
 AT = Beside(attention_transfer, stages, 1000.0)
 FSP = BeforeTask(fsp, first_and_stages, _flows)

@@ -111,6 +111,8 @@ VALID = {
             "log_constant": 4.0,
         },
         "contrastive_scores_loss": SCORES | {"log_constant": 4.0},
+        "binary_kd_loss": LOGITS,
+        "hard_label_loss": LOGITS,
         "decoupled_kd_loss": LOGITS | {"label": LABEL},
         **dict.fromkeys(("fsp_loss", "fsp_loss_paper"), both(tuple(FLOW.values()))),
         **dict.fromkeys(("fsp_matrix", "fsp_matrix_paper"), FLOW),
@@ -133,7 +135,11 @@ VALID = {
         ),
         **dict.fromkeys(("class_attention", "crd", "simkd"), PAIR),
         **dict.fromkeys(
-            ("decoupled_kd", "dist", "kd", "soft_targets", "standardized_kd"), NOTHING
+            (
+                *("binary_kd", "decoupled_kd", "dense_kd", "dist", "hard_labels"),
+                *("kd", "regression_kd", "soft_targets", "standardized_kd"),
+            ),
+            NOTHING,
         ),
         "crd_bytes": {"negatives": methods.BatchNegatives(), "size": 50, "batch": 4},
         "explained_variance": {"predicted": a(4, 3), "target": a(4, 3)},
