@@ -46,6 +46,8 @@ def test_a_run_directory_holds_all_of_the_run(finished):
         *("config.yaml", "metrics.jsonl", "tensorboard", "checkpoints", "student"),
         *("teacher", "result.json"),
     }
+    result = json.loads((finished / "result.json").read_text())
+    assert result["class_names"] == ["0", "1", "2", "3"]
     stages = [line["stage"] for line in read_metrics(finished)]
     assert stages == ["fitnets", "fitnets", "soft_targets", "soft_targets"]
 

@@ -20,7 +20,7 @@ from hintjax.data.records import (
     pillow,
     records,
 )
-from hintjax.data.splits import carved, checked_split, stratified
+from hintjax.data.splits import Range, carved, checked_split, numbered, stratified
 from hintjax.data.standardize import statistics
 
 ON_DEVICE = 2 * 2**30  # bytes: a set up to this size is kept on the device
@@ -48,6 +48,7 @@ def load(
     validation: float = 0.1,
     limit: int | None = None,
     size: int | None = None,
+    range: Range | None = None,
     seed: int = 0,
 ) -> Dataset:
     """Reads an image classification dataset, into memory as uint8 if it fits.
@@ -62,6 +63,8 @@ def load(
         TensorFlow Datasets prepared as array_record: "mnist", "emnist/letters",
         "cifar10:3.0.2". An .npz file holds `image` (uint8, [n h w] or [n h w c]) and
         `label` (integers), and may hold `image_test`, `label_test` and `class_names`.
+        Without `class_names`, the classes are the labels that occur, in their order:
+        the labels 3, 10 and 57 become 0, 1 and 2, and the names "3", "10" and "57".
       data_dir: where prepared sets are; by default TFDS_DATA_DIR, or
         ~/tensorflow_datasets.
       validation: fraction of "train" that becomes the validation split, in (0, 1).
@@ -69,6 +72,8 @@ def load(
         what a larger limit keeps. Validation, test and `standardize` do not depend on
         it.
       size: images are scaled and cropped at the center to size x size. None keeps them.
+      range: the range of pixels that are not uint8, in an .npz file: "0..1" or
+        "0..255". They are converted to uint8, rounded to the nearest of 256 values.
       seed: the seed of the validation split and of the limit.
 
     Returns:
@@ -83,15 +88,18 @@ def load(
     if not 0 < validation < 1:
         do = "It is the share of train that is kept for choosing between runs."
         raise Refusal(message("load", "validation in (0, 1)", str(validation), do))
+    if range is not None and not name.endswith(".npz"):
+        wanted = f"no range for {name!r}, whose pixels are uint8"
+        raise Refusal(message("load", wanted, repr(range), "Leave it out."))
     if name == "digits":
         splits, names = _digits()
     elif name.endswith(".npz"):
-        splits, names = _npz(Path(name).expanduser())
+        splits, names = _npz(Path(name).expanduser(), range)
     else:
         stored, names = _tfds(name, data_dir, size)
         if sum(map(_nbytes, stored.values())) > IN_MEMORY:
             return _on_disk(stored, names, data_dir, size, validation, limit)
-        splits = {key: split.read(range(split.n)) for key, split in stored.items()}
+        splits = {k: split.read(np.arange(split.n)) for k, split in stored.items()}
     if size is not None:
         splits = {key: _resized(split, size) for key, split in splits.items()}
     train = splits["train"]
@@ -125,7 +133,9 @@ def _digits() -> tuple[dict[str, Split], Sequence[str]]:
     return {"train": checked_split("digits", image, bunch.target, len(names))}, names
 
 
-def _npz(path: Path) -> tuple[dict[str, Split], Sequence[str]]:
+def _npz(
+    path: Path, range: Range | None = None
+) -> tuple[dict[str, Split], Sequence[str]]:
     """The splits and class names of an .npz file."""
     wanted = ("image", "label", "image_test", "label_test", "class_names")
     try:
@@ -143,21 +153,19 @@ def _npz(path: Path) -> tuple[dict[str, Split], Sequence[str]]:
         wanted = f"{path} to hold {' and '.join(missing)}"
         got = f"only {', '.join(sorted(found)) or 'nothing'}"
         raise Refusal(message("load", wanted, got, _SAVE))
-    labels = np.concatenate([arrays[label].ravel() for _, label in pairs.values()])
+    labels = [arrays[label] for _, label in pairs.values()]
     if "class_names" in arrays:
         names = [str(name) for name in arrays["class_names"].ravel()]
-    elif np.issubdtype(labels.dtype, np.integer):
-        # More classes than examples are stray labels, such as -1 kept as unsigned.
-        names = [
-            str(i) for i in range(min(int(labels.max(initial=0)) + 1, len(labels)))
-        ]
+    elif all(np.issubdtype(one.dtype, np.integer) for one in labels):
+        labels, ids = numbered(path.name, labels)
+        names = list(map(str, ids))
     else:
         names = []  # `checked_split` raises
     splits = {
         key: checked_split(
-            f"{image} of {path.name}", arrays[image], arrays[label], len(names)
+            f"{image} of {path.name}", arrays[image], label, len(names), range
         )
-        for key, (image, label) in pairs.items()
+        for (key, (image, _)), label in zip(pairs.items(), labels, strict=True)
     }
     return splits, names
 

@@ -1,36 +1,104 @@
 """Checks of images and labels, and splits cut by class."""
 
+from collections.abc import Sequence
+from typing import Literal
+
 import numpy as np
 
 from hintjax._checks import Refusal, WrongType, message
 from hintjax.data.images import AnyArray, Split
 
+Range = Literal["0..1", "0..255"]
+_TOPS = {"0..1": 1, "0..255": 255}
+
 
 def checked_split(
-    where: str, image: np.ndarray, label: np.ndarray, classes: int
+    where: str,
+    image: np.ndarray,
+    label: np.ndarray,
+    classes: int,
+    range: Range | None = None,
 ) -> Split:
     """A Split of arrays that are checked first."""
-    if image.dtype != np.uint8:
-        do = "Scale them to 0..255, round them and convert them."
-        wanted = f"uint8 pixels in {where}"
-        raise WrongType(message("load", wanted, str(image.dtype), do))
-    if image.ndim not in (3, 4) or label.shape != image.shape[:1]:
-        wanted = f"images [n h w] or [n h w c] and labels [n] in {where}"
-        got = f"{image.shape} and {label.shape}"
-        raise Refusal(message("load", wanted, got, "Reshape them."))
-    if not label.size:
-        wanted = f"at least one example in {where}"
-        raise Refusal(message("load", wanted, "an empty split"))
+    _check_shapes(where, image, label)
+    image = _pixels(where, image, range)
     check_labels(where, label, classes)
     image = image[..., None] if image.ndim == 3 else image
     return Split(image, label.astype(np.int32))
+
+
+def _check_shapes(where: str, image: np.ndarray, label: np.ndarray) -> None:
+    """Raises unless there are images, channels last, and one label for each."""
+    check_label_shape(where, label)
+    n = len(label)
+    got = f"{image.shape} and {label.shape}"
+    if image.ndim not in (3, 4) or len(image) != n:
+        do = "Save the images and their labels in the same order."
+        if image.ndim in (3, 4) and image.shape[-1] == n:
+            do = "Save np.moveaxis(image, -1, 0) instead."
+        elif image.ndim == 2 and len(image) == n:
+            do = "Save image.reshape(n, height, width, channels) instead."
+        wanted = f"images [n h w] or [n h w c] and labels [n] in {where}"
+        raise Refusal(message("load", wanted, got, do))
+    if not n or not image.size:
+        wanted = f"at least one example in {where}"
+        raise Refusal(message("load", wanted, "an empty split"))
+    # No image is 1 or 3 pixels high and wider, with more than four channels.
+    if image.ndim == 4 and image.shape[1] in (1, 3) and min(image.shape[2:]) > 4:
+        wanted = f"images [n h w c], with channels last, in {where}"
+        do = "Save image.transpose(0, 2, 3, 1) instead."
+        raise Refusal(message("load", wanted, f"{image.shape}", do))
+
+
+def check_label_shape(where: str, label: np.ndarray) -> None:
+    """Raises unless there is one number for each image."""
+    if label.ndim == 1:
+        return
+    got, do = f"{label.shape}", "Save one class for each image."
+    if label.ndim == 2 and label.shape[1] == 1:
+        do = "Save label[:, 0] instead."
+    elif label.ndim == 2 and ((label != 0).sum(-1) == 1).all():
+        got, do = f"one-hot labels {label.shape}", "Save label.argmax(-1) instead."
+    elif label.ndim == 2 and label.dtype.kind == "f":
+        do = "If they are probabilities, save label.argmax(-1) instead."
+    raise Refusal(message("load", f"labels [n] in {where}", got, do))
+
+
+def _pixels(where: str, image: np.ndarray, range: Range | None) -> np.ndarray:
+    """Images as uint8; numbers of another type are converted from their range."""
+    if image.dtype == np.uint8 and range in (None, "0..255"):
+        return image
+    if image.dtype.kind not in "buif":
+        wanted = f"uint8 pixels in {where}"
+        raise WrongType(message("load", wanted, str(image.dtype), "Convert them."))
+    low, high = image.min(), image.max()
+    fits = [name for name, top in _TOPS.items() if low >= 0 and high <= top]
+    seen = f"{image.dtype} between {low:g} and {high:g}"
+    if range is None:
+        do = "Undo the standardization, so that they lie in 0..1 or 0..255."
+        if fits:
+            by = "255 * image" if fits[0] == "0..1" else "image"
+            do = (
+                f"Save np.round({by}).astype(np.uint8) instead, or pass "
+                f"range={fits[0]!r} (--range {fits[0]})."
+            )
+        raise WrongType(message("load", f"uint8 pixels in {where}", seen, do))
+    if range not in fits:
+        wanted = f"pixels in {range} in {where}"
+        do = f"Pass range={fits[0]!r} (--range {fits[0]})." if fits else ""
+        raise Refusal(message("load", wanted, seen, do))
+    scale = 255 // _TOPS[range]
+    return np.round(image.astype(np.float32) * scale).astype(np.uint8)
 
 
 def check_labels(where: str, label: np.ndarray, classes: int) -> None:
     """Raises unless the labels are integers in 0..classes - 1."""
     if not np.issubdtype(label.dtype, np.integer):
         wanted = f"integer labels in {where}"
-        raise WrongType(message("load", wanted, str(label.dtype), "Convert them."))
+        do = "Save label.astype(int) instead."
+        if label.dtype.kind not in "bf":
+            do = "Save np.unique(label, return_inverse=True)[1] instead."
+        raise WrongType(message("load", wanted, str(label.dtype), do))
     wrong = np.flatnonzero((label < 0) | (label >= classes))
     if wrong.size:
         wanted = f"labels in 0..{classes - 1} in {where}"
@@ -38,6 +106,40 @@ def check_labels(where: str, label: np.ndarray, classes: int) -> None:
             f"{label[wrong[0]]} at {wrong[0]} ({wrong.size} of {label.size} are wrong)"
         )
         raise Refusal(message("load", wanted, got, "Correct them."))
+
+
+def numbered(
+    where: str, labels: Sequence[np.ndarray]
+) -> tuple[list[np.ndarray], list[int]]:
+    """Numbers the classes that occur in the labels from 0.
+
+    The ids 0, 1, ..., k - 1 stay as they are. Other ids, such as 3, 10, 57 and 200, get
+    the numbers 0, 1, ..., k - 1 in their order.
+
+    Args:
+        where: place of the labels, for a message.
+        labels: labels of each split, as integers.
+
+    Returns:
+        The numbers of each split, and the id of each class.
+
+    Raises:
+        Refusal: if an id is negative, also if it was saved as unsigned.
+    """
+    signed = [one.astype(np.int64) for one in labels]
+    ids = np.unique(np.concatenate([one.ravel() for one in signed]))
+    if np.array_equal(ids, np.arange(len(ids))):
+        return list(labels), ids.tolist()
+    unsigned = [
+        f"{one.max()}, which is -1 as {one.dtype}"
+        for one in labels
+        if one.dtype.kind == "u" and (one == np.iinfo(one.dtype).max).any()
+    ]
+    if unsigned or ids[0] < 0:
+        wanted, got = f"labels >= 0 in {where}", [*unsigned, f"{ids[0]}"][0]
+        do = "Leave out the examples without a class, or give them a class."
+        raise Refusal(message("load", wanted, got, do))
+    return [np.asarray(np.searchsorted(ids, one)) for one in signed], ids.tolist()
 
 
 def stratified(label: AnyArray, count: int, seed: int) -> np.ndarray:

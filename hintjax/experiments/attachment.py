@@ -29,6 +29,8 @@ class Places(NamedTuple):
         norms: BatchNorm before the ReLU, by the path of the teacher's layer.
         class_tokens: for student and teacher, the number of tokens before the patches.
         examples: number of training examples.
+        same_outputs: whether the outputs of both networks have one shape, so that they
+            can be compared. They differ if the teacher was trained on other classes.
     """
 
     student: Layers
@@ -38,6 +40,7 @@ class Places(NamedTuple):
     norms: Mapping[str, str] = {}
     class_tokens: tuple[int, int] = (0, 0)
     examples: int = 0
+    same_outputs: bool = True
 
 
 def outputs(places: Places) -> Pairs:
@@ -159,6 +162,15 @@ def pool(layers: Layers) -> str:
 def classifier(layers: Layers) -> str:
     """The layer of the logits."""
     return pairing.head(layers)[1]
+
+
+def compares_outputs(method: Method, places: Places) -> bool:
+    """Whether a method needs outputs of one shape: it reads the teacher's classifier.
+
+    It reads the classifier's output (KD), or its parameters (SimKD, CAT-KD).
+    """
+    vectors = [path for path, layer in places.teacher.items() if len(layer.shape) == 2]
+    return method.teacher.output or bool({*vectors[-1:]} & {*method.teacher.params})
 
 
 def one(pairs: Pairs) -> tuple[str, str]:

@@ -1,6 +1,7 @@
 """A comparison as one picture."""
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from hintjax.experiments.attachment import middle
-from hintjax.experiments.explained import images_of, map_of
+from hintjax.experiments.explained import image_batches, map_of, maps
 from hintjax.experiments.finished import RESULT, load_student
 from hintjax.experiments.setting import Setting
 from hintjax.losses import attention_map
@@ -43,22 +44,25 @@ def picture(
     dataset = setting.dataset
     per_epoch = dataset.train.n // setting.config.batch_size
     shown = np.arange(min(_SHOWN, dataset.test.n))
-    images = images_of(dataset.test, shown, dataset)
-
+    images = list(image_batches(setting, dataset.test, shown))
     ours, theirs = setting.places.class_tokens
 
-    def maps(
+    def attention_of(
         network: Network, path: str, class_tokens: int, variables: Variables
     ) -> np.ndarray:
-        hints = map_of(network, path, class_tokens)(variables, images)
+        hints = maps(map_of(network, path, class_tokens), variables, images)
         height, width = hints.shape[1:3]
         return np.asarray(attention_map(hints)).reshape(-1, height, width)
 
-    attention = {f"teacher {hint}": maps(setting.teacher, hint, theirs, teacher)}
+    attention = {
+        f"teacher {hint}": attention_of(setting.teacher, hint, theirs, teacher)
+    }
     for name, arm in found.items():
         student = load_student(run_dir / arm["runs"][0], hints_only=True)[1]
-        attention[f"{name} {guided}"] = maps(setting.student, guided, ours, student)
-    fewer = report["compression"]
+        attention[f"{name} {guided}"] = attention_of(
+            setting.student, guided, ours, student
+        )
+    fewer, known = report["compression"], report["teacher"]["accuracy"]
     figure = pictures.comparison(
         {
             name: [_history(run_dir / path, per_epoch) for path in arm["runs"]]
@@ -67,7 +71,7 @@ def picture(
         dataset.test.read(shown).image,
         attention,
         accuracies={name: arm["test"] for name, arm in found.items()},
-        reference=("teacher", report["teacher"]["accuracy"]),
+        reference=None if math.isnan(known) else ("teacher", known),
         title=f"{report['dataset']}: {fewer:.0f} times fewer parameters",
         chance=report["chance"],
     )

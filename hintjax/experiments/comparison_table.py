@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from hintjax.experiments.attachment import middle
-from hintjax.experiments.finished import accuracy
+from hintjax.experiments.finished import accuracy, evaluation_size
 from hintjax.experiments.setting import Setting
 from hintjax.experiments.statistics import paired, summary
 from hintjax.networks import Variables
@@ -71,9 +71,7 @@ def table(
         "dataset": setting.config.dataset,
         "machine": _machine(),
         "teacher": {
-            "accuracy": accuracy(
-                setting.teacher, teacher, dataset.test, dataset.standardize
-            ),
+            "accuracy": _accuracy(setting, teacher),
             "parameters": sizes["teacher"],
         },
         "parameters": sizes["student"],
@@ -103,7 +101,9 @@ def show_table(report: Mapping[str, Any]) -> None:
     for name in ("arm", "test accuracy", "each seed", "trained", "R²", "rate", "s"):
         side = "left" if name == "arm" else "right"
         shown.add_column(name, justify=side, no_wrap=True)
-    shown.add_row("teacher", f"{100 * teacher['accuracy']:.1f}")
+    found = teacher["accuracy"]
+    judged = "other classes" if math.isnan(found) else f"{100 * found:.1f}"
+    shown.add_row("teacher", judged)
     for row in report["rows"]:
         spread = "" if math.isnan(row["std"]) else f" ± {100 * row['std']:.1f}"
         shown.add_row(
@@ -133,6 +133,15 @@ def show_table(report: Mapping[str, Any]) -> None:
         "that a linear map from the guided layer explains, on test images.\n"
         "s: training seconds."
     )
+
+
+def _accuracy(setting: Setting, teacher: Variables) -> float:
+    """The accuracy of the teacher on the test split; nan if it knows other classes."""
+    if not setting.places.same_outputs:
+        return math.nan
+    test, standardize = setting.dataset.test, setting.dataset.standardize
+    size = evaluation_size(test, setting.config)
+    return accuracy(setting.teacher, teacher, test, standardize, size)
 
 
 def _machine() -> dict[str, Any]:

@@ -86,6 +86,8 @@ class DataOptions:
         limit: Number of training examples to keep. By default all examples.
         size: Height and width to which images are scaled, in pixels. By default images
             keep their size.
+        range: Range of the pixels in a .npz file that are not uint8, such as floats.
+            They are converted to uint8.
         pad: Number of pixels by which training images are padded before a random crop.
             By default nothing is cropped.
         flip: Whether training images are flipped left to right at random.
@@ -95,6 +97,7 @@ class DataOptions:
     data_dir: str | None = None
     limit: int | None = None
     size: int | None = None
+    range: Literal["0..1", "0..255"] | None = None
     pad: int = 0
     flip: bool = False
 
@@ -108,6 +111,10 @@ class NetworkOptions:
             factory(classes=...).
         teacher: Factory of a teacher to train first, or the run directory of a finished
             run.
+        weights: File of weights from torch (.safetensors) for the factory of the
+            teacher, which then is not trained. By default there is no file.
+        weights_sha256: SHA-256 of the file of weights, which is checked. By default it
+            is recorded when the run starts.
         teacher_epochs: Number of epochs for which a teacher from a factory is trained.
         teacher_at_least: Lowest validation accuracy (0 to 1) of a teacher that causes
             no warning.
@@ -115,6 +122,8 @@ class NetworkOptions:
 
     student: str = "hintjax.models:plain_thin"
     teacher: str = "hintjax.models:plain_wide"
+    weights: str | None = None
+    weights_sha256: str | None = None
     teacher_epochs: int = 6
     teacher_at_least: float = 0.5
 
@@ -266,6 +275,9 @@ def check(config: Config) -> Config:
     teacher = teacher_of(config.teacher)
     if teacher.factory is not None:
         models["teacher"] = teacher.factory
+    elif config.weights is not None:
+        wanted = "a factory as teacher, which makes the network of the weights"
+        raise Refusal(message("config", wanted, described(config.teacher)))
     for name, model in models.items():
         if not re.fullmatch(r"\w+(\.\w+)*:\w+", model):
             wanted = f"{name} as package.module:factory"

@@ -20,13 +20,13 @@ from hintjax.experiments.comparison import REPORT, Arm, compare
 from hintjax.experiments.comparison_picture import picture
 from hintjax.experiments.comparison_table import show_table, table
 from hintjax.experiments.config import Config
-from hintjax.experiments.finished import DEPLOYED, accuracy, run_config
+from hintjax.experiments.finished import DEPLOYED, accuracy, evaluation_size, run_config
 from hintjax.experiments.methods_table import RECIPES
 from hintjax.experiments.phases import check
+from hintjax.experiments.pretrained import recorded
 from hintjax.experiments.recipes import PlannedPhase, Recipe, backprop
 from hintjax.experiments.run import load_deployed, run
 from hintjax.experiments.setting import Setting, prepare
-from hintjax.experiments.teacher import teacher_of
 from hintjax.experiments.teaching import check_teacher, teacher_variables
 from hintjax.processes import agree, first
 from hintjax.training import progress
@@ -154,7 +154,9 @@ def keep_compiled(folder: Path) -> None:
 
 def _distill(config: Config, run_dir: Path, plan: Plan, resume: bool) -> None:
     """Checks and runs a plan in a run directory that is owned."""
+    config = recorded(config)
     setting = prepare(config, teach=config.method != "backprop")
+    show_classes(setting)
     phases = [phase for recipe in plan.recipes for phase in check(setting, recipe)]
     if not resume:
         configs.save(config, run_dir)
@@ -164,7 +166,7 @@ def _distill(config: Config, run_dir: Path, plan: Plan, resume: bool) -> None:
     with progress(total, "hintjax", images_per_step=config.batch_size) as report:
         begin, variables = _counting(report), None
         if setting.teacher is not None:
-            variables = teacher_variables(config, run_dir, show=begin("teacher"))
+            variables = teacher_variables(setting, run_dir, show=begin("teacher"))
             check_teacher(setting, variables)
         if not plan.arms:
             (recipe,) = plan.recipes
@@ -181,11 +183,21 @@ def _distill(config: Config, run_dir: Path, plan: Plan, resume: bool) -> None:
     print(f"picture: {picture(setting, run_dir, variables, result, found)}")
 
 
+def show_classes(setting: Setting) -> None:
+    """Prints the labels of the classes, if they are other numbers than 0, 1, ..."""
+    names = setting.dataset.class_names
+    numbers = tuple(map(str, range(len(names))))
+    if names != numbers and all(map(str.isdecimal, names)):
+        some = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+        last = len(names) - 1
+        print(f"classes 0..{last} are the labels {some} of {setting.config.dataset}")
+
+
 def _total_steps(setting: Setting, plan: Plan) -> int:
     """The steps of all runs, and of the teacher if it is trained here."""
     config = setting.config
     runs = sum(len(arm.rates) for arm in plan.arms) * config.seeds or 1
-    trained_here = teacher_of(config.teacher).factory is not None
+    trained_here = ":" in config.teacher and config.weights is None
     before = config.teacher_epochs if trained_here else 0
     per_epoch = setting.dataset.train.n // config.batch_size
     return (runs * config.epochs + before) * per_epoch
@@ -282,5 +294,6 @@ def evaluate_run(run_dir: Path) -> None:
     dataset = setting.dataset
     for name in ("validation", "test"):
         split = getattr(dataset, name)
-        found = accuracy(student, variables, split, dataset.standardize)
+        size = evaluation_size(split, config)
+        found = accuracy(student, variables, split, dataset.standardize, size)
         print(f"{name} accuracy: {found:.4f}")

@@ -11,7 +11,7 @@ import jax
 
 from hintjax._checks import Refusal, message
 from hintjax.experiments import config as configs
-from hintjax.networks import Network, linen
+from hintjax.networks import Network, Wants, linen
 from hintjax.networks.nnx import nnx
 
 
@@ -109,3 +109,15 @@ def layers(network: Network, inputs: jax.Array) -> dict[str, jax.ShapeDtypeStruc
     """The layers of a network for such inputs, found on shapes alone."""
     variables = jax.eval_shape(network.init, jax.random.key(0), inputs)
     return network.layers(*variables, inputs)
+
+
+def output_shape(network: Network, inputs: jax.Array) -> Any:
+    """The shape of one example's output; a tree of shapes if the output is a tree."""
+
+    def output(inputs: jax.Array) -> Any:
+        variables = network.init(jax.random.key(0), inputs)
+        wants = Wants(output=True)
+        return network.apply(*variables, inputs, wants=wants, train=False)[0].output
+
+    found = jax.eval_shape(output, inputs)
+    return jax.tree.map(lambda array: array.shape[1:], found)

@@ -6,9 +6,10 @@ import os
 from pathlib import Path
 
 import jax
+import numpy as np
 
 from hintjax._checks import Refusal, message
-from hintjax.data import Split, Standardize, evaluation_batches
+from hintjax.data import Records, Split, Standardize, evaluation_batches
 from hintjax.experiments import config as configs
 from hintjax.experiments.config import Config
 from hintjax.experiments.factories import network
@@ -18,7 +19,8 @@ from hintjax.training import load_tree
 
 RESULT = "result.json"
 DEPLOYED = "deployed"  # the network of a student that does not stand alone
-EVALUATION_BATCH = 500
+EVALUATION_BATCH = 500  # examples, at most
+_SMALL = EVALUATION_BATCH * 32 * 32 * 3  # pixels (times channels) of such a batch
 
 
 def load_student(
@@ -56,17 +58,43 @@ def run_config(run_dir: Path) -> Config:
     return configs.from_dict(told(lambda: dataclasses.asdict(configs.load(run_dir))))
 
 
+def evaluation_size(split: Split | Records, config: Config, parts: int = 1) -> int:
+    """The number of examples in a batch for evaluation.
+
+    A batch of small images (up to 32 x 32 pixels in color) holds 500 examples. A batch
+    of larger images holds as many pixels, but no fewer examples than a micro-batch of
+    training: if training fits into memory, evaluation fits, too. Then a batch is not
+    larger than the split. The metrics do not depend on the size beyond rounding.
+
+    Args:
+        split: the split, for its number of examples and the shape of its images.
+        config: config of the run, for its batch size and number of micro-batches.
+        parts: number of devices that share a batch; the size is a multiple of it.
+
+    Returns:
+        The number of examples.
+    """
+    trained = config.batch_size // config.accumulate
+    size = max(trained, _SMALL // int(np.prod(split.shape)), 1)
+    size = min(size, split.n) if size < EVALUATION_BATCH else EVALUATION_BATCH
+    return -(-size // parts) * parts
+
+
 def accuracy(
-    network: Network, variables: Variables, split: Split, standardize: Standardize
+    network: Network,
+    variables: Variables,
+    split: Split | Records,
+    standardize: Standardize,
+    size: int,
 ) -> float:
-    """The accuracy of a network on a split, between 0 and 1."""
+    """The accuracy of a network on a split, between 0 and 1, in batches of a size."""
     apply = jax.jit(
         lambda variables, images: network.apply(
             *variables, images, wants=Wants(output=True), train=False
         )[0].output.argmax(-1)
     )
     right = 0
-    for batch in evaluation_batches(split, EVALUATION_BATCH, standardize):
+    for batch in evaluation_batches(split, size, standardize):
         found = apply(variables, batch["image"]) == batch["label"]
         right += int((found & batch["where"]).sum())
     return right / split.n

@@ -8,8 +8,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from hintjax._checks import Refusal, message
 from hintjax.data import Augment, steps_per_epoch
+from hintjax.experiments.attachment import compares_outputs
 from hintjax.experiments.config import Config
+from hintjax.experiments.factories import output_shape
 from hintjax.experiments.recipes import PlannedPhase, Recipe
 from hintjax.experiments.setting import Setting
 from hintjax.method import Data
@@ -39,12 +42,30 @@ def check(setting: Setting, recipe: Recipe) -> list[PlannedPhase]:
     per_epoch = steps_per_epoch(train.n, size)
     state, phases = None, list(recipe(config, setting.places, per_epoch))
     for phase in phases:
+        _check_outputs(setting, phase)
         stage = compiled_phase(setting, phase, config, per_epoch).program.stage
         carry = state if phase.carry else None
         data = Data(of((train.n,)))
         state = jax.eval_shape(stage.init, key, student, teacher, batch, data, carry)
         jax.eval_shape(stage.update, state, teacher, batch)
     return phases
+
+
+def _check_outputs(setting: Setting, phase: PlannedPhase) -> None:
+    """Raises if a phase compares outputs whose shapes differ."""
+    places, config = setting.places, setting.config
+    if places.same_outputs or not compares_outputs(phase.method, places):
+        return
+    ours, theirs = (
+        output_shape(network, setting.inputs)
+        for network in (setting.student, setting.teacher)
+    )
+    wanted = f"a teacher with outputs {ours} of the student, for {phase.name}"
+    got = f"outputs {theirs} of {config.teacher}"
+    do = "A method of hints, such as fitnets or at, works with this teacher."
+    if config.kd_weight:
+        do = "Leave out --kd-weight, or train another teacher."
+    raise Refusal(message("distill", wanted, got, do))
 
 
 def compiled_phase(

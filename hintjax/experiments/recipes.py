@@ -255,6 +255,20 @@ class BeforeTask(NamedTuple):
         ]
 
 
+def soft_or_task(
+    config: Config, places: Places, per_epoch: int, epochs: int | None = None
+) -> Sequence[PlannedPhase]:
+    """The recipe of soft targets; of the task alone if the outputs differ in shape.
+
+    A teacher of other classes has no targets for the student, but its hints help.
+    """
+    if places.same_outputs:
+        return SOFT(config, places, per_epoch, epochs)
+    (phase,) = backprop(config, places, per_epoch, epochs)
+    note = "backprop: the teacher has other classes, so this stage has no soft targets"
+    return [phase._replace(note=note)]
+
+
 class Alone(NamedTuple):
     """The recipe of a method without the task.
 
@@ -390,7 +404,7 @@ def _channels(config: Config, places: Places) -> Method:
 
 
 SOFT = Beside(soft_targets, outputs, Falling(4.0, 1.0), _softened(soft_targets, 3.0))
-FITNETS = BeforeTask(fitnets, middle, after=SOFT, part=2)
+FITNETS = BeforeTask(fitnets, middle, after=soft_or_task, part=2)
 HINTS_THEN_TASK = BeforeTask(fitnets, middle, part=2)
 FITNETS_JOINTLY = Beside(
     fitnets, middle_stage, 100.0, _hints_jointly, name="fitnets_jointly"
@@ -418,7 +432,7 @@ OFD = Beside(overhaul, before_relu, 1e-3, _overhaul)
 SIMKD = Alone(simkd, last_maps, _reused)
 CAT_KD = Beside(class_attention, last_maps, 400.0, _class_attention)
 MGD = Beside(masked_generation, last_stage, 7e-5)
-TINYBERT = BeforeTask(tinybert, hidden_and_scores, _tinybert, SOFT, part=2)
+TINYBERT = BeforeTask(tinybert, hidden_and_scores, _tinybert, soft_or_task, part=2)
 MINILM = BeforeTask(minilm, last_relations, _minilm, part=2)
 PKD = Beside(patient, but_last, 250.0)  # 500 in all: a plain network has two such ends
 COSINE = Beside(cosine, last_stage, 1.0)

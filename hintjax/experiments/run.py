@@ -17,7 +17,7 @@ from typing import Any
 import jax
 from jaxtyping import Array, Key
 
-from hintjax.data import Augment, fits_on_device, steps_per_epoch
+from hintjax.data import ON_DEVICE, Augment, fits_on_device, steps_per_epoch
 from hintjax.experiments import config as configs
 from hintjax.experiments.config import Config
 from hintjax.experiments.finished import DEPLOYED, RESULT, load_student
@@ -46,7 +46,7 @@ from hintjax.training.run_directory import owned, write_text
 # of one run, or the checkpoint knows them better (a teacher by its fingerprint).
 _ELSEWHERE = (
     *("compare", "data_dir", "rates", "seeds"),
-    *("teacher", "teacher_at_least", "teacher_epochs"),
+    *("teacher", "teacher_at_least", "teacher_epochs", "weights", "weights_sha256"),
 )
 # Fields that may change when a run resumes.
 _HARMLESS = (
@@ -178,7 +178,7 @@ def _validation(setting: Setting) -> Callable[[], Iterable[Any]]:
     """Makes the validation batches anew; they stay on the device if they fit."""
     split = setting.dataset.validation
     batches = functools.partial(batches_of, setting, split)
-    if fits_on_device(split):
+    if fits_on_device(split, limit=ON_DEVICE // 4):  # as float32
         return functools.partial(list, list(batches()))
     return batches
 
@@ -191,6 +191,7 @@ def _result(
     result = {"steps": fitted.steps, "seconds": round(fitted.seconds, 2)}
     result["spent"] = {name: round(s, 2) for name, s in fitted.spent.items()}
     result |= {"boundaries": list(fitted.boundaries), "classes": dataset.classes}
+    result["class_names"] = list(dataset.class_names)
     for name in ("validation", "test"):
         batches = batches_of(setting, getattr(dataset, name))
         found = evaluate(stage, fitted.state, teacher, batches)

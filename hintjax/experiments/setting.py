@@ -1,5 +1,6 @@
 """The parts that the runs of a config share: data, networks, mesh, programs."""
 
+import functools
 import zlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -20,10 +21,11 @@ from hintjax.data import (
 from hintjax.experiments import config as configs
 from hintjax.experiments.attachment import Places
 from hintjax.experiments.config import Config
-from hintjax.experiments.factories import attribute_of, layers, network
-from hintjax.experiments.finished import EVALUATION_BATCH, load_student, run_config
+from hintjax.experiments.factories import attribute_of, layers, network, output_shape
+from hintjax.experiments.finished import evaluation_size, load_student, run_config
+from hintjax.experiments.pretrained import pretrained
 from hintjax.experiments.teacher import Teacher, teacher_of
-from hintjax.networks import Network
+from hintjax.networks import Network, Variables, join
 from hintjax.processes import agree, each
 from hintjax.sharding import Layout, make_mesh, over_batch, shares, spread
 from hintjax.training import Program
@@ -65,7 +67,11 @@ def prepare(config: Config, *, teach: bool = False) -> Setting:
     """
     dataset = each(
         lambda: load(
-            config.dataset, config.data_dir, limit=config.limit, size=config.size
+            config.dataset,
+            config.data_dir,
+            limit=config.limit,
+            size=config.size,
+            range=config.range,
         )
     )
     if jax.process_count() > 1:
@@ -74,7 +80,7 @@ def prepare(config: Config, *, teach: bool = False) -> Setting:
     layout = mesh_of(config)
     inputs = jnp.zeros((1, *dataset.train.shape), jnp.float32)
     student = each(lambda: network(config.student, dataset.classes))
-    teacher = teacher_network(config, dataset.classes) if teach else None
+    teacher = teacher_network(config, dataset.classes, inputs) if teach else None
     factories = [
         config.student,
         *([_factory(teacher_of(config.teacher))] if teach else []),
@@ -94,6 +100,8 @@ def prepare(config: Config, *, teach: bool = False) -> Setting:
         norms=said("norms", {})[-1],
         class_tokens=said("class_tokens", 0),
         examples=dataset.train.n,
+        same_outputs=not teach
+        or output_shape(student, inputs) == output_shape(teacher, inputs),
     )
     return Setting(config, dataset, inputs, student, teacher, places, layout, {})
 
@@ -125,13 +133,43 @@ def mesh_of(config: Config) -> Layout | None:
     return Layout(make_mesh(**shares, devices=devices[:wanted]))
 
 
-def teacher_network(config: Config, classes: int) -> Network:
-    """The network of the configured teacher, whether it is trained yet or not."""
-    teacher = teacher_of(config.teacher)
-    if teacher.run_dir is not None:
-        load_student(teacher.run_dir)  # raises if the run is not finished
-    name = _factory(teacher)
-    return each(lambda: network(name, classes))
+def teacher_network(config: Config, classes: int, inputs: jax.Array) -> Network:
+    """The network of the configured teacher, whether it is trained yet or not.
+
+    Args:
+        config: config of the run.
+        classes: number of classes of the dataset, for a teacher that is trained first.
+            A teacher from a finished run or a file keeps its own classes.
+        inputs: one image of the dataset.
+
+    Raises:
+        Refusal: if the run is not finished, or its student takes other images; or if
+            the network and the file of weights do not match.
+    """
+    teacher = teacher_of(config.teacher, config.weights)
+    if teacher.weights is not None:
+        return pretrained(teacher, classes, inputs)[0]
+    if teacher.run_dir is None:
+        return each(lambda: network(teacher.factory, classes))
+    made, variables = load_student(teacher.run_dir)
+    wanted = jax.eval_shape(made.init, jax.random.key(0), inputs)
+    there, here = map(_shapes, (variables, wanted))
+    other = [name for name in {**there, **here} if there.get(name) != here.get(name)]
+    if other:
+        shapes = f"{there.get(other[0])} in the teacher, {here.get(other[0])} for these"
+        got = f"{inputs.shape[1:]} of {config.dataset} ({other[0]}: {shapes})"
+        trained = run_config(teacher.run_dir).dataset
+        wanted = f"images like those of {trained}, on which {teacher.run_dir} learned"
+        do = "Name a teacher of such images, or a factory to train one."
+        raise Refusal(message("teacher", wanted, got, do))
+    return made
+
+
+def _shapes(variables: Variables) -> dict[str, tuple[int, ...]]:
+    """The shapes of all variables by name."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(join(variables))
+    name = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
+    return {name(path): np.shape(leaf) for path, leaf in leaves}
 
 
 def _seen(dataset: Dataset) -> dict[str, Any]:
@@ -158,6 +196,6 @@ def batches_of(setting: Setting, split: Split | Records) -> Iterator[dict[str, A
     """The batches of a split for evaluation, which all devices can share."""
     mesh = setting.layout and setting.layout.mesh
     parts = 1 if mesh is None else shares(mesh)
-    size = -(-EVALUATION_BATCH // parts) * parts
+    size = evaluation_size(split, setting.config, parts)
     found = evaluation_batches(split, size, setting.dataset.standardize)
     return found if mesh is None else (spread(b, over_batch(mesh)) for b in found)

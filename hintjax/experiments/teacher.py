@@ -5,23 +5,28 @@ from typing import NamedTuple
 
 
 class Teacher(NamedTuple):
-    """A teacher to train first, or the student of a finished run.
+    """A teacher: a factory to train first or with weights, or a finished run.
 
     Attributes:
-        factory: package.module:factory of a teacher to train; None for a finished run.
+        factory: package.module:factory of a teacher; None for a finished run.
         run_dir: run directory of a finished run; None for a factory.
+        weights: safetensors file with weights of torch for the factory; None for a
+            teacher to train.
     """
 
     factory: str | None
     run_dir: Path | None
+    weights: Path | None = None
 
 
-def teacher_of(name: str) -> Teacher:
-    """The teacher that `Config.teacher` names.
+def teacher_of(name: str, weights: str | None = None) -> Teacher:
+    """The teacher that `Config.teacher` and `Config.weights` name.
 
     >>> teacher_of("hintjax.models:plain_wide").factory
     'hintjax.models:plain_wide'
     >>> teacher_of("runs/first").run_dir.name
     'first'
     """
-    return Teacher(name, None) if ":" in name else Teacher(None, Path(name))
+    if ":" not in name:
+        return Teacher(None, Path(name))
+    return Teacher(name, None, weights and Path(weights).expanduser())

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from hintjax.experiments.config import Config
-from hintjax.experiments.finished import RESULT, accuracy, load_student
+from hintjax.experiments.finished import RESULT, accuracy, evaluation_size, load_student
+from hintjax.experiments.pretrained import pretrained
 from hintjax.experiments.recipes import backprop
 from hintjax.experiments.run import run
 from hintjax.experiments.setting import Setting, prepare
@@ -19,17 +19,20 @@ from hintjax.training.run_directory import read_json
 _JUDGED = 1000  # validation examples on which a teacher is judged, at most
 
 
-def teacher_variables(config: Config, run_dir: Path, **how: Any) -> Variables:
-    """The variables of the teacher: loaded from its run, or trained now.
+def teacher_variables(setting: Setting, run_dir: Path, **how: Any) -> Variables:
+    """The variables of the teacher: from its run or its file, or trained now.
 
     Args:
-        config: config of the run that needs a teacher.
+        setting: setting of the run that needs a teacher.
         run_dir: directory of this run; a teacher is trained in `run_dir/teacher`.
         **how: see `run`.
     """
-    teacher = teacher_of(config.teacher)
+    config = setting.config
+    teacher = teacher_of(config.teacher, config.weights)
     if teacher.run_dir is not None:
         return load_student(teacher.run_dir)[1]
+    if teacher.weights is not None:
+        return pretrained(teacher, setting.dataset.classes, setting.inputs)[1]
     path = run_dir / "teacher"
     if read_json(path / RESULT) is None:
         own = dataclasses.replace(
@@ -48,7 +51,7 @@ def teacher_variables(config: Config, run_dir: Path, **how: Any) -> Variables:
     return load_student(path)[1]
 
 
-def check_teacher(setting: Setting, variables: Variables) -> float:
+def check_teacher(setting: Setting, variables: Variables) -> float | None:
     """Warns about a teacher that knows little of the validation split.
 
     The teacher is judged whenever a run starts or resumes. So only a few examples are
@@ -61,13 +64,18 @@ def check_teacher(setting: Setting, variables: Variables) -> float:
         variables: variables of the teacher.
 
     Returns:
-        Accuracy of the teacher.
+        Accuracy of the teacher; None if it knows other classes, so that only its hints
+        are used.
     """
     config, dataset = setting.config, setting.dataset
+    if not setting.places.same_outputs:
+        print(f"teacher {config.teacher}: it knows other classes, so it is not judged")
+        return None
     n = dataset.validation.n
     few = np.linspace(0, n - 1, min(n, _JUDGED)).astype(int)
     split = dataset.validation.read(few)
-    found = accuracy(setting.teacher, variables, split, dataset.standardize)
+    size = evaluation_size(split, config)
+    found = accuracy(setting.teacher, variables, split, dataset.standardize, size)
     if found < config.teacher_at_least:
         enough = 100 * config.teacher_at_least
         warnings.warn(

@@ -44,6 +44,7 @@ from hintjax.weights.names import (
     attention,
     batch_norm,
     conv,
+    family,
     layer_norm,
     linear,
 )
@@ -60,6 +61,7 @@ __all__ = [
     "attention",
     "batch_norm",
     "conv",
+    "family",
     "from_torch",
     "layer_norm",
     "linear",

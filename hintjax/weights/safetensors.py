@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from hintjax._checks import Refusal, message
+from hintjax._checks import FileRefusal, Refusal, message
 
 # Names of the file format; its bytes are little-endian.
 DTYPES = {
@@ -50,13 +50,19 @@ def read_safetensors(path: str | Path) -> dict[str, np.ndarray]:
         The arrays of the file, read-only, with the dtypes and layout of torch.
 
     Raises:
-        ValueError: if the file is a pickle or damaged.
+        FileRefusal: if the file cannot be read.
+        Refusal: if the file is a pickle or damaged.
 
     References:
         huggingface/safetensors, README.md: Format.
     """
     path = Path(path)
-    content = path.read_bytes()
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        wanted = f"a file {path} that can be read"
+        text = message("read_safetensors", wanted, f"{error}")
+        raise FileRefusal(text) from None
     if _pickled(path, content):
         wanted, got = "a safetensors file", "a pickle, which can run any code when read"
         raise _error(path, wanted, got, CONVERT)

@@ -397,18 +397,91 @@ IMAGE, LABEL = images(30), np.arange(30) % 3
             ValueError,
             "label_test",
         ),
-        ({"image": IMAGE / 255, "label": LABEL}, TypeError, "uint8 pixels.*float64"),
-        ({"image": IMAGE[0], "label": LABEL}, ValueError, r"\[n h w c\].*\(5, 6, 3\)"),
-        ({"image": IMAGE, "label": LABEL[:9]}, ValueError, r"labels \[n\].*\(9,\)"),
-        ({"image": IMAGE, "label": np.eye(3)[LABEL]}, ValueError, r"\(30, 3\)"),
-        ({"image": IMAGE, "label": LABEL / 1}, TypeError, "integer labels.*float64"),
         (
-            {"image": IMAGE, "label": LABEL - 1},
-            ValueError,
-            r"0\.\.1 .*got -1 at 0 \(10",
+            {"image": IMAGE / 255, "label": LABEL},
+            TypeError,
+            r"float64 between 0 and 1\. Save .*255 \* image.*, or pass range='0\.\.1'",
         ),
-        ({"image": IMAGE, "label": LABEL + 2**40}, ValueError, r"labels in 0\.\.29"),
-        ({"image": IMAGE, "label": LABEL.astype(str)}, TypeError, "integer labels"),
+        (
+            {"image": IMAGE / 1, "label": LABEL},
+            TypeError,
+            r"0 and 255\. Save np\.round\(image\)\..*--range 0\.\.255",
+        ),
+        (
+            {"image": IMAGE / 99 - 1, "label": LABEL},
+            TypeError,
+            "between -1 and 1.57576. Undo the standardization",
+        ),
+        ({"image": IMAGE * 1j, "label": LABEL}, TypeError, "complex128. Convert"),
+        ({"image": IMAGE[0], "label": LABEL}, ValueError, r"\[n h w c\].*\(5, 6, 3\)"),
+        (
+            {"image": IMAGE, "label": LABEL[:9]},
+            ValueError,
+            r"labels \[n\].*\(9,\).*in the same order",
+        ),
+        (
+            {"image": np.moveaxis(IMAGE, 0, -1), "label": LABEL},
+            ValueError,
+            r"np\.moveaxis\(image, -1, 0\)",
+        ),
+        (
+            {"image": IMAGE.reshape(30, -1), "label": LABEL},
+            ValueError,
+            r"\(30, 90\).*image\.reshape\(n, height, width, channels\)",
+        ),
+        *(
+            (
+                {"image": IMAGE, "label": np.eye(3, dtype=dtype)[LABEL]},
+                ValueError,
+                r"one-hot labels \(30, 3\)\. Save label\.argmax\(-1\) instead",
+            )
+            for dtype in (float, int, bool)
+        ),
+        (
+            {"image": IMAGE, "label": np.full((30, 3), 1 / 3)},
+            ValueError,
+            r"got \(30, 3\)\. If they are probabilities, save label\.argmax",
+        ),
+        (
+            {"image": IMAGE, "label": LABEL[:, None]},
+            ValueError,
+            r"got \(30, 1\)\. Save label\[:, 0\]",
+        ),
+        ({"image": IMAGE, "label": np.int64(3)}, ValueError, "one class for each"),
+        (
+            {"image": IMAGE, "label": LABEL / 1},
+            TypeError,
+            r"integer labels.*float64.*label\.astype\(int\)",
+        ),
+        ({"image": IMAGE, "label": LABEL - 1}, ValueError, r"labels >= 0 .*got -1\."),
+        (
+            {"image": IMAGE, "label": (LABEL - 1).astype(np.uint8)},
+            ValueError,
+            "labels >= 0 .*got 255, which is -1 as uint8",
+        ),
+        (
+            {
+                "image": IMAGE,
+                "label": LABEL,
+                "image_test": IMAGE,
+                "label_test": (LABEL - 1).astype(np.uint64),
+            },
+            ValueError,
+            "got 18446744073709551615, which is -1 as uint64",
+        ),
+        (
+            {"image": IMAGE, "label": LABEL.astype(str)},
+            TypeError,
+            r"integer labels.*np\.unique\(label, return_inverse=True\)",
+        ),
+        *(
+            (
+                {"image": np.zeros((30, channels, 8, 9), np.uint8), "label": LABEL},
+                ValueError,
+                r"channels last.*, 8, 9\)\. Save image\.transpose\(0, 2, 3, 1\)",
+            )
+            for channels in (1, 3)
+        ),
         ({"image": IMAGE[:0], "label": LABEL[:0]}, ValueError, "an empty split"),
         ({"image": IMAGE[:2], "label": LABEL[:2]}, ValueError, "too small to cut"),
         ({"image": IMAGE, "label": LABEL.astype(object)}, ValueError, "plain arrays"),
@@ -435,6 +508,86 @@ def test_npz_errors(tmp_path, arrays, error, match):
         data.load(str(tmp_path / "arrays.npz"))
 
 
+@pytest.mark.parametrize(
+    ("ids", "dtype"),
+    [
+        ([3, 10, 57, 200], np.int64),
+        ([3, 10, 57, 200], np.uint8),
+        ([7, 2**40], np.int64),
+    ],
+)
+def test_class_ids_are_numbered_and_become_names(tmp_path, ids, dtype):
+    """The classes that occur are 0 to k - 1, so the head has no dead outputs."""
+    path, ids = str(tmp_path / "arrays.npz"), np.array(ids, dtype)
+    label = np.arange(30) % len(ids)
+    np.savez(path, image=IMAGE, label=ids[label])
+    got = data.load(path)
+    assert got.classes == len(ids) and got.class_names == tuple(map(str, ids))
+    for split in (got.train, got.validation, got.test):
+        for image, number in zip(*split, strict=True):
+            (at,) = np.flatnonzero((image == IMAGE).all((1, 2, 3)))
+            assert number == label[at]
+
+
+def test_the_classes_of_both_files_splits_are_numbered_together(tmp_path):
+    path = str(tmp_path / "arrays.npz")
+    arrays = {"image": IMAGE, "label": np.array([10, 57], np.uint8)[LABEL % 2]}
+    np.savez(path, **arrays, image_test=IMAGE[:2], label_test=np.array([57, 3]))
+    got = data.load(path)
+    assert got.class_names == ("3", "10", "57")
+    assert set(got.train.label) == {1, 2} and got.test.label.tolist() == [2, 0]
+
+
+def test_classes_without_examples_keep_their_place_if_they_have_names(tmp_path):
+    path = str(tmp_path / "arrays.npz")
+    np.savez(path, image=IMAGE, label=2 * LABEL, class_names=np.array(list("abcde")))
+    got = data.load(path)
+    assert got.classes == 5 and set(got.train.label) == {0, 2, 4}
+
+
+@pytest.mark.parametrize(
+    ("image", "range"),
+    [
+        (IMAGE / np.float32(255), "0..1"),
+        (IMAGE.astype(np.float64) / 255, "0..1"),
+        (IMAGE.astype(np.float16), "0..255"),
+        (IMAGE.astype(np.int64), "0..255"),
+        (IMAGE + 0.4 * (IMAGE < 255), "0..255"),
+        (IMAGE, "0..255"),
+    ],
+)
+def test_numbers_in_a_range_are_the_same_pixels(tmp_path, image, range):
+    path = str(tmp_path / "arrays.npz")
+    np.savez(path, image=IMAGE, label=LABEL)
+    want = data.load(path)
+    np.savez(path, image=image, label=LABEL)
+    same(data.load(path, range=range).train, want.train)
+
+
+def test_black_and_white_are_in_a_range_too(tmp_path):
+    path = str(tmp_path / "arrays.npz")
+    for dtype in (bool, np.uint8):
+        np.savez(path, image=(IMAGE > 99).astype(dtype), label=LABEL)
+        got = data.load(path, range="0..1").train.image
+        assert got.dtype == np.uint8 and set(got.ravel()) == {0, 255}
+
+
+@pytest.mark.parametrize(
+    ("image", "range", "match"),
+    [
+        (IMAGE / 1, "0..1", r"0\.\.1 in image .* Pass range='0\.\.255' \(--range"),
+        (IMAGE, "0..1", r"pixels in 0\.\.1 .*uint8 between 0 and 255"),
+        (IMAGE / 99 - 1, "0..255", "between -1 and 1.57576."),
+        (np.where(IMAGE > 9, IMAGE, np.nan), "0..255", "between nan and nan"),
+    ],
+)
+def test_numbers_outside_of_the_range_are_refused(tmp_path, image, range, match):
+    path = str(tmp_path / "arrays.npz")
+    np.savez(path, image=image, label=LABEL)
+    with pytest.raises(ValueError, match=match):
+        data.load(path, range=range)
+
+
 def test_npz_that_is_none(tmp_path):
     path = tmp_path / "arrays.npz"
     for content in (None, b"", b"no zip", b"\x93NUMPY\x01\x00"):
@@ -451,6 +604,7 @@ def test_npz_that_is_none(tmp_path):
 @pytest.mark.parametrize(
     ("options", "match"),
     [
+        ({"range": "0..1"}, "no range for 'digits', whose pixels are uint8"),
         ({"validation": 0.0}, r"validation in \(0, 1\), got 0.0"),
         ({"validation": 1e-9}, "at least one example in validation"),
         ({"limit": 0}, r"limit in 1\.\.1294"),
