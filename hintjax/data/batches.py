@@ -73,7 +73,8 @@ def take(
       augment: a Python constant.
 
     Returns:
-      {"image": float32 [batch h w c], "label": int32 [batch], "index": int32 [batch]}
+      {"image": float32 [batch h w c], "label": int32 [batch], "index": int32 [batch]};
+      for other tasks the labels are those of `hintjax.data.targets`.
 
     >>> from hintjax.data import statistics
     >>> split = Split(np.zeros((9, 4, 4, 1), np.uint8), np.arange(9, dtype=np.int32))

@@ -1,5 +1,6 @@
 """A comparison as one picture."""
 
+import functools
 import json
 import math
 from collections.abc import Mapping
@@ -62,10 +63,12 @@ def picture(
         attention[f"{name} {guided}"] = attention_of(
             setting.student, guided, ours, student
         )
-    fewer, known = report["compression"], report["teacher"]["accuracy"]
+    metric = setting.task.name
+    history = functools.partial(_history, per_epoch=per_epoch, metric=metric)
+    fewer, known = report["compression"], report["teacher"][metric]
     figure = pictures.comparison(
         {
-            name: [_history(run_dir / path, per_epoch) for path in arm["runs"]]
+            name: [history(run_dir / path) for path in arm["runs"]]
             for name, arm in found.items()
         },
         dataset.test.read(shown).image,
@@ -74,26 +77,28 @@ def picture(
         reference=None if math.isnan(known) else ("teacher", known),
         title=f"{report['dataset']}: {fewer:.0f} times fewer parameters",
         chance=report["chance"],
+        metric=metric.replace("_", " "),
+        percent=setting.task.larger,
     )
     path = run_dir / "comparison.png"
     figure.savefig(path)
     return path
 
 
-def _history(run_dir: Path, per_epoch: int) -> tuple:
-    """The validation accuracies of a run, by epoch."""
+def _history(run_dir: Path, *, per_epoch: int, metric: str) -> tuple:
+    """The validation metrics of a run, by epoch."""
     from hintjax.experiments import pictures
 
-    accuracies = [
+    found = [
         (line["step"], value)
         for line in read_metrics(run_dir)
         for name, value in line.items()
-        if name.startswith("validation/") and name.endswith("/accuracy")
+        if name.startswith("validation/") and name.endswith(f"/{metric}")
     ]
-    at, accuracy = zip(*accuracies, strict=True)
+    at, values = zip(*found, strict=True)
     *before, _ = json.loads((run_dir / RESULT).read_text())["boundaries"]
     return pictures.History(
         at=[step / per_epoch for step in at],
-        accuracy=accuracy,
+        accuracy=values,
         boundary=before[-1] / per_epoch if before else None,
     )

@@ -252,6 +252,13 @@ METHODS: dict[str, Named] = {
         "a regressor `mean` and the numbers `scale` per pair",
     ),
 }
+# Methods that need class labels, or the softmax of a classifier. Other tasks have none.
+CLASSES_ONLY = frozenset(
+    (
+        *("crd", "crd_in_batch", "crd_shared", "dist", "dkd", "hard"),
+        *("simkd", "std_kd"),
+    )
+)
 # The names of `--method` and `--compare`.
 RECIPES: dict[str, Recipe] = {
     "backprop": recipes.backprop,

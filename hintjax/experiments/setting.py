@@ -24,6 +24,7 @@ from hintjax.experiments.config import Config
 from hintjax.experiments.factories import attribute_of, layers, network, output_shape
 from hintjax.experiments.finished import evaluation_size, load_student, run_config
 from hintjax.experiments.pretrained import pretrained
+from hintjax.experiments.tasks import TASKS, Task
 from hintjax.experiments.teacher import Teacher, teacher_of
 from hintjax.networks import Network, Variables, join
 from hintjax.processes import agree, each
@@ -54,6 +55,11 @@ class Setting(NamedTuple):
     layout: Layout | None
     programs: dict[Any, Program]
 
+    @property
+    def task(self) -> Task:
+        """The task of the config."""
+        return TASKS[self.config.task]
+
 
 def prepare(config: Config, *, teach: bool = False) -> Setting:
     """Reads the data and builds the networks of a run; trains nothing.
@@ -72,6 +78,7 @@ def prepare(config: Config, *, teach: bool = False) -> Setting:
             limit=config.limit,
             size=config.size,
             range=config.range,
+            targets=TASKS[config.task].targets,
         )
     )
     if jax.process_count() > 1:
