@@ -126,7 +126,7 @@ def watched(
         for name, leaf in _named(batch):
             check.finite(f"{name!r} in the batch", leaf)
         outputs = (student.output, teacher.output)
-        check.labels(batch.get("label"), method.ignored, *outputs)
+        check.labels(batch.get("label"), *outputs, ignored=method.ignored)
         for whose, shown in (("teacher", teacher), ("student", student)):
             for path, hint in shown.hints.items():
                 check.finite(f"features of the {whose} at {path!r}", hint)
@@ -191,7 +191,7 @@ class _Check:
             self._all(~(largest == 0), f"{what} to have a norm > 0", largest)
 
     def labels(
-        self, label: Array | None, ignored: Sequence[int], *outputs: Any
+        self, label: Array | None, *outputs: Any, ignored: Sequence[int] = ()
     ) -> None:
         """Checks that integer labels are classes; one logit means two classes."""
         if label is None or not jnp.issubdtype(label.dtype, jnp.integer):

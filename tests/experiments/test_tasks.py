@@ -15,6 +15,7 @@ from hintjax._checks import Refusal
 from hintjax.cli import main
 from hintjax.experiments import config as configs
 from hintjax.experiments import distill, phases
+from hintjax.experiments import run as training
 from hintjax.experiments.comparison_table import show_table
 from hintjax.experiments.config import Config
 from hintjax.experiments.methods_table import CLASSES_ONLY, METHODS, RECIPES
@@ -263,6 +264,28 @@ def test_an_error_is_better_when_it_is_smaller():
 
 
 # Runs
+
+
+class Stopped(Exception):
+    """Raised instead of training."""
+
+
+def test_a_run_of_an_earlier_version_may_be_resumed(corners, tmp_path, monkeypatch):
+    """Its checkpoint knows no task; the checkpoint of another task knows its own."""
+    seen = []
+
+    def fit(*arguments, identity, **how):
+        seen.append(identity)
+        raise Stopped
+
+    monkeypatch.setattr("hintjax.experiments.run.fit", fit)
+    for task in ("classification", "binary"):
+        config = config_of("binary", task=task)
+        if task == "classification":
+            config = dataclasses.replace(config, dataset=corners)
+        with pytest.raises(Stopped):
+            training.run(prepare(config), tmp_path / task, RECIPES["backprop"])
+    assert ["task" in identity for identity in seen] == [False, True]
 
 
 def run(task, path, *options):
