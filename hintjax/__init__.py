@@ -5,6 +5,8 @@ layers. `losses` are pure functions of arrays; a `Method` says what it wants to 
 of each `Network` and what it trains; a stage makes an optax update step of it.
 """
 
+from typing import TYPE_CHECKING
+
 from hintjax import losses, metrics, regressors
 from hintjax._checks import Refusal
 from hintjax.method import Context, Data, Method, over_pairs
@@ -178,6 +180,9 @@ __all__ = [
     "warm_up",
     "weighted",
 ]
+
+if TYPE_CHECKING:
+    from hintjax.networks.nnx import nnx, nnx_update
 
 
 def __getattr__(name: str) -> object:

@@ -170,7 +170,7 @@ def sizes(caller: str, axes: int, **shapes: Sequence[int]) -> None:
 
 
 def instance(
-    caller: str, kind: type | tuple[type, ...], /, *, do: str = "", **values: Any
+    caller: str, kind: type | tuple[type, ...], do: str = "", /, **values: Any
 ) -> None:
     """Raise unless every value is of this kind, or one of these kinds."""
     kinds = kind if isinstance(kind, tuple) else (kind,)

@@ -6,19 +6,21 @@ sum of methods is an `objective`, which is a method itself.
 """
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Key, Num
+from jaxtyping import Array, Float, Int, Key, Num, PyTree
 
 from hintjax._checks import Refusal, described, function, instance, message
 from hintjax.networks import Features, Wants
 
 PREPARED = "prepared"  # the memory with the parameters that an earlier stage trained
 Pairs = Sequence[tuple[str, str]]  # (guided layer, hint layer), as paths
+Batch = Mapping[str, PyTree]  # of arrays of JAX or NumPy
+Applied = tuple[Array, dict, dict]  # values, memory, metrics
 
 
 class Context(NamedTuple):
@@ -128,7 +130,7 @@ def hints_of(caller: str, pairs: Pairs) -> tuple[Wants, Wants]:
         ValueError: if there are no pairs. The message names the caller.
     """
     do = 'For instance [("group2", "group2")].'
-    instance(caller, Sequence, do=do, pairs=pairs)
+    instance(caller, Sequence, do, pairs=pairs)
     if not pairs:
         do = "Find pairs with hintjax.suggest_pairs."
         wanted = "at least one pair (guided layer, hint layer)"
@@ -169,9 +171,19 @@ def over_pairs(
         groups: dict[tuple, list[tuple[Array, Array]]] = {}
         for pair in zip(students, teachers, strict=True):
             groups.setdefault(tuple((a.shape, a.dtype) for a in pair), []).append(pair)
-        return sum(
+        return total(
             jax.vmap(loss)(*map(jnp.stack, zip(*pairs, strict=True))).sum(0)
             for pairs in groups.values()
         )
 
     return summed
+
+
+def total(values: Iterable[Float[Array, "..."]]) -> Float[Array, "..."]:
+    """The sum of at least one array, as an array: `sum` alone may return its start, 0.
+
+    >>> total([jnp.ones(2), jnp.ones(2)]).tolist()
+    [2.0, 2.0]
+    """
+    first, *rest = values
+    return sum(rest, start=first)

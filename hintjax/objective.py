@@ -21,9 +21,21 @@ from hintjax._checks import (
     scalar,
 )
 from hintjax._numerics import as_float, either, keep, masked_mean
-from hintjax.method import PREPARED, Method, entry, nothing, one_per_example, union
+from hintjax.method import (
+    PREPARED,
+    Applied,
+    Batch,
+    Context,
+    Data,
+    Method,
+    entry,
+    nothing,
+    one_per_example,
+    total,
+    union,
+)
 from hintjax.metrics import Metric, accuracy, class_labels, ignored, not_ignored
-from hintjax.networks import Wants
+from hintjax.networks import Features, Wants
 
 ADJUSTABLE = "weights"  # the memory of an objective that holds adjustable weights
 
@@ -127,7 +139,9 @@ def objective(**terms: Weighted | Method) -> Method:
         got = f"the terms {list(named)} with weight 0" if named else "no terms"
         raise Refusal(message("objective", "a term with a weight > 0", got))
 
-    def init(key, student, teacher, data):
+    def init(
+        key: Array, student: Features, teacher: Features, data: Data | None
+    ) -> tuple[dict, dict]:
         made = {
             name: term.method.init(_fold(key, name), student, teacher, data)
             for name, term in named.items()
@@ -140,8 +154,15 @@ def objective(**terms: Weighted | Method) -> Method:
             }
         return params, memory
 
-    def apply(params, memory, student, teacher, batch, context):
-        total, metrics = 0.0, {}
+    def apply(
+        params: dict,
+        memory: dict,
+        student: Features,
+        teacher: Features,
+        batch: Batch,
+        context: Context,
+    ) -> Applied:
+        parts, metrics = [], {}
         remembered = {ADJUSTABLE: memory[ADJUSTABLE]} if adjustable else {}
         n = None
         for name, (method, weight) in named.items():
@@ -157,12 +178,13 @@ def objective(**terms: Weighted | Method) -> Method:
             n = values.shape[0]
             kept = memory[ADJUSTABLE][name] if name in adjustable else None
             scaled = values * _now(weight, kept, context.step, values.dtype)
-            total = total + scaled
+            parts.append(scaled)
             metrics[name] = masked_mean(values, batch.get("where"))
             metrics[f"{name}/weighted"] = masked_mean(scaled, batch.get("where"))
             metrics |= {f"{name}/{key}": value for key, value in own.items()}
-        metrics["loss"] = masked_mean(total, batch.get("where"))
-        return total, remembered, metrics
+        values = total(parts)
+        metrics["loss"] = masked_mean(values, batch.get("where"))
+        return values, remembered, metrics
 
     prepared = {
         name: term.method.prepare
@@ -185,7 +207,7 @@ def objective(**terms: Weighted | Method) -> Method:
 
 
 def _now(
-    weight: Weight | None, kept: ArrayLike | None, step: ArrayLike, dtype: DTypeLike
+    weight: Weight | None, kept: ArrayLike | None, step: Array, dtype: DTypeLike
 ) -> Array:
     """The weight of a term at a step.
 
@@ -207,7 +229,7 @@ def _split(terms: dict[str, Weighted]) -> Callable[[dict], dict] | None:
     if not own:
         return None
 
-    def split(memory):
+    def split(memory: dict) -> dict:
         return {
             name: own[name](kept) if name in own else PartitionSpec()
             for name, kept in memory.items()
@@ -222,7 +244,7 @@ def _select(terms: dict[str, Weighted]) -> Callable[..., dict] | None:
     if not own:
         return None
 
-    def select(good, memory, before, batch):
+    def select(good: Array, memory: dict, before: dict, batch: Batch) -> dict:
         return {
             name: own[name](good, kept, before[name], batch)
             if name in own
@@ -241,16 +263,18 @@ def _own(terms: dict[str, Weighted], field: str) -> dict[str, Callable]:
 
 def _deployed(terms: dict[str, Weighted]) -> Callable[..., Array] | None:
     """`Method.deploy` of an objective: that of the only term that defines it."""
-    found = [name for name, term in terms.items() if term.method.deploy is not None]
+    found = _own(terms, "deploy")
     if len(found) > 1:
         wanted = "at most one term whose method defines deploy"
-        raise Refusal(message("objective", wanted, f"{found}"))
+        raise Refusal(message("objective", wanted, f"{list(found)}"))
     if not found:
         return None
-    (name,) = found
+    ((name, shipped),) = found.items()
 
-    def deploy(params, memory, student, teacher):
-        return terms[name].method.deploy(params[name], memory[name], student, teacher)
+    def deploy(
+        params: dict, memory: dict, student: Features, teacher: Features
+    ) -> Array:
+        return shipped(params[name], memory[name], student, teacher)
 
     return deploy
 
@@ -309,7 +333,14 @@ def task(
         raise Refusal(message("task", "no metric named 'weighted'", "one", do))
     left_out = ignored("task", ignore)
 
-    def apply(params, memory, student, teacher, batch, context):
+    def apply(
+        params: dict,
+        memory: dict,
+        student: Features,
+        teacher: Features,
+        batch: Batch,
+        context: Context,
+    ) -> Applied:
         labels = entry("task", batch, label, "Name the labels with label=.")
         output = as_float("task", student.output)
         _check_examples(output, labels)

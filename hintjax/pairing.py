@@ -62,7 +62,7 @@ def suggest_pairs(
     middle = {path: at for path, at in hints.items() if 1 / 3 < at <= 2 / 3}
     middle = middle or hints  # fewer than three maps may have no middle third
     nearest = sorted(middle, key=lambda path: abs(middle[path] - 0.5))[:count]
-    ordered = sorted(nearest, key=hints.get)
+    ordered = sorted(nearest, key=lambda path: hints[path])
     return tuple(dict.fromkeys((_at(guided, hints[hint]), hint) for hint in ordered))
 
 
@@ -240,7 +240,8 @@ def linearly_explained(
 def _rows(guided: Array, hint: Array) -> tuple[Array, Array]:
     """Positions as rows, at one resolution; guided rows get a column of ones."""
     if guided.ndim == hint.ndim == 4:
-        size = tuple(map(min, guided.shape[1:3], hint.shape[1:3]))
+        height, width = map(min, guided.shape[1:3], hint.shape[1:3])
+        size = height, width
         guided, hint = (adaptive_average_pool(x, size) for x in (guided, hint))
     guided = guided.reshape(-1, guided.shape[-1])
     ones = jnp.ones_like(guided[:, :1])

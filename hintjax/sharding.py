@@ -19,7 +19,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -32,6 +32,11 @@ from jaxtyping import PyTree
 
 from hintjax._checks import Refusal, message, nearest, positive_int
 from hintjax.processes import agree
+
+if TYPE_CHECKING:
+    Device = Any  # jaxlib has no stubs
+else:
+    Device = jax.Device
 
 BATCH = ("data", "fsdp")  # the axes over which batches are sharded
 NO_RULES: Mapping[str, PartitionSpec] = MappingProxyType({})
@@ -74,7 +79,7 @@ def make_mesh(
     data: int | None = None,
     fsdp: int | None = None,
     model: int | None = None,
-    devices: Sequence[jax.Device] | None = None,
+    devices: Sequence[Device] | None = None,
 ) -> Mesh:
     """A mesh with those of the axes `data`, `fsdp` and `model` that have a size.
 
@@ -110,7 +115,7 @@ def make_mesh(
     )
 
 
-def data_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
+def data_mesh(devices: Sequence[Device] | None = None) -> Mesh:
     """A mesh of one axis, `data`, over which batches are sharded.
 
     Args:

@@ -7,7 +7,7 @@ import jax
 from jaxtyping import Array
 
 from hintjax._checks import Refusal, function, instance, message
-from hintjax.method import Method
+from hintjax.method import Applied, Batch, Context, Data, Method
 from hintjax.networks import Features, Wants
 
 View = Callable[[Array], Array]
@@ -44,10 +44,11 @@ def viewed(
     >>> from hintjax.networks import Features
     >>> grid = partial(regressors.to_grid, drop=1)
     >>> method = viewed(attention_transfer([("block2", "group2")]), student=grid)
+    >>> context = Context(jax.random.key(0), jax.numpy.int32(0), train=True)
     >>> hints = {"block2": jax.numpy.ones((3, 17, 8))}
     >>> maps = {"group2": jax.numpy.ones((3, 4, 4, 32))}
     >>> values, *_ = method.apply(
-    ...     {}, {}, Features(hints=hints), Features(hints=maps), {}, None
+    ...     {}, {}, Features(hints=hints), Features(hints=maps), {}, context
     ... )
     >>> values.shape
     (3,)
@@ -151,21 +152,43 @@ def through(
         The method.
     """
 
-    def init(key, student, teacher, data):
+    def init(
+        key: Array, student: Features, teacher: Features, data: Data | None
+    ) -> tuple[dict, dict]:
         return method.init(key, *seen(student, teacher), data)
 
-    def apply(params, memory, student, teacher, batch, context):
+    def apply(
+        params: dict,
+        memory: dict,
+        student: Features,
+        teacher: Features,
+        batch: Batch,
+        context: Context,
+    ) -> Applied:
         return method.apply(params, memory, *seen(student, teacher), batch, context)
-
-    def deploy(params, memory, student, teacher):
-        return method.deploy(params, memory, *seen(student, teacher))
 
     return method._replace(
         init=init,
         apply=apply,
         prepare=None if method.prepare is None else again(method.prepare),
-        deploy=None if method.deploy is None else deploy,
+        deploy=_shipped(method.deploy, seen),
     )
+
+
+def _shipped(
+    deploy: Callable[..., Array] | None,
+    seen: Callable[[Features, Features], tuple[Features, Features]],
+) -> Callable[..., Array] | None:
+    """`Method.deploy` on features that are passed through a function first."""
+    if deploy is None:
+        return None
+
+    def shipped(
+        params: dict, memory: dict, student: Features, teacher: Features
+    ) -> Array:
+        return deploy(params, memory, *seen(student, teacher))
+
+    return shipped
 
 
 def _applied(

@@ -113,6 +113,8 @@ def test_kinds_and_functions(unchecked):
         _checks.instance("f", (str, int), name=None)
     with pytest.raises(TypeError, match="f: expected name to be str or None, got 3"):
         _checks.instance("f", (str, type(None)), name=3)
+    with pytest.raises(TypeError, match="f: expected do to be int, got 'x'"):
+        _checks.instance("f", int, do="x")  # a user may give a term this name
     _checks.function("f", view=abs)
     with pytest.raises(TypeError, match="f: expected view to be a function, got 3"):
         _checks.function("f", view=3)

@@ -19,7 +19,7 @@ import pytest
 
 from hintjax import models
 from hintjax.cli import main
-from hintjax.experiments.config import Config
+from hintjax.experiments.config import Config, save
 from hintjax.experiments.distill import keep_compiled
 from hintjax.experiments.finished import load_student
 from hintjax.experiments.setting import prepare
@@ -242,6 +242,16 @@ def test_foreign_and_unwritable_run_directories_are_refused(tmp_path, capsys):
         assert sentence in capsys.readouterr().err
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
     assert not (tmp_path / "config.yaml").exists()
+
+
+@pytest.mark.quick
+def test_a_comparison_is_evaluated_only_when_it_is_finished(corners, tmp_path, capsys):
+    save(Config(dataset=corners), tmp_path)
+    with pytest.raises(SystemExit):
+        main(["eval", str(tmp_path)])
+    error = capsys.readouterr().err
+    assert "evaluate: expected a finished comparison" in error
+    assert f"hintjax resume {tmp_path}" in error
 
 
 @pytest.mark.quick

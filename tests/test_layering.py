@@ -161,7 +161,8 @@ def test_a_file_imports_only_what_is_below_it(module):
 def test_the_table_of_contents_imports_only_hintjax():
     source = MODULES["hintjax"].read_text(encoding="utf-8")
     assert {name.partition(".")[0] for name in imports("hintjax", source)} <= {
-        "hintjax"
+        "hintjax",
+        "typing",
     }
 
 

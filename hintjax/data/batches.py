@@ -13,12 +13,10 @@ from hintjax._checks import Refusal, message
 from hintjax.data.images import PLAIN, AnyArray, Augment, Placed, Split, Standardize
 from hintjax.data.records import Records
 from hintjax.data.standardize import standardized
-from hintjax.sharding import spread
+from hintjax.sharding import Device, spread
 
 
-def place(
-    split: Split, device: jax.Device | jax.sharding.Sharding | None = None
-) -> Placed:
+def place(split: Split, device: Device | jax.sharding.Sharding | None = None) -> Placed:
     """Puts a split on the device, or on all devices of a (replicated) sharding.
 
     The device keeps one row per image. A TPU would keep [n h w c] with n innermost, and

@@ -89,7 +89,8 @@ def before_relu(places: Places) -> Pairs:
                 got = f"{list(known)}"
                 do = "Name the layers with --pairs."
                 raise Refusal(message("recipe", wanted, got, do))
-        found.append(tuple(map(dict.get, places.preactivations, pair)))
+        (guided, hint), (ours, theirs) = pair, places.preactivations
+        found.append((ours[guided], theirs[hint]))
     return tuple(found)
 
 
@@ -128,7 +129,7 @@ def inside(places: Places, pairs: Pairs, name: str) -> Pairs:
         (find(places.student, guided), find(places.teacher, hint))
         for guided, hint in pairs
     ]
-    return [pair for pair in found if None not in pair]
+    return [(ours, theirs) for ours, theirs in found if ours and theirs]
 
 
 def pooled(places: Places) -> Pairs:
@@ -183,12 +184,12 @@ def one(pairs: Pairs) -> tuple[str, str]:
 def on_grids(method: Method, places: Places) -> Method:
     """Shows the tokens of one network as maps where the other network has maps."""
     networks = (places.student, places.teacher)
-    ranks = [
+    ours, theirs = (
         {len(layers[path].shape) for path in wants.hints if path in layers}
         for wants, layers in zip(
             (method.student, method.teacher), networks, strict=True
         )
-    ]
+    )
 
     def view(
         ours: set[int], theirs: set[int], drop: int
@@ -199,6 +200,6 @@ def on_grids(method: Method, places: Places) -> Method:
 
     return viewed(
         method,
-        student=view(*ranks, places.class_tokens[0]),
-        teacher=view(*reversed(ranks), places.class_tokens[1]),
+        student=view(ours, theirs, places.class_tokens[0]),
+        teacher=view(theirs, ours, places.class_tokens[1]),
     )

@@ -20,7 +20,7 @@ from hintjax.experiments.factories import network
 from hintjax.experiments.finished import RESULT, load_student
 from hintjax.experiments.recipes import Recipe
 from hintjax.experiments.run import run
-from hintjax.experiments.setting import Setting
+from hintjax.experiments.setting import Setting, taught_by
 from hintjax.experiments.tasks import Task
 from hintjax.networks import Variables
 from hintjax.training.run_directory import inside
@@ -116,7 +116,7 @@ def _runner(
     classes = setting.dataset.classes
     initial = {arm.initial: network(arm.initial, classes) for arm in arms}
     key = jax.random.key(setting.config.seed)
-    untrained = setting.teacher.init(key, setting.inputs)
+    untrained = taught_by(setting).init(key, setting.inputs)
 
     def one(arm: Arm, rate: float, seed: int) -> Ran:
         path = inside(run_dir, f"{arm.name}/rate{rate:g}-seed{seed}")
@@ -168,7 +168,7 @@ def _side_by_side(
     On a CPU several jobs run at a time, since one small step cannot fill the cores.
     Each job gives the same bits as alone.
     """
-    workers = min(os.cpu_count(), most) if jax.default_backend() == "cpu" else 1
+    workers = min(os.cpu_count() or 1, most) if jax.default_backend() == "cpu" else 1
     with stoppable():  # for all jobs: signals come to the main thread
         pool = ThreadPoolExecutor(workers)
         try:

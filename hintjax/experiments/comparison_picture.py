@@ -1,6 +1,5 @@
 """A comparison as one picture."""
 
-import functools
 import json
 import math
 from collections.abc import Mapping
@@ -12,7 +11,7 @@ import numpy as np
 from hintjax.experiments.attachment import middle
 from hintjax.experiments.explained import image_batches, map_of, maps
 from hintjax.experiments.finished import RESULT, load_student
-from hintjax.experiments.setting import Setting
+from hintjax.experiments.setting import Setting, taught_by
 from hintjax.losses import attention_map
 from hintjax.networks import Network, Variables
 from hintjax.training import read_metrics
@@ -56,7 +55,7 @@ def picture(
         return np.asarray(attention_map(hints)).reshape(-1, height, width)
 
     attention = {
-        f"teacher {hint}": attention_of(setting.teacher, hint, theirs, teacher)
+        f"teacher {hint}": attention_of(taught_by(setting), hint, theirs, teacher)
     }
     for name, arm in found.items():
         student = load_student(run_dir / arm["runs"][0], hints_only=True)[1]
@@ -64,11 +63,13 @@ def picture(
             setting.student, guided, ours, student
         )
     metric = setting.task.name
-    history = functools.partial(_history, per_epoch=per_epoch, metric=metric)
     fewer, known = report["compression"], report["teacher"][metric]
     figure = pictures.comparison(
         {
-            name: [history(run_dir / path) for path in arm["runs"]]
+            name: [
+                pictures.History(*_history(run_dir / path, per_epoch, metric))
+                for path in arm["runs"]
+            ]
             for name, arm in found.items()
         },
         dataset.test.read(shown).image,
@@ -85,10 +86,10 @@ def picture(
     return path
 
 
-def _history(run_dir: Path, *, per_epoch: int, metric: str) -> tuple:
-    """The validation metrics of a run, by epoch."""
-    from hintjax.experiments import pictures
-
+def _history(
+    run_dir: Path, per_epoch: int, metric: str
+) -> tuple[list[float], list[float], float | None]:
+    """The fields of a run's `History`, by epoch."""
     found = [
         (line["step"], value)
         for line in read_metrics(run_dir)
@@ -97,8 +98,5 @@ def _history(run_dir: Path, *, per_epoch: int, metric: str) -> tuple:
     ]
     at, values = zip(*found, strict=True)
     *before, _ = json.loads((run_dir / RESULT).read_text())["boundaries"]
-    return pictures.History(
-        at=[step / per_epoch for step in at],
-        accuracy=values,
-        boundary=before[-1] / per_epoch if before else None,
-    )
+    boundary = before[-1] / per_epoch if before else None
+    return [step / per_epoch for step in at], [*values], boundary

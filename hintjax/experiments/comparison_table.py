@@ -14,7 +14,7 @@ from jaxtyping import PyTree
 from hintjax.experiments.attachment import middle
 from hintjax.experiments.config import Config
 from hintjax.experiments.finished import evaluation_size, score
-from hintjax.experiments.setting import Setting
+from hintjax.experiments.setting import Setting, taught_by
 from hintjax.experiments.statistics import paired, summary
 from hintjax.experiments.tasks import TASKS, Task
 from hintjax.networks import Variables
@@ -46,7 +46,7 @@ def table(
         ),
     }
     labels = dataset.test.labels(np.arange(dataset.test.n))
-    task, chance = setting.task, setting.task.guessed(labels)
+    task, chance = setting.task, setting.task.guessed(np.asarray(labels))
     rows = []
     for name, arm in found.items():
         spread = summary(arm["test"])
@@ -153,7 +153,7 @@ def _score(setting: Setting, teacher: Variables) -> float:
     test, standardize = setting.dataset.test, setting.dataset.standardize
     size = evaluation_size(test, setting.config)
     where = (test, standardize, size, setting.task)
-    return score(setting.teacher, teacher, *where)
+    return score(taught_by(setting), teacher, *where)
 
 
 def _machine() -> dict[str, Any]:

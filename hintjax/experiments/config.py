@@ -226,7 +226,15 @@ class Config(
     """All options of a run; every run directory holds its own as config.yaml."""
 
 
-Options = TypeVar("Options")
+Options = TypeVar(
+    "Options",
+    HardwareOptions,
+    OutputOptions,
+    ScheduleOptions,
+    NetworkOptions,
+    DataOptions,
+    MethodOptions,
+)
 
 
 def part(config: Config, options: type[Options]) -> Options:

@@ -28,6 +28,7 @@ from hintjax.experiments.recipes import PlannedPhase, Recipe, backprop
 from hintjax.experiments.run import load_deployed, run
 from hintjax.experiments.setting import Setting, prepare
 from hintjax.experiments.teaching import check_teacher, teacher_variables
+from hintjax.networks import Variables
 from hintjax.processes import agree, first
 from hintjax.training import progress
 from hintjax.training.run_directory import LOCK, inside, owned, write_text
@@ -150,7 +151,7 @@ def keep_compiled(folder: Path) -> None:
     Programs that compile in less than a second are kept, too: there are hundreds.
     """
     there = first() or folder.parent.exists()
-    if there and jax.config.jax_compilation_cache_dir is None:
+    if there and jax.config.values["jax_compilation_cache_dir"] is None:
         jax.config.update("jax_compilation_cache_dir", str(folder))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
@@ -167,16 +168,21 @@ def _distill(config: Config, run_dir: Path, plan: Plan, resume: bool) -> None:
         _show(phase, setting.places)
     total = _total_steps(setting, plan)
     with progress(total, "hintjax", images_per_step=config.batch_size) as report:
-        begin, variables = _counting(report), None
-        if setting.teacher is not None:
+        begin = _counting(report)
+
+        def taught() -> Variables:
             variables = teacher_variables(setting, run_dir, show=begin("teacher"))
             check_teacher(setting, variables)
+            return variables
+
         if not plan.arms:
             (recipe,) = plan.recipes
-            how = {"teacher": variables, "resume": resume, "show": begin("student")}
+            teacher = None if setting.teacher is None else taught()
+            how = {"teacher": teacher, "resume": resume, "show": begin("student")}
             fitted, _ = run(setting, run_dir, recipe, **how)
             print(fitted.account())
             return
+        variables = taught()
         found = compare(setting, run_dir, plan.arms, variables, begin=begin)
     arms = plan.arms
     baselines = [arm.name for arm in arms if arm.baseline] or [arms[0].name]
@@ -290,6 +296,9 @@ def evaluate_run(run_dir: Path) -> None:
         show_table(json.loads((path / REPORT).read_text()))
         return
     config = configs.load(path)
+    if config.method is None:
+        do = f"Finish it with `hintjax resume {run_dir}`."
+        raise Refusal(message("evaluate", "a finished comparison", f"{path}", do))
     recipe = _recipe(config.method, config.task)
     here = dataclasses.replace(config, devices=1, fsdp=1)  # any machine can evaluate
     setting = prepare(here, teach=(path / DEPLOYED).exists())

@@ -12,7 +12,7 @@ from jaxtyping import Array
 from hintjax.data import Dataset, Records, Split, order, take
 from hintjax.experiments.attachment import middle
 from hintjax.experiments.finished import evaluation_size
-from hintjax.experiments.setting import Setting
+from hintjax.experiments.setting import Setting, taught_by
 from hintjax.networks import Network, Variables, Wants
 from hintjax.pairing import linearly_explained
 from hintjax.regressors import to_grid
@@ -30,7 +30,7 @@ def explained_by(setting: Setting, teacher: Variables) -> Callable[[Variables], 
     ours, theirs = setting.places.class_tokens
     dataset = setting.dataset
     student = jax.jit(map_of(setting.student, guided, ours))
-    hinted = jax.jit(map_of(setting.teacher, hint, theirs))
+    hinted = jax.jit(map_of(taught_by(setting), hint, theirs))
     few = _examples(setting, student, hinted)
     fit_on, judge_on = (
         list(image_batches(setting, split, order(jax.random.key(0), split.n)[:few]))
@@ -59,7 +59,7 @@ def _examples(setting: Setting, student: Shown, teacher: Shown) -> int:
 
     # Maps are compared at the smaller of both sizes.
     least = min(
-        positions(setting.student, student), positions(setting.teacher, teacher)
+        positions(setting.student, student), positions(taught_by(setting), teacher)
     )
     return min(_EXAMPLES, max(1, _POSITIONS // least))
 

@@ -52,7 +52,7 @@ def start(
             except (ValueError, RuntimeError, OSError) as error:
                 print(f"one host: {str(error).partition(chr(10))[0]}")
         return
-    if missing:
+    if coordinator is None or processes is None or process is None:
         got = f"no {' and no '.join(missing)}"
         raise Refusal(message("processes", "all of " + ", ".join(given), got))
     host, colon, port = coordinator.rpartition(":")

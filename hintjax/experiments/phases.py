@@ -15,7 +15,7 @@ from hintjax.experiments.attachment import compares_outputs
 from hintjax.experiments.config import Config
 from hintjax.experiments.factories import output_shape
 from hintjax.experiments.recipes import PlannedPhase, Recipe
-from hintjax.experiments.setting import Setting
+from hintjax.experiments.setting import Setting, taught_by
 from hintjax.method import Data
 from hintjax.stages import SpikeGuard, Stage, State, distillation_stage, hint_stage
 from hintjax.training import Phase, program
@@ -49,7 +49,7 @@ def check(setting: Setting, recipe: Recipe) -> list[PlannedPhase]:
         _check_outputs(setting, phase)
         stage = compiled_phase(setting, phase, config, per_epoch).program.stage
         carry = state if phase.carry else None
-        data = Data(labels((train.n, *one.shape[1:])))
+        data = jax.eval_shape(Data, labels((train.n, *one.shape[1:])))
         state = jax.eval_shape(stage.init, key, student, teacher, batch, data, carry)
         jax.eval_shape(stage.update, state, teacher, batch)
     return phases
@@ -125,7 +125,6 @@ def _stage(
 ) -> Stage:
     """The update of a phase."""
     optimizer = _optimizer(config, phase.epochs * per_epoch)
-    networks = (setting.student, setting.teacher, phase.method, optimizer)
     factor = config.spike_factor
     how = {
         "mesh": setting.layout,
@@ -133,8 +132,16 @@ def _stage(
         "spikes": None if factor is None else SpikeGuard(factor),
     }
     if phase.hints_only:
-        return hint_stage(*networks, **how)
-    return distillation_stage(*networks, rates=phase.rates, **how)
+        teacher = taught_by(setting)
+        return hint_stage(setting.student, teacher, phase.method, optimizer, **how)
+    return distillation_stage(
+        setting.student,
+        setting.teacher,
+        phase.method,
+        optimizer,
+        rates=phase.rates,
+        **how,
+    )
 
 
 def _optimizer(config: Config, steps: int) -> optax.GradientTransformation:

@@ -128,17 +128,17 @@ def _draw_curves(
         axes.axhline(chance, color=_GREY, linewidth=1, linestyle=":", zorder=1)
     ends = {}
     for number, (arm, runs) in enumerate(histories.items()):
-        runs = [_finite(run) for run in runs]
-        runs = [run for run in runs if len(run.at)]
-        if not runs:
+        curves = [_finite(run) for run in runs]
+        curves = [curve for curve in curves if len(curve.at)]
+        if not curves:
             continue
         line = {"color": _color(number), "linestyle": _style(number)}
-        for run in runs:
-            axes.plot(run.at, run.accuracy, **line, linewidth=0.8, alpha=0.35)
-        at, mean = _mean(runs)
+        for curve in curves:
+            axes.plot(curve.at, curve.accuracy, **line, linewidth=0.8, alpha=0.35)
+        at, mean = _mean(curves)
         axes.plot(at, mean, **line, linewidth=2.2, zorder=3)
         ends[arm] = (at[-1], mean[-1], number)
-        own = [run.boundary for run in runs if run.boundary is not None]
+        own = [curve.boundary for curve in curves if curve.boundary is not None]
         if own:
             where = float(np.median(own))
             height = np.interp(where, at, mean)
@@ -165,7 +165,7 @@ def _draw_curves(
     _label_ends(figure, axes, ends, names)
 
 
-def _mark_boundaries(axes: Axes, boundaries: Sequence[Numbers]) -> None:
+def _mark_boundaries(axes: Axes, boundaries: Sequence[list[float]]) -> None:
     """A line between the stages of each arm; a pale span where its runs disagree."""
     lines = sorted({float(np.median(own)) for own in boundaries})
     for own in boundaries:
@@ -246,7 +246,7 @@ def _draw_points(
         _note(axes, text, (1.0, row), spot, va="center", **place)
         low, high = min(low, *values), max(high, *values)
     if reference is not None:
-        name, value = reference
+        name, value = reference[0], float(reference[1])
         axes.axvline(value, color=_INK, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
         low, high = min(low, value), max(high, value)
         side = "right" if value > (low + high) / 2 else "left"
@@ -329,7 +329,7 @@ def _headers(maps: Mapping) -> list[str]:
     return [_short(name, 16, lines=4) for name in ("input", *maps)]
 
 
-def _stacked(maps: Mapping, room: SupportsFloat) -> bool:
+def _stacked(maps: Mapping, room: Side) -> bool:
     """Whether the networks are rows, as they are too many or too long for columns."""
     names = _headers(maps)
     return len(names) > 7 or (_pixels_of(names) + 8) * len(names) > room
@@ -383,7 +383,15 @@ def _unit(tile: np.ndarray) -> np.ndarray:
     return tile / max(float(np.sqrt(np.mean(np.square(tile)))), 1e-12)
 
 
-def _finite(run: History) -> History:
+class _Curve(NamedTuple):
+    """A `History` as arrays, without the values that are not finite."""
+
+    at: np.ndarray
+    accuracy: np.ndarray
+    boundary: float | None
+
+
+def _finite(run: History) -> _Curve:
     at, accuracy = np.asarray(run.at, float), np.asarray(run.accuracy, float)
     if at.shape != accuracy.shape or at.ndim != 1:
         raise Refusal(
@@ -395,10 +403,11 @@ def _finite(run: History) -> History:
             )
         )
     keep = np.isfinite(accuracy)
-    return History(at[keep], accuracy[keep], run.boundary)
+    boundary = None if run.boundary is None else float(run.boundary)
+    return _Curve(at[keep], accuracy[keep], boundary)
 
 
-def _mean(runs: Sequence[History]) -> tuple[np.ndarray, np.ndarray]:
+def _mean(runs: Sequence[_Curve]) -> tuple[np.ndarray, np.ndarray]:
     """The mean over the steps that all seeds have reached."""
     at = np.unique(np.concatenate([run.at for run in runs]))
     at = at[(at >= max(r.at[0] for r in runs)) & (at <= min(r.at[-1] for r in runs))]
@@ -508,10 +517,10 @@ def _darker(color: str) -> tuple[float, float, float]:
     return colorsys.hls_to_rgb(hue, min(light, 0.32), saturation)
 
 
-def _number(value: SupportsFloat, percent: bool) -> str:
+def _number(value: Side, percent: bool) -> str:
     """A value as text: in percent, without the sign, or with three digits."""
     return f"{100 * value:.1f}" if percent else f"{value:.3g}"
 
 
-def _percent(value: SupportsFloat, position: int | None = None) -> str:
+def _percent(value: Side, position: int | None = None) -> str:
     return f"{100 * value:.4g} %"

@@ -184,7 +184,7 @@ class Beside(NamedTuple):
         before = 0 if method.prepare is None else _share(config, 9)
         rest = epochs - before
         usual = self.weight
-        if not isinstance(usual, float):
+        if isinstance(usual, Grown | Falling):
             usual = usual(rest, per_epoch)
         name = self.name or self.method.__name__
         terms = {
@@ -195,11 +195,12 @@ class Beside(NamedTuple):
             name: weighted(method, _or(config.weight, usual)),
         }
         if config.kd_weight:
-            term = TASKS[config.task].kd(_or(config.temperature, 4.0))
+            usual = 4.0 if config.temperature is None else config.temperature
+            term = TASKS[config.task].kd(usual)
             terms["logits"] = weighted(term, config.kd_weight)
         whole, note = objective(**terms), self.note(config, places)
         source = (self, rest)  # the schedule of the weight depends on both
-        if not before:
+        if not before or whole.prepare is None:
             return [PlannedPhase(name, whole, epochs, source, note=note)]
         first = f"before {name}"
         return [
@@ -329,11 +330,13 @@ def _softened(method: Callable[..., Method], temperature: float) -> Make:
 
 
 def _kd(config: Config, places: Places) -> Method:
-    return TASKS[config.task].kd(_or(config.temperature, 4.0))
+    usual = 4.0 if config.temperature is None else config.temperature
+    return TASKS[config.task].kd(usual)
 
 
 def _soft_targets(config: Config, places: Places) -> Method:
-    return TASKS[config.task].soft(_or(config.temperature, 3.0))
+    usual = 3.0 if config.temperature is None else config.temperature
+    return TASKS[config.task].soft(usual)
 
 
 def _hard(config: Config, places: Places) -> Method:

@@ -25,7 +25,7 @@ from hintjax.experiments.factories import attribute_of, layers, network, output_
 from hintjax.experiments.finished import evaluation_size, load_student, run_config
 from hintjax.experiments.pretrained import pretrained
 from hintjax.experiments.tasks import TASKS, Task
-from hintjax.experiments.teacher import Teacher, teacher_of
+from hintjax.experiments.teacher import teacher_of
 from hintjax.networks import Network, Variables, join
 from hintjax.processes import agree, each
 from hintjax.sharding import Layout, make_mesh, over_batch, shares, spread
@@ -90,7 +90,7 @@ def prepare(config: Config, *, teach: bool = False) -> Setting:
     teacher = teacher_network(config, dataset.classes, inputs) if teach else None
     factories = [
         config.student,
-        *([_factory(teacher_of(config.teacher))] if teach else []),
+        *([_factory(config.teacher)] if teach else []),
     ]
 
     def said(attribute: str, missing: Any) -> tuple[Any, ...]:
@@ -101,7 +101,7 @@ def prepare(config: Config, *, teach: bool = False) -> Setting:
 
     places = Places(
         student=layers(student, inputs),
-        teacher=layers(teacher, inputs) if teach else {},
+        teacher={} if teacher is None else layers(teacher, inputs),
         pairs=tuple(map(configs.parse_pair, config.pairs)),
         preactivations=said("preactivations", {}),
         norms=said("norms", {})[-1],
@@ -179,6 +179,17 @@ def _shapes(variables: Variables) -> dict[str, tuple[int, ...]]:
     return {name(path): np.shape(leaf) for path, leaf in leaves}
 
 
+def taught_by(setting: Setting) -> Network:
+    """The network of the teacher.
+
+    Raises:
+        Refusal: if the runs of the setting have no teacher.
+    """
+    if setting.teacher is None:
+        raise Refusal(message("setting", "a teacher", "none"))
+    return setting.teacher
+
+
 def _seen(dataset: Dataset) -> dict[str, Any]:
     """Numbers that tell datasets apart; images on a disk are not read for them."""
     found = {
@@ -187,16 +198,16 @@ def _seen(dataset: Dataset) -> dict[str, Any]:
     }
     for name in ("train", "validation", "test"):
         split = getattr(dataset, name)
-        sums = map(np.ascontiguousarray, split) if isinstance(split, Split) else ()
-        found[name] = [split.n, *split.shape, *map(zlib.crc32, sums)]
+        arrays = split if isinstance(split, Split) else ()
+        sums = [zlib.crc32(np.ascontiguousarray(array).data) for array in arrays]
+        found[name] = [split.n, *split.shape, *sums]
     return found
 
 
-def _factory(teacher: Teacher) -> str:
+def _factory(teacher: str) -> str:
     """The factory of a teacher, or of the student of its run."""
-    if teacher.run_dir is None:
-        return teacher.factory
-    return run_config(teacher.run_dir).student
+    run_dir = teacher_of(teacher).run_dir
+    return teacher if run_dir is None else run_config(run_dir).student
 
 
 def batches_of(setting: Setting, split: Split | Records) -> Iterator[dict[str, Any]]:

@@ -12,7 +12,7 @@ from hintjax.experiments.finished import RESULT, evaluation_size, load_student, 
 from hintjax.experiments.pretrained import pretrained
 from hintjax.experiments.recipes import backprop
 from hintjax.experiments.run import run
-from hintjax.experiments.setting import Setting, prepare
+from hintjax.experiments.setting import Setting, prepare, taught_by
 from hintjax.experiments.teacher import teacher_of
 from hintjax.networks import Variables
 from hintjax.training.run_directory import read_json
@@ -75,10 +75,10 @@ def check_teacher(setting: Setting, variables: Variables) -> float | None:
     n = dataset.validation.n
     few = np.linspace(0, n - 1, min(n, _JUDGED)).astype(int)
     split = dataset.validation.read(few)
-    size = evaluation_size(split, config)
-    where = (split, dataset.standardize, size)
-    found, task = score(setting.teacher, variables, *where, setting.task), setting.task
-    if task.skill(found, task.guessed(split.label)) < config.teacher_at_least:
+    where = (split, dataset.standardize, evaluation_size(split, config))
+    task = setting.task
+    found = score(taught_by(setting), variables, *where, task)
+    if task.skill(found, task.guessed(np.asarray(split.label))) < config.teacher_at_least:
         warnings.warn(
             f"teacher {config.teacher}: {_judged(setting, found, split)}. "
             f"Was the teacher trained on inputs with another standardization, or with "
@@ -98,5 +98,5 @@ def _judged(setting: Setting, found: float, split: Split) -> str:
     of = f"{task.name} {task.shown(found)} on {split.n} validation examples"
     if task.larger:
         return f"{of}, less than {100 * enough:.0f} (in percent)"
-    median = task.guessed(split.label)
+    median = task.guessed(np.asarray(split.label))
     return f"{of}, and the median has {task.shown(median)}"

@@ -5,9 +5,19 @@ from collections.abc import Callable
 from jaxtyping import Array, Float
 
 from hintjax._checks import Refusal, message
-from hintjax.method import Method, Pairs, hints_of, nothing
+from hintjax.method import (
+    Applied,
+    Batch,
+    Context,
+    Data,
+    Method,
+    Pairs,
+    hints_of,
+    nothing,
+    total,
+)
 from hintjax.methods._tokens import counted
-from hintjax.networks import Wants
+from hintjax.networks import Features, Wants
 
 
 def compared(
@@ -32,13 +42,20 @@ def compared(
     """
     student_wants, teacher_wants = hints_of(caller, pairs)
 
-    def apply(params, memory, student, teacher, batch, context):
+    def apply(
+        params: dict,
+        memory: dict,
+        student: Features,
+        teacher: Features,
+        batch: Batch,
+        context: Context,
+    ) -> Applied:
         where = counted(caller, batch, padding)
         values = [
             loss(student.hints[guided], teacher.hints[hint], where=where)
             for guided, hint in pairs
         ]
-        return sum(values), memory, {}
+        return total(values), memory, {}
 
     return Method(student_wants, teacher_wants, nothing, apply)
 
@@ -50,7 +67,9 @@ def outputs(caller: str, loss: Callable[..., Float[Array, " batch"]]) -> Method:
     have different shapes.
     """
 
-    def init(key, student, teacher, data):
+    def init(
+        key: Array, student: Features, teacher: Features, data: Data | None
+    ) -> tuple[dict, dict]:
         if student.output.shape != teacher.output.shape:
             wanted = "student and teacher to have the same number of classes"
             got = f"outputs {student.output.shape} and {teacher.output.shape}"
@@ -58,7 +77,14 @@ def outputs(caller: str, loss: Callable[..., Float[Array, " batch"]]) -> Method:
             raise Refusal(message(caller, wanted, got, do))
         return nothing(key, student, teacher, data)
 
-    def apply(params, memory, student, teacher, batch, context):
+    def apply(
+        params: dict,
+        memory: dict,
+        student: Features,
+        teacher: Features,
+        batch: Batch,
+        context: Context,
+    ) -> Applied:
         return loss(student.output, teacher.output, batch), memory, {}
 
     return Method(Wants(output=True), Wants(output=True), init, apply)

@@ -6,7 +6,17 @@ from jaxtyping import Array, Float
 
 from hintjax._checks import positive_int
 from hintjax.losses import attention_map_loss, attention_maps
-from hintjax.method import Method, Pairs, hints_of, nothing, over_pairs
+from hintjax.method import (
+    Applied,
+    Batch,
+    Context,
+    Method,
+    Pairs,
+    hints_of,
+    nothing,
+    over_pairs,
+)
+from hintjax.networks import Features
 
 
 def attention_transfer(
@@ -43,7 +53,14 @@ def attention_transfer(
     summed = over_pairs(loss)
     student_wants, teacher_wants = hints_of("attention_transfer", pairs)
 
-    def apply(params, memory, student, teacher, batch, context):
+    def apply(
+        params: dict,
+        memory: dict,
+        student: Features,
+        teacher: Features,
+        batch: Batch,
+        context: Context,
+    ) -> Applied:
         maps = [
             attention_maps(student.hints[guided], teacher.hints[hint], power=power)
             for guided, hint in pairs

@@ -1,12 +1,13 @@
 """AB: transfer of activation boundaries (Heo et al. 2019)."""
 
-from functools import partial
+from functools import partial, reduce
 
 from hintjax import regressors
 from hintjax._checks import function, positive
 from hintjax.losses import activation_boundary_loss
-from hintjax.method import Method, Pairs, hints_of
+from hintjax.method import Applied, Batch, Context, Method, Pairs, hints_of
 from hintjax.methods import _regressed
+from hintjax.networks import Features
 
 SCALE = 3 / 1000  # factor of the last pair's loss, as published
 CONNECTOR = partial(regressors.conv, batch_norm=True)
@@ -50,16 +51,20 @@ def activation_boundary(
     student_wants, teacher_wants = hints_of("activation_boundary", pairs)
     init, predict = _regressed.beside(pairs, regressor, _regressed.as_they_are)
 
-    def apply(params, memory, student, teacher, batch, context):
+    def apply(
+        params: dict,
+        memory: dict,
+        student: Features,
+        teacher: Features,
+        batch: Batch,
+        context: Context,
+    ) -> Applied:
         predictions, memory = predict(params, memory, student, teacher, context.train)
-        total = 0.0
-        for (
-            _,
-            predicted,
-            hint,
-        ) in predictions:  # a loss is halved once for each deeper pair
-            loss = activation_boundary_loss(predicted, hint, margin=margin)
-            total = total / 2 + SCALE * loss
-        return total, memory, {}
+        losses = (
+            SCALE * activation_boundary_loss(predicted, hint, margin=margin)
+            for _, predicted, hint in predictions
+        )
+        # A loss is halved once for each deeper pair.
+        return reduce(lambda total, loss: total / 2 + loss, losses), memory, {}
 
     return Method(student_wants, teacher_wants, init, apply)

@@ -5,8 +5,9 @@ from functools import partial
 from hintjax import regressors
 from hintjax._checks import function, positive
 from hintjax.losses import channel_loss
-from hintjax.method import Method, Pairs, hints_of
+from hintjax.method import Applied, Batch, Context, Method, Pairs, hints_of, total
 from hintjax.methods import _regressed
+from hintjax.networks import Features
 
 
 def channel_wise(
@@ -43,10 +44,17 @@ def channel_wise(
     student_wants, teacher_wants = hints_of("channel_wise", pairs)
     init, predict = _regressed.beside(pairs, regressor, _regressed.as_they_are)
 
-    def apply(params, memory, student, teacher, batch, context):
+    def apply(
+        params: dict,
+        memory: dict,
+        student: Features,
+        teacher: Features,
+        batch: Batch,
+        context: Context,
+    ) -> Applied:
         predictions, memory = predict(params, memory, student, teacher, context.train)
         loss = partial(channel_loss, temperature=temperature, where=batch.get("where"))
         values = [loss(predicted, hint) for _, predicted, hint in predictions]
-        return sum(values), memory, {}
+        return total(values), memory, {}
 
     return Method(student_wants, teacher_wants, init, apply)

@@ -1,9 +1,11 @@
 """CAT-KD: class attention transfer (Guo et al. 2023)."""
 
+from jaxtyping import Array
+
 from hintjax._checks import Refusal, message, positive_int
 from hintjax.losses import class_activation_map, class_attention_loss
-from hintjax.method import Method, hints_of
-from hintjax.networks import Wants
+from hintjax.method import Applied, Batch, Context, Data, Method, hints_of
+from hintjax.networks import Features, Wants
 
 
 def class_attention(
@@ -47,14 +49,16 @@ def class_attention(
         for hint, path in zip(pair, paths, strict=True)
     )
 
-    def maps(features, hint, path):
+    def maps(features: Features, hint: str, path: str | None) -> Array:
         x = features.hints[hint]
         if path is None:
             return x
         kernel = features.params[path]["kernel"]
         return class_activation_map(x, kernel.reshape(kernel.shape[-2:]))
 
-    def init(key, student, teacher, data):
+    def init(
+        key: Array, student: Features, teacher: Features, data: Data | None
+    ) -> tuple[dict, dict]:
         classes = []
         for features, hint, path in zip((student, teacher), pair, paths, strict=True):
             if path is not None and "kernel" not in features.params[path]:
@@ -73,7 +77,14 @@ def class_attention(
             raise Refusal(message("class_attention", wanted, got))
         return {}, {}
 
-    def apply(params, memory, student, teacher, batch, context):
+    def apply(
+        params: dict,
+        memory: dict,
+        student: Features,
+        teacher: Features,
+        batch: Batch,
+        context: Context,
+    ) -> Applied:
         ours, theirs = (
             maps(*each) for each in zip((student, teacher), pair, paths, strict=True)
         )

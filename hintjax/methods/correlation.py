@@ -1,13 +1,18 @@
 """CC: correlation congruence (Peng et al. 2019)."""
 
 import math
+from collections.abc import Iterator
+from typing import Any
 
+import flax.linen as nn
 import jax
+from jaxtyping import Array
 
 from hintjax import regressors
 from hintjax._checks import positive_int
 from hintjax.losses import correlation_loss
-from hintjax.method import Method, Pairs, hints_of
+from hintjax.method import Applied, Batch, Context, Data, Method, Pairs, hints_of, total
+from hintjax.networks import Features
 
 
 def correlation_congruence(pairs: Pairs, *, feature_dim: int = 128) -> Method:
@@ -37,16 +42,20 @@ def correlation_congruence(pairs: Pairs, *, feature_dim: int = 128) -> Method:
     positive_int("correlation_congruence", feature_dim=feature_dim)
     student_wants, teacher_wants = hints_of("correlation_congruence", pairs)
 
-    def sides(student, teacher):
+    def sides(
+        student: Features, teacher: Features
+    ) -> Iterator[tuple[str, dict[str, Any]]]:
         for guided, hint in pairs:
             layers = {"student": student.hints[guided], "teacher": teacher.hints[hint]}
             yield f"{guided}->{hint}", layers
 
-    def head(layer):
+    def head(layer: Any) -> tuple[nn.Module, tuple[int, int]]:
         size = math.prod(layer.shape[1:])
         return regressors.linear((size,), (feature_dim,)), (layer.shape[0], size)
 
-    def init(key, student, teacher, data):
+    def init(
+        key: Array, student: Features, teacher: Features, data: Data | None
+    ) -> tuple[dict, dict]:
         params = {}
         for number, (name, layers) in enumerate(sides(student, teacher)):
             one = jax.random.fold_in(key, number)
@@ -57,8 +66,15 @@ def correlation_congruence(pairs: Pairs, *, feature_dim: int = 128) -> Method:
                 params[name][side], _ = regressors.init(module, one, shape)
         return params, {}
 
-    def apply(params, memory, student, teacher, batch, context):
-        total = 0.0
+    def apply(
+        params: dict,
+        memory: dict,
+        student: Features,
+        teacher: Features,
+        batch: Batch,
+        context: Context,
+    ) -> Applied:
+        values = []
         for name, layers in sides(student, teacher):
             embedded = {}
             for side, layer in layers.items():
@@ -67,7 +83,8 @@ def correlation_congruence(pairs: Pairs, *, feature_dim: int = 128) -> Method:
                 embedded[side], _ = regressors.apply(
                     module, params[name][side], {}, rows, context.train
                 )
-            total = total + correlation_loss(**embedded, where=batch.get("where"))
-        return total, memory, {}
+            loss = correlation_loss(**embedded, where=batch.get("where"))
+            values.append(loss)
+        return total(values), memory, {}
 
     return Method(student_wants, teacher_wants, init, apply)

@@ -3,6 +3,7 @@
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from types import NoneType
 from typing import NamedTuple
 
@@ -24,7 +25,8 @@ from hintjax._checks import (
 )
 from hintjax._numerics import either, masked_mean
 from hintjax.losses import contrastive_log_constant, contrastive_scores_loss
-from hintjax.method import Method, entry, hints_of
+from hintjax.method import Applied, Batch, Context, Data, Method, entry, hints_of
+from hintjax.networks import Features
 
 HIGHEST = jax.lax.Precision.HIGHEST
 Scores = tuple[Array, Array]  # (batch,) of the positives, (batch, K) of the negatives
@@ -201,7 +203,9 @@ def crd(
     guided, hint = pair
     head = regressors.Embedding(feature_dim)
 
-    def init(key, student, teacher, data):
+    def init(
+        key: Array, student: Features, teacher: Features, data: Data | None
+    ) -> tuple[dict, dict]:
         if data is None:
             do = "Pass data=hintjax.Data(labels) to the stage's init."
             wanted = "the training set's labels"
@@ -216,12 +220,20 @@ def crd(
             "classes": banks.by_class(jnp.asarray(data.labels)),
         }
 
-    def apply(params, memory, student, teacher, batch, context):
+    def apply(
+        params: dict,
+        memory: dict,
+        student: Features,
+        teacher: Features,
+        batch: Batch,
+        context: Context,
+    ) -> Applied:
         bank, classes = memory["bank"], memory["classes"]
         where, train = batch.get("where"), context.train
-        s = head.apply({"params": params["student"]}, student.hints[guided])
-        t = head.apply({"params": params["teacher"]}, teacher.hints[hint])
-        if in_batch:
+        seen = (student.hints[guided], teacher.hints[hint])
+        s, _ = regressors.apply(head, params["student"], {}, seen[0], train)
+        t, _ = regressors.apply(head, params["teacher"], {}, seen[1], train)
+        if isinstance(negatives, BatchNegatives):
             by_student, by_teacher, valid = _within(s, t, _entry(batch, "label"), where)
         else:
             draws, positives = jax.random.split(context.key)
@@ -238,14 +250,16 @@ def crd(
             own, others = (s, t), (bank.student, bank.teacher)
             index = drawn.index
             if train and mesh is not None and index.ndim == 2:
-                own = None, None
                 index = jnp.concatenate([mine[:, None], index], 1)
-            elif train:
-                own = banks.batch_rows(bank, mine, mesh=mesh)
-            if index.ndim == 1:
-                others = banks.shared_rows(bank, index, mesh=mesh)
-            by_student = _scores(s, own[1], others[1], index, mesh)
-            by_teacher = _scores(t, own[0], others[0], index, mesh)
+                by_student = _scores_of_rows(s, others[1], index, mesh)
+                by_teacher = _scores_of_rows(t, others[0], index, mesh)
+            else:
+                if train:
+                    own = banks.batch_rows(bank, mine, mesh=mesh)
+                if index.ndim == 1:
+                    others = banks.shared_rows(bank, index, mesh=mesh)
+                by_student = _scores(s, own[1], others[1], index, mesh)
+                by_teacher = _scores(t, own[0], others[0], index, mesh)
 
         values, constants = 0.0, []
         setting = {
@@ -286,23 +300,19 @@ def crd(
         metrics = {"positive": masked_mean(by_student[0], where)}
         return values, {**memory, "bank": bank}, metrics
 
-    def select(good, memory, before, batch):
+    def select(good: Array, memory: dict, before: dict, batch: Batch) -> dict:
         if in_batch:
             return either(good, memory, before)
         bank, index = memory["bank"], _entry(batch, "index")
         bank = banks.select(good, bank, before["bank"], index, mesh=mesh)
         return {**memory, "bank": bank}
 
-    def split(memory):
-        rows = banks.split_rows(memory["bank"], mesh)
-        return {"bank": rows, "classes": PartitionSpec()}
-
     return Method(
         student_wants,
         teacher_wants,
         init,
         apply,
-        split=split if mesh else None,
+        split=None if mesh is None else partial(_split, mesh),
         select=select,
     )
 
@@ -351,6 +361,12 @@ def _entry(batch: Mapping[str, Array], name: str) -> Array:
     return entry("crd", batch, name, usual.get(name, ""))
 
 
+def _split(mesh: Mesh, memory: dict) -> dict:
+    """`Method.split`: the rows of the bank are sharded over the mesh."""
+    rows = banks.split_rows(memory["bank"], mesh)
+    return {"bank": rows, "classes": PartitionSpec()}
+
+
 def _keys(key: Array, index: Array) -> Array:
     """A key per example that does not depend on its place in the batch."""
     return jax.vmap(lambda i: jax.random.fold_in(key, i))(index)
@@ -372,9 +388,21 @@ def _within(
     return (own, scores), (own, scores.T), valid
 
 
+def _scores_of_rows(
+    anchors: Float[Array, "batch d"],
+    bank: Float[Array, "n d"],
+    index: Int[Array, "batch k"],
+    mesh: Mesh,
+) -> Scores:
+    """`_scores` where the positives are the first candidates of a sharded bank."""
+    vectors = bank.astype(anchors.dtype)
+    scores = banks.scores_by_rows(anchors, vectors, index, mesh=mesh)
+    return scores[:, 0], scores[:, 1:]
+
+
 def _scores(
     anchors: Float[Array, "batch d"],
-    positives: Float[Array, "batch d"] | None,
+    positives: Float[Array, "batch d"],
     vectors: Float[Array, "n d"],
     index: Int[Array, "batch k"] | Int[Array, " k"],
     mesh: Mesh | None,
@@ -383,17 +411,13 @@ def _scores(
 
     Args:
         anchors: one network's embeddings.
-        positives: the other network's embedding for each anchor; None if the positives
-            are the first candidates.
+        positives: the other network's embedding for each anchor.
         vectors: the other network's embeddings: the shared negatives, or the whole
             bank.
         index: (K,) for shared negatives; (batch, K), rows of the bank, otherwise.
         mesh: the mesh over which the rows of the bank are sharded, if any.
     """
     vectors = vectors.astype(anchors.dtype)
-    if positives is None:
-        scores = banks.scores_by_rows(anchors, vectors, index, mesh=mesh)
-        return scores[:, 0], scores[:, 1:]
     own = jnp.sum(anchors * positives.astype(anchors.dtype), -1)
     if index.ndim == 1:
         return own, jnp.matmul(anchors, vectors.T, precision=HIGHEST)

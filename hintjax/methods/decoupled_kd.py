@@ -1,8 +1,10 @@
 """DKD: decoupled knowledge distillation (Zhao et al. 2022)."""
 
+from jaxtyping import Array
+
 from hintjax._checks import instance, not_negative, positive
 from hintjax.losses import decoupled_kd_loss
-from hintjax.method import Method, entry
+from hintjax.method import Batch, Method, entry
 from hintjax.methods._compared import outputs
 
 
@@ -39,10 +41,15 @@ def decoupled_kd(
     positive("decoupled_kd", temperature=temperature)
     not_negative("decoupled_kd", alpha=alpha, beta=beta)
     instance("decoupled_kd", str, label=label)
-    hyper = {"alpha": alpha, "beta": beta, "temperature": temperature}
 
-    def loss(student, teacher, batch):
-        classes = entry("decoupled_kd", batch, label, "Name the labels with label=.")
-        return decoupled_kd_loss(student, teacher, classes, **hyper)
+    def loss(student: Array, teacher: Array, batch: Batch) -> Array:
+        return decoupled_kd_loss(
+            student,
+            teacher,
+            entry("decoupled_kd", batch, label, "Name the labels with label=."),
+            alpha=alpha,
+            beta=beta,
+            temperature=temperature,
+        )
 
     return outputs("decoupled_kd", loss)

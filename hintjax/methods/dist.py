@@ -1,8 +1,10 @@
 """DIST: distillation from a stronger teacher (Huang et al. 2022)."""
 
+from jaxtyping import Array
+
 from hintjax._checks import not_negative, positive
 from hintjax.losses import dist_loss
-from hintjax.method import Method
+from hintjax.method import Batch, Method
 from hintjax.methods._compared import outputs
 
 
@@ -32,7 +34,7 @@ def dist(beta: float = 1.0, gamma: float = 1.0, temperature: float = 1.0) -> Met
     not_negative("dist", beta=beta, gamma=gamma)
     hyper = {"beta": beta, "gamma": gamma, "temperature": temperature}
 
-    def loss(student, teacher, batch):
+    def loss(student: Array, teacher: Array, batch: Batch) -> Array:
         return dist_loss(student, teacher, where=batch.get("where"), **hyper)
 
     return outputs("dist", loss)

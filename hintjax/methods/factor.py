@@ -11,7 +11,17 @@ from hintjax import regressors
 from hintjax._checks import Refusal, function, message, scalar
 from hintjax._numerics import as_float
 from hintjax.losses import factor_loss
-from hintjax.method import PREPARED, Method, Pairs, hints_of
+from hintjax.method import (
+    PREPARED,
+    Applied,
+    Batch,
+    Context,
+    Data,
+    Method,
+    Pairs,
+    hints_of,
+    total,
+)
 from hintjax.networks import Features
 
 
@@ -59,12 +69,16 @@ def factor_transfer(
     before = paraphrase(pairs, rate=rate)
     student_wants, teacher_wants = hints_of("factor_transfer", pairs)
 
-    def translators(student, teacher):
+    def translators(
+        student: Features, teacher: Features
+    ) -> Iterator[tuple[_Pair, regressors.Coder]]:
         for own in _ready(pairs, rate, student, teacher):
             channels = (own.guided.shape[-1], own.factor, own.factor)
             yield own, regressors.Coder(channels, batch_norm=True)
 
-    def init(key, student, teacher, data):
+    def init(
+        key: Array, student: Features, teacher: Features, data: Data | None
+    ) -> tuple[dict, dict]:
         params, statistics = {}, {}
         first, second = jax.random.split(key)
         for number, (own, module) in enumerate(translators(student, teacher)):
@@ -75,8 +89,15 @@ def factor_transfer(
         prepared, _ = before.init(second, student, teacher, data)
         return params, {PREPARED: prepared, "translators": statistics}
 
-    def apply(params, memory, student, teacher, batch, context):
-        total, statistics = 0.0, {}
+    def apply(
+        params: dict,
+        memory: dict,
+        student: Features,
+        teacher: Features,
+        batch: Batch,
+        context: Context,
+    ) -> Applied:
+        values, statistics = [], {}
         for own, module in translators(student, teacher):
             paraphraser = memory[PREPARED][own.name]
             coded, _ = regressors.apply(
@@ -89,8 +110,8 @@ def factor_transfer(
                 own.guided,
                 context.train,
             )
-            total = total + loss(translated, coded)
-        return total, {**memory, "translators": statistics}, {}
+            values.append(loss(translated, coded))
+        return total(values), {**memory, "translators": statistics}, {}
 
     return Method(student_wants, teacher_wants, init, apply, prepare=before)
 
@@ -121,7 +142,9 @@ def paraphrase(pairs: Pairs, *, rate: float = 0.5) -> Method:
     scalar("factor_transfer", "in (0, 1]", lambda r: 0 < r <= 1, **share)
     student_wants, teacher_wants = hints_of("factor_transfer", pairs)
 
-    def init(key, student, teacher, data):
+    def init(
+        key: Array, student: Features, teacher: Features, data: Data | None
+    ) -> tuple[dict, dict]:
         params = {}
         for number, own in enumerate(_ready(pairs, rate, student, teacher)):
             one, two = jax.random.split(jax.random.fold_in(key, number))
@@ -132,8 +155,15 @@ def paraphrase(pairs: Pairs, *, rate: float = 0.5) -> Method:
             }
         return params, {}
 
-    def apply(params, memory, student, teacher, batch, context):
-        total = 0.0
+    def apply(
+        params: dict,
+        memory: dict,
+        student: Features,
+        teacher: Features,
+        batch: Batch,
+        context: Context,
+    ) -> Applied:
+        values = []
         for own in _ready(pairs, rate, student, teacher):
             weights = params[own.name]
             coded, _ = regressors.apply(
@@ -143,8 +173,8 @@ def paraphrase(pairs: Pairs, *, rate: float = 0.5) -> Method:
                 own.decoder, weights["decoder"], {}, coded, context.train
             )
             again, hint = as_float("factor_transfer", again, own.hint)
-            total = total + jnp.mean(jnp.square(again - hint), (1, 2, 3))
-        return total, memory, {}
+            values.append(jnp.mean(jnp.square(again - hint), (1, 2, 3)))
+        return total(values), memory, {}
 
     return Method(student_wants, teacher_wants, init, apply)
 

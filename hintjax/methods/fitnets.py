@@ -19,9 +19,10 @@ from hintjax._checks import (
 )
 from hintjax._numerics import as_float, keep, masked_mean
 from hintjax.losses import hint_loss
-from hintjax.method import Method, Pairs, hints_of
+from hintjax.method import Applied, Batch, Context, Method, Pairs, hints_of, total
 from hintjax.methods import _regressed
 from hintjax.methods._tokens import counted
+from hintjax.networks import Features
 
 
 def fitnets(
@@ -68,21 +69,28 @@ def fitnets(
     student_wants, teacher_wants = hints_of("fitnets", pairs)
     init, predict = _regressed.beside(pairs, regressor, _regressed.as_they_are)
 
-    def apply(params, memory, student, teacher, batch, context):
+    def apply(
+        params: dict,
+        memory: dict,
+        student: Features,
+        teacher: Features,
+        batch: Batch,
+        context: Context,
+    ) -> Applied:
         predictions, memory = predict(params, memory, student, teacher, context.train)
-        total, losses, r2 = 0.0, {}, {}
+        parts, losses, r2 = [], {}, {}
         where, tokens = batch.get("where"), counted("fitnets", batch, padding)
         told = {} if padding is None else {"where": tokens}
         for name, predicted, hint in predictions:
             values = loss(predicted, hint, **told)
-            total = total + values
+            parts.append(values)
             losses[name] = masked_mean(values, where)
             r2[name] = explained_variance(predicted, hint, tokens)
-        metrics = {"r2": sum(r2.values()) / len(r2)}
+        metrics = {"r2": total(r2.values()) / len(r2)}
         if len(losses) > 1:
             metrics |= {f"{name}/loss": value for name, value in losses.items()}
             metrics |= {f"{name}/r2": value for name, value in r2.items()}
-        return total, memory, metrics
+        return total(parts), memory, metrics
 
     return Method(student_wants, teacher_wants, init, apply)
 

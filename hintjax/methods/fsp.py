@@ -1,15 +1,25 @@
 """FSP: the flow of solution procedure (Yim et al. 2017)."""
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
+import flax.linen as nn
 import jax
 from jaxtyping import Array, Float
 
 from hintjax import regressors
 from hintjax._checks import Refusal, described, function, instance, message
 from hintjax.losses import fsp_matrix, fsp_matrix_loss
-from hintjax.method import Method, Pairs, hints_of, over_pairs
+from hintjax.method import (
+    Applied,
+    Batch,
+    Context,
+    Data,
+    Method,
+    Pairs,
+    hints_of,
+    over_pairs,
+)
 from hintjax.networks import Features
 
 Flows = Sequence[tuple[tuple[str, str], tuple[str, str]]]
@@ -72,27 +82,41 @@ def fsp(
     student_wants, teacher_wants = hints_of("fsp", matched)
     summed = over_pairs(loss)
 
-    def sized(student, teacher):
+    def sized(
+        sizing: regressors.Sizing, student: Features, teacher: Features
+    ) -> Iterator[tuple[tuple[str, str], str, nn.Module]]:
         for guided, hint in matched:
             shape = student.hints[guided].shape[1:]
             target = (*shape[:-1], teacher.hints[hint].shape[-1])
-            yield (guided, hint), f"{guided}->{hint}", regressor(shape, target)
+            yield (guided, hint), f"{guided}->{hint}", sizing(shape, target)
 
-    def init(key, student, teacher, data):
+    def init(
+        key: Array, student: Features, teacher: Features, data: Data | None
+    ) -> tuple[dict, dict]:
         if regressor is None:
             for layers in matched:
                 _same_channels(*layers, student, teacher)
             return {}, {}
         params, memory = {}, {}
-        for number, (layers, name, module) in enumerate(sized(student, teacher)):
+        for number, (layers, name, module) in enumerate(
+            sized(regressor, student, teacher)
+        ):
             one, shape = jax.random.fold_in(key, number), student.hints[layers[0]].shape
             params[name], memory[name] = regressors.init(module, one, shape)
         return params, memory
 
-    def apply(params, memory, student, teacher, batch, context):
+    def apply(
+        params: dict,
+        memory: dict,
+        student: Features,
+        teacher: Features,
+        batch: Batch,
+        context: Context,
+    ) -> Applied:
         maps = {layers: student.hints[layers[0]] for layers in matched}
         remembered = {}
-        for layers, name, module in sized(student, teacher) if regressor else ():
+        matching = sized(regressor, student, teacher) if regressor else ()
+        for layers, name, module in matching:
             maps[layers], remembered[name] = regressors.apply(
                 module, params[name], memory[name], maps[layers], context.train
             )
@@ -100,7 +124,9 @@ def fsp(
             matrix(*(maps[layers] for layers in zip(*pair, strict=True)))
             for pair in pairs
         ]
-        teachers = [matrix(*map(teacher.hints.get, flow)) for _, flow in pairs]
+        teachers = [
+            matrix(*(teacher.hints[path] for path in flow)) for _, flow in pairs
+        ]
         return summed(students, teachers), remembered, {}
 
     return Method(student_wants, teacher_wants, init, apply)
@@ -125,7 +151,10 @@ def flows(pairs: Pairs) -> Flows:
     if len(pairs) < 2:
         wanted = "at least two pairs, shallow to deep"
         raise Refusal(message("flows", wanted, f"{list(pairs)}"))
-    return [tuple(zip(*both, strict=True)) for both in itertools.pairwise(pairs)]
+    return [
+        ((guided, deeper), (hint, deeper_hint))
+        for (guided, hint), (deeper, deeper_hint) in itertools.pairwise(pairs)
+    ]
 
 
 def _same_channels(

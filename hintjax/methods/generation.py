@@ -9,8 +9,9 @@ from jaxtyping import Array, Bool, Key, ScalarLike
 from hintjax import _checks, regressors
 from hintjax._checks import Refusal, function, message
 from hintjax.losses import masked_generation_loss
-from hintjax.method import Method, Pairs, hints_of
+from hintjax.method import Applied, Batch, Context, Method, Pairs, hints_of, total
 from hintjax.methods import _regressed
+from hintjax.networks import Features
 
 
 def masked_channels(
@@ -68,7 +69,9 @@ def masked_generation(
     function("masked_generation", mask=mask)
     student_wants, teacher_wants = hints_of("masked_generation", pairs)
 
-    def sizing(student, teacher):
+    def sizing(
+        student: regressors.Shape, teacher: regressors.Shape
+    ) -> regressors.Generator:
         if not len(student) == len(teacher) == 3:
             got = f"student {student} and teacher {teacher}"
             raise Refusal(message("masked_generation", "maps (h, w, c)", got))
@@ -76,8 +79,15 @@ def masked_generation(
 
     init, _ = _regressed.beside(pairs, sizing)
 
-    def apply(params, memory, student, teacher, batch, context):
-        total = 0.0
+    def apply(
+        params: dict,
+        memory: dict,
+        student: Features,
+        teacher: Features,
+        batch: Batch,
+        context: Context,
+    ) -> Applied:
+        values = []
         ready = _regressed.ready(pairs, sizing, student, teacher)
         for number, (name, module, guided, hint) in enumerate(ready):
             key = jax.random.fold_in(context.key, number)
@@ -87,9 +97,11 @@ def masked_generation(
                     jax.random.fold_in(key, i), shape, rate
                 )
             )(index)
-            generated = module.apply({"params": params[name]}, guided, mask=kept)
-            total = total + masked_generation_loss(generated, hint)
-        return total, memory, {}
+            generated, _ = module.apply(
+                {"params": params[name]}, guided, mask=kept, mutable=[]
+            )
+            values.append(masked_generation_loss(generated, hint))
+        return total(values), memory, {}
 
     return Method(student_wants, teacher_wants, init, apply)
 

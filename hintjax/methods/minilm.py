@@ -2,11 +2,23 @@
 
 from collections.abc import Sequence
 
+from jaxtyping import Array
+
 from hintjax._checks import instance, positive_int, rank
 from hintjax._numerics import masked_mean
 from hintjax.losses import attention_distribution_loss, relation_loss
-from hintjax.method import Method, Pairs, hints_of, nothing
+from hintjax.method import (
+    Applied,
+    Batch,
+    Context,
+    Method,
+    Pairs,
+    hints_of,
+    nothing,
+    total,
+)
 from hintjax.methods._tokens import counted
+from hintjax.networks import Features
 
 
 def minilm(
@@ -62,7 +74,7 @@ def minilm(
     instance("minilm", Sequence, relations=relations, attention=attention)
     wants = hints_of("minilm", [*relations, *attention])
 
-    def relation(student, teacher, where):
+    def relation(student: Array, teacher: Array, where: Array | None) -> Array:
         rank("minilm", 3, "batch n *width", student=student, teacher=teacher)
         student, teacher = (x.reshape(*x.shape[:2], -1) for x in (student, teacher))
         return relation_loss(student, teacher, heads=heads, where=where)
@@ -72,10 +84,17 @@ def minilm(
         "attention": (attention_distribution_loss, attention),
     }
 
-    def apply(params, memory, student, teacher, batch, context):
+    def apply(
+        params: dict,
+        memory: dict,
+        student: Features,
+        teacher: Features,
+        batch: Batch,
+        context: Context,
+    ) -> Applied:
         where = counted("minilm", batch, padding)
         parts = {
-            name: sum(
+            name: total(
                 loss(student.hints[guided], teacher.hints[hint], where=where)
                 for guided, hint in pairs
             )
@@ -86,6 +105,6 @@ def minilm(
             name: masked_mean(values, batch.get("where"))
             for name, values in parts.items()
         }
-        return sum(parts.values()), memory, metrics
+        return total(parts.values()), memory, metrics
 
     return Method(*wants, nothing, apply)

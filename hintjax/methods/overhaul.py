@@ -1,13 +1,16 @@
 """OFD: the overhaul of feature distillation (Heo et al. 2019)."""
 
 from collections.abc import Sequence
-from functools import partial
+from functools import partial, reduce
+
+from jaxtyping import Array
 
 from hintjax import regressors
 from hintjax._checks import Refusal, function, instance, message
 from hintjax.losses import batch_norm_margin, margin_relu, partial_l2_loss
-from hintjax.method import Method, Pairs, hints_of
+from hintjax.method import Applied, Batch, Context, Data, Method, Pairs, hints_of
 from hintjax.methods import _regressed
+from hintjax.networks import Features
 
 CONNECTOR = partial(regressors.linear, batch_norm=True, bias=False)
 
@@ -58,7 +61,9 @@ def overhaul(
 
     beside = _regressed.beside(pairs, regressor)
 
-    def init(key, student, teacher, data):
+    def init(
+        key: Array, student: Features, teacher: Features, data: Data | None
+    ) -> tuple[dict, dict]:
         for path in norms:
             found = teacher.params[path]
             if not {"scale", "bias"} <= set(found):
@@ -67,18 +72,25 @@ def overhaul(
                 raise Refusal(message("overhaul", wanted, f"{list(found)}", do))
         return beside.init(key, student, teacher, data)
 
-    def apply(params, memory, student, teacher, batch, context):
+    def apply(
+        params: dict,
+        memory: dict,
+        student: Features,
+        teacher: Features,
+        batch: Batch,
+        context: Context,
+    ) -> Applied:
         predictions, memory = beside.predict(
             params, memory, student, teacher, context.train
         )
-        total = 0.0
+        losses = []
         for (_, predicted, hint), path in zip(predictions, norms, strict=True):
             norm = teacher.params[path]
             margin = batch_norm_margin(norm["scale"], norm["bias"])
             target = margin_relu(hint, margin)
-            # A loss is halved once for each deeper pair.
-            total = total / 2 + partial_l2_loss(predicted, target)
-        return total, memory, {}
+            losses.append(partial_l2_loss(predicted, target))
+        # A loss is halved once for each deeper pair.
+        return reduce(lambda total, loss: total / 2 + loss, losses), memory, {}
 
     return Method(
         student_wants,

@@ -1,5 +1,7 @@
 """PKD: patient knowledge distillation (Sun et al. 2019)."""
 
+from jaxtyping import Array
+
 from hintjax._checks import Refusal, instance, message, rank
 from hintjax.losses import patient_loss
 from hintjax.method import Method, Pairs
@@ -31,7 +33,7 @@ def patient(pairs: Pairs, *, token: int = 0) -> Method:
     """
     instance("patient", int, token=token)
 
-    def loss(student, teacher, where):
+    def loss(student: Array, teacher: Array, where: Array | None) -> Array:
         rank("patient", 3, "batch n c", student=student, teacher=teacher)
         for x in (student, teacher):
             # JAX silently clamps an index that is out of range.

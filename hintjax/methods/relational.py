@@ -3,7 +3,17 @@
 from hintjax._checks import Refusal, message, not_negative
 from hintjax._numerics import masked_mean
 from hintjax.losses import angle_loss, distance_loss
-from hintjax.method import Method, Pairs, hints_of, nothing
+from hintjax.method import (
+    Applied,
+    Batch,
+    Context,
+    Method,
+    Pairs,
+    hints_of,
+    nothing,
+    total,
+)
+from hintjax.networks import Features
 
 
 def relational(pairs: Pairs, *, distance: float = 25.0, angle: float = 50.0) -> Method:
@@ -36,17 +46,24 @@ def relational(pairs: Pairs, *, distance: float = 25.0, angle: float = 50.0) -> 
     losses = {"distance": distance_loss, "angle": angle_loss}
     student_wants, teacher_wants = hints_of("relational", pairs)
 
-    def apply(params, memory, student, teacher, batch, context):
-        total, metrics, where = 0.0, {}, batch.get("where")
+    def apply(
+        params: dict,
+        memory: dict,
+        student: Features,
+        teacher: Features,
+        batch: Batch,
+        context: Context,
+    ) -> Applied:
+        parts, metrics, where = [], {}, batch.get("where")
         for name, weight in weights.items():
             if weight == 0:
                 continue
-            values = sum(
+            values = total(
                 losses[name](student.hints[guided], teacher.hints[hint], where=where)
                 for guided, hint in pairs
             )
-            total = total + weight * values
+            parts.append(weight * values)
             metrics[name] = masked_mean(values, where)
-        return total, memory, metrics
+        return total(parts), memory, metrics
 
     return Method(student_wants, teacher_wants, nothing, apply)

@@ -1,6 +1,6 @@
 """ReviewKD: knowledge review (Chen et al. 2021)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,8 @@ from hintjax import regressors
 from hintjax._checks import Refusal, function, message, not_negative, positive_int
 from hintjax._numerics import masked_mean
 from hintjax.losses import hierarchical_context_loss
-from hintjax.method import Method, Pairs, hints_of
+from hintjax.method import Applied, Batch, Context, Data, Method, Pairs, hints_of, total
+from hintjax.networks import Features
 
 MOST_CHANNELS = 512  # largest number of channels of the fusion, as published
 
@@ -57,7 +58,9 @@ def review(
     if len(set(names)) < len(names):
         raise Refusal(message("review", "each pair once", f"{names}"))
 
-    def stages(student, teacher):
+    def stages(
+        student: Features, teacher: Features
+    ) -> Iterator[tuple[str, regressors.ABF, Array, Array]]:
         """Name, ABF, guided map and hint map of each stage, deep to shallow."""
         maps = [
             (_map(student.hints[guided], guided), _map(teacher.hints[hint], hint))
@@ -65,11 +68,13 @@ def review(
         ]
         mid = min(MOST_CHANNELS, maps[-1][0].shape[-1])
         for name, (guided, hint) in reversed(list(zip(names, maps, strict=True))):
-            module = regressors.ABF(mid, hint.shape[-1], hint.shape[1:3])
+            module = regressors.ABF(mid, hint.shape[-1], (hint.shape[1], hint.shape[2]))
             yield name, module, guided, hint
 
-    def init(key, student, teacher, data):
-        def made(student, teacher):
+    def init(
+        key: Array, student: Features, teacher: Features, data: Data | None
+    ) -> tuple[dict, dict]:
+        def made(student: Features, teacher: Features) -> tuple[dict, dict]:
             params, memory, deeper = {}, {}, None
             for number, (name, module, guided, _) in enumerate(
                 stages(student, teacher)
@@ -84,8 +89,15 @@ def review(
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (student, teacher))
         return made(*zeros)
 
-    def apply(params, memory, student, teacher, batch, context):
-        total, remembered, losses, deeper = 0.0, {}, {}, None
+    def apply(
+        params: dict,
+        memory: dict,
+        student: Features,
+        teacher: Features,
+        batch: Batch,
+        context: Context,
+    ) -> Applied:
+        parts, remembered, losses, deeper = [], {}, {}, None
         for name, module, guided, hint in stages(student, teacher):
             (predicted, deeper), changed = module.apply(
                 {"params": params[name], **memory[name]},
@@ -96,9 +108,9 @@ def review(
             )
             remembered[name] = {**memory[name], **changed}
             values = loss(predicted, hint)
-            total = total + values
+            parts.append(values)
             losses[f"{name}/loss"] = masked_mean(values, batch.get("where"))
-        return total, remembered, losses if len(names) > 1 else {}
+        return total(parts), remembered, losses if len(names) > 1 else {}
 
     return Method(student_wants, teacher_wants, init, apply)
 

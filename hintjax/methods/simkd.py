@@ -10,9 +10,10 @@ from hintjax import regressors
 from hintjax._checks import Refusal, function, instance, message
 from hintjax._numerics import as_float, masked_mean
 from hintjax.losses import hint_loss
-from hintjax.method import Method, hints_of
+from hintjax.method import Applied, Batch, Context, Data, Method, hints_of
 from hintjax.methods import _regressed
 from hintjax.metrics import accuracy, class_labels
+from hintjax.networks import Features
 
 
 def simkd(
@@ -57,14 +58,23 @@ def simkd(
 
     beside = _regressed.beside([pair], regressor)
 
-    def init(key, student, teacher, data):
+    def init(
+        key: Array, student: Features, teacher: Features, data: Data | None
+    ) -> tuple[dict, dict]:
         if "kernel" not in teacher.params[classifier]:
             wanted = f"the teacher's {classifier!r} to be a dense layer with a kernel"
             got = f"{list(teacher.params[classifier])}"
             raise Refusal(message("simkd", wanted, got))
         return beside.init(key, student, teacher, data)
 
-    def apply(params, memory, student, teacher, batch, context):
+    def apply(
+        params: dict,
+        memory: dict,
+        student: Features,
+        teacher: Features,
+        batch: Batch,
+        context: Context,
+    ) -> Applied:
         ((_, found, hint),), memory = beside.predict(
             params, memory, student, teacher, context.train
         )
@@ -75,7 +85,9 @@ def simkd(
             metrics["accuracy"] = masked_mean(right, batch.get("where"))
         return hint_loss(found, hint), memory, metrics
 
-    def deploy(params, memory, student, teacher):
+    def deploy(
+        params: dict, memory: dict, student: Features, teacher: Features
+    ) -> Array:
         ((_, found, _),), _ = beside.predict(params, memory, student, teacher, False)
         return reused_classifier(found, teacher.params[classifier])
 

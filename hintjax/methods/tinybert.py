@@ -2,12 +2,16 @@
 
 from collections.abc import Sequence
 
+import flax.linen as nn
+from jaxtyping import Array
+
 from hintjax import regressors
 from hintjax._checks import Refusal, function, instance, message
 from hintjax._numerics import masked_mean
 from hintjax.losses import attention_score_loss, hint_loss
-from hintjax.method import Method, Pairs, hints_of
+from hintjax.method import Applied, Batch, Context, Data, Method, Pairs, hints_of, total
 from hintjax.methods._tokens import counted
+from hintjax.networks import Features
 
 
 def tinybert(
@@ -56,7 +60,7 @@ def tinybert(
     function("tinybert", regressor=regressor)
     wants = hints_of("tinybert", [*hidden_pairs, *attention_pairs])
 
-    def sized(student, teacher):
+    def sized(student: Features, teacher: Features) -> nn.Module:
         shapes = {
             (student.hints[guided].shape[1:], teacher.hints[hint].shape[1:])
             for guided, hint in hidden_pairs
@@ -67,19 +71,28 @@ def tinybert(
             raise Refusal(message("tinybert", wanted, f"{sorted(shapes)}", do))
         return regressor(*shapes.pop())
 
-    def init(key, student, teacher, data):
+    def init(
+        key: Array, student: Features, teacher: Features, data: Data | None
+    ) -> tuple[dict, dict]:
         if not hidden_pairs:
             return {}, {}
         shape = student.hints[hidden_pairs[0][0]].shape
         params, state = regressors.init(sized(student, teacher), key, shape)
         return {"hidden": params}, {"hidden": state}
 
-    def apply(params, memory, student, teacher, batch, context):
+    def apply(
+        params: dict,
+        memory: dict,
+        student: Features,
+        teacher: Features,
+        batch: Batch,
+        context: Context,
+    ) -> Applied:
         where = counted("tinybert", batch, padding)
         parts = {}
         if hidden_pairs:
             module, state = sized(student, teacher), memory["hidden"]
-            parts["hidden"] = 0.0
+            values = []
             for guided, hint in hidden_pairs:
                 predicted, state = regressors.apply(
                     module,
@@ -88,11 +101,12 @@ def tinybert(
                     student.hints[guided],
                     context.train,
                 )
-                values = hint_loss(predicted, teacher.hints[hint], where=where)
-                parts["hidden"] = parts["hidden"] + values
+                loss = hint_loss(predicted, teacher.hints[hint], where=where)
+                values.append(loss)
+            parts["hidden"] = total(values)
             memory = {"hidden": state}
         if attention_pairs:
-            parts["attention"] = sum(
+            parts["attention"] = total(
                 attention_score_loss(
                     student.hints[guided], teacher.hints[hint], where=where
                 )
@@ -102,6 +116,6 @@ def tinybert(
             name: masked_mean(values, batch.get("where"))
             for name, values in parts.items()
         }
-        return sum(parts.values()), memory, metrics
+        return total(parts.values()), memory, metrics
 
     return Method(*wants, init, apply)

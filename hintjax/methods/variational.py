@@ -4,12 +4,14 @@ import math
 from functools import partial
 
 import jax.numpy as jnp
+from jaxtyping import Array
 
 from hintjax import regressors
 from hintjax._checks import function, scalar
 from hintjax.losses.variational import LEAST_VARIANCE, variance_of, variational_loss
-from hintjax.method import Method, Pairs, hints_of
+from hintjax.method import Applied, Batch, Context, Data, Method, Pairs, hints_of, total
 from hintjax.methods import _regressed
+from hintjax.networks import Features
 
 MOST_VARIANCE = 700.0  # largest initial variance: expm1 of more overflows
 MEAN = partial(regressors.mlp, depth=2, bias=False)
@@ -58,7 +60,9 @@ def variational(
 
     beside = _regressed.beside(pairs, regressor)
 
-    def init(key, student, teacher, data):
+    def init(
+        key: Array, student: Features, teacher: Features, data: Data | None
+    ) -> tuple[dict, dict]:
         means, memory = beside.init(key, student, teacher, data)
         ready = _regressed.ready(pairs, regressor, student, teacher)
         scales = {pair.name: pair.hint.shape[-1:] for pair in ready}
@@ -71,7 +75,14 @@ def variational(
         }
         return params, memory
 
-    def apply(params, memory, student, teacher, batch, context):
+    def apply(
+        params: dict,
+        memory: dict,
+        student: Features,
+        teacher: Features,
+        batch: Batch,
+        context: Context,
+    ) -> Applied:
         means = {name: own["mean"] for name, own in params.items()}
         predictions, memory = beside.predict(
             means, memory, student, teacher, context.train
@@ -81,6 +92,7 @@ def variational(
             for name, predicted, hint in predictions
         ]
         variances = [jnp.mean(variance_of(own["scale"])) for own in params.values()]
-        return sum(values), memory, {"variance": sum(variances) / len(variances)}
+        variance = total(variances) / len(variances)
+        return total(values), memory, {"variance": variance}
 
     return Method(student_wants, teacher_wants, init, apply)

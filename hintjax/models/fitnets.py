@@ -18,10 +18,11 @@ The authors also trained with dropout (teachers), limits on kernel norms, and a 
 0.05 on the convolutions' learning rate. These are not part of the modules.
 """
 
+import math
 from typing import NamedTuple
 
 from flax import linen as nn
-from jax import Array
+from jax import Array, lax
 from jaxtyping import Float
 
 from hintjax._checks import Refusal, message
@@ -64,9 +65,7 @@ def max_pool(
     padding = tuple(
         (0, (w - side) % stride) for side, w in zip(sides, windows, strict=True)
     )
-    return nn.max_pool(
-        x, window_shape=windows, strides=(stride, stride), padding=padding
-    )
+    return nn.pool(x, -math.inf, lax.max, windows, (stride, stride), padding)
 
 
 class MaxoutConv(nn.Module):

@@ -1,7 +1,9 @@
 """ImageNet ResNets as in torchvision: teachers with imported weights."""
 
+import math
+
 from flax import linen as nn
-from jax import Array
+from jax import Array, lax
 from jaxtyping import Float
 
 from hintjax._checks import Refusal, message
@@ -48,7 +50,7 @@ class MaxPool(nn.Module):
     ) -> Float[Array, "*batch h2 w2 channels"]:
         """Returns the pooled maps."""
         sides = ((1, 1), (1, 1))
-        return nn.max_pool(x, window_shape=(3, 3), strides=(2, 2), padding=sides)
+        return nn.pool(x, -math.inf, lax.max, (3, 3), (2, 2), sides)
 
 
 class ImageNetResNet(nn.Module):

@@ -145,7 +145,7 @@ class ABF(nn.Module):
         )
         x = batch_norm(train, name="reduce_norm")(x)
         if deeper is not None:
-            y = nearest_resize(deeper, x.shape[1:3])
+            y = nearest_resize(deeper, (x.shape[1], x.shape[2]))
             weigh = nn.Conv(
                 2, (1, 1), kernel_init=usual, bias_init=usual_bias, name="attention"
             )

@@ -303,7 +303,9 @@ def resampled(
         do = "View tokens as maps with hintjax.viewed and regressors.to_grid."
         raise Refusal(message(where, wanted, got, do))
     if kinds == (3, 3):
-        return Resampled(teacher[:2], 0, sizing((*teacher[:2], student[-1]), teacher))
+        height, width, _ = teacher
+        size = height, width
+        return Resampled(size, 0, sizing((*size, student[-1]), teacher))
     grid_of(where, student[0], keep, "keep")
     size = grid_of(where, teacher[0], keep, "keep")
     return Resampled(size, keep, sizing((teacher[0], student[-1]), teacher))

@@ -5,7 +5,7 @@ entries that the objective reads ("label", "index"), and optionally "where", a b
 each example that says whether the example counts.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -13,11 +13,11 @@ import optax
 from jaxtyping import Array, Float, Int, Key, PyTree
 
 from hintjax._checks import Refusal, WrongType, message
+from hintjax.method import Batch
 from hintjax.networks import Features, Variables
 from hintjax.stages.report import Report
 from hintjax.stages.skipping import Norms, Skipped
 
-Batch = Mapping[str, PyTree]  # of arrays of JAX or NumPy
 Metrics = dict[str, Float[Array, ""]]
 
 

@@ -30,6 +30,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from types import TracebackType
 from typing import Any, SupportsIndex
 
 import jax
@@ -274,7 +275,12 @@ class Checkpoints(contextlib.AbstractContextManager):
         """Waits for the save of this process, as the end of a ``with`` block does."""
         self._wait()
 
-    def __exit__(self, kind, error, traceback) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
         try:
             self._wait()
         except OSError as failure:

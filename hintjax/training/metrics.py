@@ -60,7 +60,7 @@ class MetricsWriter(contextlib.AbstractContextManager):
             self._events.close()
             self._events = None
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.close()
 
 

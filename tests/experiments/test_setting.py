@@ -18,7 +18,7 @@ from hintjax.experiments.config import Config
 from hintjax.experiments.distill import show_classes
 from hintjax.experiments.methods_table import METHODS
 from hintjax.experiments.phases import check
-from hintjax.experiments.setting import prepare
+from hintjax.experiments.setting import prepare, taught_by
 from hintjax.experiments.teaching import check_teacher
 from hintjax.networks import join
 from hintjax.training import save_tree
@@ -205,3 +205,16 @@ def test_floats_are_read_in_the_range_of_the_config(
     plain = dataclasses.replace(config, dataset=corners, range=None)
     got, want = (prepare(one).dataset.train for one in (config, plain))
     np.testing.assert_array_equal(got.image, want.image)
+
+
+RESNETS = dict.fromkeys(("student", "teacher"), "hintjax.models:resnet8")
+
+
+@pytest.mark.parametrize("teach", [True, False])
+def test_only_a_setting_with_a_teacher_has_its_network(corners, teach):
+    setting = prepare(Config(dataset=corners, devices=1, **RESNETS), teach=teach)
+    if teach:
+        assert taught_by(setting) is setting.teacher
+    else:
+        with pytest.raises(hj.Refusal, match="setting: expected a teacher, got none"):
+            taught_by(setting)
