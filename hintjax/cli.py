@@ -2,12 +2,14 @@
 
 import dataclasses
 import importlib.metadata
+import itertools
 import os
 import platform
 import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -25,6 +27,7 @@ from hintjax.experiments.config import (
     part,
 )
 from hintjax.experiments.distill import claim, distill, evaluate_run, resume
+from hintjax.experiments.ending import watch
 from hintjax.experiments.factories import layers, network
 from hintjax.experiments.finished import load_student
 from hintjax.experiments.launch import leaving, start
@@ -109,17 +112,18 @@ def main(argv: Sequence[str] | None = None) -> None:
             _run(list(sys.argv[1:] if argv is None else argv))
         except KeyboardInterrupt as stopped:
             print(f"hintjax: stopped. {stopped}".rstrip(), file=sys.stderr)
-            sys.exit(130)
+            raise SystemExit(130) from stopped
         except Refusal as error:
             # Every other error is a defect, whose traceback helps to mend it.
             print(f"hintjax: {error}", file=sys.stderr)
-            sys.exit(2)
+            raise SystemExit(2) from error
 
 
 def _run(argv: list[str]) -> None:
     """Reads the arguments, and runs the command that they name."""
     import tyro
 
+    _join(argv)
     default, argv = _from_file(argv)
     tyro.extras.subcommand_cli_from_dict(
         {
@@ -134,6 +138,24 @@ def _run(argv: list[str]) -> None:
         args=argv,
         config=(tyro.conf.PositionalRequiredArgs,),
     )
+
+
+def _join(argv: Sequence[str]) -> None:
+    """Joins the other processes, before anything can fail in this process alone."""
+    if argv[:1] not in (["distill"], ["resume"]) or {"-h", "--help"} & {*argv}:
+        return
+    given: dict[str, Any] = {}
+    words = [word for argument in argv[1:] for word in argument.split("=", 1)]
+    for name, after in itertools.pairwise(words):
+        if name in ("--coordinator", "--processes", "--process"):
+            given[name.removeprefix("--")] = after
+    for name in ("processes", "process"):
+        if name in given:
+            if not given[name].isdecimal():
+                return  # the options are read again, and then refused
+            given[name] = int(given[name])
+    start(**given)
+    watch()
 
 
 def _distill_command(default: Config) -> Callable[..., None]:
@@ -176,7 +198,6 @@ def _distill_command(default: Config) -> Callable[..., None]:
         config = configs.check(
             configs.joined(method, data, networks, schedule, output, hardware)
         )
-        start(**dataclasses.asdict(processes))
         path = Path(told(lambda: str(claim(run_dir, config))))
         if first():
             print(f"run directory: {path}")
@@ -205,7 +226,6 @@ def _resume_command() -> Callable[..., None]:
             processes: Several processes for one run. On a Cloud TPU they are found
                 without options.
         """
-        start(**dataclasses.asdict(processes))
         resume(run_dir, devices, fsdp)
 
     return resume_command

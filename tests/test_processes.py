@@ -470,6 +470,80 @@ def test_a_run_moves_from_two_processes_to_one_and_back(
     assert f"{results[0]['test/accuracy']:.4f}" in capsys.readouterr().out
 
 
+ASLEEP = """
+import os, pathlib, time
+import jax
+from hintjax import models
+
+def net(classes):
+    \"\"\"One process is late, so the other is in a wait outside Python.\"\"\"
+    if jax.process_index() == int(os.environ["ASLEEP"]):
+        pathlib.Path("asleep").touch()
+        time.sleep(600)
+    return models.plain_wide(classes)
+"""
+
+
+def two(run_dir, options, cwd):
+    """The command `distill` in two processes, each with its own options."""
+    port = free_port()
+
+    def one(process):
+        command = ("-m", "hintjax.cli", "distill", "--run-dir", run_dir)
+        several = ("--processes", "2", f"--process={process}", "--coordinator")
+        return spawn((*command, *options[process], *several), port, cwd=cwd)
+
+    return [one(process) for process in range(2)]
+
+
+@pytest.mark.parametrize("wrong", [0, 1])
+@pytest.mark.parametrize(
+    ("option", "sentence"),
+    [
+        (("--epochs", "0"), "hintjax: config: expected epochs to be an integer >= 1"),
+        (("--nonsense", "1"), "ended with the exit code 2"),
+    ],
+)
+def test_a_bad_option_in_one_process_ends_all_at_once(
+    wrong, option, sentence, corners, tmp_path
+):
+    options = [("--method", "kd", "--dataset", corners) for _ in range(2)]
+    options[wrong] += option
+    begun = time.monotonic()
+    said, codes = ended(two(tmp_path / "run", options, tmp_path))
+    assert codes == [2, 2], said
+    assert sentence in said[1 - wrong]
+    if option[0] == "--epochs":  # the sentence is the same in both
+        assert sentence in said[wrong]
+    assert time.monotonic() - begun < PATIENCE / 3
+    assert "Traceback" not in "".join(said) and "heartbeat" not in "".join(said)
+
+
+@pytest.mark.parametrize("stopped", [0, 1])
+@pytest.mark.parametrize("asleep", [0, 1])
+def test_a_signal_to_one_process_before_training_ends_all_at_once(
+    stopped, asleep, corners, tmp_path, monkeypatch
+):
+    """Whether the process is in Python, or in a wait for another process outside it."""
+    (tmp_path / "slow.py").write_text(ASLEEP)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
+    monkeypatch.setenv("ASLEEP", str(asleep))
+    options = ("--method", "kd", "--dataset", corners, "--student", "slow:net")
+    both = two(tmp_path / "run", [options] * 2, tmp_path)
+    end = time.monotonic() + PATIENCE
+    while not (tmp_path / "asleep").exists() and time.monotonic() < end:
+        time.sleep(0.05)
+    time.sleep(1)  # the other process waits by now
+    number = signal.SIGTERM if asleep else signal.SIGINT
+    both[stopped].send_signal(number)
+    begun = time.monotonic()
+    said, codes = ended(both)
+    assert codes == [128 + number] * 2, said
+    assert time.monotonic() - begun < 20  # JAX takes longer to miss a process
+    for text in said:
+        assert f"hintjax: process {stopped} was stopped by {number.name}" in text
+
+
 @pytest.mark.quick
 def test_a_comparison_needs_one_process(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(jax, "process_count", lambda: 2)

@@ -20,6 +20,7 @@ from hintjax.experiments.comparison import REPORT, Arm, compare
 from hintjax.experiments.comparison_picture import picture
 from hintjax.experiments.comparison_table import show_table, table
 from hintjax.experiments.config import Config
+from hintjax.experiments.ending import training_begins
 from hintjax.experiments.finished import DEPLOYED, evaluation_size, run_config, score
 from hintjax.experiments.methods_table import CLASSES_ONLY, RECIPES
 from hintjax.experiments.phases import check
@@ -169,6 +170,7 @@ def _distill(config: Config, run_dir: Path, plan: Plan, resume: bool) -> None:
     total = _total_steps(setting, plan)
     with progress(total, "hintjax", images_per_step=config.batch_size) as report:
         begin = _counting(report)
+        training_begins()
 
         def taught() -> Variables:
             variables = teacher_variables(setting, run_dir, show=begin("teacher"))

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 import jax
 
 from hintjax._checks import Refusal, message
+from hintjax.experiments.ending import watched
 
 # Seconds until a silent process counts as lost (the default of JAX, 100 s, is costly,
 # and JAX's own threads report that a process lives); until a message names the wait;
@@ -108,10 +109,13 @@ def leaving() -> Iterator[None]:
     """Ends this process soon after an error in the block.
 
     Otherwise JAX waits minutes for the other processes, which may wait for this one.
+    Before training, the other processes are told, and end too.
     """
     try:
         yield
     except BaseException as error:
+        if (watch := watched()) is not None:
+            watch.end(error)
         if not jax.distributed.is_initialized():
             raise
         last = threading.Thread(target=jax.distributed.shutdown, daemon=True)
@@ -125,6 +129,9 @@ def leaving() -> Iterator[None]:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code if isinstance(code, int) else 1)
+    else:
+        if (watch := watched()) is not None:
+            watch.stop()
 
 
 def _on_tpu() -> bool:

@@ -62,7 +62,7 @@ def _check_outputs(setting: Setting, phase: PlannedPhase) -> None:
         return
     ours, theirs = (
         output_shape(network, setting.inputs)
-        for network in (setting.student, setting.teacher)
+        for network in (setting.student, taught_by(setting))
     )
     wanted = f"a teacher with outputs {ours} of the student, for {phase.name}"
     got = f"outputs {theirs} of {config.teacher}"

@@ -13,7 +13,6 @@ import numpy as np
 from hintjax._checks import FileRefusal, Refusal, message
 from hintjax.experiments.config import Config
 from hintjax.experiments.factories import attribute_of, network
-from hintjax.experiments.teacher import Teacher
 from hintjax.networks import Network, Variables, join
 from hintjax.processes import told, told_arrays
 from hintjax.weights import Names, family, from_torch, read_safetensors
@@ -29,7 +28,8 @@ def recorded(config: Config) -> Config:
     """
     if config.weights is None:
         return config
-    found = told(lambda: _sha256(Path(config.weights).expanduser()))
+    path = Path(config.weights).expanduser()
+    found = told(lambda: _sha256(path))
     if config.weights_sha256 not in (None, found):
         wanted = f"{config.weights} with the SHA-256 {config.weights_sha256}"
         do = "Restore the file with which the run started, or start a new run."
@@ -48,7 +48,7 @@ def _sha256(path: Path) -> str:
 
 
 def pretrained(
-    teacher: Teacher, classes: int, inputs: jax.Array
+    factory: str, weights: Path, classes: int, inputs: jax.Array
 ) -> tuple[Network, Variables]:
     """The network of a factory, with the weights of a file.
 
@@ -56,7 +56,8 @@ def pretrained(
     attribute `torch_names` of the module.
 
     Args:
-        teacher: a teacher with weights.
+        factory: factory of the network, as package.module:factory.
+        weights: safetensors file with the weights.
         classes: number of classes of the dataset. The network has the number of
             classes of the file.
         inputs: one image, which gives the shapes.
@@ -64,13 +65,13 @@ def pretrained(
     Raises:
         Refusal: if the file and the network do not match one to one.
     """
-    made = functools.partial(network, teacher.factory)
-    own = attribute_of(teacher.factory, classes, TORCH_NAMES, None)
+    made = functools.partial(network, factory)
+    own = attribute_of(factory, classes, TORCH_NAMES, None)
     shapes = [_shapes(made(n), inputs) for n in (classes, classes + 1)]
     read: list[np.ndarray] = []
 
     def trained() -> int:
-        tensors = read_safetensors(teacher.weights)
+        tensors = read_safetensors(weights)
         names = own or family(tensors, shapes[0])
         known = _classes(tensors, names, *shapes) or classes
         variables = from_torch(tensors, names, _shapes(made(known), inputs))

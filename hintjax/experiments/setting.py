@@ -107,7 +107,7 @@ def prepare(config: Config, *, teach: bool = False) -> Setting:
         norms=said("norms", {})[-1],
         class_tokens=said("class_tokens", 0),
         examples=dataset.train.n,
-        same_outputs=not teach
+        same_outputs=teacher is None
         or output_shape(student, inputs) == output_shape(teacher, inputs),
     )
     return Setting(config, dataset, inputs, student, teacher, places, layout, {})
@@ -154,10 +154,11 @@ def teacher_network(config: Config, classes: int, inputs: jax.Array) -> Network:
             the network and the file of weights do not match.
     """
     teacher = teacher_of(config.teacher, config.weights)
+    name = config.teacher
     if teacher.weights is not None:
-        return pretrained(teacher, classes, inputs)[0]
+        return pretrained(name, teacher.weights, classes, inputs)[0]
     if teacher.run_dir is None:
-        return each(lambda: network(teacher.factory, classes))
+        return each(lambda: network(name, classes))
     made, variables = load_student(teacher.run_dir)
     wanted = jax.eval_shape(made.init, jax.random.key(0), inputs)
     there, here = map(_shapes, (variables, wanted))

@@ -29,4 +29,4 @@ def teacher_of(name: str, weights: str | None = None) -> Teacher:
     """
     if ":" not in name:
         return Teacher(None, Path(name))
-    return Teacher(name, None, weights and Path(weights).expanduser())
+    return Teacher(name, None, Path(weights).expanduser() if weights else None)

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from hintjax.data import Split
+from hintjax.data import Dataset, Split
+from hintjax.experiments.config import Config
 from hintjax.experiments.finished import RESULT, evaluation_size, load_student, score
 from hintjax.experiments.pretrained import pretrained
 from hintjax.experiments.recipes import backprop
@@ -15,6 +16,7 @@ from hintjax.experiments.run import run
 from hintjax.experiments.setting import Setting, prepare, taught_by
 from hintjax.experiments.teacher import teacher_of
 from hintjax.networks import Variables
+from hintjax.processes import told
 from hintjax.training.run_directory import read_json
 
 _JUDGED = 1000  # validation examples on which a teacher is judged, at most
@@ -33,7 +35,8 @@ def teacher_variables(setting: Setting, run_dir: Path, **how: Any) -> Variables:
     if teacher.run_dir is not None:
         return load_student(teacher.run_dir)[1]
     if teacher.weights is not None:
-        return pretrained(teacher, setting.dataset.classes, setting.inputs)[1]
+        classes = setting.dataset.classes
+        return pretrained(config.teacher, teacher.weights, classes, setting.inputs)[1]
     path = run_dir / "teacher"
     if read_json(path / RESULT) is None:
         own = dataclasses.replace(
@@ -69,6 +72,7 @@ def check_teacher(setting: Setting, variables: Variables) -> float | None:
         are used.
     """
     config, dataset = setting.config, setting.dataset
+    _compare_names(config, dataset)
     if not setting.places.same_outputs:
         print(f"teacher {config.teacher}: it knows other classes, so it is not judged")
         return None
@@ -78,7 +82,8 @@ def check_teacher(setting: Setting, variables: Variables) -> float | None:
     where = (split, dataset.standardize, evaluation_size(split, config))
     task = setting.task
     found = score(taught_by(setting), variables, *where, task)
-    if task.skill(found, task.guessed(np.asarray(split.label))) < config.teacher_at_least:
+    skill = task.skill(found, task.guessed(np.asarray(split.label)))
+    if skill < config.teacher_at_least:
         warnings.warn(
             f"teacher {config.teacher}: {_judged(setting, found, split)}. "
             f"Was the teacher trained on inputs with another standardization, or with "
@@ -100,3 +105,20 @@ def _judged(setting: Setting, found: float, split: Split) -> str:
         return f"{of}, less than {100 * enough:.0f} (in percent)"
     median = task.guessed(np.asarray(split.label))
     return f"{of}, and the median has {task.shown(median)}"
+
+
+def _compare_names(config: Config, dataset: Dataset) -> None:
+    """Warns if a teacher from a run has as many classes, but with other names."""
+    run_dir = teacher_of(config.teacher).run_dir
+    if run_dir is None:
+        return
+    theirs = told(lambda: (read_json(run_dir / RESULT) or {}).get("class_names"))
+    ours = list(dataset.class_names)
+    if theirs is not None and len(theirs) == len(ours) and theirs != ours:
+        at = next(i for i, name in enumerate(ours) if theirs[i] != name)
+        warnings.warn(
+            f"teacher {config.teacher}: its class {at} is named {theirs[at]}, and "
+            f"class {at} of {dataset.name} is named {ours[at]}. Are these the same "
+            f"classes, in the same order?",
+            stacklevel=3,
+        )

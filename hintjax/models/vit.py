@@ -94,7 +94,8 @@ class VisionTransformer(nn.Module):
     To compare tokens with the maps of a convolutional network, arrange them on their
     grid: `hintjax.viewed` with `hintjax.regressors.to_grid`.
 
-    Positions are parameters, so a model takes images of one size only. There is no
+    Positions are parameters, so a model takes images of one size only; `from_torch` of
+    `hintjax.weights` resamples the positions of a file to the model's size. There is no
     dropout and no stochastic depth, so `train` has no effect. Kernels are initialized
     as by ViT's authors, except those of the classifiers: they have Flax's default
     initialization, where the authors start from 0.

@@ -27,6 +27,10 @@ Images are channels last, and normalized as the images that the weights were tra
 | `TIMM_DEIT` | timm: deit_*_distilled_* | the same, `distillation=True` |
 | `TORCHVISION_VIT` | torchvision: vit_b_16 and the like | `models.VisionTransformer` |
 
+A ViT may have another resolution than its file: `from_torch` resamples the positions of
+a square grid to a square grid, and `resample_positions` to any grid (put its result in
+place of the tensor).
+
 A file that does not match its model is refused, but shapes do not determine everything.
 The user must give the right number of heads. The models assume that bottlenecks have
 their stride in the 3x3 convolution (v1.5), that the GELU is exact, and that LayerNorm's
@@ -48,6 +52,7 @@ from hintjax.weights.names import (
     layer_norm,
     linear,
 )
+from hintjax.weights.positions import resample_positions
 from hintjax.weights.safetensors import read_safetensors
 
 __all__ = [
@@ -66,4 +71,5 @@ __all__ = [
     "layer_norm",
     "linear",
     "read_safetensors",
+    "resample_positions",
 ]

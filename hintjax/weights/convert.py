@@ -1,5 +1,6 @@
 """Converts tensors of a torch model to variables of a Flax model by a map of names."""
 
+import operator
 import re
 from collections.abc import Callable, Iterator, Mapping
 from fnmatch import fnmatchcase
@@ -20,11 +21,14 @@ class How(NamedTuple):
         axes: names of the leaf's axes, e.g. "height width in out".
         shapes: `(*sizes of the leaf's axes) -> shapes of the tensors`.
         convert: `(shape of the leaf, *tensors) -> leaf`.
+        fits: `(shape of a tensor, shape from shapes) -> bool`: whether `convert` takes
+            a tensor of this shape; by default only if both are equal.
     """
 
     axes: str
     shapes: Callable[..., list[tuple[int, ...]]]
     convert: Callable[..., np.ndarray]
+    fits: Callable[[tuple[int, ...], tuple[int, ...]], bool] = operator.eq
 
 
 class Rule(NamedTuple):
@@ -153,5 +157,5 @@ def _faults(
         tensor = tensors[name]
         if not jnp.issubdtype(tensor.dtype, jnp.floating):
             yield "no floats", f"{name} ({tensor.dtype})"
-        if tensor.shape != want:
+        if not rule.how.fits(tensor.shape, want):
             yield "misshapen", f"{name} {tensor.shape} for {want}"

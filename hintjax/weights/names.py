@@ -7,6 +7,7 @@ import numpy as np
 
 from hintjax.networks import Variables, join
 from hintjax.weights.convert import How, Names, Rule
+from hintjax.weights.positions import resample_positions, side_of
 
 # Layouts of the tensors of torch's layers.
 
@@ -27,11 +28,24 @@ TOKENS = How(
     lambda tokens, width: tokens * [(1, 1, width)],
     lambda shape, *tokens: np.concatenate(tokens)[:, 0],
 )
-POSITIONS = How(
-    "tokens width",
-    lambda tokens, width: [(1, tokens, width)],
-    lambda shape, x: x[0],
-)
+
+
+def positions(class_tokens: int) -> How:
+    """Learned positions, resampled if the square grids of file and model differ."""
+
+    def convert(shape: tuple[int, ...], x: np.ndarray) -> np.ndarray:
+        side = side_of(shape[0], class_tokens)
+        if x.shape[1] == shape[0] or side is None:
+            return x[0]
+        return resample_positions(x, (side, side), class_tokens)[0]
+
+    def fits(got: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
+        squares = len(got) == 3 and all(
+            side_of(shape[1], class_tokens) for shape in (got, wanted)
+        )
+        return got == wanted or (squares and got[::2] == wanted[::2])
+
+    return How("tokens width", lambda n, width: [(1, n, width)], convert, fits)
 
 
 def _third(number: int) -> tuple[How, How]:
@@ -116,7 +130,7 @@ TIMM_VIT = Names(
     (
         *conv("embed/patches", "patch_embed.proj", bias=True),
         Rule("params/embed/tokens", ("cls_token",), TOKENS),
-        Rule("params/embed/positions", ("pos_embed",), POSITIONS),
+        Rule("params/embed/positions", ("pos_embed",), positions(1)),
         *layer_norm("block<b>/norm<n>", "blocks.<b-1>.norm<n>"),
         *attention(
             "block<b>/attention", "blocks.<b-1>.attn.qkv.", "blocks.<b-1>.attn.proj"
@@ -131,6 +145,7 @@ TIMM_VIT = Names(
 TIMM_DEIT = Names(
     (
         Rule("params/embed/tokens", ("cls_token", "dist_token"), TOKENS),
+        Rule("params/embed/positions", ("pos_embed",), positions(2)),
         *linear("distillation_classifier", "head_dist"),
         *TIMM_VIT.rules,
     )
@@ -142,7 +157,7 @@ TORCHVISION_VIT = Names(
     (
         *conv("embed/patches", "conv_proj", bias=True),
         Rule("params/embed/tokens", ("class_token",), TOKENS),
-        Rule("params/embed/positions", ("encoder.pos_embedding",), POSITIONS),
+        Rule("params/embed/positions", ("encoder.pos_embedding",), positions(1)),
         *layer_norm("block<b>/norm<n>", f"{_ENCODER}.ln_<n>"),
         *attention(
             "block<b>/attention",

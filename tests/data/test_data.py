@@ -251,6 +251,17 @@ def test_sets_of_many_shapes_need_a_size(tmp_path):
     assert data.records("mixed", tmp_path, size=4).read(range(3)).shape == (4, 4, 3)
 
 
+def test_statistics_do_not_depend_on_the_images_counted_at_a_time(
+    prepared, monkeypatch
+):
+    sources = split(300), data.records("tiny", prepared[0])
+    want = [data.statistics(one, sample=7) for one in sources]
+    for size in (1, 4 * 90):
+        monkeypatch.setattr("hintjax.data.standardize._CHUNK_BYTES", size)
+        for one, whole in zip(sources, want, strict=True):
+            same(data.statistics(one, sample=7), whole)
+
+
 def test_statistics():
     one = split(300)
     got = data.statistics(one)

@@ -7,10 +7,12 @@ import types
 import typing
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import hintjax as hj
 from hintjax._checks import Refusal
 from hintjax.cli import main
 from hintjax.experiments import config as configs
@@ -22,6 +24,7 @@ from hintjax.experiments.methods_table import CLASSES_ONLY, METHODS, RECIPES
 from hintjax.experiments.setting import prepare
 from hintjax.experiments.tasks import TASKS
 from hintjax.models.blocks import GlobalAveragePool
+from hintjax.networks import Features
 
 N = 60
 OTHERS = [name for name in TASKS if name != "classification"]
@@ -193,8 +196,9 @@ def test_the_kd_of_each_task_is_its_own():
     batch = {"label": jnp.array([0, 255])}
     values = {}
     for name, method in made.items():
-        shown = [types.SimpleNamespace(output=one) for one in (student, teacher)]
-        values[name] = np.asarray(method.apply({}, {}, *shown, batch, None)[0])
+        shown = [Features(output=one) for one in (student, teacher)]
+        context = hj.Context(jax.random.key(0), jnp.int32(0), True)
+        values[name] = np.asarray(method.apply({}, {}, *shown, batch, context)[0])
     assert values["dense"][0] == values["classification"][0] and values["dense"][1] == 0
     np.testing.assert_array_equal(values["binary"], values["multi-label"])
     squared = np.square(student - teacher).mean(-1)
@@ -280,9 +284,8 @@ def test_a_run_of_an_earlier_version_may_be_resumed(corners, tmp_path, monkeypat
 
     monkeypatch.setattr("hintjax.experiments.run.fit", fit)
     for task in ("classification", "binary"):
-        config = config_of("binary", task=task)
-        if task == "classification":
-            config = dataclasses.replace(config, dataset=corners)
+        dataset = corners if task == "classification" else "binary.npz"
+        config = config_of(task, dataset=dataset)
         with pytest.raises(Stopped):
             training.run(prepare(config), tmp_path / task, RECIPES["backprop"])
     assert ["task" in identity for identity in seen] == [False, True]

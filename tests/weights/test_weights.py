@@ -146,6 +146,95 @@ def test_widths_and_groups_of_an_imagenet_resnet_match():
         shapes(model, (32, 32))
 
 
+# Another resolution
+
+
+def keys_kernel(t):
+    """Cubic convolution for a = -1/2, one number at a time."""
+    t, a = abs(t), -0.5
+    if t <= 1:
+        return (a + 2) * t**3 - (a + 3) * t**2 + 1
+    return a * (t**3 - 5 * t**2 + 8 * t - 4) if t < 2 else 0.0
+
+
+def resampled_by_hand(line, new):
+    old, out = len(line), []
+    scale = max(1, old / new)
+    for i in range(new):
+        x = (i + 0.5) * old / new - 0.5
+        weights_ = [keys_kernel((x - j) / scale) for j in range(old)]
+        out.append(np.dot(weights_, line) / sum(weights_))
+    return np.array(out)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(("old", "grid"), [(3, (5, 7)), (7, (3, 3)), (4, (4, 9))])
+@pytest.mark.parametrize("class_tokens", [0, 1, 2])
+def test_positions_are_resampled_as_bicubic_images(old, grid, class_tokens):
+    random = np.random.default_rng(0)
+    whole = random.normal(size=(1, class_tokens + old * old, 3)).astype(np.float32)
+    got = weights.resample_positions(whole, grid, class_tokens)
+    assert got.dtype == np.float32 and got.shape[1] == class_tokens + math.prod(grid)
+    kept, patches = np.split(got[0], [class_tokens])
+    np.testing.assert_array_equal(kept, whole[0, :class_tokens])
+    square = whole[0, class_tokens:].reshape(old, old, 3)
+    want = jax.image.resize(square, (*grid, 3), "cubic", antialias=True)
+    np.testing.assert_allclose(patches.reshape(*grid, 3), want, rtol=0, atol=1e-5)
+    rows = np.apply_along_axis(resampled_by_hand, 0, square, grid[0])
+    both = np.apply_along_axis(resampled_by_hand, 1, rows, grid[1])
+    np.testing.assert_allclose(patches.reshape(*grid, 3), both, rtol=0, atol=1e-6)
+
+
+@pytest.mark.quick
+def test_positions_on_their_own_grid_stay_as_they_are():
+    whole = np.random.default_rng(0).normal(size=(1, 17, 3))
+    np.testing.assert_allclose(weights.resample_positions(whole, (4, 4)), whole)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    ("shape", "grid", "class_tokens"),
+    [
+        ((1, 17, 3), (4, 4), 2),
+        ((17, 3), (4, 4), 1),
+        ((2, 17, 3), (4, 4), 1),
+        ((1, 1, 3), (4, 4), 1),
+        ((1, 17, 3), (4, 0), 1),
+    ],
+)
+def test_positions_that_are_no_square_grid_are_refused(shape, grid, class_tokens):
+    with pytest.raises(ValueError, match="resample_positions: expected "):
+        weights.resample_positions(np.ones(shape), grid, class_tokens)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    ("name", "tensor", "tokens"),
+    [
+        ("timm_vit", "pos_embed", 1),
+        ("timm_deit", "pos_embed", 2),
+        ("torchvision_vit", "encoder.pos_embedding", 1),
+    ],
+)
+def test_a_vit_of_another_resolution_has_resampled_positions(name, tensor, tokens):
+    model, names = CASES[name]
+    tensors = read_safetensors(FIXTURES / f"{name}.safetensors")
+    got, same = (
+        weights.from_torch(tensors, names, shapes(model, sides)).params
+        for sides in ((20, 20), (12, 12))
+    )
+    want = weights.resample_positions(tensors[tensor], (5, 5), tokens)[0]
+    np.testing.assert_array_equal(got["embed"]["positions"], want)
+    np.testing.assert_array_equal(want[:tokens], tensors[tensor][0, :tokens])
+    got["embed"].pop("positions"), same["embed"].pop("positions")
+    jax.tree.map(np.testing.assert_array_equal, got, same)
+    with pytest.raises(ValueError, match=rf"misshapen: {tensor} \(1, {9 + tokens}, 8"):
+        weights.from_torch(tensors, names, shapes(model, (20, 12)))
+    tensors[tensor] = weights.resample_positions(tensors[tensor], (5, 3), tokens)
+    wide = weights.from_torch(tensors, names, shapes(model, (20, 12)))
+    assert wide.params["embed"]["positions"].shape == (15 + tokens, 8)
+
+
 # What does not match
 
 
