@@ -5,10 +5,11 @@ first argument is the name of the function that the user called; arrays go by ke
 so that the message can name them.
 """
 
+import dataclasses
 import difflib
 import math
 import reprlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import NoneType
 from typing import Any
 
@@ -16,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, ScalarLike
+from jaxtyping import Array, PyTree, ScalarLike
 
 LARGEST_FLOAT = float(np.finfo(np.float32).max)
 LARGEST_INT = np.iinfo(np.int32).max
@@ -77,7 +78,9 @@ def rank(caller: str, least: int, layout: str, **arrays: Array) -> None:
             raise Refusal(message(caller, wanted, f"shape {tuple(array.shape)}"))
 
 
-def labels(caller: str, batch: tuple[int, ...] | None, **arrays: Array) -> None:
+def labels(
+    caller: str, batch: tuple[int, ...] | None, **arrays: Array | np.ndarray
+) -> None:
     """Raise unless every array holds one integer per example.
 
     Without `batch`, the number of examples is free.
@@ -90,7 +93,7 @@ def labels(caller: str, batch: tuple[int, ...] | None, **arrays: Array) -> None:
             raise Refusal(message(caller, wanted, described(array)))
 
 
-def key(caller: str, axes: int, **keys: Array) -> None:
+def key(caller: str, axes: int, *, do: str = "", **keys: Array | np.ndarray) -> None:
     """Raise unless every array holds random keys and has this number of axes."""
     for name, array in keys.items():
         typed = is_array(array) and jnp.issubdtype(array.dtype, jax.dtypes.prng_key)
@@ -98,7 +101,7 @@ def key(caller: str, axes: int, **keys: Array) -> None:
         raw = is_array(array) and array.dtype == jnp.uint32 and array.shape[-1:] != ()
         if not (typed or raw) or array.ndim != axes + (not typed):
             wanted = f"{name} to be {'keys' if axes else 'a key'} of jax.random"
-            raise WrongType(message(caller, wanted, described(array)))
+            raise WrongType(message(caller, wanted, form(array), do))
 
 
 def mask(
@@ -178,7 +181,7 @@ def instance(
         if not isinstance(value, kinds):
             names = ("None" if one is NoneType else one.__name__ for one in kinds)
             wanted = f"{name} to be {' or '.join(names)}"
-            raise WrongType(message(caller, wanted, described(value), do))
+            raise WrongType(message(caller, wanted, form(value), do))
 
 
 def function(caller: str, **values: Callable[..., Any]) -> None:
@@ -203,11 +206,65 @@ def is_array(value: Any) -> bool:
     return isinstance(value, jax.Array | np.ndarray | np.generic)
 
 
+def on_host(value: Any) -> bool:
+    """Whether it is an array whose numbers this process can read.
+
+    A traced array has none, a shape neither, and a part of an array may be elsewhere.
+    """
+    known = is_array(value) and not isinstance(value, Tracer)
+    return known and getattr(value, "is_fully_addressable", True)
+
+
 def described(value: Any) -> str:
     """The text of a value for a message: an array by its dtype and shape."""
     if is_array(value) and not isinstance(value, np.generic):
         return f"{value.dtype} {tuple(value.shape)}"
     return _SHORT.repr(value)
+
+
+def form(value: Any) -> str:
+    """The text of a value of a wrong form: a container by its kind and its entries.
+
+    >>> form({"image": 1, "label": 2}), form((1, 2)), form(0)
+    ("dict with the entries ['image', 'label']", 'tuple of 2 entries', '0')
+    """
+    kind = type(value).__name__
+    if isinstance(value, Mapping):
+        names = _SHORT.repr(sorted(map(str, value)))
+        return f"{kind} with " + (f"the entries {names}" if value else "no entries")
+    fields = getattr(value, "_fields", None)
+    if fields is None and dataclasses.is_dataclass(value):
+        fields = [field.name for field in dataclasses.fields(value)]
+    if fields is not None and not isinstance(value, type):
+        return f"{kind} with the fields {_SHORT.repr(list(fields))}"
+    if isinstance(value, tuple | list):
+        return f"{kind} of {len(value)} entries"
+    return described(value)
+
+
+def needed(caller: str, batch: Mapping[str, PyTree], name: str, do: str = "") -> Any:
+    """The array that a batch holds by a name.
+
+    Args:
+        caller: name of the function that the user called.
+        batch: the batch.
+        name: the name of the entry.
+        do: what to do if the entry is missing or is no array.
+
+    Returns:
+        The entry, an array of JAX or NumPy.
+
+    Raises:
+        Refusal: if the batch has no such entry, or the entry is no array.
+    """
+    found = batch.get(name)
+    if found is None:
+        wanted = f"{name!r} in the batch"
+        raise Refusal(message(caller, wanted, f"{sorted(batch)}", do))
+    if not is_array(found):
+        wanted = f"{name!r} of the batch to be an array"
+        raise WrongType(message(caller, wanted, form(found), do))
+    return found
 
 
 def nearest(name: str, names: Iterable[str], n: int = 3) -> list[str]:

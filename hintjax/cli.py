@@ -1,4 +1,9 @@
-"""The command `hintjax`: distill, resume, eval, layers, methods, doctor."""
+"""The command `hintjax`: distill, resume, eval, layers, methods, cache, doctor.
+
+Its exit codes: 0 after success; 2 if it refuses the input; 3 if a run learned nothing
+(its updates were skipped, because numbers were not finite); 130 after Ctrl-C and 143
+after SIGTERM, both once the run is saved; 1 after a defect, with a traceback.
+"""
 
 import dataclasses
 import importlib.metadata
@@ -9,7 +14,7 @@ import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 
@@ -26,12 +31,19 @@ from hintjax.experiments.config import (
     ScheduleOptions,
     part,
 )
-from hintjax.experiments.distill import claim, distill, evaluate_run, resume
+from hintjax.experiments.distill import (
+    claim,
+    distill,
+    evaluate_run,
+    resume,
+    verify_cache,
+)
 from hintjax.experiments.ending import watch
 from hintjax.experiments.factories import layers, network
 from hintjax.experiments.finished import load_student
 from hintjax.experiments.launch import leaving, start
 from hintjax.processes import first, told
+from hintjax.training import NothingLearned
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +93,18 @@ def show_methods(*, markdown: bool = False) -> None:
     methods_table.show(in_markdown=markdown)
 
 
+def cache_command(action: Literal["verify"], run_dir: Path) -> None:
+    """Checks a run's cache of teacher features: some rows are computed again.
+
+    Prints the largest error and the least cosine of each feature.
+
+    Args:
+        action: the only action is verify.
+        run_dir: run directory, whose run was started with --cache.
+    """
+    verify_cache(run_dir)
+
+
 def doctor() -> None:
     """Prints versions, devices and disk space, for the report of a problem."""
     print(f"python       {platform.python_version()} on {platform.platform()}")
@@ -117,6 +141,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             # Every other error is a defect, whose traceback helps to mend it.
             print(f"hintjax: {error}", file=sys.stderr)
             raise SystemExit(2) from error
+        except NothingLearned as error:
+            print(f"hintjax: {error}", file=sys.stderr)
+            raise SystemExit(3) from error
 
 
 def _run(argv: list[str]) -> None:
@@ -132,6 +159,7 @@ def _run(argv: list[str]) -> None:
             "eval": evaluate_run,
             "layers": show_layers,
             "methods": show_methods,
+            "cache": cache_command,
             "doctor": doctor,
         },
         prog="hintjax",

@@ -12,6 +12,7 @@ from jaxtyping import PyTree
 from hintjax._checks import WrongType, message
 from hintjax.method import Method, union
 from hintjax.networks import Features, Network, Variables, Wants
+from hintjax.networks.paths import OUTPUT, outermost
 from hintjax.stages import State, student_variables
 
 
@@ -63,30 +64,39 @@ def deployed(student: Network, teacher: Network | None, method: Method) -> Netwo
         )
 
     def apply(params, state, inputs, *, wants, train, key=None):
+        hints = tuple(path for path in wants.hints if path != OUTPUT)
+        inner = wants._replace(output=False, hints=hints)
         shown, moved = student.apply(
             params["student"],
             state["student"],
             inputs,
-            wants=union(method.student, wants._replace(output=False)),
+            wants=union(method.student, inner),
             train=train,
             key=key,
         )
         output = None
-        if wants.output:
+        if wants.output or OUTPUT in wants.hints:
             zeros = jax.tree.map(
                 lambda hint: jnp.zeros(hint.shape, hint.dtype), shapes(inputs).hints
             )
             taught = Features(hints=zeros, params=params["teacher"])
             output = deploy(params["regressors"], state["memory"], shown, taught)
+        seen = {**shown.hints, OUTPUT: output}
         features = Features(
-            output=output,
-            hints={path: shown.hints[path] for path in wants.hints},
+            output=output if wants.output else None,
+            hints={path: seen[path] for path in wants.hints},
             params={path: shown.params[path] for path in wants.params},
         )
         return features, {**state, "student": moved}
 
     def layers(params, state, inputs):
-        return student.layers(params["student"], state["student"], inputs)
+        found = student.layers(params["student"], state["student"], inputs)
+        wants = Wants(output=True)
+        shown = jax.eval_shape(
+            lambda *parts: apply(*parts, wants=wants, train=False)[0].output,
+            *(params, state, inputs),
+        )
+        return {**{p: s for p, s in found.items() if not outermost(p)}, OUTPUT: shown}
 
     return Network(init, apply, layers)
 

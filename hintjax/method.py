@@ -14,7 +14,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key, Num, PyTree
 
-from hintjax._checks import Refusal, described, function, instance, message
+from hintjax._checks import (
+    Refusal,
+    WrongType,
+    described,
+    form,
+    function,
+    instance,
+    is_array,
+    message,
+)
 from hintjax.networks import Features, Wants
 
 PREPARED = "prepared"  # the memory with the parameters that an earlier stage trained
@@ -68,6 +77,15 @@ class Method(NamedTuple):
             `good`, else the memory before the step, bit for bit. It is only for a
             method whose step changes a small part of a large memory (CRD's bank):
             selecting between two whole memories would take a copy.
+        reduced: `(shapes of the student's features) -> Reduced`: the method on reduced
+            features of the teacher, if its loss needs only a reduction of them that
+            does not depend on parameters (AT's attention maps, FSP's matrices).
+        check: `(data) -> None`: raises if the method cannot learn from this training
+            set. It is called on the host, before `init`, with the labels themselves.
+        limits: `(memory) -> {name: n}`: the entries of a batch whose numbers must be in
+            0..n - 1, such as "index".
+        silent: the names of the terms, as the metrics have them, whose weight is the
+            number 0: an objective only watches them.
         ignored: integer labels that the method leaves out (255 of `task(ignore=255)`),
             so that the debug mode lets them pass.
     """
@@ -80,7 +98,39 @@ class Method(NamedTuple):
     deploy: Callable[..., Array] | None = None
     split: Callable[[dict], dict] | None = None
     select: Callable[..., dict] | None = None
+    reduced: "Callable[[Features], Reduced] | None" = None
+    check: Callable[[Data], None] | None = None
+    limits: Callable[[dict], dict[str, int]] | None = None
+    silent: tuple[str, ...] = ()
     ignored: tuple[int, ...] = ()
+
+
+class Reduced(NamedTuple):
+    """A method that reads fewer numbers of the teacher, and the function to get them.
+
+    `method.apply` gives the values that the full method gives, up to rounding. A cache
+    of the teacher's features stores the reduced features.
+
+    Attributes:
+        reduce: `features of the teacher -> features` with hints by new names; output
+            and parameters stay.
+        method: the method that reads them; all else is as in the full method.
+    """
+
+    reduce: Callable[[Features], Features]
+    method: Method
+
+
+def reduced(method: Method, student: Features) -> Reduced:
+    """The reduction of a method; a method without one reads what it reads.
+
+    Args:
+        method: the method.
+        student: the shapes of the student's features.
+    """
+    if method.reduced is None:
+        return Reduced(lambda teacher: teacher, method)
+    return method.reduced(student)
 
 
 def nothing(
@@ -111,16 +161,31 @@ def one_per_example(caller: str, who: str, values: Array, n: int | None) -> None
         raise Refusal(message(caller, wanted, f"{values.shape}", do))
 
 
-def entry(caller: str, batch: Mapping[str, Any], name: str, do: str = "") -> Any:
-    """The entry of a batch that a method needs.
+def output_of(caller: str, whose: str, features: Features) -> Any:
+    """The output of a network, for a method that reads it as one array.
+
+    Args:
+        caller: the name of the method, for messages.
+        whose: "student" or "teacher".
+        features: the features of that network, or their shapes.
+
+    Returns:
+        The output, an array or its shape.
 
     Raises:
-        Refusal: if the batch has no such entry. The message names the caller, and ends
-            with `do`.
+        WrongType: if the output is a tuple, a dict or another container.
     """
-    if name not in batch:
-        raise Refusal(message(caller, f"{name!r} in the batch", f"{sorted(batch)}", do))
-    return batch[name]
+    output = features.output
+    if is_array(output) or isinstance(output, jax.ShapeDtypeStruct):
+        return output
+    do = (
+        f"Choose one with at_head(method, {whose}=':out[0]'), by position or by name, "
+        f"or let call= of hintjax.linen or hintjax.nnx return it alone."
+    )
+    if whose == "teacher" and isinstance(output, dict):
+        do += " For a teacher of together(), say from_teacher(method, name)."
+    wanted = f"the output of the {whose} to be one array"
+    raise WrongType(message(caller, wanted, form(output), do))
 
 
 def hints_of(caller: str, pairs: Pairs) -> tuple[Wants, Wants]:

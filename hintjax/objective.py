@@ -4,7 +4,7 @@ import math
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from types import NoneType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +16,8 @@ from hintjax._checks import (
     described,
     function,
     instance,
-    is_array,
     message,
+    needed,
     scalar,
 )
 from hintjax._numerics import as_float, either, keep, masked_mean
@@ -28,9 +28,11 @@ from hintjax.method import (
     Context,
     Data,
     Method,
-    entry,
+    Reduced,
     nothing,
     one_per_example,
+    output_of,
+    reduced,
     total,
     union,
 )
@@ -203,6 +205,10 @@ def objective(**terms: Weighted | Method) -> Method:
         ignored=tuple(
             dict.fromkeys(i for term in named.values() for i in term.method.ignored)
         ),
+        reduced=_reduced(named),
+        check=_check(named),
+        limits=_limits(named),
+        silent=_silent(named),
     )
 
 
@@ -253,6 +259,72 @@ def _select(terms: dict[str, Weighted]) -> Callable[..., dict] | None:
         }
 
     return select
+
+
+def _reduced(terms: dict[str, Weighted]) -> Callable[[Features], Reduced] | None:
+    """`Method.reduced` of an objective, from that of each term."""
+    if not _own(terms, "reduced"):
+        return None
+
+    def made(student: Features) -> Reduced:
+        found = {name: reduced(term.method, student) for name, term in terms.items()}
+
+        def reduce(teacher: Features) -> Features:
+            hints = {}
+            for name, term in terms.items():
+                own = {path: teacher.hints[path] for path in term.method.teacher.hints}
+                hints |= found[name].reduce(teacher._replace(hints=own)).hints
+            return teacher._replace(hints=hints)
+
+        return Reduced(
+            reduce,
+            objective(
+                **{
+                    name: Weighted(found[name].method, term.weight)
+                    for name, term in terms.items()
+                }
+            ),
+        )
+
+    return made
+
+
+def _check(terms: dict[str, Weighted]) -> Callable[[Data], None] | None:
+    """`Method.check` of an objective, from that of each term that teaches."""
+    own = _own({n: term for n, term in terms.items() if term.weight != 0}, "check")
+    if not own:
+        return None
+
+    def check(data):
+        for one in own.values():
+            one(data)
+
+    return check
+
+
+def _limits(terms: dict[str, Weighted]) -> Callable[[dict], dict[str, int]] | None:
+    """`Method.limits` of an objective: the lowest of all terms."""
+    own = _own(terms, "limits")
+    if not own:
+        return None
+
+    def limits(memory: dict) -> dict[str, int]:
+        found: dict[str, int] = {}
+        for term, one in own.items():
+            for name, n in one(memory[term]).items():
+                found[name] = min(n, found[name]) if name in found else n
+        return found
+
+    return limits
+
+
+def _silent(terms: dict[str, Weighted]) -> tuple[str, ...]:
+    """`Method.silent` of an objective: its own terms, and those of its terms."""
+    own = [name for name, term in terms.items() if term.weight == 0]
+    inner = [
+        f"{n}/{inside}" for n, term in terms.items() for inside in term.method.silent
+    ]
+    return *own, *inner
 
 
 def _own(terms: dict[str, Weighted], field: str) -> dict[str, Callable]:
@@ -333,6 +405,13 @@ def task(
         raise Refusal(message("task", "no metric named 'weighted'", "one", do))
     left_out = ignored("task", ignore)
 
+    def init(
+        key: Array, student: Features, teacher: Features, data: Data | None
+    ) -> tuple[dict, dict]:
+        if student.output is not None:
+            output_of("task", "student", student)
+        return nothing(key, student, teacher, data)
+
     def apply(
         params: dict,
         memory: dict,
@@ -341,8 +420,8 @@ def task(
         batch: Batch,
         context: Context,
     ) -> Applied:
-        labels = entry("task", batch, label, "Name the labels with label=.")
-        output = as_float("task", student.output)
+        labels = needed("task", batch, label, "Name the labels with label=.")
+        output = as_float("task", output_of("task", "student", student))
         _check_examples(output, labels)
         valid = _valid(labels, left_out)
         values = _values(loss, output, labels, valid)
@@ -356,12 +435,12 @@ def task(
         }
         return values, memory, found
 
-    return Method(Wants(output=True), Wants(), nothing, apply, ignored=left_out)
+    return Method(Wants(output=True), Wants(), init, apply, ignored=left_out)
 
 
-def _check_examples(output: Array, labels: Any) -> None:
+def _check_examples(output: Array, labels: Array) -> None:
     """Raises unless the labels are an array with a row for each row of the output."""
-    fits = is_array(labels) and output.ndim > 0 and labels.ndim > 0
+    fits = output.ndim > 0 and labels.ndim > 0
     if not fits or labels.shape[0] != output.shape[0]:
         wanted = f"labels of {output.shape[0]} examples" if output.ndim else "labels"
         wanted += f", as the output {tuple(output.shape)} has"

@@ -1,6 +1,7 @@
 """Pairs of layers: suggestions by depth, and how well one layer explains another."""
 
 import itertools
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,6 +21,7 @@ from hintjax._checks import (
 )
 from hintjax._numerics import adaptive_average_pool, as_float
 from hintjax.methods import explained_variance
+from hintjax.networks.paths import outermost
 
 
 def suggest_pairs(
@@ -139,6 +141,7 @@ def head(layers: Mapping[str, jax.ShapeDtypeStruct]) -> tuple[str, str]:
     ('pool', 'classifier')
     """
     _check("head", layers=layers)
+    layers = _inside(layers)
     vectors = [path for path, layer in layers.items() if len(layer.shape) == 2]
     if len(vectors) < 2:
         got = f"the vectors {vectors} among {list(layers)[-4:]}"
@@ -168,6 +171,7 @@ def _at(depths: dict[str, float], depth: float) -> str:
 def _depths(which: str, layers: Mapping[str, Any]) -> dict[str, float]:
     """Depths of the feature maps at the outermost level that has at least three."""
     _check("pairing", **{which: layers})
+    layers = _inside(layers)
     maps = [path for path, layer in layers.items() if len(layer.shape) >= 3]
     if not maps:
         got = f"layers without feature maps, such as {list(layers)[:5]}"
@@ -179,6 +183,18 @@ def _depths(which: str, layers: Mapping[str, Any]) -> dict[str, float]:
         if len(outermost) >= 3 or level == deepest:
             break
     return _evenly(outermost)
+
+
+def _inside(layers: Mapping[str, Any]) -> dict[str, Any]:
+    """The layers that may be chosen without a user: not outputs, not entries by name.
+
+    The output of the network, and entries of dicts, are hints only if a user says so.
+    """
+    return {
+        path: layer
+        for path, layer in layers.items()
+        if not outermost(path) and not re.search(r"\[\D", path)
+    }
 
 
 def _check(caller: str, **networks: Any) -> None:

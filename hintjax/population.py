@@ -9,10 +9,18 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, PyTree, ScalarLike
 
-from hintjax._checks import Refusal, message, nearest, positive_int
+from hintjax._checks import Refusal, instance, message, nearest, positive_int
+from hintjax._checks import key as check_key
 from hintjax.networks import Variables
 from hintjax.objective import ADJUSTABLE, check_weight
-from hintjax.sharding import check_batch, over_batch, replicated, shares, spread
+from hintjax.sharding import (
+    automatic,
+    check_batch,
+    over_batch,
+    replicated,
+    shares,
+    spread,
+)
 from hintjax.stages import Stage, State
 
 Members = State | tuple[State, ...]
@@ -23,7 +31,8 @@ class Population(NamedTuple):
 
     Attributes:
         init: `(keys, students, teacher, batch, data=None, adjust=None) -> members`.
-            It takes n keys, and n `Variables` or one `Variables` for all students.
+            It takes n keys, and n `Variables` in a list or one `Variables` for all
+            students.
             `adjust(number, state)` may change the fresh state of a student: the
             learning rate in it, or the weights of terms (see `reweighted`).
         update: `(members, teacher, batch) -> (members, metrics)`: one step of all
@@ -96,6 +105,8 @@ def population(
             multiple of the number of devices, or the stage has a mesh of its own.
     """
     positive_int("population", n=n)
+    do = "Make it with hint_stage or distillation_stage."
+    instance("population", Stage, do, stage=stage)
     if together is None:
         together = jax.default_backend() != "cpu"
     if mesh is not None and n % shares(mesh):
@@ -103,11 +114,18 @@ def population(
         wanted = f"n to be a multiple of the {parts} devices"
         do = f"Use {n + -n % parts}, or fewer devices."
         raise Refusal(message("population", wanted, f"{n}", do))
+    mesh = mesh and automatic(mesh)
     stacked = together or mesh is not None
 
     def init(keys, students, teacher, batch, data=None, adjust=None):
-        alike = isinstance(students, Variables)
-        each = [students] * n if alike else list(students)
+        if not isinstance(keys, list | tuple):
+            check_key(
+                "population", 1, do=f"Pass jax.random.split(key, {n}).", keys=keys
+            )
+        # Variables are a tuple, too.
+        several = isinstance(students, list | tuple)
+        several = several and not isinstance(students, Variables | State)
+        each = list(students) if several else [students] * n
         if len(keys) != n or len(each) != n:
             got = f"{len(keys)} keys and {len(each)} students"
             raise Refusal(message("population", f"{n} keys and {n} students", got))

@@ -50,7 +50,7 @@ class Layout(NamedTuple):
     """A mesh, and how parameters are sharded over it.
 
     Attributes:
-        mesh: the mesh; see `make_mesh`.
+        mesh: the mesh; see `make_mesh`. Explicit axes are used as Auto axes.
         rules: regular expressions, each with the `PartitionSpec` of the parameters
             whose path it matches, such as
             `{"head/kernel$": PartitionSpec(None, "model")}`.
@@ -127,6 +127,44 @@ def data_mesh(devices: Sequence[Device] | None = None) -> Mesh:
     return make_mesh(devices=devices)
 
 
+def automatic(mesh: Mesh) -> Mesh:
+    """The same mesh with Auto axes, under which Flax's layers work.
+
+    The axes of `jax.make_mesh` are Explicit by default: every operation would then have
+    to say how its result is sharded.
+
+    Args:
+        mesh: any mesh.
+
+    Returns:
+        The very same mesh, if none of its axes is Explicit.
+    """
+    if AxisType.Explicit not in mesh.axis_types:
+        return mesh
+    kinds = [
+        AxisType.Auto if kind == AxisType.Explicit else kind for kind in mesh.axis_types
+    ]
+    return Mesh(mesh.devices, mesh.axis_names, axis_types=tuple(kinds))
+
+
+def on_automatic(tree: PyTree) -> PyTree:
+    """The same arrays; those on a mesh with Explicit axes are on it with Auto axes.
+
+    Nothing is copied to another device.
+    """
+
+    def one(leaf: Any) -> Any:
+        sharding = getattr(leaf, "sharding", None)
+        if isinstance(leaf, Tracer) or not isinstance(sharding, NamedSharding):
+            return leaf
+        mesh = sharding.mesh
+        if not isinstance(mesh, Mesh) or automatic(mesh) is mesh:
+            return leaf
+        return jax.device_put(leaf, NamedSharding(automatic(mesh), sharding.spec))
+
+    return jax.tree.map(one, tree)
+
+
 def batch_axes(mesh: Mesh) -> tuple[str, ...]:
     """The axes of a mesh over which batches are sharded.
 
@@ -148,13 +186,14 @@ def shares(mesh: Mesh) -> int:
 
 def replicated(mesh: Mesh) -> NamedSharding:
     """The sharding of an array that is whole on every device."""
-    return NamedSharding(mesh, PartitionSpec())
+    return NamedSharding(automatic(mesh), PartitionSpec())
 
 
 def over_batch(mesh: Mesh) -> NamedSharding:
     """The sharding of the leading axis over `data` and `fsdp`."""
     axes = batch_axes(mesh)
-    return NamedSharding(mesh, PartitionSpec(axes[0] if len(axes) == 1 else axes))
+    spec = PartitionSpec(axes[0] if len(axes) == 1 else axes)
+    return NamedSharding(automatic(mesh), spec)
 
 
 def check_batch(batch: PyTree, mesh: Mesh) -> None:
@@ -230,7 +269,7 @@ def stored(layout: Layout, params: PyTree) -> PyTree:
     def place(path, leaf):
         box, leaf = (leaf, leaf.value) if _is_box(leaf) else (None, leaf)
         spec = _spec(layout, _name(path), tuple(leaf.shape), box)
-        sharding = NamedSharding(layout.mesh, spec)
+        sharding = NamedSharding(automatic(layout.mesh), spec)
         return sharding if box is None else box.replace_boxed(sharding)
 
     return jax.tree_util.tree_map_with_path(place, params, is_leaf=_is_box)

@@ -1,14 +1,23 @@
 """Several teachers, the student as its own teacher, and a moving average."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
-from hintjax._checks import Refusal, function, instance, message, nearest, scalar
+from hintjax._checks import (
+    Refusal,
+    form,
+    function,
+    instance,
+    message,
+    nearest,
+    scalar,
+)
 from hintjax.method import Method, union
 from hintjax.networks import Features, Network, Variables, Wants
+from hintjax.networks.network import read_variables
 from hintjax.views import through
 
 
@@ -132,9 +141,16 @@ def from_teacher(method: Method, name: str) -> Method:
     instance("from_teacher", str, name=name)
     wants = method.teacher
 
+    def output(outputs):
+        if not isinstance(outputs, Mapping) or name not in outputs:
+            wanted = f"the outputs of together({name}=...)"
+            do = "Make the teacher with together, or leave from_teacher out."
+            raise Refusal(message("from_teacher", wanted, form(outputs), do))
+        return outputs[name]
+
     def seen(features):
         return Features(
-            output=features.output[name] if wants.output else None,
+            output=output(features.output) if wants.output else None,
             hints={path: features.hints[f"{name}/{path}"] for path in wants.hints},
             params={path: features.params[f"{name}/{path}"] for path in wants.params},
         )
@@ -189,7 +205,9 @@ def self_taught(method: Method) -> Method:
 
 
 def moving_average(
-    teacher: Variables, student: Variables, decay: float = 0.999
+    teacher: Variables | Mapping[str, PyTree],
+    student: Variables | Mapping[str, PyTree],
+    decay: float = 0.999,
 ) -> Variables:
     """Updates a teacher that is the moving average of the student (EMA, mean teacher).
 
@@ -222,7 +240,8 @@ def moving_average(
         Tarvainen and Valpola 2017, Mean Teachers are Better Role Models.
     """
     caller = "moving_average"
-    instance(caller, Variables, teacher=teacher, student=student)
+    teacher = read_variables(caller, "the teacher's", teacher)
+    student = read_variables(caller, "the student's", student)
     scalar(caller, "in [0, 1)", lambda decay: 0 <= decay < 1, decay=decay)
     shapes = [jax.tree.map(jnp.shape, one) for one in (teacher, student)]
     if shapes[0] != shapes[1]:

@@ -89,7 +89,8 @@ def at_head(
     Args:
         method: a method that reads the outputs, such as `task` or `kd`.
         student: the path of the layer whose output replaces the student's output;
-            None keeps the student's output.
+            None keeps the student's output. For a network that returns several arrays,
+            `:out[0]` or `:out[logits]` is one of them.
         teacher: the same for the teacher.
 
     Returns:
@@ -172,6 +173,7 @@ def through(
         apply=apply,
         prepare=None if method.prepare is None else again(method.prepare),
         deploy=_shipped(method.deploy, seen),
+        reduced=None,  # it reads features that have not passed through the function
     )
 
 

@@ -24,13 +24,18 @@ from hintjax.experiments.distill import keep_compiled
 from hintjax.experiments.finished import load_student
 from hintjax.experiments.setting import prepare
 from hintjax.experiments.teaching import check_teacher
-from hintjax.training import fingerprint, load_tree, read_metrics
+from hintjax.training import NothingLearned, fingerprint, load_tree, read_metrics
 from hintjax.training.run_directory import owned
 
 TINY = (
     *("--student", "hintjax.models:plain_wide", "--batch-size", "16"),
     *("--epochs", "4", "--teacher-epochs", "2", "--devices", "1"),
 )
+
+
+def narrow(classes):
+    """A factory whose network has fewer outputs than classes."""
+    return models.plain_wide(classes=classes - 1)
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +144,7 @@ def test_layers_lists_paths_and_shapes_in_order(capsys):
     lines = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
     assert lines == [
         *("conv1/conv", "conv1", "conv2/conv", "conv2", "maxpool2"),
-        *("conv3/conv", "conv3", "pool", "classifier"),
+        *("conv3/conv", "conv3", "pool", "classifier", ":out"),
     ]
 
 
@@ -212,6 +217,18 @@ def test_doctor_names_versions_devices_and_disk(capsys):
         (["--teacher", "no/such/run"], "expected a file"),
         (["--method", "fitnets", "--pairs", "conv99=conv2"], "Nearest: conv9"),
         (["--method", "fitnets", "--epochs", "1"], "one for each stage"),
+        (
+            ["--method", "fitnets", "--pairs", "conv1:in=conv1:in"],
+            "parameters, got none through layer 'conv1:in'",
+        ),
+        (
+            ["--method", "backprop", "--student", f"{__name__}:narrow"],
+            "a student with an output for each of the 10 classes, got 9 outputs. ",
+        ),
+        (
+            ["--method", "fitnets", "--teacher", f"{__name__}:narrow"],
+            "a teacher with an output for each of the 10 classes, got 9 outputs. ",
+        ),
         (["--dataset", "diggits"], "diggits"),
         (["--config", "nowhere.yaml"], "expected a file"),
     ],
@@ -227,6 +244,72 @@ def test_bad_input_is_one_sentence_before_anything_is_trained(
     assert sentence in error
     assert "Traceback" not in error
     assert not run_dir.exists() or not list(run_dir.iterdir())  # can be used again
+
+
+OUTPUTS = """
+import dataclasses
+
+import flax.linen as nn
+
+
+@dataclasses.dataclass
+class Both:
+    logits: object
+
+
+class Model(nn.Module):
+    classes: int
+    form: str
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Dense(self.classes, name="head")(x.mean((1, 2)))
+        forms = {"tuple": (x, x), "dict": {"logits": x}, "flat": x[:, 0], "both": Both}
+        form = forms[self.form]
+        return form(x) if callable(form) else form
+
+
+def tuple(classes):
+    return Model(classes, "tuple")
+
+
+def dict(classes):
+    return Model(classes, "dict")
+
+
+def flat(classes):
+    return Model(classes, "flat")
+
+
+def both(classes):
+    return Model(classes, "both")
+"""
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("tuple", "got tuple of 2 entries"),
+        ("dict", "got dict with the entries ['logits']"),
+        ("flat", "got the shape (1,)"),
+        ("both", "got Both with the fields ['logits']"),
+    ],
+)
+def test_a_model_that_gives_no_logits_is_refused_before_anything_is_trained(
+    name, words, tmp_path, monkeypatch, capsys
+):
+    (tmp_path / "their_outputs.py").write_text(OUTPUTS)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    run_dir = tmp_path / "run"
+    for role, method in (("student", "backprop"), ("teacher", "kd")):
+        arguments = [f"--{role}", f"their_outputs:{name}", "--method", method]
+        with pytest.raises(SystemExit) as stopped:
+            main(["distill", *arguments, "--run-dir", str(run_dir)])
+        assert stopped.value.code == 2
+        error = capsys.readouterr().err
+        assert words in error and "Traceback" not in error
+        assert not run_dir.exists() or not list(run_dir.iterdir())
 
 
 @pytest.mark.quick
@@ -297,6 +380,19 @@ def test_sigint_is_a_sentence_and_130(tmp_path, monkeypatch, capsys):
         main(["distill", "--method", "kd", "--run-dir", str(tmp_path / "run")])
     assert ended.value.code == 130
     assert capsys.readouterr().err == "hintjax: stopped. step 3 is saved\n"
+
+
+@pytest.mark.quick
+def test_a_run_that_learned_nothing_is_a_sentence_and_3(tmp_path, monkeypatch, capsys):
+    def skipped(*_, **__):
+        raise NothingLearned("fit: expected finite losses, got 3 skipped updates.")
+
+    monkeypatch.setattr("hintjax.experiments.distill.prepare", skipped)
+    with pytest.raises(SystemExit) as ended:
+        main(["distill", "--method", "kd", "--run-dir", str(tmp_path / "run")])
+    assert ended.value.code == 3
+    said = "hintjax: fit: expected finite losses, got 3 skipped updates.\n"
+    assert capsys.readouterr().err == said
 
 
 @pytest.mark.quick

@@ -26,10 +26,9 @@ ORDER = (
     *("stages", "population", "export"),  # update steps
     *("models", "weights"),  # networks that are ready to use
     "data",
-    "training",
-    *("experiments", "cli"),  # the application
+    *("training", "cache", "experiments", "cli"),  # the application
 )
-APPLICATION = ("training", "experiments", "cli")
+APPLICATION = ("training", "cache", "experiments", "cli")
 
 MATHEMATICS = {"jax", "jaxtyping"}
 MODELS = MATHEMATICS | {"flax", "numpy"}

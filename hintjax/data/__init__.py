@@ -3,7 +3,8 @@
 `load` reads a dataset from disk: its training, validation and test splits. A split that
 fits on the device is put there once by `place`, and `take` cuts batches out of it
 inside jit, in the `order` of each epoch. `stream` reads batches of a larger split on
-the host. `statistics` measures the numbers of `Standardize`; `evaluation_batches` reads
+the host. `fixed_views` draws a finite number of crops and flips per example.
+`statistics` measures the numbers of `Standardize`; `evaluation_batches` reads
 a split once. Labels are classes, or the labels of another task (`targets`).
 """
 
@@ -20,6 +21,7 @@ from hintjax.data.sources import (
 )
 from hintjax.data.standardize import statistics
 from hintjax.data.stream import stream
+from hintjax.data.views import View, fixed_views, view_of
 
 __all__ = [
     "IN_MEMORY",
@@ -33,8 +35,10 @@ __all__ = [
     "Records",
     "Split",
     "Standardize",
+    "View",
     "evaluation_batches",
     "fits_on_device",
+    "fixed_views",
     "load",
     "order",
     "place",
@@ -43,4 +47,5 @@ __all__ = [
     "steps_per_epoch",
     "stream",
     "take",
+    "view_of",
 ]

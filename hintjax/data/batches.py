@@ -7,12 +7,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int32, Integer, PRNGKeyArray
+from jaxtyping import Array, Bool, Int32, Integer, PRNGKeyArray
 
 from hintjax._checks import Refusal, message
 from hintjax.data.images import PLAIN, AnyArray, Augment, Placed, Split, Standardize
 from hintjax.data.records import Records
 from hintjax.data.standardize import standardized
+from hintjax.data.views import View
 from hintjax.sharding import Device, spread
 
 
@@ -57,6 +58,7 @@ def take(
     *,
     key: PRNGKeyArray | None = None,
     augment: Augment = PLAIN,
+    view: View | None = None,
 ) -> dict[str, Array]:
     """Cuts one batch out of a split that is on the device; to be called inside jit.
 
@@ -67,12 +69,15 @@ def take(
         would be compiled into it.
       index: positions in the split, such as a part of `order`.
       standardize: the statistics of the training split, for every split.
-      key: the random key of this step; needed when `augment` crops or flips.
+      key: the random key of this step; needed when `augment` crops or flips and there
+        is no view.
       augment: a Python constant.
+      view: the fixed crops and flips of the whole split, instead of random ones.
 
     Returns:
-      {"image": float32 [batch h w c], "label": int32 [batch], "index": int32 [batch]};
-      for other tasks the labels are those of `hintjax.data.targets`.
+      {"image": float32 [batch h w c], "label": int32 [batch], "index": int32 [batch]},
+      and the number of the view as "view" (int32 [batch]) if there is one. For other
+      tasks the labels are those of `hintjax.data.targets`.
 
     >>> from hintjax.data import statistics
     >>> split = Split(np.zeros((9, 4, 4, 1), np.uint8), np.arange(9, dtype=np.int32))
@@ -83,16 +88,34 @@ def take(
     index = jnp.asarray(index, jnp.int32)
     image, label = split.read(index)
     if augment.pad or augment.flip:
-        if key is None:
-            do = "Pass key=, a new one at every step."
-            raise Refusal(message("take", f"a key for {augment}", "None", do))
-        shift_key, flip_key = jax.random.split(key)
-        n, end = len(index), 2 * augment.pad + 1
-        shift = jax.random.randint(shift_key, (n, 2), 0, end, jnp.int32)
-        flip = jax.random.bernoulli(flip_key, 0.5, (n,))
+        if view is not None:
+            shift, flip = fixed(jnp.asarray(view.crops)[index])
+        else:
+            shift, flip = _random(key, len(index), augment)
         image = augmented(jnp, image, shift, flip, augment)
     image = standardized(jnp, image, standardize)
-    return {"image": image, "label": jnp.asarray(label), "index": index}
+    batch = {"image": image, "label": jnp.asarray(label), "index": index}
+    if view is not None:
+        batch["view"] = jnp.full(index.shape, view.number, jnp.int32)
+    return batch
+
+
+def fixed(crops: Any) -> tuple[Any, Any]:
+    """The shift and the flip of each example, from the crops of its view."""
+    return crops[:, :2].astype(np.int32), crops[:, 2] == 1
+
+
+def _random(
+    key: PRNGKeyArray | None, n: int, augment: Augment
+) -> tuple[Int32[Array, "n 2"], Bool[Array, " n"]]:
+    """A random shift and flip for each of n examples."""
+    if key is None:
+        do = "Pass key=, a new one at every step."
+        raise Refusal(message("take", f"a key for {augment}", "None", do))
+    shift_key, flip_key = jax.random.split(key)
+    end = 2 * augment.pad + 1
+    shift = jax.random.randint(shift_key, (n, 2), 0, end, jnp.int32)
+    return shift, jax.random.bernoulli(flip_key, 0.5, (n,))
 
 
 def augmented(xp: Any, image: Any, shift: Any, flip: Any, augment: Augment) -> Any:

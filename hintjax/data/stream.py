@@ -8,9 +8,10 @@ from functools import partial
 from typing import Any, SupportsIndex
 
 import numpy as np
+from jaxtyping import UInt8
 
 from hintjax._checks import Refusal, message
-from hintjax.data.batches import augmented, steps_per_epoch
+from hintjax.data.batches import augmented, fixed, steps_per_epoch
 from hintjax.data.images import PLAIN, Augment, Split, Standardize
 from hintjax.data.records import Records, optional_module
 from hintjax.data.standardize import standardized
@@ -22,6 +23,7 @@ def stream(
     standardize: Standardize,
     *,
     augment: Augment = PLAIN,
+    crops: UInt8[np.ndarray, "views n 3"] | None = None,
     seed: int = 0,
     process_index: int = 0,
     process_count: int = 1,
@@ -39,6 +41,8 @@ def stream(
       batch_size: the number of examples per batch in this process.
       standardize: the statistics of the training split.
       augment: as for `take`, computed in numpy.
+      crops: the result of `fixed_views`: epoch e shows view e % views, and the batch
+        holds its number as "view". By default crops and flips are random.
       seed: the seed of the order, the crops and the flips.
       process_index: the number of this process, as jax.process_index().
       process_count: the number of processes.
@@ -63,7 +67,10 @@ def stream(
     # Grain carries positions; a batch is read in one go, twice as fast as
     # example by example. Crops are drawn before processes take their parts.
     positions = grain.MapDataset.range(source.n).seed(seed).shuffle().repeat()
-    drawn = positions.random_map(partial(_drawn, augment=augment))
+    if crops is None:
+        drawn = positions.random_map(partial(_drawn, augment=augment))
+    else:
+        drawn = positions.map_with_index(partial(_fixed, crops))
     part = _Part(drawn, batch_size, process_index, process_count)
     batches = grain.MapDataset.source(part).batch(batch_size)
     batches = batches.map(partial(_read, source, standardize, augment))
@@ -102,6 +109,16 @@ def _drawn(
     return {"index": np.int32(index), "shift": np.array(shift), "flip": flip == 1}
 
 
+def _fixed(
+    crops: UInt8[np.ndarray, "views n 3"], at: int, index: int
+) -> dict[str, Any]:
+    """A position, with the crop and flip that the view of its epoch has."""
+    view = at // crops.shape[1] % crops.shape[0]
+    (shift,), (flip,) = fixed(crops[view, index][None])
+    number = np.int32(view)
+    return {"index": np.int32(index), "shift": shift, "flip": flip, "view": number}
+
+
 def _read(
     source: Split | Records,
     standardize: Standardize,
@@ -113,4 +130,5 @@ def _read(
     if augment.pad or augment.flip:
         image = augmented(np, image, drawn["shift"], drawn["flip"], augment)
     image = standardized(np, image, standardize)
-    return {"image": image, "label": np.asarray(label), "index": drawn["index"]}
+    batch = {"image": image, "label": np.asarray(label), "index": drawn["index"]}
+    return batch | ({"view": drawn["view"]} if "view" in drawn else {})

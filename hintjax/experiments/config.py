@@ -94,6 +94,9 @@ class DataOptions:
         pad: Number of pixels by which training images are padded before a random crop.
             By default nothing is cropped.
         flip: Whether training images are flipped left to right at random.
+        views: Number of fixed crops and flips per image, of which each epoch shows one
+            in turn. By default every epoch draws new ones; with --cache 4, or 1 if
+            nothing is cropped or flipped.
     """
 
     dataset: str = "digits"
@@ -106,6 +109,7 @@ class DataOptions:
     range: Literal["0..1", "0..255"] | None = None
     pad: int = 0
     flip: bool = False
+    views: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,6 +129,9 @@ class NetworkOptions:
         teacher_at_least: Lowest validation accuracy (0 to 1) of a teacher that causes
             no warning. For multi-label, the lowest F1. For regression, the least part
             of the median's error that the teacher removes.
+        cache: Whether the teacher runs once per view of an image. Its features are then
+            kept in the run directory, and all runs of a comparison share them.
+        cache_dtype: Type in which these features are stored.
     """
 
     student: str = "hintjax.models:plain_thin"
@@ -133,6 +140,8 @@ class NetworkOptions:
     weights_sha256: str | None = None
     teacher_epochs: int = 6
     teacher_at_least: float = 0.5
+    cache: bool = False
+    cache_dtype: Literal["float32", "bfloat16", "int8"] = "float32"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -275,7 +284,7 @@ def check(config: Config) -> Config:
         *("evaluate_every", "checkpoint_every", "negatives", "fsdp"),
     ):
         positive_int("config", **{name: getattr(config, name)})
-    for name in ("limit", "size", "patience", "dispatch", "devices"):
+    for name in ("limit", "size", "views", "patience", "dispatch", "devices"):
         if getattr(config, name) is not None:
             positive_int("config", **{name: getattr(config, name)})
     for name in (

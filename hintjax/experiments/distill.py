@@ -16,6 +16,13 @@ from hintjax._checks import Refusal, message, nearest
 from hintjax.experiments import attachment, recipes
 from hintjax.experiments import config as configs
 from hintjax.experiments.attachment import Places
+from hintjax.experiments.caching import (
+    CACHE,
+    contents_of,
+    methods_of,
+    verify,
+    with_cache,
+)
 from hintjax.experiments.comparison import REPORT, Arm, compare
 from hintjax.experiments.comparison_picture import picture
 from hintjax.experiments.comparison_table import show_table, table
@@ -177,15 +184,22 @@ def _distill(config: Config, run_dir: Path, plan: Plan, resume: bool) -> None:
             check_teacher(setting, variables)
             return variables
 
+        def cached(variables: Variables) -> Setting:
+            if not config.cache:
+                return setting
+            return with_cache(setting, run_dir / CACHE, plan.recipes, variables)
+
         if not plan.arms:
             (recipe,) = plan.recipes
             teacher = None if setting.teacher is None else taught()
             how = {"teacher": teacher, "resume": resume, "show": begin("student")}
-            fitted, _ = run(setting, run_dir, recipe, **how)
+            runs = setting if teacher is None else cached(teacher)
+            fitted, _ = run(runs, run_dir, recipe, **how)
             print(fitted.account())
             return
         variables = taught()
-        found = compare(setting, run_dir, plan.arms, variables, begin=begin)
+        runs = cached(variables)
+        found = compare(runs, run_dir, plan.arms, variables, begin=begin)
     arms = plan.arms
     baselines = [arm.name for arm in arms if arm.baseline] or [arms[0].name]
     result = table(setting, variables, found, baselines)
@@ -312,3 +326,20 @@ def evaluate_run(run_dir: Path) -> None:
         where = (split, dataset.standardize, size, setting.task)
         found = score(student, variables, *where)
         print(f"{name} {setting.task.name}: {found:.4f}")
+
+
+def verify_cache(run_dir: Path) -> None:
+    """Checks a run's cache of teacher features: some rows are computed again.
+
+    Prints the largest error and the least cosine of each feature.
+
+    Args:
+        run_dir: run directory.
+    """
+    path = run_dir.expanduser().resolve()
+    config = run_config(path)
+    here = dataclasses.replace(config, devices=1, fsdp=1)  # any machine can check
+    setting = prepare(here, teach=True)
+    teacher = teacher_variables(setting, path)
+    methods = methods_of(setting, planned(config).recipes)
+    verify(path / CACHE, setting, contents_of(setting, methods, teacher), teacher)

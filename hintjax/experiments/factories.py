@@ -8,8 +8,9 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+from jaxtyping import PyTree
 
-from hintjax._checks import Refusal, message
+from hintjax._checks import Refusal, WrongType, form, message
 from hintjax.experiments import config as configs
 from hintjax.networks import Network, Wants, linen
 from hintjax.networks.nnx import nnx
@@ -103,6 +104,37 @@ def _parameters(made: Any) -> Mapping[str, inspect.Parameter]:
         return inspect.signature(called).parameters
     except (TypeError, ValueError):
         return {}
+
+
+def check_output(name: str, network: Network, inputs: jax.Array) -> None:
+    """Raises unless a network gives one array of logits, found on shapes alone.
+
+    Args:
+        name: name of the factory of the network.
+        network: the network.
+        inputs: some images.
+
+    Raises:
+        WrongType: if the output is a tuple, a dict or another container.
+        Refusal: if the output has no axis of classes, as `(batch,)`.
+    """
+
+    def output(inputs: jax.Array) -> PyTree:
+        variables = network.init(jax.random.key(0), inputs)
+        wants = Wants(output=True)
+        return network.apply(*variables, inputs, wants=wants, train=False)[0].output
+
+    found = jax.eval_shape(output, inputs)
+    wanted = f"{name} to make a model that gives logits, (batch, classes)"
+    if not isinstance(found, jax.ShapeDtypeStruct):
+        do = (
+            "Let the factory return hintjax.linen(module, call=...), with a call that "
+            "returns the logits alone, e.g. lambda module, x, train: module(x)[0]."
+        )
+        raise WrongType(message("model", wanted, form(found), do))
+    if found.ndim < 2 or found.shape[0] != inputs.shape[0]:
+        do = "Give one logit for each class; a model of two classes gives two logits."
+        raise Refusal(message("model", wanted, f"the shape {found.shape}", do))
 
 
 def layers(network: Network, inputs: jax.Array) -> dict[str, jax.ShapeDtypeStruct]:

@@ -12,12 +12,22 @@ import optax
 from hintjax._checks import Refusal, message
 from hintjax.data import Augment, steps_per_epoch
 from hintjax.experiments.attachment import compares_outputs
+from hintjax.experiments.cached_teacher import CachedTeacher
 from hintjax.experiments.config import Config
 from hintjax.experiments.factories import output_shape
 from hintjax.experiments.recipes import PlannedPhase, Recipe
 from hintjax.experiments.setting import Setting, taught_by
+from hintjax.experiments.teacher import teacher_of
 from hintjax.method import Data
-from hintjax.stages import SpikeGuard, Stage, State, distillation_stage, hint_stage
+from hintjax.networks import Network, Wants
+from hintjax.stages import (
+    SpikeGuard,
+    Stage,
+    State,
+    distillation_stage,
+    hint_stage,
+    image,
+)
 from hintjax.training import Phase, program
 
 
@@ -43,6 +53,11 @@ def check(setting: Setting, recipe: Recipe) -> list[PlannedPhase]:
         None if network is None else jax.eval_shape(network.init, key, setting.inputs)
         for network in (setting.student, setting.teacher)
     )
+    _check_head(setting, "student", setting.student)
+    named = teacher_of(config.teacher, config.weights)
+    trained = named.factory is not None and named.weights is None
+    if setting.teacher is not None and trained:
+        _check_head(setting, "teacher", setting.teacher)
     per_epoch = steps_per_epoch(train.n, size)
     state, phases = None, list(recipe(config, setting.places, per_epoch))
     for phase in phases:
@@ -72,8 +87,31 @@ def _check_outputs(setting: Setting, phase: PlannedPhase) -> None:
     raise Refusal(message("distill", wanted, got, do))
 
 
+def _check_head(setting: Setting, who: str, network: Network) -> None:
+    """Raises if a network that is trained here has fewer outputs than classes.
+
+    The loss of a label beyond the outputs is not finite, so its updates are skipped.
+    """
+    classes, wants = setting.dataset.classes, Wants(output=True)
+    variables = jax.eval_shape(network.init, jax.random.key(0), setting.inputs)
+    shown, _ = jax.eval_shape(
+        functools.partial(network.apply, wants=wants, train=False),
+        *variables,
+        setting.inputs,
+    )
+    outputs = shown.output.shape[-1]
+    if outputs < classes:
+        wanted = f"a {who} with an output for each of the {classes} classes"
+        do = f"Give --{who} a factory that makes `classes` outputs."
+        raise Refusal(message("distill", wanted, f"{outputs} outputs", do))
+
+
 def compiled_phase(
-    setting: Setting, phase: PlannedPhase, config: Config, per_epoch: int
+    setting: Setting,
+    phase: PlannedPhase,
+    config: Config,
+    per_epoch: int,
+    cache: CachedTeacher | None = None,
 ) -> Phase:
     """The phase as the loop trains it; phases that are built alike share a program.
 
@@ -83,11 +121,12 @@ def compiled_phase(
         config: config of the run, which may have another learning rate and seed than
             the setting's config.
         per_epoch: steps in an epoch.
+        cache: the teacher's features, if the phase reads them from a cache.
     """
-    built_with = _built_with(phase, config)
+    built_with = (*_built_with(phase, config), cache is not None)
     if built_with not in setting.programs:
         setting.programs[built_with] = program(
-            _stage(setting, phase, config, per_epoch),
+            _stage(setting, phase, config, per_epoch, cache),
             config.batch_size,
             Augment(pad=config.pad, flip=config.flip),
             setting.layout and setting.layout.mesh,
@@ -108,7 +147,7 @@ def compiled_phase(
     )
 
 
-def _built_with(phase: PlannedPhase, config: Config) -> Hashable:
+def _built_with(phase: PlannedPhase, config: Config) -> tuple[Hashable, ...]:
     """Everything from which a program is built, besides data and networks.
 
     The learning rate and the seed are arguments of a program.
@@ -121,26 +160,32 @@ def _built_with(phase: PlannedPhase, config: Config) -> Hashable:
 
 
 def _stage(
-    setting: Setting, phase: PlannedPhase, config: Config, per_epoch: int
+    setting: Setting,
+    phase: PlannedPhase,
+    config: Config,
+    per_epoch: int,
+    cache: CachedTeacher | None,
 ) -> Stage:
     """The update of a phase."""
+    teacher, method, inputs = setting.teacher, phase.method, image
+    if cache is not None:
+        contents = cache.contents
+        teacher, inputs = contents.network, contents.inputs
+        method = contents.reading(method)
     optimizer = _optimizer(config, phase.epochs * per_epoch)
     factor = config.spike_factor
     how = {
+        "teacher_inputs": inputs,
         "mesh": setting.layout,
         "accumulate": config.accumulate,
         "spikes": None if factor is None else SpikeGuard(factor),
     }
     if phase.hints_only:
-        teacher = taught_by(setting)
-        return hint_stage(setting.student, teacher, phase.method, optimizer, **how)
+        teacher = teacher or taught_by(setting)
+        return hint_stage(setting.student, teacher, method, optimizer, **how)
+    rates = phase.rates
     return distillation_stage(
-        setting.student,
-        setting.teacher,
-        phase.method,
-        optimizer,
-        rates=phase.rates,
-        **how,
+        setting.student, teacher, method, optimizer, rates=rates, **how
     )
 
 

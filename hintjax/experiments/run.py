@@ -19,10 +19,11 @@ from jaxtyping import Array, Key
 
 from hintjax.data import ON_DEVICE, Augment, fits_on_device, steps_per_epoch
 from hintjax.experiments import config as configs
+from hintjax.experiments.cached_teacher import crops_of
 from hintjax.experiments.config import Config
 from hintjax.experiments.finished import DEPLOYED, RESULT, load_student
 from hintjax.experiments.phases import compiled_phase
-from hintjax.experiments.recipes import Recipe
+from hintjax.experiments.recipes import PlannedPhase, Recipe
 from hintjax.experiments.setting import Setting, batches_of
 from hintjax.export import deployed, deployed_variables
 from hintjax.method import Method
@@ -33,6 +34,7 @@ from hintjax.stages import Stage, student_variables
 from hintjax.training import (
     Feed,
     Fitted,
+    Phase,
     evaluate,
     fit,
     load_tree,
@@ -135,12 +137,18 @@ def _run(
         )
     feed = _feed(setting, config, feeding)
     planned = recipe(config, setting.places, feed.per_epoch)
-    phases = [
-        compiled_phase(setting, phase, config, feed.per_epoch)._replace(
-            teacher=hints if phase.hints_only and hints is not None else teacher
-        )
-        for phase in planned
-    ]
+
+    def phase_of(phase: PlannedPhase) -> Phase:
+        of, cache = teacher, setting.cache
+        if phase.hints_only and hints is not None:
+            of, cache = hints, None  # the cache holds features of the other teacher
+        if of is None or cache is None or not cache.serves(phase.method):
+            made = compiled_phase(setting, phase, config, feed.per_epoch)
+            return made._replace(teacher=of)
+        made = compiled_phase(setting, phase, config, feed.per_epoch, cache)
+        return made._replace(teacher=cache.variables(of))
+
+    phases = [phase_of(phase) for phase in planned]
     fitted = fit(
         run_dir,
         phases,
@@ -161,7 +169,8 @@ def _run(
         debug=config.debug,
         **how,
     )
-    result = _result(setting, phases[-1].program.stage, fitted, teacher)
+    last = phases[-1]
+    result = _result(setting, last.program.stage, fitted, last.teacher)
     _save(setting, run_dir, planned[-1].method, fitted, teacher)
     write_text(run_dir / RESULT, json.dumps(result, indent=1))
     return fitted, result
@@ -170,10 +179,20 @@ def _run(
 def _feed(setting: Setting, config: Config, key: Key[Array, ""]) -> Feed:
     """The batches of a run: from the device if the training set fits, else streamed."""
     dataset, mesh = setting.dataset, setting.layout and setting.layout.mesh
-    if fits_on_device(dataset.train):
-        return on_device(dataset, config.batch_size, key, mesh)
-    augment = Augment(pad=config.pad, flip=config.flip)
-    return streamed(dataset, config.batch_size, config.seed, augment, mesh)
+    crops = crops_of(config, dataset.train.n)
+    cache = setting.cache
+    rows_on_host = cache is not None and cache.on_device is None
+    if fits_on_device(dataset.train) and not rows_on_host:
+        return on_device(dataset, config.batch_size, key, mesh, crops)
+    return streamed(
+        dataset,
+        config.batch_size,
+        config.seed,
+        Augment(pad=config.pad, flip=config.flip),
+        mesh,
+        crops,
+        cache.with_rows if cache is not None and rows_on_host else dict,
+    )
 
 
 def _validation(setting: Setting) -> Callable[[], Iterable[Any]]:

@@ -20,8 +20,15 @@ from hintjax.data import (
 )
 from hintjax.experiments import config as configs
 from hintjax.experiments.attachment import Places
+from hintjax.experiments.cached_teacher import CachedTeacher
 from hintjax.experiments.config import Config
-from hintjax.experiments.factories import attribute_of, layers, network, output_shape
+from hintjax.experiments.factories import (
+    attribute_of,
+    check_output,
+    layers,
+    network,
+    output_shape,
+)
 from hintjax.experiments.finished import evaluation_size, load_student, run_config
 from hintjax.experiments.pretrained import pretrained
 from hintjax.experiments.tasks import TASKS, Task
@@ -44,6 +51,7 @@ class Setting(NamedTuple):
         places: layers of both networks, to which methods attach.
         layout: mesh on which the runs train; None for a single device.
         programs: compiled stages by all that they are built with; filled during runs.
+        cache: the teacher's features of all training examples, or None.
     """
 
     config: Config
@@ -54,6 +62,7 @@ class Setting(NamedTuple):
     places: Places
     layout: Layout | None
     programs: dict[Any, Program]
+    cache: CachedTeacher | None = None
 
     @property
     def task(self) -> Task:
@@ -82,7 +91,7 @@ def prepare(config: Config, *, teach: bool = False) -> Setting:
         )
     )
     if jax.process_count() > 1:
-        agree("data", _seen(dataset))
+        agree("data", seen(dataset))
     steps_per_epoch(dataset.train.n, config.batch_size)  # raises
     layout = mesh_of(config)
     inputs = jnp.zeros((1, *dataset.train.shape), jnp.float32)
@@ -92,6 +101,10 @@ def prepare(config: Config, *, teach: bool = False) -> Setting:
         config.student,
         *([_factory(config.teacher)] if teach else []),
     ]
+
+    for name, made in zip(factories, (student, teacher), strict=False):
+        if made is not None:
+            check_output(name, made, inputs)
 
     def said(attribute: str, missing: Any) -> tuple[Any, ...]:
         return tuple(
@@ -191,7 +204,7 @@ def taught_by(setting: Setting) -> Network:
     return setting.teacher
 
 
-def _seen(dataset: Dataset) -> dict[str, Any]:
+def seen(dataset: Dataset) -> dict[str, Any]:
     """Numbers that tell datasets apart; images on a disk are not read for them."""
     found = {
         "classes": dataset.classes,

@@ -6,6 +6,7 @@ the paper and to the authors' code.
 """
 
 from hintjax.losses.attention import (
+    attention_energy,
     attention_map,
     attention_map_loss,
     attention_map_loss_paper,
@@ -59,6 +60,7 @@ __all__ = (
     "activation_boundary_loss",
     "angle_loss",
     "attention_distribution_loss",
+    "attention_energy",
     "attention_map",
     "attention_map_loss",
     "attention_map_loss_paper",

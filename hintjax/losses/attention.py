@@ -1,5 +1,7 @@
 """Attention transfer (AT): matches the positions that the networks attend to."""
 
+from collections.abc import Sequence
+
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
@@ -84,6 +86,37 @@ def attention_maps(
     [(2, 16), (2, 16)]
     """
     return _maps("attention_maps", student, teacher, power, where)
+
+
+def attention_energy(
+    features: Float[Array, "*batch h w c"], size: Sequence[int], *, power: int = 2
+) -> Float[Array, "*batch h2 w2 1"]:
+    """Attention energy (AT): one channel with the same attention map as all channels.
+
+    E_j = (mean_c |F_jc|^p)^(1/p),  after F is averaged down to at most `size`
+
+    `attention_maps(student, E)` equals `attention_maps(student, F)` up to rounding, for
+    a student of this size. So a stored teacher needs one channel.
+
+    Args:
+        features: feature map of the teacher.
+        size: height and width of the student's feature map.
+        power: p, an integer >= 1.
+
+    Returns:
+        The energy of each position. Its height and width are the smaller ones of the
+        two maps.
+
+    >>> attention_energy(jnp.array([[[3.0, 4.0]]]), (1, 1))
+    Array([[[3.535534]]], dtype=float32)
+    """
+    features = as_float("attention_energy", features)
+    _checks.rank("attention_energy", 3, "*batch h w c", features=features)
+    _checks.positive_int("attention_energy", power=power)
+    height, width = map(min, size, features.shape[-3:-1])
+    pooled = adaptive_average_pool(features, (height, width))
+    energy = jnp.mean(absolute_power(pooled, power), -1, keepdims=True)
+    return energy ** (1 / power)
 
 
 def attention_map_loss(

@@ -26,7 +26,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from hintjax import _checks
 from hintjax._numerics import either, unit
 from hintjax.memory.rows import Mail, MemoryBank, own_rows, split_rows
-from hintjax.sharding import batch_axes, over_batch, shares
+from hintjax.sharding import automatic, batch_axes, over_batch, shares
 
 
 def init(
@@ -147,7 +147,12 @@ def _updated_by_rows(
     """`update` of a bank whose rows are split over a mesh."""
     split, homes = over_batch(mesh).spec, split_rows(bank, mesh)
 
-    @partial(jax.shard_map, mesh=mesh, in_specs=(homes, *[split] * 4), out_specs=homes)
+    @partial(
+        jax.shard_map,
+        mesh=automatic(mesh),
+        in_specs=(homes, *[split] * 4),
+        out_specs=homes,
+    )
     def local(bank, index, student, teacher, where):
         gather = partial(jax.lax.all_gather, axis_name=batch_axes(mesh), tiled=True)
         batch = index.shape[0]
@@ -228,7 +233,7 @@ def _selected_by_rows(
 
     @partial(
         jax.shard_map,
-        mesh=mesh,
+        mesh=automatic(mesh),
         in_specs=(PartitionSpec(), homes, homes, rows),
         out_specs=homes,
     )

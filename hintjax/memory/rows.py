@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int, PyTree, ScalarLike
 
-from hintjax.sharding import batch_axes, over_batch, shares
+from hintjax.sharding import automatic, batch_axes, over_batch, shares
 
 HIGHEST = jax.lax.Precision.HIGHEST
 PIECES = 4  # a device scores its anchors in pieces, one by one, to save memory
@@ -107,7 +107,12 @@ def batch_rows(
         return bank.student[index], bank.teacher[index]
     split = over_batch(mesh).spec
 
-    @partial(jax.shard_map, mesh=mesh, in_specs=(split,) * 3, out_specs=(split,) * 2)
+    @partial(
+        jax.shard_map,
+        mesh=automatic(mesh),
+        in_specs=(split,) * 3,
+        out_specs=(split,) * 2,
+    )
     def local(student, teacher, index):
         mail = Mail(index, jnp.ones(index.shape, bool), student.shape[0], mesh)
 
@@ -145,7 +150,7 @@ def shared_rows(
 
     @partial(
         jax.shard_map,
-        mesh=mesh,
+        mesh=automatic(mesh),
         in_specs=(split, split, whole),
         out_specs=(whole, whole),
     )
@@ -184,7 +189,9 @@ def scores_by_rows(
     """
     split, axes = over_batch(mesh).spec, batch_axes(mesh)
 
-    @partial(jax.shard_map, mesh=mesh, in_specs=(split,) * 3, out_specs=split)
+    @partial(
+        jax.shard_map, mesh=automatic(mesh), in_specs=(split,) * 3, out_specs=split
+    )
     def local(anchors, vectors, index):
         pieces = math.gcd(anchors.shape[0], PIECES)
         some = (pieces, anchors.shape[0] // pieces)

@@ -14,6 +14,7 @@ from hintjax.method import (
     Pairs,
     hints_of,
     nothing,
+    output_of,
     total,
 )
 from hintjax.methods._tokens import counted
@@ -60,21 +61,41 @@ def compared(
     return Method(student_wants, teacher_wants, nothing, apply)
 
 
-def outputs(caller: str, loss: Callable[..., Float[Array, " batch"]]) -> Method:
+def outputs(
+    caller: str, loss: Callable[..., Float[Array, " batch"]], least: int = 2
+) -> Method:
     """A loss of the two outputs, `(student, teacher, batch) -> one value per example`.
 
     When a stage is initialized, the method raises if the outputs of the two networks
-    have different shapes.
+    have different shapes, or fewer classes than the loss needs.
+
+    Args:
+        caller: the name of the method, for messages.
+        loss: the loss.
+        least: the number of classes below which the loss is constant. The softmax of
+            one class is 1, whatever the network learns.
+
+    Returns:
+        The method.
     """
+
+    def both(student: Features, teacher: Features) -> tuple[Array, Array]:
+        ours = output_of(caller, "student", student)
+        return ours, output_of(caller, "teacher", teacher)
 
     def init(
         key: Array, student: Features, teacher: Features, data: Data | None
     ) -> tuple[dict, dict]:
-        if student.output.shape != teacher.output.shape:
+        ours, theirs = both(student, teacher)
+        if ours.shape != theirs.shape:
             wanted = "student and teacher to have the same number of classes"
-            got = f"outputs {student.output.shape} and {teacher.output.shape}"
+            got = f"outputs {ours.shape} and {theirs.shape}"
             do = "Distill hints instead, or change the head of a network."
             raise Refusal(message(caller, wanted, got, do))
+        if ours.shape[-1] < least:
+            wanted = f"outputs of {least} classes or more"
+            do = "With fewer the loss is constant: compare hints, or write a loss."
+            raise Refusal(message(caller, wanted, f"{ours.shape}", do))
         return nothing(key, student, teacher, data)
 
     def apply(
@@ -85,6 +106,6 @@ def outputs(caller: str, loss: Callable[..., Float[Array, " batch"]]) -> Method:
         batch: Batch,
         context: Context,
     ) -> Applied:
-        return loss(student.output, teacher.output, batch), memory, {}
+        return loss(*both(student, teacher), batch), memory, {}
 
     return Method(Wants(output=True), Wants(output=True), init, apply)

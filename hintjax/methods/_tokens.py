@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from jaxtyping import Array, Bool
 
-from hintjax._checks import Refusal, message
+from hintjax._checks import Refusal, message, needed
 
 
 def counted(
@@ -27,12 +27,8 @@ def counted(
     where = batch.get("where")
     if padding is None:
         return where
-    if padding not in batch:
-        do = "Pass the name of the token mask as padding=."
-        raise Refusal(
-            message(caller, f"{padding!r} in the batch", f"{sorted(batch)}", do)
-        )
-    mask = batch[padding]
+    do = "Pass the name of the token mask as padding=."
+    mask = needed(caller, batch, padding, do)
     if mask.dtype != bool or mask.ndim != 2:
         wanted = f"{padding!r} of the batch to be bool (batch, n)"
         do = "True marks a valid token."

@@ -5,13 +5,14 @@ from collections.abc import Callable
 from jaxtyping import Array, Float
 
 from hintjax._checks import positive_int
-from hintjax.losses import attention_map_loss, attention_maps
+from hintjax.losses import attention_energy, attention_map_loss, attention_maps
 from hintjax.method import (
     Applied,
     Batch,
     Context,
     Method,
     Pairs,
+    Reduced,
     hints_of,
     nothing,
     over_pairs,
@@ -67,4 +68,24 @@ def attention_transfer(
         ]
         return summed(*zip(*maps, strict=True)), memory, {}
 
-    return Method(student_wants, teacher_wants, nothing, apply)
+    def reduced(student: Features) -> Reduced:
+        # A layer may be paired with layers of several sizes: each needs an energy.
+        sizes = [student.hints[guided].shape[1:-1] for guided, _ in pairs]
+        names = [
+            f"attention({hint}, {power}, {size})"
+            for (_, hint), size in zip(pairs, sizes, strict=True)
+        ]
+
+        def reduce(teacher: Features) -> Features:
+            hints = {
+                name: attention_energy(teacher.hints[hint], size, power=power)
+                for name, (_, hint), size in zip(names, pairs, sizes, strict=True)
+            }
+            return Features(teacher.output, hints, teacher.params)
+
+        renamed = [
+            (guided, name) for (guided, _), name in zip(pairs, names, strict=True)
+        ]
+        return Reduced(reduce, attention_transfer(renamed, power=power, loss=loss))
+
+    return Method(student_wants, teacher_wants, nothing, apply, reduced=reduced)

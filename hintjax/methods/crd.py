@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Key
 
@@ -19,13 +20,15 @@ from hintjax._checks import (
     instance,
     labels,
     message,
+    needed,
+    on_host,
     positive,
     positive_int,
     scalar,
 )
 from hintjax._numerics import either, masked_mean
 from hintjax.losses import contrastive_log_constant, contrastive_scores_loss
-from hintjax.method import Applied, Batch, Context, Data, Method, entry, hints_of
+from hintjax.method import Applied, Batch, Context, Data, Method, hints_of
 from hintjax.networks import Features
 
 HIGHEST = jax.lax.Precision.HIGHEST
@@ -61,10 +64,8 @@ class AnchorNegatives:
         self, classes: banks.Classes, key: Key[Array, ""], batch: Mapping[str, Array]
     ) -> Drawn:
         """Draws indices (batch, K)."""
-        keys = _keys(key, _entry(batch, "index"))
-        return Drawn(
-            *banks.draw_others(classes, keys, _entry(batch, "label"), self.number)
-        )
+        keys = _keys(key, _index(batch))
+        return Drawn(*banks.draw_others(classes, keys, _label(batch), self.number))
 
 
 @dataclass(frozen=True)
@@ -85,9 +86,7 @@ class SharedNegatives:
         self, classes: banks.Classes, key: Key[Array, ""], batch: Mapping[str, Array]
     ) -> Drawn:
         """Draws indices (K,)."""
-        return Drawn(
-            *banks.draw_shared(classes, key, _entry(batch, "label"), self.number)
-        )
+        return Drawn(*banks.draw_shared(classes, key, _label(batch), self.number))
 
 
 @dataclass(frozen=True)
@@ -105,10 +104,8 @@ class GivenNegatives:
         self, classes: banks.Classes, key: Key[Array, ""], batch: Mapping[str, Array]
     ) -> Drawn:
         """Returns the given indices (batch, K), and the positives."""
-        if self.name not in batch:
-            wanted = f'an entry "{self.name}" of the batch'
-            raise Refusal(message("crd", wanted, f"{sorted(batch)}"))
-        given = batch[self.name]
+        do = "Name the candidates with GivenNegatives(name)."
+        given = needed("crd", batch, self.name, do)
         return Drawn(given[:, 1:], None, given[:, 0])
 
 
@@ -174,13 +171,15 @@ def crd(
     Returns:
         The method. It trains two heads, `student` and `teacher`; remembers the bank
         (`MemoryBank`) and the examples by class; reports `positive`, the mean cosine
-        of the positives. Batches need "label" and "index"; a stage is initialized
-        with `data=Data(labels)`.
+        of the positives, and, if there is a bank, `outside`: the fraction of examples
+        whose index is not in the training set. Such examples are not remembered.
+        Batches need "label" and "index"; a stage is initialized with
+        `data=Data(labels)`.
 
     Raises:
         ValueError: if a temperature, momentum or size is out of range, if `relax` is
             set and nothing is drawn, or (when a stage is initialized) if there is no
-            data.
+            data, or only one class without `GivenNegatives`.
 
     References:
         Tian, Krishnan, Isola 2020, Contrastive Representation Distillation.
@@ -230,20 +229,23 @@ def crd(
     ) -> Applied:
         bank, classes = memory["bank"], memory["classes"]
         where, train = batch.get("where"), context.train
+        outside = None
         seen = (student.hints[guided], teacher.hints[hint])
         s, _ = regressors.apply(head, params["student"], {}, seen[0], train)
         t, _ = regressors.apply(head, params["teacher"], {}, seen[1], train)
         if isinstance(negatives, BatchNegatives):
-            by_student, by_teacher, valid = _within(s, t, _entry(batch, "label"), where)
+            by_student, by_teacher, valid = _within(s, t, _label(batch), where)
         else:
+            _index(batch)  # raises
+            outside = _outside(batch, limits(memory))
             draws, positives = jax.random.split(context.key)
             drawn = negatives.draw(classes, draws, batch)
             mine = drawn.positive
             if relax:
-                keys = _keys(positives, _entry(batch, "index"))
-                mine = banks.draw_same(classes, keys, _entry(batch, "label"))
+                keys = _keys(positives, _index(batch))
+                mine = banks.draw_same(classes, keys, _label(batch))
             elif mine is None:
-                mine = _entry(batch, "index")
+                mine = _index(batch)
             valid = drawn.valid
             # In evaluation the examples are not in the bank: the positives are the
             # embeddings of this batch.
@@ -279,15 +281,15 @@ def crd(
                 *scores, log_constant=constant, **setting
             )
         if train:
-            if not in_batch:
+            if outside is not None:
                 # The bank does not store embeddings whose loss is not finite. Since
                 # this mask depends on the scores, XLA writes the bank after it has read
                 # it, in place and without a copy.
-                known = jnp.isfinite(values)
+                known = jnp.isfinite(values) & ~outside
                 known = known if where is None else known & where
                 bank = banks.update(
                     bank,
-                    _entry(batch, "index"),
+                    _index(batch),
                     s,
                     t,
                     momentum=momentum,
@@ -298,14 +300,28 @@ def crd(
                 student_constant=constants[0], teacher_constant=constants[1]
             )
         metrics = {"positive": masked_mean(by_student[0], where)}
+        if outside is not None:
+            metrics["outside"] = masked_mean(outside.astype(values.dtype), where)
         return values, {**memory, "bank": bank}, metrics
 
     def select(good: Array, memory: dict, before: dict, batch: Batch) -> dict:
         if in_batch:
             return either(good, memory, before)
-        bank, index = memory["bank"], _entry(batch, "index")
+        bank, index = memory["bank"], _index(batch)
         bank = banks.select(good, bank, before["bank"], index, mesh=mesh)
         return {**memory, "bank": bank}
+
+    def check(data: Data) -> None:
+        labels = data.labels
+        if on_host(labels) and np.min(labels) == np.max(labels):
+            got = f"{data.size} labels of one class"
+            do = "The negatives of an example are of other classes."
+            raise Refusal(message("crd", "labels of several classes", got, do))
+
+    def limits(memory: dict) -> dict[str, int]:
+        size = memory["classes"].order.shape[0]
+        named = [negatives.name] if isinstance(negatives, GivenNegatives) else []
+        return {name: size for name in ("index", *named)}
 
     return Method(
         student_wants,
@@ -314,6 +330,8 @@ def crd(
         apply,
         split=None if mesh is None else partial(_split, mesh),
         select=select,
+        check=None if isinstance(negatives, GivenNegatives) else check,
+        limits=None if in_batch else limits,
     )
 
 
@@ -352,19 +370,32 @@ def crd_bytes(
     return {"bank": 8 * size * feature_dim, "step": 8 * (gathered + batch * count)}
 
 
-def _entry(batch: Mapping[str, Array], name: str) -> Array:
-    """An entry of the batch; CRD needs "label" and "index"."""
-    usual = {
-        "label": "Give each example its class.",
-        "index": "Give each example its position in the training set.",
-    }
-    return entry("crd", batch, name, usual.get(name, ""))
-
-
 def _split(mesh: Mesh, memory: dict) -> dict:
     """`Method.split`: the rows of the bank are sharded over the mesh."""
     rows = banks.split_rows(memory["bank"], mesh)
     return {"bank": rows, "classes": PartitionSpec()}
+
+
+def _outside(
+    batch: Mapping[str, Array], limits: Mapping[str, int]
+) -> Bool[Array, " batch"]:
+    """Whether an example has a number outside of the limits."""
+    found = [
+        jnp.any((x < 0) | (x >= n), tuple(range(1, x.ndim)))
+        for x, n in ((batch[name], n) for name, n in limits.items() if name in batch)
+    ]
+    return jnp.any(jnp.stack(found), 0)
+
+
+def _index(batch: Mapping[str, Array]) -> Int[Array, " batch"]:
+    """The place of each example in the training set."""
+    do = "It is the place of each example in the labels of hintjax.Data."
+    return needed("crd", batch, "index", do)
+
+
+def _label(batch: Mapping[str, Array]) -> Int[Array, " batch"]:
+    """The class of each example."""
+    return needed("crd", batch, "label", "It is the class of each example.")
 
 
 def _keys(key: Array, index: Array) -> Array:

@@ -2,9 +2,9 @@
 
 from jaxtyping import Array
 
-from hintjax._checks import instance, not_negative, positive
+from hintjax._checks import instance, needed, not_negative, positive
 from hintjax.losses import decoupled_kd_loss
-from hintjax.method import Batch, Method, entry
+from hintjax.method import Batch, Method
 from hintjax.methods._compared import outputs
 
 
@@ -32,8 +32,9 @@ def decoupled_kd(
 
     Raises:
         ValueError: if the temperature is not positive, if a weight is negative, or
-            (when a stage is initialized) if the numbers of classes differ, or (when it
-            is traced) if the batch has no class labels of this name.
+            (when a stage is initialized) if the numbers of classes differ, or are 1 (or
+            2, with alpha 0), so that the loss is constant; or (when it is traced) if
+            the batch has no class labels of this name.
 
     References:
         Zhao et al. 2022, Decoupled Knowledge Distillation.
@@ -43,13 +44,10 @@ def decoupled_kd(
     instance("decoupled_kd", str, label=label)
 
     def loss(student: Array, teacher: Array, batch: Batch) -> Array:
+        labels = needed("decoupled_kd", batch, label, "Name the labels with label=.")
         return decoupled_kd_loss(
-            student,
-            teacher,
-            entry("decoupled_kd", batch, label, "Name the labels with label=."),
-            alpha=alpha,
-            beta=beta,
-            temperature=temperature,
+            student, teacher, labels, alpha=alpha, beta=beta, temperature=temperature
         )
 
-    return outputs("decoupled_kd", loss)
+    # One other class among itself has the probability 1.
+    return outputs("decoupled_kd", loss, least=2 if alpha > 0 else 3)

@@ -25,7 +25,8 @@ def dist(beta: float = 1.0, gamma: float = 1.0, temperature: float = 1.0) -> Met
 
     Raises:
         ValueError: if the temperature is not positive, if a weight is negative, or
-            (when a stage is initialized) if the numbers of classes differ.
+            (when a stage is initialized) if the numbers of classes differ, or are 1 (or
+            2, with gamma 0), so that the loss is constant.
 
     References:
         Huang et al. 2022, Knowledge Distillation from A Stronger Teacher.
@@ -37,4 +38,5 @@ def dist(beta: float = 1.0, gamma: float = 1.0, temperature: float = 1.0) -> Met
     def loss(student: Array, teacher: Array, batch: Batch) -> Array:
         return dist_loss(student, teacher, where=batch.get("where"), **hyper)
 
-    return outputs("dist", loss)
+    # The probabilities of two classes always correlate: with 1 or with -1.
+    return outputs("dist", loss, least=2 if gamma > 0 else 3)

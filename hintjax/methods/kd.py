@@ -24,7 +24,7 @@ def kd(temperature: float = 4.0) -> Method:
 
     Raises:
         ValueError: if the temperature is not positive, or (when a stage is
-            initialized) if the numbers of classes differ.
+            initialized) if the numbers of classes differ, or are 1.
 
     References:
         Hinton, Vinyals, Dean 2015, Distilling the Knowledge in a Neural Network.
@@ -61,7 +61,11 @@ def standardized_kd(temperature: float = 2.0) -> Method:
         temperature: the temperature of both softmaxes, > 0.
 
     Returns:
-        The method. It reads the same features and raises the same errors as `kd`.
+        The method. It reads the same features as `kd`.
+
+    Raises:
+        ValueError: as `kd`; and (when a stage is initialized) if there are only two
+            classes.
 
     References:
         Sun et al. 2024, Logit Standardization in Knowledge Distillation.
@@ -71,12 +75,16 @@ def standardized_kd(temperature: float = 2.0) -> Method:
         student, teacher = standardize_logits(student), standardize_logits(teacher)
         return kd_loss(student, teacher, temperature=temperature)
 
-    return _softened("standardized_kd", loss, temperature)
+    # Two standardized logits are 1 and -1, whatever the network learns.
+    return _softened("standardized_kd", loss, temperature, least=3)
 
 
 def _softened(
-    name: str, loss: Callable[..., Float[Array, " batch"]], temperature: ScalarLike
+    name: str,
+    loss: Callable[..., Float[Array, " batch"]],
+    temperature: ScalarLike,
+    least: int = 2,
 ) -> Method:
     """A loss of the two outputs at a temperature, as a method."""
     positive(name, temperature=temperature)
-    return outputs(name, lambda s, t, batch: loss(s, t, temperature=temperature))
+    return outputs(name, lambda s, t, batch: loss(s, t, temperature=temperature), least)

@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 
-from hintjax._checks import instance, labels, positive
+from hintjax._checks import instance, labels, needed, positive
 from hintjax._numerics import masked_mean
 from hintjax.losses import binary_kd_loss, hint_loss, kd_loss
-from hintjax.method import Method, entry
+from hintjax.method import Method
 from hintjax.methods._compared import outputs
 from hintjax.metrics import ignored, not_ignored
 
@@ -34,7 +34,7 @@ def binary_kd(temperature: float = 4.0) -> Method:
     def loss(student, teacher, batch):
         return binary_kd_loss(student, teacher, temperature=temperature)
 
-    return outputs("binary_kd", loss)
+    return outputs("binary_kd", loss, least=1)
 
 
 def regression_kd() -> Method:
@@ -53,7 +53,7 @@ def regression_kd() -> Method:
         Ba and Caruana 2014, Do Deep Nets Really Need to be Deep?, Eq. 1 (on logits,
         with a factor 1/2 and a sum over outputs).
     """
-    return outputs("regression_kd", lambda s, t, batch: hint_loss(s, t))
+    return outputs("regression_kd", lambda s, t, batch: hint_loss(s, t), least=1)
 
 
 def dense_kd(
@@ -93,7 +93,7 @@ def dense_kd(
     def loss(student, teacher, batch):
         where = None
         if left_out:
-            given = entry("dense_kd", batch, label, "Name the labels with label=.")
+            given = needed("dense_kd", batch, label, "Name the labels with label=.")
             labels("dense_kd", student.shape[:-1], **{f"the label {label!r}": given})
             where = not_ignored(given, left_out)
         values = kd_loss(student, teacher, temperature=temperature, where=where)

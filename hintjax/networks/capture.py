@@ -9,11 +9,13 @@ import flax.linen as nn
 import jax
 from jaxtyping import PyTree
 
-from hintjax._checks import Refusal, WrongType, message
+from hintjax._checks import Refusal, WrongType, form, is_array, message
 from hintjax.networks.network import Features, Network, Variables, Wants
 from hintjax.networks.paths import (
+    OUTPUT,
     activations,
     at,
+    entries,
     find_call,
     in_order,
     parse_path,
@@ -50,7 +52,7 @@ def watched(
         watch = bool(paths) and (lambda scope, method: (scope, method) in kept)
 
         def ran(params, state, inputs):
-            return run(params, state, inputs, train, key, watch, given)
+            return with_output(run(params, state, inputs, train, key, watch, given))
 
         output, captured, changed = ran(params, state, inputs)
 
@@ -80,7 +82,7 @@ def watched(
 
         def captured(params, state, inputs):
             key = jax.random.key(0)
-            return run(params, state, inputs, False, key, watch, set())[1]
+            return with_output(run(params, state, inputs, False, key, watch, set()))[1]
 
         shapes, origins = traced(captured, params, state, inputs)
         found = (
@@ -101,6 +103,14 @@ def watched(
         return listed(params, state, inputs, lambda method: method == "__call__")[0]
 
     return Network(init, apply, layers)
+
+
+def with_output(
+    ran: tuple[PyTree, Mapping[str, Any], PyTree],
+) -> tuple[PyTree, dict[str, Any], PyTree]:
+    """The result of `run`, where the output of the whole network is captured, too."""
+    output, captured, changed = ran
+    return output, {**captured, OUTPUT: (output,)}, changed
 
 
 def default_call(where: str, module: Any) -> Callable[[Any, PyTree, bool], PyTree]:
@@ -139,12 +149,30 @@ def features_of(
     wants: Wants,
 ) -> Features:
     """The output, hints and parameters of one pass that are wanted."""
+    if wants.output:
+        _check_output(name, output)
     params = nn.unbox(params)  # methods see arrays, without the names of their axes
     return Features(
         output=output if wants.output else None,
         hints=hints,
         params={path: _subtree(params, path, name) for path in wants.params},
     )
+
+
+def _check_output(name: str, output: PyTree) -> None:
+    """Raises unless an output is a tree of arrays, which JAX's transforms can pass."""
+    for leaf in jax.tree.leaves(output):
+        if not (is_array(leaf) or isinstance(leaf, int | float | complex)):
+            first = next(iter(entries(leaf) or {}), "logits")
+            do = (
+                f"Return the arrays alone, e.g. "
+                f"call=lambda module, x, train: module(x).{first}, or choose one with "
+                f"at_head(method, student=':out[{first}]')."
+            )
+            wanted = (
+                "the output of the network to be arrays, or a tuple or dict of them"
+            )
+            raise WrongType(message(name, wanted, form(leaf), do))
 
 
 def _subtree(params: PyTree, path: str, name: str) -> PyTree:

@@ -7,7 +7,14 @@ from jaxtyping import PyTree
 from hintjax._checks import Refusal, WrongType, message
 from hintjax.networks.capture import features_of
 from hintjax.networks.network import Network, Variables
-from hintjax.networks.paths import in_order, split_items, take, traced, unknown_path
+from hintjax.networks.paths import (
+    OUTPUT,
+    in_order,
+    split_items,
+    take,
+    traced,
+    unknown_path,
+)
 
 
 def function(
@@ -27,7 +34,8 @@ def function(
 
     Returns:
         The network. A path is a key of `hints`, unchanged, or `outer/inner` in nested
-        dicts; `[i]` is an entry of a tuple, or one layer that a scan stacked.
+        dicts; `[i]` is an entry of a tuple, or one layer that a scan stacked. `:out` is
+        the output.
 
     Raises:
         TypeError: when it is applied, if `apply` returns anything else.
@@ -63,7 +71,7 @@ def function(
             got = ", ".join(type(part).__name__ for part in parts)
             raise WrongType(message("function", wanted, f"({got})"))
         output, hints, changed = parts
-        return output, dict(_flat(hints)), changed
+        return output, {OUTPUT: output, **dict(_flat(hints))}, changed
 
     def shown(params, state, inputs):
         return run(params, state, inputs)[1]

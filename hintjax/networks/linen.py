@@ -1,15 +1,25 @@
 """A Flax Linen module as a `Network`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import flax.errors
 import flax.linen as nn
 from jaxtyping import Array, Key, PyTree
 
+from hintjax._checks import Refusal, instance, message
 from hintjax.networks.capture import default_call, watched
 from hintjax.networks.network import Network, Variables, split
 
 _COLLECTION = "intermediates"
+# Flax's errors about variables that are not those of the module.
+_OTHERS = (
+    flax.errors.ApplyScopeInvalidVariablesStructureError,
+    flax.errors.ApplyScopeInvalidVariablesTypeError,
+    flax.errors.ScopeCollectionNotFound,
+    flax.errors.ScopeParamNotFoundError,
+    flax.errors.ScopeParamShapeError,
+)
 
 
 def linen(
@@ -26,13 +36,15 @@ def linen(
         module: the module, unbound.
         call: `(module, inputs, train) -> output`, for a module with another call.
             By default `module(inputs, train=train)`, or `module(inputs)` for a module
-            that takes nothing else.
+            that takes nothing else. A module that has `train` as an attribute needs
+            `lambda m, x, train: m.clone(parent=m.scope, train=train)(x)`.
 
     Returns:
         The network.
 
     Raises:
-        TypeError: if the module takes other arguments and there is no `call`.
+        TypeError: if it is no module, or the module takes other arguments and there is
+            no `call`.
 
     >>> import jax
     >>> from hintjax.networks import Wants
@@ -40,12 +52,15 @@ def linen(
     >>> x = jax.numpy.ones((1, 3))
     >>> params, state = net.init(jax.random.key(0), x)
     >>> list(net.layers(params, state, x))
-    ['layers_0', 'layers_2']
+    ['layers_0', 'layers_2', ':out']
     >>> wants = Wants(output=True, hints=("layers_0",))
     >>> features, _ = net.apply(params, state, x, wants=wants, train=False)
     >>> features.output.shape, features.hints["layers_0"].shape
     ((1, 2), (1, 4))
     """
+    do = "Pass the module itself, Net(), not its class; hintjax.nnx takes NNX models."
+    instance("linen", nn.Module, do, module=module)
+    name = type(module).__name__
     call = call or default_call("linen", module)
 
     # Not jitted: equal layers share their compiled operations, and compiling the
@@ -54,25 +69,32 @@ def linen(
         return split(module.init(key, inputs, False, method=call))
 
     def run(params, state, inputs, train, key, watch, given):
+        do = "Pass hintjax.split(variables) of this module's own init."
+        instance(name, Mapping, do, params=params, state=state)
         collections = [*(state if train else ()), *([_COLLECTION] if watch else ())]
-        with nn.intercept_methods(_sowing(given)):
-            output, changed = module.apply(
-                {"params": params, **state},
-                inputs,
-                train,
-                method=call,
-                rngs=key,
-                mutable=collections,
-                # The filter opens the collection, also if only sown values are
-                # wanted.
-                capture_intermediates=watch and (lambda m, name: watch(m.path, name)),
-            )
+        try:
+            with nn.intercept_methods(_sowing(given)):
+                output, changed = module.apply(
+                    {"params": params, **state},
+                    inputs,
+                    train,
+                    method=call,
+                    rngs=key,
+                    mutable=collections,
+                    # The filter opens the collection, also if only sown values are
+                    # wanted.
+                    capture_intermediates=watch and (lambda m, of: watch(m.path, of)),
+                )
+        except _OTHERS as error:
+            text = str(error).partition(" (https:")[0]
+            wanted, got = "the variables of this module", f"others: {text}"
+            raise Refusal(message(name, wanted, got, do)) from error
         changed = dict(changed)
         captured = changed.pop(_COLLECTION, {})
         return output, captured, {**state, **changed}
 
-    do = "Give nn.scan or nn.vmap variable_axes={'intermediates': 0}."
-    return watched(type(module).__name__, init, run, hidden=do)
+    hidden = "Give nn.scan or nn.vmap variable_axes={'intermediates': 0}."
+    return watched(name, init, run, hidden)
 
 
 def _sowing(wanted: set[tuple[tuple[str, ...], str]]) -> Callable[..., Any]:

@@ -1,11 +1,13 @@
 """The types that describe every model: `Network`, `Wants`, `Features`."""
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from flax.core import unfreeze
 from jaxtyping import Array, PyTree
+
+from hintjax._checks import WrongType, form, message
 
 
 class Variables(NamedTuple):
@@ -51,8 +53,9 @@ class Network(NamedTuple):
         apply: `(params, state, inputs, *, wants, train, key=None) -> (Features,
             state)`. With `train=False` it returns the state unchanged.
         layers: `(params, state, inputs) -> {path: ShapeDtypeStruct}`, the output
-            of every layer and every sown value, in the order of execution; found by
-            tracing, without a single floating-point operation.
+            of every layer and every sown value, in the order of execution, and last
+            the output of the network, ":out"; found by tracing, without a single
+            floating-point operation.
     """
 
     init: Callable[..., Variables]
@@ -77,6 +80,43 @@ def split(variables: Mapping[str, PyTree]) -> Variables:
     params = collections.pop("params", {})
     state = {name: tree for name, tree in collections.items() if not _sown(tree)}
     return Variables(params, state)
+
+
+def read_variables(caller: str, whose: str, given: Any) -> Variables:
+    """The variables of a network, from any form that has one meaning.
+
+    Args:
+        caller: name of the function that the user called.
+        whose: the network in the message, such as "the student's".
+        given: `Variables`; a pair `(params, state)`; or a Flax dict with the collection
+            "params", which is split.
+
+    Returns:
+        The variables, of the same arrays.
+
+    Raises:
+        WrongType: if it is anything else, such as the parameters alone or a
+            `TrainState`.
+    """
+    if isinstance(given, Variables):
+        return given
+    if isinstance(given, Mapping) and "params" in given:
+        return split(given)
+    if type(given) in (tuple, list) and len(given) == 2:
+        return Variables(*given)
+    do = "Pass the result of the network's init, or hintjax.split(flax_variables)."
+    if isinstance(given, Mapping):
+        do = (
+            "Parameters alone are hintjax.Variables(params, {}); with other "
+            "collections, hintjax.split({'params': params, 'batch_stats': ...})."
+        )
+    elif hasattr(given, "params"):
+        do = (
+            "Pass hintjax.Variables(state.params, {}), or with other collections "
+            "hintjax.split({'params': state.params, 'batch_stats': ...})."
+        )
+    wanted = f"{whose} variables, hintjax.Variables(params, state)"
+    raise WrongType(message(caller, wanted, form(given), do))
 
 
 def join(variables: Variables) -> dict[str, PyTree]:

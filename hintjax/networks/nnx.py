@@ -8,7 +8,7 @@ never changes.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.errors
@@ -18,9 +18,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
-from hintjax._checks import Refusal, message
+from hintjax._checks import Refusal, WrongType, function, instance, message
 from hintjax.networks.capture import default_call, watched
-from hintjax.networks.network import Network, Variables
+from hintjax.networks.network import Network, Variables, read_variables
 
 
 def nnx(
@@ -58,8 +58,13 @@ def nnx(
     >>> x = jnp.ones((1, 3))
     >>> params, state = net.init(jax.random.key(0), x)
     >>> {path: layer.shape for path, layer in net.layers(params, state, x).items()}
-    {'layers/0': (1, 3), 'layers/1': (1, 2)}
+    {'layers/0': (1, 3), 'layers/1': (1, 2), ':out': (1, 2)}
     """
+    if isinstance(model, nn.Module):
+        do = "Pass it to hintjax.linen."
+        raise WrongType(message("nnx", "an NNX model", "a Linen module", do))
+    if not isinstance(model, flax.nnx.Module):
+        function("nnx", model=model)
     factory = (lambda rngs: model) if isinstance(model, flax.nnx.Module) else model
     # The graph is the same for every key, and this draws nothing.
     shape = flax.nnx.eval_shape(lambda: factory(rngs=flax.nnx.Rngs(0)))
@@ -100,7 +105,9 @@ def nnx(
     return watched(name, init, run, hidden=do)
 
 
-def nnx_update(model: flax.nnx.Module, variables: Variables) -> None:
+def nnx_update(
+    model: flax.nnx.Module, variables: Variables | Mapping[str, PyTree]
+) -> None:
     """Writes variables into an NNX model, such as those of a trained student.
 
     Args:
@@ -110,6 +117,8 @@ def nnx_update(model: flax.nnx.Module, variables: Variables) -> None:
     Raises:
         ValueError: if the model has a variable that `variables` lack.
     """
+    instance("nnx_update", flax.nnx.Module, model=model)
+    variables = read_variables("nnx_update", "the model's", variables)
     _, _, params, state = _split(model)
     flax.nnx.update(
         model,

@@ -7,14 +7,18 @@ A path names one activation::
     shared#1                   the second call of a module called several times
     group2/block1:in           the input of the submodule
     attention[1]               one entry of a tuple
+    attention[weights]         one entry of a dict, or one field of a dataclass
     layers/dense[2]            one of the layers that a scan runs
     group2/margin              a value that the module `sow`s as "margin"
+    :out                       the output of the whole network
+    :out[logits]               one entry of this output
 
 The layers that a scan stacks can also be wanted whole, as `layers/dense`. A scan runs
 all its layers, whichever is wanted, and holds their parameters as one array: parameters
 above the hint have no gradient but are not frozen.
 """
 
+import dataclasses
 import functools
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -25,28 +29,33 @@ from jaxtyping import PyTree
 
 from hintjax._checks import Refusal, WrongType, message, nearest
 
+OUTPUT = ":out"  # no submodule has this name: the grammar has no ":" in a scope
 _GRAMMAR = re.compile(
-    r"(?P<scope>[^.#:\[\]]+)"
-    r"(?:\.(?P<method>\w+))?(?:#(?P<call>\d+))?(?P<input>:in)?(?P<items>(?:\[\d+\])*)"
+    r"(?:(?P<scope>[^.#:\[\]]+)"
+    r"(?:\.(?P<method>\w+))?(?:#(?P<call>\d+))?(?P<input>:in)?|(?P<output>:out))"
+    r"(?P<items>(?:\[\w+\])*)"
 )
+_ITEM = re.compile(r"\[\w+\]")
 
 
 class Path(NamedTuple):
     """The parts of the path of one activation.
 
     Attributes:
-        scope: names from the model down to the submodule or the sown value.
-        method: the method of the submodule.
+        scope: names from the model down to the submodule or the sown value; none for
+            the output of the whole network.
+        method: the method of the submodule; "" for the output of the whole network.
         call: number of the call, or None for the only call.
-        side: ":in" for the input, "" for the output.
-        items: positions in a tuple, or in the layers of a scan.
+        side: ":in" for the input of a submodule, ":out" for the output of the whole
+            network, "" for the output of a submodule.
+        items: positions in a tuple, or in the layers of a scan; names in a dict.
     """
 
     scope: tuple[str, ...]
     method: str
     call: int | None
     side: str
-    items: tuple[int, ...]
+    items: tuple[int | str, ...]
 
 
 def parse_path(path: str) -> Path:
@@ -54,7 +63,7 @@ def parse_path(path: str) -> Path:
 
     Args:
         path: `scope/name`, then optionally `.method`, `#call`, `:in` and any number
-            of `[i]`.
+            of `[i]`; or `:out`, and any number of `[i]`.
 
     Returns:
         The parts.
@@ -66,8 +75,10 @@ def parse_path(path: str) -> Path:
     Path(scope=('group2', 'block1'), method='embed', call=0, side=':in', items=(1,))
     """
     match = _GRAMMAR.fullmatch(path)
+    if match is not None and match["output"]:
+        return Path((), "", None, OUTPUT, _items(match["items"]))
     if match is None or not all(match["scope"].split("/")):
-        wanted = "scope/name, then .method, #call, :in or [i]"
+        wanted = "scope/name, then .method, #call, :in or [i]; or :out"
         do = "List the paths of a model with `hintjax layers`."
         raise Refusal(message("path", wanted, repr(path), do))
     return Path(
@@ -75,8 +86,23 @@ def parse_path(path: str) -> Path:
         method=match["method"] or "__call__",
         call=None if match["call"] is None else int(match["call"]),
         side=match["input"] or "",
-        items=tuple(map(int, re.findall(r"\d+", match["items"]))),
+        items=_items(match["items"]),
     )
+
+
+def _items(text: str) -> tuple[int | str, ...]:
+    """The positions and names in `[1][logits]`."""
+    found = re.findall(r"\w+", text)
+    return tuple(int(item) if item.isdecimal() else item for item in found)
+
+
+def outermost(path: str) -> bool:
+    """Whether a path is that of a network's output, or of an entry of it.
+
+    >>> outermost(":out[0]"), outermost("big/:out"), outermost("big/head")
+    (True, True, False)
+    """
+    return path.rpartition("/")[2].startswith(OUTPUT)
 
 
 def find_call(
@@ -121,18 +147,20 @@ def take(
     captured: Mapping[str, Any],
     path: str,
     keys: tuple[str | int, ...],
-    items: tuple[int, ...],
+    items: tuple[int | str, ...],
     origins: Callable[[], PyTree],
     missing: Callable[[], Exception],
 ) -> jax.Array:
-    """The array at some keys: an entry of tuples, or a layer that scans stacked."""
+    """The array at some keys: an entry, or a layer that scans stacked."""
     value = at(captured, keys)
-    while items and isinstance(value, (tuple, list)):
+    while items and (found := entries(value)) is not None:
         item, items = items[0], items[1:]
         keys = (*keys, item)
-        if item >= len(value):
+        if item not in found:
             raise missing()
-        value = value[item]
+        value = found[item]
+    if any(isinstance(item, str) for item in items):
+        raise missing()
     if items:
         # Only the program says whether the first axis is a scan's or the batch.
         stacked = at(origins(), keys).lengths if isinstance(value, jax.Array) else ()
@@ -142,17 +170,30 @@ def take(
         value = value[items]
     if not isinstance(value, jax.Array):
         wanted = f"{path!r} to be an array"
-        do = (
-            f"Choose an entry of a tuple with {path}[0], or sow the array in the model."
-        )
+        first = next(iter(entries(value) or {}), 0)
+        do = f"Choose an entry with {path}[{first}], or sow the array in the model."
         raise WrongType(message("hints", wanted, type(value).__name__, do))
     return value
 
 
-def split_items(path: str) -> tuple[str, tuple[int, ...]]:
-    """Splits `path[1][2]` into the path and the numbers."""
-    scope = re.sub(r"(?:\[\d+\])+\Z", "", path)
-    return scope, tuple(map(int, re.findall(r"\d+", path[len(scope) :])))
+def split_items(path: str) -> tuple[str, tuple[int | str, ...]]:
+    """Splits `path[1][name]` into the path and the positions and names."""
+    scope = re.sub(r"(?:\[\w+\])+\Z", "", path)
+    return scope, _items(path[len(scope) :])
+
+
+def entries(value: Any) -> dict[int | str, Any] | None:
+    """The entries of a tuple, dict or dataclass, as a path names them; else None."""
+    if isinstance(value, (tuple, list)):
+        names = getattr(value, "_fields", range(len(value)))
+        return {**dict(enumerate(value)), **dict(zip(names, value, strict=True))}
+    if isinstance(value, Mapping):
+        named = {f"[{name}]": entry for name, entry in value.items()}
+        return {_items(n)[0]: e for n, e in named.items() if _ITEM.fullmatch(n)}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        names = [field.name for field in dataclasses.fields(value)]
+        return {name: getattr(value, name) for name in names}
+    return None
 
 
 def _written(parsed: Path, call: int) -> str:
@@ -163,8 +204,14 @@ def _written(parsed: Path, call: int) -> str:
 
 
 def at(tree: Any, keys: tuple[str | int, ...]) -> Any:
-    """The node of a tree at some keys."""
-    return functools.reduce(lambda node, key: node[key], keys, tree)
+    """The node of a tree at some keys: of dicts, or of entries as a path names them."""
+
+    def child(node: Any, key: str | int) -> Any:
+        if isinstance(node, Mapping) and key in node:
+            return node[key]
+        return (entries(node) or {})[key]
+
+    return functools.reduce(child, keys, tree)
 
 
 def activations(
@@ -181,7 +228,7 @@ def activations(
         if name != "__call__":
             path += ("." if (scope, name) in methods else "/") + name
         path = path.removeprefix("/")
-        if not path or path.startswith("."):  # the model's own output is no hint
+        if not path or path.startswith("."):  # the network's output is ":out"
             continue
         if not isinstance(node, tuple):
             yield path, (*scope, name)
@@ -207,11 +254,14 @@ class _Origin(NamedTuple):
 def traced(function: Callable[..., PyTree], *arguments: PyTree) -> tuple[Any, Any]:
     """The shapes of all arrays in a function's result, and their origins."""
 
+    def one(leaf):
+        if isinstance(leaf, jax.Array):
+            return leaf
+        # A dataclass that JAX does not know as a tree is a leaf.
+        return jax.tree.map(one, entries(leaf))
+
     def arrays(*arguments):
-        return jax.tree.map(
-            lambda leaf: leaf if isinstance(leaf, jax.Array) else None,
-            function(*arguments),
-        )
+        return jax.tree.map(one, function(*arguments))
 
     program, shapes = jax.make_jaxpr(arrays, return_shape=True)(*arguments)
     origins = _origins(program.jaxpr, program.jaxpr.outvars)
@@ -252,18 +302,31 @@ def _origin(maker: tuple[int, Any, int] | None) -> _Origin:
 def in_order(
     found: Iterable[tuple[str, Any, Any]],
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """Sorts (path, shape, origin) by place in the program, to {path: shape}."""
-    entries = [entry for one in found for entry in _entries(*one)]
-    # If several layers show the same array, the innermost comes first.
-    entries.sort(key=lambda entry: (entry[2].place, -entry[0].count("/")))
-    return {path: shape for path, shape, _ in entries}
+    """Sorts (path, shape, origin) by place in the program, to {path: shape}.
+
+    The output of the network comes last.
+    """
+
+    def order(entry: tuple[str, Any, _Origin]) -> tuple[Any, ...]:
+        path, _, origin = entry
+        if outermost(path):
+            return (True,)
+        # If several layers show the same array, the innermost comes first.
+        return False, origin.place, -path.count("/")
+
+    each = (entry for one in found for entry in _entries(*one))
+    return {path: shape for path, shape, _ in sorted(each, key=order)}
 
 
 def _entries(path: str, shape: Any, origin: Any) -> Iterator[tuple[str, Any, _Origin]]:
-    """Each array of a tuple, and each layer that a scan stacked."""
-    if isinstance(shape, (tuple, list)):
-        for number, (one, its) in enumerate(zip(shape, origin, strict=True)):
-            yield from _entries(f"{path}[{number}]", one, its)
+    """Each array of a tuple or a dict, and each layer that a scan stacked."""
+    found = entries(shape)
+    if found is not None:
+        its = entries(origin) or {}
+        # A named tuple has every entry by its position and by its name.
+        names = range(len(shape)) if isinstance(shape, tuple) else found
+        for name in names:
+            yield from _entries(f"{path}[{name}]", found[name], its[name])
     elif hasattr(shape, "shape"):
         if not origin.lengths:
             yield path, shape, origin

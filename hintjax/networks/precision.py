@@ -59,7 +59,7 @@ def computed_in(network: Network, dtype: DTypeLike) -> Network:
 def _cast(tree: PyTree, dtype: DTypeLike) -> PyTree:
     """The tree, with its floating arrays in another dtype."""
 
-    def cast(leaf: Any) -> Array:
+    def cast(leaf: Any) -> Array | np.ndarray:
         floating = jnp.issubdtype(leaf.dtype, jnp.floating)
         return leaf.astype(dtype) if floating else leaf
 

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax.experimental import checkify
 from jaxtyping import Array, Bool, Int, PyTree
 
-from hintjax._checks import Refusal, message
+from hintjax._checks import Refusal, is_array, message
 from hintjax.method import Context, Method
 from hintjax.metrics import not_ignored
 from hintjax.networks import Features
@@ -32,7 +32,8 @@ _watching = contextvars.ContextVar("watching", default=False)
 def checked(stage: Stage) -> Stage:
     """Returns the same stage, whose `update` and `evaluate` raise at a wrong value.
 
-    Labels must be among the classes of the outputs. Everything in a batch, parameters,
+    Labels must be among the classes of the outputs, and an "index" that the method
+    reads must be in the training set. Everything in a batch, parameters,
     features and outputs of both networks, outputs of regressors, the losses of all
     terms and the gradient must be finite. No example may have features that are all 0,
     since methods that normalize find no direction there. Examples that "where" leaves
@@ -127,6 +128,10 @@ def watched(
             check.finite(f"{name!r} in the batch", leaf)
         outputs = (student.output, teacher.output)
         check.labels(batch.get("label"), *outputs, ignored=method.ignored)
+        limits = {} if method.limits is None else method.limits(memory)
+        for name, n in limits.items():
+            if name in batch:
+                check.limited(f"{name!r} in 0..{n - 1}", batch[name], n)
         for whose, shown in (("teacher", teacher), ("student", student)):
             for path, hint in shown.hints.items():
                 check.finite(f"features of the {whose} at {path!r}", hint)
@@ -194,7 +199,10 @@ class _Check:
         self, label: Array | None, *outputs: Any, ignored: Sequence[int] = ()
     ) -> None:
         """Checks that integer labels are classes; one logit means two classes."""
-        if label is None or not jnp.issubdtype(label.dtype, jnp.integer):
+        # The method itself refuses labels that are no array.
+        if label is None or not is_array(label):
+            return
+        if not jnp.issubdtype(label.dtype, jnp.integer):
             return
         left_out = ~not_ignored(label, ignored)
         classes = [x.shape[-1] for x in outputs if getattr(x, "ndim", 0) > 1]
@@ -204,6 +212,10 @@ class _Check:
         count = max(classes[0], 2)
         good = (label >= 0) & (label < count) | left_out
         self._all(good, f"labels in 0..{count - 1}", label)
+
+    def limited(self, wanted: str, leaf: Array, n: int) -> None:
+        """Checks that integers are in 0..n - 1."""
+        self._all((leaf >= 0) & (leaf < n), wanted, leaf)
 
     @contextlib.contextmanager
     def outputs_of_modules(self) -> Iterator[None]:

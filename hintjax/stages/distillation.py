@@ -74,7 +74,7 @@ def distillation_stage(
     References:
         Romero et al. 2015, FitNets, stage 2 (Eq. 2).
     """
-    check_kinds("distillation_stage", method, optimizer)
+    check_kinds("distillation_stage", student, teacher, method, optimizer)
     rates = dict(rates or {})
     if any(not rate >= 0 for rate in rates.values()):
         do = "Use 0 to freeze."

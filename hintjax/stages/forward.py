@@ -9,11 +9,11 @@ from jaxtyping import Array, Float, Int, PyTree
 from hintjax._checks import Refusal, mask, message
 from hintjax._numerics import masked_mean
 from hintjax.method import Context, Method, one_per_example
-from hintjax.networks import Features, Network, Variables, Wants
-from hintjax.stages import debugging
+from hintjax.networks import Features, Network, Wants
+from hintjax.stages import debugging, entering
 from hintjax.stages.placement import Placement
 from hintjax.stages.skipping import SpikeGuard
-from hintjax.stages.stage import Batch, Carry, Choose, Metrics, Parts, State
+from hintjax.stages.stage import Batch, Carry, Choose, Given, Metrics, Parts, State
 
 
 class Plan(NamedTuple):
@@ -62,9 +62,7 @@ def parts_of(plan: Plan, state: State, taught: Features, batch: Batch) -> Parts:
     )
 
 
-def features_of_teacher(
-    plan: Plan, variables: Variables | None, batch: Batch
-) -> Features:
+def features_of_teacher(plan: Plan, variables: Given | None, batch: Batch) -> Features:
     """Returns the teacher's features that the method wants, without gradients.
 
     Args:
@@ -78,14 +76,16 @@ def features_of_teacher(
     wants = plan.method.teacher
     if wants == Wants():
         return Features()
-    if variables is None or plan.teacher is None:
+    given = entering.teacher(variables)
+    if given is None or plan.teacher is None:
         do = "Pass the result of the teacher's init, or hintjax.split(flax_variables)."
         raise Refusal(message("stage", "the teacher's variables", "None", do))
-    params, state = variables
+    params, state = given
+    shared = plan.place.batch(batch)
     features, _ = plan.teacher.apply(
         plan.place.params({"teacher": params})["teacher"],
         state,
-        plan.teacher_inputs(plan.place.batch(batch)),
+        entering.selected("teacher_inputs", plan.teacher_inputs, shared),
         wants=wants,
         train=False,
     )
@@ -109,7 +109,7 @@ def loss(
             example, for the messages of `checked`; without it nothing is checked.
     """
     method, batch = plan.method, parts.batch
-    inputs = plan.inputs(batch)
+    inputs = entering.selected("inputs", plan.inputs, batch)
     n = jax.tree.leaves(inputs)[0].shape[0]
     mask("batch", batch.get("where"), (n,))
     ours, theirs = jax.random.split(jax.random.fold_in(parts.key, parts.step))

@@ -6,13 +6,13 @@ from functools import partial
 import jax
 import optax
 from jax.sharding import Mesh
-from jaxtyping import PyTree
+from jaxtyping import Array, PyTree
 
 from hintjax._checks import Refusal, message
 from hintjax.method import Method
 from hintjax.networks import Network
 from hintjax.sharding import Layout
-from hintjax.stages.dependency import reads
+from hintjax.stages.dependency import differentiated, reads
 from hintjax.stages.skipping import SpikeGuard
 from hintjax.stages.stage import Batch, Chosen, Parts, Stage, image
 from hintjax.stages.update import check_kinds, make_stage
@@ -32,11 +32,12 @@ def hint_stage(
 ) -> Stage:
     """Returns the hint stage: it trains the regressors and the layers below the hints.
 
-    The parameters of the student that feed the loss are read off the traced program.
-    All others are frozen (`optax.partition`, `set_to_zero`): they get no gradient, no
-    weight decay and no optimizer state. BatchNorm statistics move exactly where they
-    feed a hint. The stage returns nothing from above the hints, so XLA does not compute
-    it: neither the forward nor the backward pass, and not in the teacher either.
+    The parameters of the student that a gradient of the loss reaches are read off the
+    traced program. All others are frozen (`optax.partition`, `set_to_zero`): they get
+    no gradient, no weight decay and no optimizer state. BatchNorm statistics move
+    exactly where they feed a hint. The stage returns nothing from above the hints, so
+    XLA does not compute it: neither the forward nor the backward pass, and not in the
+    teacher either.
 
     Args:
         student: the student.
@@ -63,7 +64,7 @@ def hint_stage(
     References:
         Romero et al. 2015, FitNets, stage 1 (Eq. 3).
     """
-    check_kinds("hint_stage", method, optimizer)
+    check_kinds("hint_stage", student, teacher, method, optimizer)
     if method.student.output:
         wanted, got = "a method of hints alone", "one that wants the student's output"
         do = "Train it in a distillation_stage."
@@ -84,7 +85,7 @@ def hint_stage(
 def only_what_feeds(
     optimizer: optax.GradientTransformation, loss: Callable, parts: Parts
 ) -> Chosen:
-    """Chooses the parameters that feed the loss; all others are frozen.
+    """Chooses the parameters that a gradient of the loss reaches; others are frozen.
 
     Args:
         optimizer: the optimizer of the trained parameters.
@@ -92,15 +93,22 @@ def only_what_feeds(
         parts: the arguments of the loss, or their shapes.
     """
 
-    def alone(train: bool) -> Callable[[Parts], PyTree]:
-        return lambda parts: loss(parts, train=train)[0]
+    def learned(params: PyTree, others: Parts) -> Array:
+        return loss(others._replace(params=params), train=True)[0]
 
-    learning, judging = reads(alone(True), parts), reads(alone(False), parts)
-    labels = jax.tree.map(lambda t: "trained" if t else "frozen", learning.params)
+    def judged(parts: Parts) -> Array:
+        return loss(parts, train=False)[0]
+
+    learning = differentiated(learned, parts.params, parts)
+    trained = learning.changes(lambda path: True).changes
+    learning, judging = learning.values(lambda path: True).fixed, reads(judged, parts)
+    labels = jax.tree.map(lambda t: "trained" if t else "frozen", trained)
     transforms: dict[Hashable, optax.GradientTransformation] = {
         "trained": optimizer,
         "frozen": optax.set_to_zero(),
     }
     # BatchNorm does not read its statistics in training: evaluation says which count.
     kept = jax.tree.map(lambda *read: any(read), learning.state, judging.state)
-    return Chosen(optax.partition(transforms, labels), learning.params, kept)
+    # The mask of the gradients is that of an optimizer's extra argument `grad`, too.
+    chosen = optax.partition(transforms, labels, mask_compatible_extra_args=True)
+    return Chosen(chosen, trained, kept)

@@ -16,9 +16,11 @@ from hintjax.networks import Variables
 from hintjax.sharding import (
     Layout,
     alike,
+    automatic,
     check_batch,
     check_rules,
     check_spans,
+    on_automatic,
     over_batch,
     replicated,
     shares,
@@ -26,7 +28,8 @@ from hintjax.sharding import (
     stored,
     whole,
 )
-from hintjax.stages.stage import Batch, State
+from hintjax.stages import entering
+from hintjax.stages.stage import Batch, Given, State
 
 
 class Placement(NamedTuple):
@@ -65,7 +68,8 @@ def placement(mesh: Mesh | Layout | None, method: Method) -> Placement:
     """
     if mesh is None:
         return one_device()
-    return on_mesh(Layout(mesh) if isinstance(mesh, Mesh) else mesh, method)
+    layout = Layout(mesh) if isinstance(mesh, Mesh) else mesh
+    return on_mesh(layout._replace(mesh=automatic(layout.mesh)), method)
 
 
 def one_device() -> Placement:
@@ -161,21 +165,24 @@ class _Sharded:
         self._layout, self._homes = layout, homes
         self._made: dict[Any, Callable[..., Any]] = {}
 
-    def __call__(self, state: State, variables: Variables | None, batch: Batch) -> Any:
+    def __call__(self, state: State, variables: Given | None, batch: Batch) -> Any:
         jitted, arguments = self._prepared(state, variables, batch)
         return jitted(*arguments)
 
-    def lower(self, state: State, variables: Variables | None, batch: Batch) -> Any:
+    def lower(self, state: State, variables: Given | None, batch: Batch) -> Any:
         """Lowers the function for these arguments, as `jax.jit(...).lower` does."""
         jitted, arguments = self._prepared(state, variables, batch)
         return jitted.lower(*arguments)
 
     def _prepared(
-        self, state: State, variables: Variables | None, batch: Batch
+        self, state: State, variables: Given | None, batch: Batch
     ) -> tuple[Any, tuple[State, Variables | None, Batch]]:
         # These checks come before those of jit, whose messages say less.
+        entering.check_state(state)
+        variables = entering.teacher(variables)
         check_batch(batch, self._layout.mesh)
         check_spans(batch, self._layout.mesh)
+        variables, batch = on_automatic((variables, batch))
         variables = None if variables is None else Variables(*variables)
         structure = jax.tree.structure((state, variables))
         if structure not in self._made:

@@ -5,20 +5,22 @@ entries that the objective reads ("label", "index"), and optionally "where", a b
 each example that says whether the example counts.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, Key, PyTree
 
-from hintjax._checks import Refusal, WrongType, message
+from hintjax._checks import Refusal, WrongType, instance, message, needed
 from hintjax.method import Batch
 from hintjax.networks import Features, Variables
 from hintjax.stages.report import Report
 from hintjax.stages.skipping import Norms, Skipped
 
 Metrics = dict[str, Float[Array, ""]]
+# Variables, or Flax variables: a dict with "params" and other collections.
+Given = Variables | Mapping[str, PyTree]
 
 
 class State(NamedTuple):
@@ -87,11 +89,13 @@ class Stage(NamedTuple):
 
     Attributes:
         init: `(key, student, teacher, batch, data=None, carry=None) -> State`, from the
-            `Variables` of both networks. All arrays are copied, so that donation never
-            deletes the caller's. `data` (`Data`) holds the labels of the training set,
-            for methods that need its size and labels. `carry` is the `State` of an
-            earlier stage, whose regressors and memory are taken over by the terms of
-            the same name; a method with a `prepare` needs the `State` of that stage.
+            `Variables` of both networks. Flax variables (a dict with "params") stand
+            for them here and wherever a stage takes a teacher. All arrays are copied,
+            so that donation never deletes the caller's. `data` (`Data`) holds the
+            labels of the training set, for methods that need its size and labels.
+            `carry` is the `State` of an earlier stage, whose regressors and memory are
+            taken over by the terms of the same name; a method with a `prepare` needs
+            the `State` of that stage.
         teach: `(state, teacher, batch) -> Features`: the teacher's features of a batch,
             without gradients.
         step: `(state, taught, batch) -> (state, metrics)`: one update from the
@@ -115,11 +119,11 @@ class Stage(NamedTuple):
     """
 
     init: Callable[..., State]
-    teach: Callable[[State, Variables | None, Batch], Features]
+    teach: Callable[[State, Given | None, Batch], Features]
     step: Callable[[State, Features, Batch], tuple[State, Metrics]]
-    update: Callable[[State, Variables | None, Batch], tuple[State, Metrics]]
-    evaluate: Callable[[State, Variables | None, Batch], Metrics]
-    report: Callable[[State, Variables | None, Batch], Report]
+    update: Callable[[State, Given | None, Batch], tuple[State, Metrics]]
+    evaluate: Callable[[State, Given | None, Batch], Metrics]
+    report: Callable[[State, Given | None, Batch], Report]
 
 
 def image(batch: Batch) -> Float[Array, "batch h w c"]:
@@ -129,10 +133,8 @@ def image(batch: Batch) -> Float[Array, "batch h w c"]:
         ValueError: if there is no such entry, or it does not have four axes.
         TypeError: if it holds integers.
     """
-    if "image" not in batch:
-        do = "Select the inputs with inputs= and teacher_inputs=."
-        raise Refusal(message("batch", 'an entry "image"', f"{sorted(batch)}", do))
-    found = batch["image"]
+    do = "Select the inputs with inputs= and teacher_inputs=."
+    found = needed("batch", batch, "image", do)
     if not jnp.issubdtype(found.dtype, jnp.floating):
         do = "Scale and standardize the images first."
         wanted = '"image" to be floating point'
@@ -149,5 +151,10 @@ def student_variables(state: State) -> Variables:
 
     Args:
         state: the state of a stage.
+
+    Raises:
+        WrongType: if it is anything else, such as `(state, metrics)`.
     """
+    do = "Pass the first result of stage.update."
+    instance("student_variables", State, do, state=state)
     return Variables(state.params["student"], state.state)

@@ -5,22 +5,24 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Key, PyTree
 
-from hintjax._checks import Refusal, message
+from hintjax._checks import Refusal, message, on_host
 from hintjax.method import PREPARED, Data
 from hintjax.networks import Variables
-from hintjax.stages import skipping
+from hintjax.sharding import on_automatic
+from hintjax.stages import entering, optimizer, reach, skipping
 from hintjax.stages.forward import Plan, features_of_teacher, loss, parts_of
-from hintjax.stages.stage import Batch, State
+from hintjax.stages.stage import Batch, Given, State
 
 
 def init(
     plan: Plan,
     fresh: Callable[..., Any],
     key: Key[Array, ""],
-    student: Variables,
-    teacher: Variables | None,
+    student: Given,
+    teacher: Given | None,
     batch: Batch,
     data: Data | None = None,
     carry: State | None = None,
@@ -38,18 +40,28 @@ def init(
         carry: the state of an earlier stage.
 
     Raises:
-        ValueError: if the method needs an earlier stage and `carry` is None, or the
-            stages have no common term.
+        ValueError: if an argument has a wrong form (see `entering`), the method needs
+            an earlier stage and `carry` is None, or the stages have no common term.
     """
+    entering.check_key(key)
+    variables = entering.student(student), entering.teacher(teacher)
+    entering.check_batch(batch)
+    entering.check_data(data)
+    entering.check_carry(carry)
     if plan.method.prepare is not None and carry is None:
         do = "Train method.prepare in a hint_stage first."
         wanted = "carry=, the state of the stage before"
         raise Refusal(message("stage", wanted, "None", do))
-    variables = Variables(*copied(tuple(student)))
+    ours, theirs, batch = on_automatic((*variables, batch))
+    if plan.method.check is not None and data is not None:
+        plan.method.check(data)
+    variables = Variables(*copied(tuple(ours)))
     earlier = None
     if carry is not None:
         earlier = copied((carry.params["regressors"], carry.memory))
-    made: State = fresh(key, variables, teacher, batch, data, earlier)
+    made: State = fresh(key, variables, theirs, batch, data, earlier)
+    if plan.method.limits is not None:
+        check_limits(batch, plan.method.limits(made.memory))
     # Only the new arrays come out of the jit: the student's are the copies above.
     state = made._replace(
         params={"student": variables.params, **made.params},
@@ -57,7 +69,30 @@ def init(
         skipped=skipping.nothing_skipped(),
         norms=() if plan.spikes is None else skipping.begin(),
     )
-    return plan.place.begin(state, None if teacher is None else teacher[0])
+    return plan.place.begin(state, None if theirs is None else theirs.params)
+
+
+def check_limits(batch: Batch, limits: dict[str, int]) -> None:
+    """Raises if the numbers of a batch are known, and one of them is not in its limits.
+
+    Args:
+        batch: the batch.
+        limits: the number n by name of an entry, whose numbers must be in 0..n - 1.
+
+    Raises:
+        ValueError: if an example that counts has another number.
+    """
+    where = batch.get("where")
+    for name, n in limits.items():
+        if not on_host(batch.get(name)) or not (where is None or on_host(where)):
+            continue
+        numbers = np.asarray(batch[name])
+        numbers = numbers if where is None else numbers[np.asarray(where)]
+        wrong = numbers[(numbers < 0) | (numbers >= n)]
+        if wrong.size:
+            wanted = f"{name!r} in 0..{n - 1}, positions in the training set"
+            do = "Data(labels) holds the labels of the whole training set."
+            raise Refusal(message("batch", wanted, f"{wrong.flat[0]}", do))
 
 
 def fresh(
@@ -82,12 +117,10 @@ def fresh(
     """
     params, state = student
     taught = features_of_teacher(plan, teacher, batch)
-    shown, _ = plan.student.apply(
-        params, state, plan.inputs(batch), wants=plan.method.student, train=False
-    )
-    shapes = jax.eval_shape(lambda *features: features, shown, taught)
+    shown = reach.shown(plan, student, batch, key)
+    told = jax.eval_shape(lambda features: features, taught)
     own, theirs = jax.random.split(key)
-    regressors, memory = copied(plan.method.init(theirs, *shapes, data))
+    regressors, memory = copied(plan.method.init(theirs, shown.features, told, data))
     if earlier is not None:
         regressors, memory = carried((regressors, memory), earlier)
     params = {"student": params, "regressors": regressors}
@@ -95,11 +128,12 @@ def fresh(
     skipped = skipping.nothing_skipped()
     made = State(params, state, memory, (), zero, own, skipped)
     parts = parts_of(plan, made, taught, batch)
+    reach.check(plan, parts, shown)
     chosen = plan.choose(lambda parts, **how: loss(plan, parts, **how), parts)
     return made._replace(
         params={"regressors": regressors},
         state=None,
-        opt_state=chosen.transform.init(params),
+        opt_state=optimizer.begun(chosen.transform, params),
     )
 
 

@@ -13,6 +13,7 @@ step. `report` says which term of the objective caused it, and which layers it r
 
 from collections.abc import Callable
 from functools import partial
+from types import NoneType
 from typing import Any
 
 import jax
@@ -20,12 +21,12 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, PyTree
 
-from hintjax._checks import Refusal, WrongType, message, positive_int
+from hintjax._checks import Refusal, WrongType, instance, message, positive_int
 from hintjax._numerics import either
 from hintjax.method import Method
-from hintjax.networks import Features, Network, Variables, Wants
+from hintjax.networks import Features, Network, Wants
 from hintjax.sharding import Layout
-from hintjax.stages import debugging, skipping, start
+from hintjax.stages import debugging, entering, optimizer, skipping, start
 from hintjax.stages import report as reports
 from hintjax.stages.accumulation import (
     divided,
@@ -38,7 +39,16 @@ from hintjax.stages.forward import Plan, features_of_teacher, loss, parts_of
 from hintjax.stages.placement import placement
 from hintjax.stages.report import Report
 from hintjax.stages.skipping import SpikeGuard
-from hintjax.stages.stage import Batch, Carry, Choose, Metrics, Parts, Stage, State
+from hintjax.stages.stage import (
+    Batch,
+    Carry,
+    Choose,
+    Given,
+    Metrics,
+    Parts,
+    Stage,
+    State,
+)
 
 
 def step(
@@ -52,13 +62,22 @@ def step(
         taught: the teacher's features of the batch.
         batch: the batch.
     """
+    entering.check_state(state)
+    entering.check_taught(taught)
+    entering.check_batch(batch)
     debugging.look("parameters", state.params, state.step)
     (grads, metrics), after, parts = learn(plan, gradients, state, taught, batch)
     debugging.look("gradients", grads, state.step)
     chosen = plan.choose(partial(loss, plan), parts)
     grads = plan.place.grads(grads)
-    transform = chosen.transform
-    updates, opt_state = transform.update(grads, state.opt_state, state.params)
+    updates, opt_state = optimizer.updates(
+        chosen.transform,
+        grads,
+        state.opt_state,
+        state.params,
+        metrics["loss"],
+        partial(value, plan, state, taught, batch),
+    )
     moved = optax.apply_updates(state.params, updates)
     good, norms, counts = skipping.guard(
         plan.spikes, state.norms, metrics["loss"], grads
@@ -137,6 +156,28 @@ def gradients(
     return (grads, metrics), after
 
 
+def value(
+    plan: Plan, state: State, taught: Features, batch: Batch, params: PyTree
+) -> Array:
+    """Returns the loss of the step at other parameters, for a line search.
+
+    Args:
+        plan: the stage's settings.
+        state: the state before the update.
+        taught: the teacher's features of the batch.
+        batch: the batch.
+        params: the parameters.
+    """
+
+    def mean(
+        plan: Plan, parts: Parts, weigh: Callable[[Array], Array], number: Any
+    ) -> tuple[Array, Carry]:
+        found, (after, _) = loss(plan, parts, train=True)
+        return weigh(found), after
+
+    return learn(plan, mean, state._replace(params=params), taught, batch)[0]
+
+
 def keep(plan: Plan, good: Array, new: State, old: State, batch: Batch) -> State:
     """Returns the new state if the step is good, and else the old one, counted.
 
@@ -163,7 +204,7 @@ def keep(plan: Plan, good: Array, new: State, old: State, batch: Batch) -> State
 
 
 def teach(
-    plan: Plan, state: State | None, variables: Variables | None, batch: Batch
+    plan: Plan, state: State | None, variables: Given | None, batch: Batch
 ) -> Features:
     """Returns the teacher's features of a batch; of each micro-batch, stacked.
 
@@ -173,6 +214,7 @@ def teach(
         variables: the teacher's.
         batch: the batch.
     """
+    entering.check_batch(batch)
     if plan.accumulate == 1:
         return features_of_teacher(plan, variables, batch)
     batch = divided(batch, plan.accumulate, plan.place)
@@ -186,7 +228,7 @@ def teach(
 
 
 def update(
-    plan: Plan, state: State, variables: Variables | None, batch: Batch
+    plan: Plan, state: State, variables: Given | None, batch: Batch
 ) -> tuple[State, Metrics]:
     """Returns the state after one update from a batch; `teach`, then `step`.
 
@@ -196,11 +238,12 @@ def update(
         variables: the teacher's.
         batch: the batch.
     """
+    entering.check_state(state)
     return step(plan, state, teach(plan, state, variables, batch), batch)
 
 
 def evaluate(
-    plan: Plan, state: State, variables: Variables | None, batch: Batch
+    plan: Plan, state: State, variables: Given | None, batch: Batch
 ) -> Metrics:
     """Returns the metrics of a batch with `train=False`.
 
@@ -210,15 +253,15 @@ def evaluate(
         variables: the teacher's.
         batch: the batch.
     """
+    entering.check_state(state)
+    entering.check_batch(batch)
     taught = features_of_teacher(plan, variables, batch)
     parts = parts_of(plan, state, taught, batch)
     _, (_, metrics) = loss(plan, parts, train=False, number=itself)
     return metrics
 
 
-def report(
-    plan: Plan, state: State, variables: Variables | None, batch: Batch
-) -> Report:
+def report(plan: Plan, state: State, variables: Given | None, batch: Batch) -> Report:
     """Returns losses and gradient norms by term and layer; see `Stage.report`.
 
     Args:
@@ -227,6 +270,7 @@ def report(
         variables: the teacher's.
         batch: the batch.
     """
+    entering.check_state(state)
     taught = teach(plan, state, variables, batch)
     found, _, _ = learn(plan, gradients_by_term, state, taught, batch)
     return reports.report(
@@ -323,17 +367,24 @@ def make_stage(
     )
 
 
-def check_kinds(caller: str, method: Any, optimizer: Any) -> None:
-    """Raises unless method and optimizer have their types, and so their places.
+def check_kinds(
+    caller: str, student: Any, teacher: Any, method: Any, transform: Any
+) -> None:
+    """Raises unless all arguments of a stage have their types, and so their places.
 
     Args:
         caller: name of the function that the user called.
+        student: should be a `Network`.
+        teacher: should be a `Network` or None.
         method: should be a `Method`.
-        optimizer: should be an optax transformation.
+        transform: should be an optax transformation.
     """
+    do = "Make it one with hintjax.linen, hintjax.nnx or hintjax.function."
+    instance(caller, Network, do, student=student)
+    instance(caller, (Network, NoneType), do, teacher=teacher)
     for name, value, kind in (
         ("method", method, Method),
-        ("optimizer", optimizer, optax.GradientTransformation),
+        ("optimizer", transform, optax.GradientTransformation),
     ):
         if not isinstance(value, kind):
             wanted = f"{name} to be a {kind.__name__}"

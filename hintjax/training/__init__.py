@@ -5,7 +5,7 @@ from hintjax.training.checkpoints import Checkpoints, open_checkpoints
 from hintjax.training.evaluation import evaluate
 from hintjax.training.feeds import Feed, Program, on_device, program, streamed
 from hintjax.training.ledger import Fitted
-from hintjax.training.loop import fit
+from hintjax.training.loop import NothingLearned, fit
 from hintjax.training.metrics import open_metrics, read_metrics
 from hintjax.training.phase import Phase
 from hintjax.training.progress import progress
@@ -17,6 +17,7 @@ __all__ = [
     "DamageError",
     "Feed",
     "Fitted",
+    "NothingLearned",
     "Phase",
     "Program",
     "evaluate",

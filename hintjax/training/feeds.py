@@ -8,18 +8,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Key, PyTree
+from jaxtyping import Array, Key, PyTree, UInt8
 
 from hintjax._checks import Refusal, WrongType, message
 from hintjax.data import (
     Augment,
     Dataset,
     Split,
+    View,
     order,
     place,
     steps_per_epoch,
     stream,
     take,
+    view_of,
 )
 from hintjax.method import Data
 from hintjax.sharding import from_process, over_batch, replicated, spread
@@ -87,18 +89,22 @@ def program(
     """
     augment = augment or Augment()
 
-    def body(state, teacher, train, standardize, epoch, key, at, position):
+    def body(state, teacher, train, standardize, epoch, crops, at, position):
         index = jax.lax.dynamic_slice(epoch, (position * batch_size,), (batch_size,))
-        key = jax.random.fold_in(key, at)
-        batch = take(train, index, standardize, key=key, augment=augment)
+        key = view = None
+        if isinstance(crops, View):
+            view = crops
+        else:
+            key = jax.random.fold_in(crops, at)
+        batch = take(train, index, standardize, key=key, augment=augment, view=view)
         if mesh is not None:
             batch = jax.lax.with_sharding_constraint(batch, over_batch(mesh))
         return stage.step(state, stage.teach(state, teacher, batch), batch)
 
-    def many(state, teacher, train, standardize, epoch, key, at, position, count):
+    def many(state, teacher, train, standardize, epoch, crops, at, position, count):
         def one(state, i):
             return body(
-                state, teacher, train, standardize, epoch, key, at + i, position + i
+                state, teacher, train, standardize, epoch, crops, at + i, position + i
             )
 
         state, metrics = jax.lax.scan(one, state, jnp.arange(count))
@@ -112,7 +118,11 @@ def program(
 
 
 def on_device(
-    dataset: Dataset, batch_size: int, key: Key[Array, ""], mesh: Mesh | None = None
+    dataset: Dataset,
+    batch_size: int,
+    key: Key[Array, ""],
+    mesh: Mesh | None = None,
+    views: UInt8[np.ndarray, "views n 3"] | None = None,
 ) -> Feed:
     """Batches of a training split that is kept on the device as uint8.
 
@@ -123,6 +133,8 @@ def on_device(
         batch_size: examples in a step.
         key: the key of the order, the crops and the flips.
         mesh: the mesh over which the split is replicated.
+        views: fixed crops and flips, one view per epoch in turn; see
+            `hintjax.data.fixed_views`. By default crops and flips are random.
 
     Returns:
         The feed.
@@ -136,20 +148,23 @@ def on_device(
     everywhere = None if mesh is None else replicated(mesh)
     train = place(dataset.train, everywhere)
     standardize = _on(mesh, replicated, dataset.standardize)
-    current: dict[int, Array] = {}
+    drawn = None if views is None else _on(mesh, replicated, views)
+    current: dict[int, tuple[Array, Any]] = {}
 
     def advance(program, state, teacher, at, count):
         epoch, position = divmod(at, per_epoch)
         if epoch not in current:
             current.clear()
             shuffled = order(jax.random.fold_in(orders, epoch), n)
-            current[epoch] = _on(mesh, replicated, shuffled)
-        where = (train, standardize, current[epoch], crops, at, position)
+            seen = crops if drawn is None else view_of(drawn, epoch)
+            current[epoch] = _on(mesh, replicated, shuffled), seen
+        where = (train, standardize, *current[epoch], at, position)
         if count == 1:
             return program.one(state, teacher, *where)
         return program.many(state, teacher, *where, count=count)
 
-    first = take(train, jnp.arange(batch_size), standardize)
+    view = None if drawn is None else view_of(drawn, 0)
+    first = take(train, jnp.arange(batch_size), standardize, view=view)
     return Feed(
         advance=advance,
         example=_on(mesh, over_batch, first),
@@ -166,6 +181,8 @@ def streamed(
     seed: int,
     augment: Augment | None = None,
     mesh: Mesh | None = None,
+    views: UInt8[np.ndarray, "views n 3"] | None = None,
+    also: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict,
 ) -> Feed:
     """Batches of a training split that does not fit on the device, by Grain.
 
@@ -176,6 +193,9 @@ def streamed(
         augment: crops and flips, made on the host.
         mesh: the mesh over which a batch is split. Each process reads its own part of
             the batch.
+        views: fixed crops and flips; see `on_device`.
+        also: `(batch) -> batch` on the host, which may add entries to a batch, such as
+            the features of a cached teacher.
 
     Returns:
         The feed. Its position is that of Grain, and the same in all processes.
@@ -190,6 +210,7 @@ def streamed(
         batch_size // processes,
         dataset.standardize,
         augment=augment or Augment(),
+        crops=views,
         seed=seed,
         process_index=jax.process_index(),
         process_count=processes,
@@ -200,7 +221,7 @@ def streamed(
     def following() -> Mapping[str, Any]:
         nonlocal seconds
         start = time.perf_counter()
-        batch = next(batches)
+        batch = also(next(batches))
         # While an earlier step still runs, a late batch delays nothing. If that step
         # has ended by now, the whole wait counts.
         if all(array.is_ready() for array in dispatched):

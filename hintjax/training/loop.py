@@ -41,6 +41,13 @@ from hintjax.training.run_directory import owned
 from hintjax.training.signals import stoppable
 
 
+class NothingLearned(FloatingPointError):
+    """A run that ended because its updates were skipped; one sentence says why.
+
+    The command then exits with code 3.
+    """
+
+
 def fit(
     run_dir: str | os.PathLike[str],
     phases: Sequence[Phase],
@@ -105,8 +112,9 @@ def fit(
             another process owns the run directory; if several processes were given
             different settings; or, with debug, for a value that is wrong.
         OSError: if a checkpoint could not be written; raised at the next step.
-        FloatingPointError: if it gave up. The message says which terms and layers are
-            not finite on the first batch of the run.
+        NothingLearned: if it gave up, or if all updates of a phase were skipped. The
+            message says which terms and layers are not finite on the first batch of the
+            run. It is a FloatingPointError.
     """
     identity = _identity(identity or {}, phases, feed, key)
     agree("settings", identity)
@@ -168,6 +176,9 @@ def _train(
 
     Returns:
         The state and where the run stands at the end of the phase.
+
+    Raises:
+        NothingLearned: if all updates of the phase were skipped.
     """
     phase, keeper = pace.phase, pace.keeper
     while metrics is not None or not now.over(phase):
@@ -179,6 +190,9 @@ def _train(
         if now.over(phase) or at_checkpoint or told(keeper.late):
             now = keeper.save(state, now)
         keeper.heed(state, now)
+    steps = now.at - now.began
+    if 0 < steps == int(state.skipped.total):
+        _give_up(phase, state, pace.feed.example, now.at, steps)
     return state, now
 
 
@@ -281,4 +295,4 @@ def _give_up(
         found += f"; {state.norms.spikes} updates were too long for the SpikeGuard"
     wanted = f"finite losses and gradients in phase {phase.name!r}"
     got = f"{in_a_row} skipped updates in a row at step {at}"
-    raise FloatingPointError(message("fit", wanted, got, f"{found}."))
+    raise NothingLearned(message("fit", wanted, got, f"{found}."))

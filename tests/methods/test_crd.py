@@ -339,6 +339,47 @@ def test_one_class_has_no_negatives_and_is_still_a_number():
         assert all(np.isfinite(leaf).all() for leaf in leaves)
 
 
+@pytest.mark.parametrize("wrong", [SIZE, -1, 2**31 - 1])
+def test_an_index_outside_of_the_data_is_counted_and_not_remembered(wrong):
+    method, params, memory = made(hj.SharedNegatives(30))
+    index = KNOWN["index"].at[3].set(wrong)
+    batch = {**KNOWN, "index": index, "where": jnp.arange(BATCH) != 1}
+    _, (_, after, metrics) = run(method, params, memory, STUDENT, TEACHER, batch)
+    np.testing.assert_allclose(metrics["outside"], 1 / (BATCH - 1), rtol=1e-6)
+    moved = np.abs(after["bank"].student - memory["bank"].student).max(1) > 0
+    others = np.delete(np.asarray(KNOWN["index"]), [1, 3])
+    np.testing.assert_array_equal(np.flatnonzero(moved), np.sort(others))
+    _, (_, _, metrics) = run(method, params, memory, STUDENT, TEACHER, KNOWN)
+    assert metrics["outside"] == 0
+
+
+def test_candidates_outside_of_the_data_are_counted():
+    given = crd(PAIR, negatives=hj.GivenNegatives("some"), feature_dim=8)
+    _, params, memory = made(hj.SharedNegatives(30))
+    assert given.limits(memory) == {"index": SIZE, "some": SIZE}
+    some = jnp.zeros((BATCH, 4), jnp.int32).at[2, 3].set(SIZE)
+    batch = {**KNOWN, "some": some}
+    _, (_, _, metrics) = run(given, params, memory, STUDENT, TEACHER, batch)
+    np.testing.assert_allclose(metrics["outside"], 1 / BATCH, rtol=1e-6)
+    within = crd(PAIR, negatives=hj.BatchNegatives())
+    assert within.limits is None
+
+
+@pytest.mark.parametrize("negatives", [hj.AnchorNegatives(4), hj.BatchNegatives()])
+def test_labels_of_one_class_are_refused(negatives):
+    method = hj.objective(crd=crd(PAIR, negatives=negatives))
+    for labels in (np.zeros(9, np.int32), jnp.full(9, 3)):
+        with pytest.raises(ValueError, match="crd: expected labels of several classes"):
+            method.check(Data(labels))
+    method.check(Data(np.arange(9) % 2))
+    # Labels that are shapes alone are checked when a run begins.
+    method.check(Data(jax.ShapeDtypeStruct((9,), jnp.int32)))
+    assert hj.objective(crd=crd(PAIR, negatives=hj.GivenNegatives())).check is None
+    only_watched = hj.weighted(crd(PAIR, negatives=negatives), 0)
+    task = hj.task(optax.softmax_cross_entropy_with_integer_labels)
+    assert hj.objective(crd=only_watched, task=task).check is None
+
+
 def test_it_is_told_what_it_needs():
     method = crd(PAIR)
     shapes = Features(hints={"guided": STUDENT}), Features(hints={"hint": TEACHER})
@@ -346,7 +387,7 @@ def test_it_is_told_what_it_needs():
         method.init(KEY, *shapes, None)
     given = crd(PAIR, negatives=hj.GivenNegatives("idx"), feature_dim=8)
     _, params, memory = made(hj.SharedNegatives(30))
-    with pytest.raises(ValueError, match='crd: expected an entry "idx" of the batch'):
+    with pytest.raises(ValueError, match="crd: expected 'idx' in the batch"):
         run(given, params, memory, STUDENT, TEACHER, KNOWN)
 
 
@@ -401,6 +442,12 @@ def test_it_learns_in_both_stages_beside_others(make):
         with pytest.raises(ValueError, match="crd: expected the training set's labels"):
             stage.init(KEY, ours, theirs, batch)
         data = Data(np.arange(SIZE, dtype=np.int32) % 5)
+        with pytest.raises(ValueError, match="labels of several classes, got 9 labels"):
+            stage.init(KEY, ours, theirs, batch, data=Data(np.ones(9, np.int32)))
+        wrong = {**batch, "index": KNOWN["index"].at[2].set(SIZE)}
+        wanted = f"batch: expected 'index' in 0..{SIZE - 1}, .* got {SIZE}"
+        with pytest.raises(ValueError, match=wanted):
+            stage.init(KEY, ours, theirs, wrong, data=data)
         state = stage.init(KEY, ours, theirs, batch, data=data)
         before = jax.tree.map(jnp.copy, state.memory["crd"]["bank"])
         chex.clear_trace_counter()  # chex counts by name

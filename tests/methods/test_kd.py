@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hintjax import kd, soft_targets, standardized_kd
+from hintjax import decoupled_kd, dist, kd, soft_targets, standardized_kd
 from hintjax.losses import kd_loss, soft_cross_entropy_loss, standardize_logits
 from hintjax.method import Context
 from hintjax.networks import Features, Wants
@@ -49,6 +49,39 @@ def test_both_outputs_are_wanted_and_nothing_is_trained(method):
     made = method()
     assert made.student == made.teacher == Wants(output=True)
     assert made.init(jax.random.key(0), *outputs((5, 7), (5, 7)), None) == ({}, {})
+
+
+FEWEST = {
+    "kd": (kd(), 2),
+    "soft_targets": (soft_targets(), 2),
+    "standardized_kd": (standardized_kd(), 3),
+    "dist": (dist(), 2),
+    "dist within examples": (dist(gamma=0.0), 3),
+    "decoupled_kd": (decoupled_kd(), 2),
+    "decoupled_kd of the others": (decoupled_kd(alpha=0.0), 3),
+}
+
+
+@pytest.mark.parametrize("name", FEWEST)
+def test_so_few_classes_that_nothing_is_learned_are_refused(name):
+    (method, least), key = FEWEST[name], jax.random.key(0)
+    few, enough = (outputs((5, n), (5, n)) for n in (least - 1, least))
+    match = rf"{name.partition(' ')[0]}: expected outputs of {least} classes or more"
+    with pytest.raises(ValueError, match=match):
+        method.init(key, *few, None)
+    assert method.init(key, *enough, None) == ({}, {})
+
+    def learned(student, teacher):
+        def total(output):
+            batch = {"label": jnp.arange(5) % output.shape[-1]}
+            context, student = Context(key, jnp.int32(0), True), Features(output=output)
+            return method.apply({}, {}, student, teacher, batch, context)[0].sum()
+
+        return np.abs(jax.grad(total)(student.output)).max()
+
+    assert learned(*enough) > 1e-3
+    if name != "decoupled_kd":  # its loss refuses one class by itself
+        assert learned(*few) < 1e-4
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -4,6 +4,7 @@ Hints of Linen are compared with what plain `module.apply` captures.
 """
 
 import functools
+import re
 
 import flax.linen as nn
 import hypothesis
@@ -241,8 +242,9 @@ def test_a_path_is_read_back_as_it_was_written(scope, method, call, side, items)
 @pytest.mark.parametrize(
     "path",
     ["", "/", "/a", "a/", "a//b", "a.", ".a", "a.b.c", "a.b/c", "a#", "a#x", "a#-1"]
-    + ["a#1#2", "#1", "a:", "a:out", "a:in:in", "a:in#1", ":in", "a[", "a[]", "a[x]"]
-    + ["a[-1]", "a[0]1", "a[0]:in", "[0]", "a[0]#1"],
+    + ["a#1#2", "#1", "a:", "a:out", "a:in:in", "a:in#1", ":in", "a[", "a[]", "a[x y]"]
+    + ["a[-1]", "a[0]1", "a[0]:in", "[0]", "a[0]#1"]
+    + [":out:in", ":out#0", "a/:out", ":out.a", ":output", ":out[]"],
 )
 def test_a_path_outside_the_grammar_is_refused_with_the_text(path):
     with pytest.raises(ValueError, match="path: expected scope/name") as error:
@@ -325,7 +327,7 @@ def test_a_value_sown_with_a_reduction_is_one_value():
         for path in ("dense0", "dense1", "dense2", "sum")
     )
     np.testing.assert_allclose(total, sum(dense), rtol=1e-6)
-    assert list(network.layers(*variables, TOKENS))[-1] == "sum"
+    assert list(network.layers(*variables, TOKENS))[-2:] == ["sum", ":out"]
     with pytest.raises(ValueError, match="got 'sum#1'"):
         hint(network, variables, TOKENS, "sum#1")
 
@@ -568,6 +570,99 @@ def test_a_module_without_call_needs_call():
         linen(Silent())
 
 
+class Moded(nn.Module):
+    """The mode is an attribute, not an argument."""
+
+    train: bool = False
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Dense(4, name="low")(x)
+        x = nn.BatchNorm(use_running_average=not self.train, name="norm")(x)
+        return nn.Dropout(0.5, deterministic=not self.train, name="dropout")(x)
+
+
+class ModedSetup(nn.Module):
+    train: bool = False
+
+    def setup(self):
+        self.low = nn.Dense(4)
+        self.norm = nn.BatchNorm(use_running_average=not self.train)
+
+    def __call__(self, x):
+        return self.norm(self.low(x))
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("cls", [Moded, ModedSetup])
+def test_a_module_with_train_as_an_attribute_is_called_by_its_clone(cls):
+    (line,) = re.findall(r"`(lambda m, x, train: m\.clone.*?)`", linen.__doc__)
+    network = linen(cls(), call=eval(line))
+    variables = network.init(jax.random.key(0), TOKENS)
+    key, wants = jax.random.key(1), Wants(True, ("low", "norm"))
+    for train in (False, True):
+        shown, state = network.apply(
+            *variables, TOKENS, wants=wants, train=train, key=key
+        )
+        want, changed = cls(train=train).apply(
+            join(variables), TOKENS, rngs={"dropout": key}, mutable=["batch_stats"]
+        )
+        assert shown.hints["low"].shape == TOKENS.shape
+        if cls is ModedSetup:
+            np.testing.assert_array_equal(shown.output, want)
+        else:  # another stream of the same key
+            assert (shown.output == 0).any() == train
+        jax.tree.map(np.testing.assert_array_equal, state, dict(changed))
+
+
+def test_adapters_beside_a_dense_layer_are_layers_like_others():
+    class Adapted(nn.Module):
+        width: int
+
+        @nn.compact
+        def __call__(self, x):
+            low = nn.Dense(2, use_bias=False, name="a")(x)
+            delta = nn.Dense(self.width, use_bias=False, name="b")(low)
+            return nn.Dense(self.width, name="base")(x) + delta
+
+    class Whole(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return Adapted(3, name="two")(nn.relu(Adapted(4, name="one")(x)))
+
+    network, variables = made(Whole())
+    parts = [f"{at}/{name}" for at in ("one", "two") for name in ("a", "b", "base")]
+    assert {"one", "two", ":out", *parts} == set(network.layers(*variables, TOKENS))
+    got = hint(network, variables, TOKENS, "one/base")
+    want = plain(Whole(), variables, TOKENS)["one"]["base"]["__call__"][0]
+    np.testing.assert_array_equal(got, want)
+
+
+def test_a_layer_that_rounds_its_weights_shows_its_activations():
+    """A student that is trained for int8, with straight-through gradients."""
+
+    def rounded(a, b, *rest, **how):
+        def one(x):
+            return x + jax.lax.stop_gradient(jnp.round(x * 127) / 127 - x)
+
+        return jax.lax.dot_general(one(a), one(b), *rest, **how)
+
+    class Quantized(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            low = nn.Dense(4, dot_general=rounded, name="low")(x)
+            return nn.Dense(3, dot_general=rounded, name="head")(low)
+
+    network, variables = made(Quantized())
+    assert hint(network, variables, TOKENS, "low").shape == (2, 5, 4)
+
+    def total(params):
+        return hint(network, Variables(params, {}), TOKENS, ":out").sum()
+
+    grads = jax.grad(total)(variables.params)
+    assert jnp.abs(grads["low"]["kernel"]).sum() > 0
+
+
 def test_inputs_may_be_any_tree():
     class Language(nn.Module):
         @nn.compact
@@ -581,7 +676,7 @@ def test_inputs_may_be_any_tree():
     )
     variables = network.init(jax.random.key(0), batch)
     assert hint(network, variables, batch, "embed").shape == (2, 3, 4)
-    assert list(network.layers(*variables, batch)) == ["embed", "head"]
+    assert list(network.layers(*variables, batch)) == ["embed", "head", ":out"]
 
 
 def test_a_module_with_another_method_than_call():
@@ -612,7 +707,7 @@ def test_the_state_keeps_its_structure_when_a_model_sows_a_loss():
 @pytest.mark.quick
 def test_layers_are_in_the_order_of_execution():
     network, variables = made(SetupList())
-    names = ["blocks_2", "blocks_1", "blocks_0", "head"]
+    names = ["blocks_2", "blocks_1", "blocks_0", "head", ":out"]
     assert list(network.layers(*variables, TOKENS)) == names
     network, variables = made(Nested())
     names = [path for path in network.layers(*variables, X) if "margin" not in path]
@@ -620,7 +715,7 @@ def test_layers_are_in_the_order_of_execution():
     want = [
         f"block{i}{part}" for i in (1, 2, 3) for part in (*map("/".__add__, inside), "")
     ]
-    assert names == [*want, "head"]
+    assert names == [*want, "head", ":out"]
 
 
 @pytest.mark.quick
@@ -654,7 +749,7 @@ def test_every_layer_of_a_scan_is_listed():
     inside = [
         path for i in range(5) for path in (f"layers/dense[{i}]", f"layers[0][{i}]")
     ]
-    assert list(layers) == [*inside, "head"]
+    assert list(layers) == [*inside, "head", ":out"]
     assert {layer.shape for layer in layers.values()} == {(2, 5, 4), (2, 5, 2)}
 
 
@@ -684,6 +779,7 @@ def test_calls_of_a_shared_module_are_in_the_order_of_execution():
         "shared#0",
         "between",
         "shared#1",
+        ":out",
     ]
 
 
@@ -764,7 +860,8 @@ def test_the_layers_of_a_function_are_in_the_order_of_execution():
     layers = network.layers(*variables, TOKENS)
     first, second = {"layers.0/act[0]", "nested/pair[0]"}, {"outer", "nested/pair[1]"}
     assert set(list(layers)[:2]) == first and set(list(layers)[2:4]) == second
-    assert list(layers)[4:] == ["stacked[0]", "stacked[1]", "stacked[2]", "last"]
+    after = ["stacked[0]", "stacked[1]", "stacked[2]", "last", ":out"]
+    assert list(layers)[4:] == after
     wants = Wants(hints=tuple(layers))
     features, _ = network.apply(*variables, TOKENS, wants=wants, train=False)
     assert {p: h.shape for p, h in features.hints.items()} == {
@@ -854,7 +951,8 @@ def test_equinox_in_both_stages():
         net.init(jax.random.key(k), batch["x"])
         for k, net in enumerate((student, teacher))
     )
-    assert list(student.layers(*variables, batch["x"])) == ["layers/0", "layers/1"]
+    paths = list(student.layers(*variables, batch["x"]))
+    assert paths == ["layers/0", "layers/1", ":out"]
     hint_method = hj.fitnets([("layers/0", "layers/1")])
     first = hj.hint_stage(
         student, teacher, hj.objective(hint=hint_method), optax.adamw(0.05), **inputs

@@ -241,13 +241,14 @@ def test_layers_are_those_of_linen_in_the_same_order():
         for network, variables in zip(networks(), weights(), strict=True)
     )
     assert list(mine.items()) == list(linen.items())
-    assert list(mine)[-3:] == ["layers/dense[2]", "layers[0][2]", "head"]
+    last = ["layers/dense[2]", "layers[0][2]", "head", ":out"]
+    assert list(mine)[-4:] == last
 
 
 @pytest.mark.quick
 def test_a_list_has_numbers_and_layers_come_in_the_order_of_execution():
     network, variables = small(Listed)
-    names = ["blocks/2", "blocks/1", "blocks/0", "tail/layers/1", "tail"]
+    names = ["blocks/2", "blocks/1", "blocks/0", "tail/layers/1", "tail", ":out"]
     assert list(network.layers(*variables, X)) == names
     rematted = hj.nnx(Listed, call=lambda m, x, _: nnx.remat(Listed.__call__)(m, x))
     assert list(rematted.layers(*variables, X)) == names
@@ -331,7 +332,7 @@ def test_a_module_that_shows_nothing_says_why(method):
 
     network = hj.nnx(Hiding, call=lambda m, x, train: getattr(m, method)(x))
     variables = network.init(KEY, X)
-    assert network.layers(*variables, X) == {}
+    assert list(network.layers(*variables, X)) == [":out"]
     with pytest.raises(ValueError, match=r"shows none\. It is not called, or in a "):
         shown(network, variables, "dense")
 
@@ -528,3 +529,23 @@ def test_the_hint_stage_freezes_what_does_not_feed_the_hint():
         )
     }
     assert {name for name, it in moved.items() if it} == {"first", "rematted", "shared"}
+
+
+@pytest.mark.quick
+def test_adapters_of_nnx_are_layers_like_others():
+    class Adapted(nnx.Module):
+        def __init__(self, rngs):
+            self.one = nnx.LoRALinear(4, 6, lora_rank=2, rngs=rngs)
+            base = nnx.Linear(6, 3, rngs=rngs)
+            self.two = nnx.LoRA(6, 2, 3, base_module=base, rngs=rngs)
+
+        def __call__(self, x):
+            return self.two(nnx.relu(self.one(x)))
+
+    network, variables = small(Adapted)
+    layers = network.layers(*variables, X)
+    assert list(layers) == ["one/lora", "one", "two/base_module", "two", ":out"]
+    features, _ = shown(network, variables, "one")
+    one, x = variables.params["one"], X
+    lora = x @ one["lora"]["lora_a"] @ one["lora"]["lora_b"]
+    close(features.hints["one"], x @ one["kernel"] + one["bias"] + lora)

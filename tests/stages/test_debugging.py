@@ -144,6 +144,9 @@ def teacher(layer, value):
 WRONG = {
     "label": (entry("label", 5, CLASSES), "labels in 0..2, got 3 at example 5."),
     "negative label": (entry("label", 6, -1), "labels in 0..2, got -1 at example 6."),
+    "index": (entry("index", 5, BATCH), "'index' in 0..15, got 16 at example 5."),
+    "negative index": (entry("index", 2, -1), "'index' in 0..15, got -1 at example 2."),
+    "index left out": (entry("index", 15, 99), None),
     "input": (entry("x", 7, np.nan), "finite 'x' in the batch, got nan at example 7."),
     "parameter": (
         student("guided", "bias", -np.inf),

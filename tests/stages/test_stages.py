@@ -1263,7 +1263,7 @@ class TestErrorsBeforeAnyCompilation:
             started(stages()[name](), image=np.zeros((BATCH, 8, 8, 1), np.uint8))
 
     def test_no_images(self, name):
-        with pytest.raises(ValueError, match=r'an entry "image", got \[.label.\]'):
+        with pytest.raises(ValueError, match=r"'image' in the batch, got \['label'\]"):
             started(stages()[name](), image=None)
 
     def test_unknown_layer_of_the_student(self, name):

@@ -30,6 +30,7 @@ from hintjax.data import (
 from hintjax.training import (
     DamageError,
     Fitted,
+    NothingLearned,
     Phase,
     dispatch,
     evaluate,
@@ -363,6 +364,23 @@ def test_a_run_gives_up_after_updates_skipped_in_a_row_and_says_why(world, tmp_p
     assert "Dense_0" not in said
     last = read_metrics(tmp_path)[-1]
     assert (last["step"], last["skipped"]) == (4, 4)
+
+
+def test_a_phase_whose_updates_were_all_skipped_is_a_failure(world, tmp_path):
+    """However short it is; and a run that is resumed fails in the same way."""
+
+    def broken(state):
+        student = jax.tree.map(lambda p: p * jnp.nan, state.params["student"])
+        return state._replace(params={**state.params, "student": student})
+
+    program, teacher = world["programs"]["distillation"], world["teacher"]
+    phases = [
+        Phase("good", program, 2, teacher),
+        Phase("bad", program, 3, teacher, adjust=broken),
+    ]
+    for resume in (False, True):
+        with pytest.raises(NothingLearned, match="in phase 'bad', got 3 skipped"):
+            train(world, tmp_path, phases=phases, report_every=2, resume=resume)
 
 
 # Dying well

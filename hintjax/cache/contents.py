@@ -1,0 +1,264 @@
+"""The contents of a cache: the features of the teacher that one row holds.
+
+A row belongs to one view of one example: row `view * examples + index`. It holds the
+teacher's output and hints that the methods of a run read, reduced where a method allows
+it, and stored in a coding.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int32, PyTree
+
+from hintjax._checks import Refusal, instance, message
+from hintjax.cache.coding import CODINGS
+from hintjax.method import Method, reduced, union
+from hintjax.networks import Features, Network, Variables, Wants
+from hintjax.networks.capture import features_of
+from hintjax.stages import image
+
+ROWS = "taught"  # the entry of a batch that holds rows of a cache
+Batch = Mapping[str, PyTree]
+
+
+class Place(NamedTuple):
+    """The rows of a batch: their numbers, and their arrays if the batch brings them.
+
+    Attributes:
+        index: the position of each example in the training split.
+        view: the number of the view of each example.
+        rows: the arrays of the rows, or None if the teacher's variables hold all rows.
+    """
+
+    index: Int32[Array, " batch"]
+    view: Int32[Array, " batch"]
+    rows: dict[str, Array] | None
+
+
+class Contents(NamedTuple):
+    """The teacher's features that a cache holds, and how they are read back.
+
+    Attributes:
+        features: `(variables, batch) -> features`: runs the teacher on a batch; its
+            reduced features by name.
+        encode: `features -> rows`, by name.
+        decode: `rows -> features`, the inverse.
+        network: a teacher that reads rows. Batches without "view" (such as those of
+            evaluation) run the live teacher.
+        inputs: `teacher_inputs` of a stage with this teacher.
+        reading: `(method) -> method` that reads the rows, for each of the methods.
+        rows: shape and dtype of each array of one row, by name.
+        description: plain values that name the contents: coding, features, shapes.
+    """
+
+    features: Callable[[Variables, Batch], dict[str, Array]]
+    encode: Callable[[Mapping[str, Array]], dict[str, Array]]
+    decode: Callable[[Mapping[str, Array | np.ndarray]], dict[str, Array]]
+    network: Network
+    inputs: Callable[[Batch], Any]
+    reading: Callable[[Method], Method]
+    rows: dict[str, jax.ShapeDtypeStruct]
+    description: dict[str, Any]
+
+    @property
+    def nbytes(self) -> int:
+        """The number of bytes of one row."""
+        return sum(row.size * row.dtype.itemsize for row in self.rows.values())
+
+
+def contents(
+    student: Network,
+    teacher: Network,
+    methods: Method | Sequence[Method],
+    student_variables: Variables,
+    teacher_variables: Variables,
+    batch: Batch,
+    *,
+    coding: str = "float32",
+    examples: int,
+    inputs: Callable[[Batch], PyTree] = image,
+    teacher_inputs: Callable[[Batch], PyTree] = image,
+) -> Contents:
+    """Plans a cache by tracing; nothing is computed.
+
+    Args:
+        student: the student; a reduction may depend on the sizes of its layers.
+        teacher: the teacher.
+        methods: the methods that read the cache, or one of them.
+        student_variables: the student's variables, or their shapes.
+        teacher_variables: the teacher's variables, or their shapes.
+        batch: one batch, or its shapes.
+        coding: "float32", "bfloat16" or "int8"; see `CODINGS`.
+        examples: the number of examples of the training split.
+        inputs: `(batch) -> inputs` of the student.
+        teacher_inputs: `(batch) -> inputs` of the teacher.
+
+    Returns:
+        The contents.
+
+    Raises:
+        ValueError: if the coding is unknown, or the methods read nothing of the
+            teacher that depends on the inputs.
+    """
+    if coding not in CODINGS:
+        raise Refusal(message("cache", f"a coding among {list(CODINGS)}", repr(coding)))
+    methods = (methods,) if isinstance(methods, Method) else tuple(methods)
+    instance("cache", Method, **{f"method {i}": m for i, m in enumerate(methods)})
+    wants = union(*(method.teacher for method in methods))
+    if not (wants.output or wants.hints):
+        got = "methods that read neither its output nor its hints"
+        raise Refusal(message("cache", "a method that learns from the teacher", got))
+    encode, decode = CODINGS[coding]
+    seen = union(*(method.student for method in methods))
+
+    def guided(variables: Variables, batch: Batch) -> Features:
+        return student.apply(*variables, inputs(batch), wants=seen, train=False)[0]
+
+    shapes = jax.eval_shape(guided, student_variables, batch)
+    reductions = [reduced(method, shapes) for method in methods]
+
+    def reading(method: Method) -> Method:
+        return reduced(method, shapes).method
+
+    def live(params: PyTree, state: PyTree, at: PyTree) -> dict[str, PyTree]:
+        """The features before they are stored, by name."""
+        found, _ = teacher.apply(params, state, at, wants=wants, train=False)
+        hints = {}
+        for reduction, method in zip(reductions, methods, strict=True):
+            hints |= reduction.reduce(_part(found, method.teacher)).hints
+        return {"output": found.output if wants.output else {}, "hints": dict(hints)}
+
+    def features(variables: Variables, batch: Batch) -> dict[str, Array]:
+        return dict(_named(live(*variables, at=teacher_inputs(batch))))
+
+    shown = jax.eval_shape(
+        lambda variables, batch: live(*variables, at=teacher_inputs(batch)),
+        teacher_variables,
+        batch,
+    )
+    named = dict(_named(shown))
+
+    def encoded(features: Mapping[str, Array]) -> dict[str, Array]:
+        return {
+            f"{name}:{part}": stored
+            for name, leaf in features.items()
+            for part, stored in encode(leaf).items()
+        }
+
+    def decoded(rows: Mapping[str, Array | np.ndarray]) -> dict[str, Array]:
+        parts: dict[str, dict[str, Array]] = {}
+        for name, stored in rows.items():
+            leaf, _, part = name.rpartition(":")
+            parts.setdefault(leaf, {})[part] = jnp.asarray(stored)
+        return {
+            name: decode(stored).astype(named[name].dtype)
+            for name, stored in parts.items()
+        }
+
+    rows = jax.eval_shape(encoded, named)
+
+    def apply(params, state, at, *, wants, train, key=None):
+        if isinstance(at, Place):
+            read = decoded(_gathered(at, state["rows"], rows, examples))
+            leaves = [read[name] for name in named]
+            found = jax.tree.unflatten(jax.tree.structure(shown), leaves)
+        else:
+            found = live(params, state["live"], at)
+        hints = {name: found["hints"][name] for name in wants.hints}
+        return features_of("cache", found["output"], hints, params, wants), state
+
+    def init(key, at):
+        raise Refusal(message("cache", "the variables of a teacher", "init"))
+
+    def layers(params, state, at):
+        return dict(shown["hints"])
+
+    return Contents(
+        features=features,
+        encode=encoded,
+        decode=decoded,
+        network=Network(init, apply, layers),
+        inputs=lambda batch: _place(batch, teacher_inputs),
+        reading=reading,
+        rows={
+            name: jax.ShapeDtypeStruct(row.shape[1:], row.dtype)
+            for name, row in rows.items()
+        },
+        description={
+            "coding": coding,
+            "rows": {
+                name: [str(row.dtype), list(row.shape[1:])]
+                for name, row in rows.items()
+            },
+        },
+    )
+
+
+def variables_of(
+    teacher: Variables, rows: Mapping[str, Array | np.ndarray] | None
+) -> Variables:
+    """The variables of a cached teacher.
+
+    Args:
+        teacher: the live teacher's variables.
+        rows: all rows on the device, (rows, numbers) for each name; None if batches
+            carry their rows.
+    """
+    return Variables(teacher.params, {"live": teacher.state, "rows": rows})
+
+
+def flat(rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Rows as matrices (rows, numbers), as `variables_of` takes them.
+
+    A TPU would keep feature maps with the rows innermost, and a gather would copy all
+    of them at every step.
+    """
+    return {name: stored.reshape(stored.shape[0], -1) for name, stored in rows.items()}
+
+
+def _gathered(
+    at: Place,
+    everything: dict[str, Array] | None,
+    rows: dict[str, jax.ShapeDtypeStruct],
+    examples: int,
+) -> dict[str, Array]:
+    """The rows of a batch, from the batch itself or from all rows on the device."""
+    found = at.rows
+    if found is None:
+        if everything is None:
+            wanted = f"the rows on the device, or {ROWS!r} in the batch"
+            do = "Pass variables_of(teacher, rows), or add read(...) to the batch."
+            raise Refusal(message("cache", wanted, "neither", do))
+        numbers = at.view * examples + at.index
+        found = {name: stored[numbers] for name, stored in everything.items()}
+    return {
+        name: stored.reshape(-1, *rows[name].shape[1:])
+        for name, stored in found.items()
+    }
+
+
+def _place(batch: Batch, live: Callable[[Batch], PyTree]) -> Any:
+    """The inputs of a cached teacher: rows for a batch of views, else live inputs."""
+    if "view" not in batch:
+        return live(batch)
+    return Place(batch["index"], batch["view"], batch.get(ROWS))
+
+
+def _part(features: Features, wants: Wants) -> Features:
+    """The features that one method reads."""
+    return Features(
+        features.output if wants.output else None,
+        {path: features.hints[path] for path in wants.hints},
+    )
+
+
+def _named(tree: PyTree) -> list[tuple[str, Any]]:
+    """Each leaf of a tree with its name."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return [
+        ("/".join(str(getattr(part, "key", part)) for part in path), leaf)
+        for path, leaf in leaves
+    ]

@@ -1,0 +1,316 @@
+"""Rows of a cache on disk: shards with checksums, which a killed process can resume.
+
+    cache.json             the identity of the cache
+    shards.jsonl           one line per finished shard: name, bytes, checksum
+    rows-00000.npy         rows of one shard, one record per row
+
+A shard is written beside its name, moved there, and then listed. Only listed shards
+count, so a process that is killed loses at most one shard.
+"""
+
+import contextlib
+import json
+import os
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Integer
+
+from hintjax._checks import Refusal, message
+from hintjax.training.run_directory import owned, read_json, unwritten, write_text
+from hintjax.training.sealed import DamageError
+
+IDENTITY = "cache.json"
+_LISTED = "shards.jsonl"
+_SHARD = 2**26  # bytes of a shard, at most (but at least one row)
+_BLOCK = 2**20  # bytes in memory while a checksum is computed
+
+Compute = Callable[[np.ndarray], Mapping[str, np.ndarray]]
+
+
+class Rows(NamedTuple):
+    """All rows of a cache, in memory or mapped from disk.
+
+    Attributes:
+        shards: records of each shard.
+        size: the number of rows in each shard but the last.
+        examples: the number of examples; row `view * examples + index`.
+    """
+
+    shards: Sequence[np.ndarray]
+    size: int
+    examples: int
+
+    def read(
+        self, index: Integer[np.ndarray, " n"], view: Integer[np.ndarray, " n"] | int
+    ) -> dict[str, np.ndarray]:
+        """The rows of some examples, in one view each.
+
+        Args:
+            index: positions of the examples.
+            view: the number of the view of each example.
+
+        Raises:
+            ValueError: if there is no such row.
+        """
+        rows = np.asarray(view) * self.examples + np.asarray(index)
+        total = sum(map(len, self.shards))
+        outside = (np.asarray(index) >= self.examples) | (rows < 0) | (rows >= total)
+        if outside.any():
+            views = total // self.examples
+            wanted = f"index in 0..{self.examples - 1} and view in 0..{views - 1}"
+            got = f"{np.asarray(index)[outside][:3]}, view {view}"
+            raise Refusal(message("cache", wanted, got))
+        found = np.empty(rows.shape, self.shards[0].dtype)
+        which = rows // self.size
+        for shard in np.unique(which):
+            mine = which == shard
+            found[mine] = self.shards[shard][rows[mine] - shard * self.size]
+        return {name: found[name] for name in found.dtype.names or ()}
+
+    def everything(self) -> dict[str, np.ndarray]:
+        """All rows, in memory."""
+        names = self.shards[0].dtype.names or ()
+        return {name: np.concatenate([s[name] for s in self.shards]) for name in names}
+
+    @property
+    def nbytes(self) -> int:
+        """The number of bytes of all rows."""
+        return sum(shard.nbytes for shard in self.shards)
+
+
+def record_type(rows: Mapping[str, jax.ShapeDtypeStruct]) -> np.dtype:
+    """The numpy type of one row.
+
+    Args:
+        rows: shape and dtype of each array of a row, by name.
+    """
+    return np.dtype([(name, row.dtype, row.shape) for name, row in rows.items()])
+
+
+def by_batches(
+    encode: Callable[[Any], Mapping[str, Any]],
+    batch_of: Callable[[np.ndarray, int], Any],
+    batch_size: int,
+    examples: int,
+) -> Compute:
+    """Computes rows in batches of one size.
+
+    Args:
+        encode: `batch -> arrays of its rows`, by name.
+        batch_of: `(index, view) -> batch` of some examples in one view.
+        batch_size: the number of examples in a batch. With the batch size of training,
+            float32 rows have the bits that a live teacher gives in most networks.
+        examples: the number of examples.
+
+    Returns:
+        `numbers of rows -> arrays of these rows`, by name.
+    """
+
+    def compute(numbers: np.ndarray) -> dict[str, np.ndarray]:
+        done = []
+        for view in np.unique(numbers // examples):
+            index = numbers[numbers // examples == view] % examples
+            for start in range(0, len(index), batch_size):
+                some = index[start : start + batch_size]
+                batch = batch_of(np.resize(some, batch_size), int(view))
+                found = jax.device_get(encode(batch))
+                done.append({name: x[: len(some)] for name, x in found.items()})
+        return {name: np.concatenate([d[name] for d in done]) for name in done[0]}
+
+    return compute
+
+
+def in_memory(
+    rows: Mapping[str, jax.ShapeDtypeStruct],
+    total: int,
+    examples: int,
+    compute: Compute,
+) -> Rows:
+    """Computes all rows into memory.
+
+    Args:
+        rows: shape and dtype of each array of a row, by name.
+        total: the number of rows.
+        examples: the number of examples.
+        compute: `numbers of rows -> arrays of these rows`, by name.
+    """
+    filled = _filled(record_type(rows), np.arange(total), compute)
+    return Rows([filled], total, examples)
+
+
+def write(
+    directory: str | os.PathLike[str],
+    identity: Mapping[str, Any],
+    rows: Mapping[str, jax.ShapeDtypeStruct],
+    total: int,
+    compute: Compute,
+    *,
+    show: Callable[[int], None] = lambda done: None,
+) -> None:
+    """Computes the rows that a directory lacks, and writes them there.
+
+    A directory whose writing was interrupted is completed. Two processes never write
+    one directory.
+
+    Args:
+        directory: a new directory, or one with the same identity.
+        identity: plain values that say what the rows are: the teacher, the data, the
+            views, the features.
+        rows: shape and dtype of each array of a row, by name.
+        total: the number of rows.
+        compute: `numbers of rows -> arrays of these rows`, by name.
+        show: is called with the number of finished rows.
+
+    Raises:
+        ValueError: if the directory holds a cache with another identity, if a shard is
+            damaged, or if another process writes there.
+        OSError: if the disk is full.
+    """
+    path = Path(directory).expanduser()
+    kind = record_type(rows)
+    with owned(path):
+        if read_json(path / IDENTITY) is None:
+            write_text(path / IDENTITY, _text(identity))
+        check_identity(path, identity)
+        done = _listed(path)
+        for name, numbers in _parts(total, kind):
+            if name in done:
+                _check(path / name, done[name])
+            else:
+                _add(path / name, _filled(kind, numbers, compute))
+            show(int(numbers[-1]) + 1)
+
+
+def read(
+    directory: str | os.PathLike[str],
+    identity: Mapping[str, Any] | None = None,
+    *,
+    mapped: bool = False,
+) -> Rows:
+    """Reads a complete cache, and checks every byte.
+
+    Args:
+        directory: a directory that `write` has completed.
+        identity: the expected identity. None accepts any.
+        mapped: whether the rows stay on disk and are read when they are needed.
+
+    Returns:
+        The rows.
+
+    Raises:
+        ValueError: if the cache has another identity, is damaged or incomplete.
+    """
+    path = Path(directory).expanduser()
+    found = check_identity(path, identity)
+    listed = _listed(path)
+    names = sorted(listed)
+    for name in names:
+        _check(path / name, listed[name])
+    mode = "r" if mapped else None
+    shards = [np.load(path / name, mmap_mode=mode) for name in names]
+    held = sum(map(len, shards))
+    if held != found["total"]:
+        wanted = f"{found['total']} rows in {path}"
+        do = "Start the run again; it computes the missing rows."
+        raise Refusal(message("cache", wanted, f"{held}", do))
+    return Rows(shards, len(shards[0]), found["examples"])
+
+
+def check_identity(path: Path, identity: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Reads the identity of a cache, and names the first field that differs.
+
+    Args:
+        path: directory of the cache.
+        identity: the expected identity; None accepts any.
+
+    Raises:
+        ValueError: if there is no cache, or if a field differs.
+    """
+    found = read_json(path / IDENTITY)
+    if found is None:
+        raise Refusal(message("cache", f"a cache in {path}", "none"))
+    for name in sorted({*found, *(identity or found)}):
+        wanted = json.loads(_text(identity or found)).get(name)
+        if found.get(name) != wanted:
+            do = "Use another directory for the cache, or delete this one."
+            expected = f"a cache in {path} with {name} {_short(wanted)}"
+            raise Refusal(message("cache", expected, _short(found.get(name)), do))
+    return found
+
+
+def _parts(total: int, kind: np.dtype) -> Iterator[tuple[str, np.ndarray]]:
+    """The name of each shard, and the numbers of its rows."""
+    size = max(1, _SHARD // max(1, kind.itemsize))
+    for number, start in enumerate(range(0, total, size)):
+        yield f"rows-{number:05}.npy", np.arange(start, min(start + size, total))
+
+
+def _filled(kind: np.dtype, numbers: np.ndarray, compute: Compute) -> np.ndarray:
+    """The records of some rows."""
+    filled = np.empty(len(numbers), kind)
+    for name, stored in compute(numbers).items():
+        filled[name] = np.asarray(stored)
+    return filled
+
+
+def _add(path: Path, filled: np.ndarray) -> None:
+    """Writes a shard, and then lists it."""
+    staging = path.with_name(f".{path.name}.tmp")
+    try:
+        with staging.open("wb") as file:
+            np.save(file, filled, allow_pickle=False)
+            file.flush()
+            os.fsync(file.fileno())
+        seal = [path.name, *_sum(staging)]
+        staging.replace(path)
+        with (path.parent / _LISTED).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(seal) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            staging.unlink(missing_ok=True)
+        raise unwritten("cache", path, filled.nbytes, error) from error
+
+
+def _listed(path: Path) -> dict[str, list[int]]:
+    """The finished shards: bytes and checksum by name."""
+    found = {}
+    listed = path / _LISTED
+    text = listed.read_text(encoding="utf-8") if listed.exists() else ""
+    for line in text.splitlines():
+        # A killed process may have left half a line.
+        with contextlib.suppress(ValueError):
+            name, *seal = json.loads(line)
+            found[name] = seal
+    return found
+
+
+def _check(path: Path, seal: list[int]) -> None:
+    """Raises unless a shard has the bytes that were written."""
+    if not path.exists() or _sum(path) != seal:
+        do = "Delete the directory, or restore the file from a copy."
+        raise DamageError(message("cache", f"{path} as it was written", "others", do))
+
+
+def _sum(path: Path) -> list[int]:
+    """The size and the checksum of a file."""
+    size = checksum = 0
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            size, checksum = size + len(block), zlib.crc32(block, checksum)
+    return [size, checksum]
+
+
+def _text(identity: Mapping[str, Any]) -> str:
+    return json.dumps(identity, indent=1, sort_keys=True)
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -1,0 +1,83 @@
+"""The call of an optimizer, with the arguments that some need beside the gradient."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+from jaxtyping import Array, Float, PyTree
+
+from hintjax._checks import Refusal, WrongType, message
+
+
+def begun(transform: optax.GradientTransformation, params: PyTree) -> optax.OptState:
+    """Returns the state of an optimizer before the first step.
+
+    Args:
+        transform: the optimizer.
+        params: the parameters.
+
+    Raises:
+        ValueError: if the optimizer keeps two trees of parameters (`optax.lookahead`).
+    """
+    state = transform.init(params)
+    if any(isinstance(one, optax.LookaheadState) for one in _lookaheads(state)):
+        wanted = "an optimizer of one tree of parameters"
+        got = "optax.lookahead, which has two"
+        do = (
+            "Use its fast optimizer alone, and hintjax.moving_average for slow weights."
+        )
+        raise Refusal(message("stage", wanted, got, do))
+    return state
+
+
+def updates(
+    transform: optax.GradientTransformation,
+    grads: PyTree,
+    state: optax.OptState,
+    params: PyTree,
+    value: Float[Array, ""],
+    value_fn: Callable[[PyTree], Float[Array, ""]],
+) -> tuple[PyTree, optax.OptState]:
+    """Returns the updates of the parameters, and the optimizer's new state.
+
+    An optimizer that needs more than the gradient gets the extra arguments of optax:
+    `value`, `grad` and `value_fn` (`optax.contrib.reduce_on_plateau`, `optax.lbfgs`).
+
+    Args:
+        transform: the optimizer.
+        grads: the gradients.
+        state: the optimizer's state.
+        params: the parameters.
+        value: the loss of the batch.
+        value_fn: the loss of the same batch as a function of the parameters.
+
+    Raises:
+        TypeError: if the optimizer needs another argument, or another type.
+    """
+
+    def of_all(some: PyTree) -> Float[Array, ""]:
+        # An optimizer of a part of the parameters sees only this part.
+        return value_fn(jax.tree.map(_filled, some, params, is_leaf=_is_masked))
+
+    extra = {"value": value, "grad": grads, "value_fn": of_all}
+    try:
+        call = optax.with_extra_args_support(transform).update
+        return call(grads, state, params, **extra)
+    except TypeError as error:
+        if isinstance(error, Refusal):
+            raise
+        wanted = f"an optimizer that needs at most {', '.join(extra)} beside gradients"
+        raise WrongType(message("stage", wanted, f"a TypeError: {error}")) from error
+
+
+def _lookaheads(state: optax.OptState) -> list[Any]:
+    return jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, optax.LookaheadState))
+
+
+def _filled(some: Any, whole: Any) -> Any:
+    return whole if _is_masked(some) else some
+
+
+def _is_masked(node: Any) -> bool:
+    return isinstance(node, optax.MaskedNode)
