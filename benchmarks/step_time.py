@@ -71,6 +71,7 @@ LEFT_OUT = {
     "minilm": TOKENS,
     "paraphrase": "it is an earlier stage that trains an autoencoder on the teacher",
     "patient": TOKENS,
+    "token_gram": TOKENS,
     "tinybert": TOKENS,
 }
 

@@ -53,6 +53,7 @@ from hintjax.methods import (
     soft_targets,
     standardized_kd,
     tinybert,
+    token_gram,
     variational,
     warm_up,
 )
@@ -175,6 +176,7 @@ __all__ = [
     "task",
     "tinybert",
     "together",
+    "token_gram",
     "variational",
     "viewed",
     "warm_up",

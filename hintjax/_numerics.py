@@ -6,6 +6,7 @@ because the published numbers were computed with torch.
 """
 
 import math
+import string
 from typing import overload
 
 import jax
@@ -14,6 +15,9 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, PyTree
 
 from hintjax import _checks
+
+# Letters of the axes of positions in an equation of `einsum`, in order.
+AXES = string.ascii_uppercase
 
 
 @overload
@@ -170,38 +174,42 @@ def absolute_power(x: Float[Array, "*shape"], power: int) -> Float[Array, "*shap
 
 
 def adaptive_average_pool(
-    x: Float[Array, "*batch h w c"], size: tuple[int, int]
-) -> Float[Array, "*batch height width c"]:
-    """Returns means over bins [floor(i n / m), ceil((i + 1) n / m)) of both axes.
+    x: Float[Array, "*shape c"], size: tuple[int, ...]
+) -> Float[Array, "*pooled c"]:
+    """Returns means over bins [floor(i n / m), ceil((i + 1) n / m)) of each axis.
 
-    The bins overlap if m does not divide n; the bins of ordinary pooling never do. Two
-    small constant matrices hold the bins and multiply x, at full precision on every
-    device.
+    The bins overlap if m does not divide n; the bins of ordinary pooling never do. One
+    small constant matrix for each axis holds its bins and multiplies x, at full
+    precision on every device.
+
+    Args:
+        x: any batch axes, one axis for each entry of `size`, and channels.
+        size: numbers of bins: (height, width) for a map, one for a sequence, three for
+            a volume.
     """
-    _checks.positive_int("adaptive_average_pool", height=size[0], width=size[1])
-    if x.shape[-3:-1] == tuple(size):
+    grid = _grid("adaptive_average_pool", x, size)
+    if grid == tuple(size):
         return x
-    rows, columns = (
-        jnp.asarray(_bins(n, m), x.dtype)
-        for n, m in zip(x.shape[-3:-1], size, strict=True)
-    )
-    precision = jax.lax.Precision.HIGHEST
-    return jnp.einsum("ih,jw,...hwc->...ijc", rows, columns, x, precision=precision)
+    bins = [jnp.asarray(_bins(n, m), x.dtype) for n, m in zip(grid, size, strict=True)]
+    before, after = AXES[: len(size)], AXES[len(size) : 2 * len(size)]
+    matrices = ",".join(map("".join, zip(after, before, strict=True)))
+    equation = f"{matrices},...{before}c->...{after}c"
+    return jnp.einsum(equation, *bins, x, precision=jax.lax.Precision.HIGHEST)
 
 
 def adaptive_max_pool(
-    x: Float[Array, "*batch h w c"], size: tuple[int, int]
-) -> Float[Array, "*batch height width c"]:
+    x: Float[Array, "*shape c"], size: tuple[int, ...]
+) -> Float[Array, "*pooled c"]:
     """Returns maxima over the bins of `adaptive_average_pool`.
 
     After a ReLU all entries of a bin are often 0. As in torch, the first of the equal
     entries, in reading order, receives the gradient; `jnp.max` spreads the gradient
     over all of them.
     """
-    _checks.positive_int("adaptive_max_pool", height=size[0], width=size[1])
-    # Columns come first: then the first row with the maximum gives its first column.
-    for axis, m in ((-2, size[1]), (-3, size[0])):
-        n = x.shape[axis]
+    grid = _grid("adaptive_max_pool", x, size)
+    # The last axis comes first: then the first row with the maximum gives its first
+    # column.
+    for axis, n, m in reversed(list(zip(_axes(size), grid, size, strict=True))):
         if n != m:
             starts, stops = np.arange(m) * n // m, -(-np.arange(1, m + 1) * n // m)
             offsets = np.arange((stops - starts).max())
@@ -216,28 +224,57 @@ def adaptive_max_pool(
 
 
 def at_smaller_size(
-    student: Float[Array, "*batch h w c"], teacher: Float[Array, "*batch h2 w2 c2"]
-) -> tuple[Float[Array, "*batch h3 w3 c"], Float[Array, "*batch h3 w3 c2"]]:
-    """Returns both maps, averaged down along each axis to the smaller size."""
-    height, width = map(min, student.shape[-3:-1], teacher.shape[-3:-1])
-    size = height, width
+    student: Float[Array, "batch ... c"], teacher: Float[Array, "batch ... c2"]
+) -> tuple[Float[Array, "batch ... c"], Float[Array, "batch ... c2"]]:
+    """Returns both maps, averaged down along each axis to the smaller size.
+
+    The axes between the first and the last are positions, as many in both maps.
+    """
+    size = tuple(map(min, student.shape[1:-1], teacher.shape[1:-1]))
     return adaptive_average_pool(student, size), adaptive_average_pool(teacher, size)
 
 
+def touched(
+    where: Bool[Array, "*small"], grid: tuple[int, ...]
+) -> Bool[Array, "*large"]:
+    """Returns the mask of a larger grid: entries in the bin of any unmasked position.
+
+    Args:
+        where: the mask of the positions of the smaller grid, after any batch axes.
+        grid: the larger grid, which `adaptive_average_pool` makes smaller.
+    """
+    for axis, n in zip(range(-len(grid), 0), grid, strict=True):
+        holds = _bins(n, where.shape[axis]) > 0  # (small, large)
+        holds = np.expand_dims(holds, tuple(range(where.ndim - 1)))
+        each = jnp.moveaxis(where, axis, -1)[..., None] & holds
+        where = jnp.moveaxis(jnp.any(each, -2), -1, axis)
+    return where
+
+
 def nearest_resize(
-    x: Float[Array, "*batch h w c"], size: tuple[int, int]
-) -> Float[Array, "*batch height width c"]:
-    """Returns the entries floor(i n / m) of both axes, as torch's `nearest` does.
+    x: Float[Array, "*shape c"], size: tuple[int, ...]
+) -> Float[Array, "*resized c"]:
+    """Returns the entries floor(i n / m) of each axis, as torch's `nearest` does.
 
     `jax.image.resize` uses half-pixel centers: from 8 entries to 4 it takes
     [1 3 5 7], not [0 2 4 6].
     """
-    _checks.positive_int("nearest_resize", height=size[0], width=size[1])
-    for axis, m in zip((-3, -2), size, strict=True):
-        n = x.shape[axis]
+    grid = _grid("nearest_resize", x, size)
+    for axis, n, m in zip(_axes(size), grid, size, strict=True):
         if n != m:
             x = jnp.take(x, np.arange(m) * n // m, axis, mode="clip")
     return x
+
+
+def _grid(caller: str, x: Array, size: tuple[int, ...]) -> tuple[int, ...]:
+    """Returns the sizes of the axes that a resize to `size` changes, checked."""
+    _checks.sizes(caller, 0, size=size)
+    return x.shape[-1 - len(size) : -1]
+
+
+def _axes(size: tuple[int, ...]) -> range:
+    """Returns the axes that a resize to `size` changes, from the end."""
+    return range(-1 - len(size), -1)
 
 
 def _bins(n: int, m: int) -> np.ndarray:

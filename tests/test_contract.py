@@ -52,7 +52,8 @@ class Loss(NamedTuple):
 
     def places(self):
         """Shape of the positions of one example."""
-        return self.student[: self.positions] if self.positions else ()
+        first = jax.tree.leaves(self.student, is_leaf=is_shape)[0]
+        return first[: self.positions] if self.positions else ()
 
 
 HEADS = dict.fromkeys(
@@ -76,8 +77,13 @@ CANDIDATES = dict.fromkeys(
     "the teacher's are candidates, of which one is the student's own",
 )
 
-FEATURES = {"student": (4, 3, 5), "positions": 2}
+FEATURES = {"student": (4, 3, 5), "positions": 2, "batch_dims": True}
+LOGITS = {"student": (4, 10), "positions": 1, "batch_dims": True}  # of tokens
 UNEQUAL = FEATURES | {"teacher": (8, 7, 6)}
+FLOWS = UNEQUAL | {
+    "student": ((4, 3, 3), (4, 3, 5)),
+    "teacher": ((5, 3, 3), (3, 4, 5)),
+}
 SCORES = (3, 4, 4)  # a mask of tokens covers its last two axes: tested beside the loss
 
 RELATION = {"student": (12,), "teacher": (3, 5), "coupled": True, "waived": SIZES}
@@ -89,10 +95,19 @@ PEARSON = dict.fromkeys(
 ORDER = {"a_method_does_not_mind_the_order_of_examples": "it goes by their order"}
 
 
-def labelled(student, teacher, *, where=None):
+FLAT = {"positions_on_any_number_of_axes_agree": "its maps are flat already"}
+ONE_AXIS = {"positions_on_any_number_of_axes_agree": "tokens have one axis"}
+SQUARE = {
+    "positions_on_any_number_of_axes_agree": "it pools every axis to the same size"
+}
+
+
+def labelled(student, teacher, *, batch_dims=1, where=None):
     """Decoupled KD with the same label for all examples."""
     label = jnp.full(student.shape[:-1], 1, jnp.int32)
-    return losses.decoupled_kd_loss(student, teacher, label, where=where)
+    return losses.decoupled_kd_loss(
+        student, teacher, label, batch_dims=batch_dims, where=where
+    )
 
 
 def varied(student, teacher, *, batch_dims=1, where=None):
@@ -105,15 +120,17 @@ def varied(student, teacher, *, batch_dims=1, where=None):
 
 LOSSES = {
     "activation_boundary_loss": Loss(
-        losses.activation_boundary_loss, **FEATURES, batch_dims=True, waived=SIGNS
+        losses.activation_boundary_loss, **FEATURES, waived=SIGNS
     ),
     "angle_loss": Loss(losses.angle_loss, **RELATION),
     "attention_distribution_loss": Loss(
         losses.attention_distribution_loss, SCORES, tied=True
     ),
-    "attention_map_loss": Loss(losses.attention_map_loss, (12,), positions=1),
+    "attention_map_loss": Loss(
+        losses.attention_map_loss, (12,), positions=1, waived=FLAT
+    ),
     "attention_map_loss_paper": Loss(
-        losses.attention_map_loss_paper, (12,), positions=1
+        losses.attention_map_loss_paper, (12,), positions=1, waived=FLAT
     ),
     "attention_score_loss": Loss(losses.attention_score_loss, SCORES, tied=True),
     "attention_score_loss_code": Loss(
@@ -125,7 +142,13 @@ LOSSES = {
     "attention_transfer_loss_paper": Loss(
         losses.attention_transfer_loss_paper, **UNEQUAL, waived=CHANNELS | KINK
     ),
-    "class_attention_loss": Loss(losses.class_attention_loss, (5, 4, 3), (3, 6, 3)),
+    "class_attention_loss": Loss(
+        losses.class_attention_loss,
+        (5, 4, 3),
+        (3, 6, 3),
+        batch_dims=True,
+        waived=SQUARE,
+    ),
     "contrastive_loss": Loss(
         functools.partial(
             losses.contrastive_loss, size=50, log_constant=4.0, temperature=2.0
@@ -134,29 +157,29 @@ LOSSES = {
         (3, 6),
         waived=CANDIDATES,
     ),
-    "binary_kd_loss": Loss(losses.binary_kd_loss, (10,)),
+    "binary_kd_loss": Loss(losses.binary_kd_loss, **LOGITS),
     "channel_loss": Loss(losses.channel_loss, **FEATURES),
     "correlation_loss": Loss(losses.correlation_loss, (3, 5), coupled=True),
-    "cosine_loss": Loss(losses.cosine_loss, **FEATURES, batch_dims=True),
-    "decoupled_kd_loss": Loss(labelled, (10,), least=2),
-    "dist_loss": Loss(losses.dist_loss, (10,), coupled=True, waived=PEARSON),
+    "cosine_loss": Loss(losses.cosine_loss, **FEATURES),
+    "decoupled_kd_loss": Loss(labelled, **LOGITS, least=2),
+    "dist_loss": Loss(
+        losses.dist_loss, (4, 10), positions=1, coupled=True, waived=PEARSON
+    ),
     "distance_loss": Loss(losses.distance_loss, **RELATION),
     "factor_loss": Loss(losses.factor_loss, **UNEQUAL, waived=CHANNELS | KINK),
-    "fsp_loss": Loss(losses.fsp_loss, ((4, 4, 3), (2, 3, 5)), ((5, 3, 3), (3, 4, 5))),
-    "fsp_loss_paper": Loss(
-        losses.fsp_loss_paper, ((4, 4, 3), (2, 3, 5)), ((5, 3, 3), (3, 4, 5))
-    ),
+    "fsp_loss": Loss(losses.fsp_loss, **FLOWS),
+    "fsp_loss_paper": Loss(losses.fsp_loss_paper, **FLOWS),
     "fsp_matrix_loss": Loss(losses.fsp_matrix_loss, (3, 5)),
     "fsp_matrix_loss_paper": Loss(losses.fsp_matrix_loss_paper, (3, 5)),
-    "hard_label_loss": Loss(losses.hard_label_loss, (10,), waived=CLASS),
-    "hierarchical_context_loss": Loss(losses.hierarchical_context_loss, (5, 4, 3)),
-    "hint_loss": Loss(losses.hint_loss, **FEATURES, batch_dims=True),
-    "hint_loss_paper": Loss(losses.hint_loss_paper, **FEATURES, batch_dims=True),
-    "kd_loss": Loss(losses.kd_loss, (10,)),
-    "masked_generation_loss": Loss(
-        losses.masked_generation_loss, **FEATURES, batch_dims=True
+    "hard_label_loss": Loss(losses.hard_label_loss, **LOGITS, waived=CLASS),
+    "hierarchical_context_loss": Loss(
+        losses.hierarchical_context_loss, (5, 4, 3), batch_dims=True, waived=SQUARE
     ),
-    "partial_l2_loss": Loss(losses.partial_l2_loss, **FEATURES, batch_dims=True),
+    "hint_loss": Loss(losses.hint_loss, **FEATURES),
+    "hint_loss_paper": Loss(losses.hint_loss_paper, **FEATURES),
+    "kd_loss": Loss(losses.kd_loss, **LOGITS),
+    "masked_generation_loss": Loss(losses.masked_generation_loss, **FEATURES),
+    "partial_l2_loss": Loss(losses.partial_l2_loss, **FEATURES),
     "patient_loss": Loss(losses.patient_loss, (12,)),
     "probability_loss": Loss(losses.probability_loss, **RELATION),
     "relation_loss": Loss(
@@ -164,17 +187,26 @@ LOSSES = {
         (4, 6),
         (4, 10),
         positions=1,
-        waived=CHANNELS | HEADS,
+        waived=CHANNELS | HEADS | ONE_AXIS,
     ),
     "selectivity_loss": Loss(losses.selectivity_loss, **UNEQUAL, waived=CHANNELS),
     "similarity_loss": Loss(losses.similarity_loss, **RELATION),
     "soft_cross_entropy_loss": Loss(
-        losses.soft_cross_entropy_loss, (10,), waived=ENTROPY
+        losses.soft_cross_entropy_loss, **LOGITS, waived=ENTROPY
     ),
-    "variational_loss": Loss(varied, **FEATURES, batch_dims=True, waived=GAUSSIAN),
+    "token_gram_loss": Loss(
+        losses.token_gram_loss,
+        (4, 6),
+        (4, 5),
+        positions=1,
+        batch_dims=True,
+        waived=CHANNELS,
+    ),
+    "variational_loss": Loss(varied, **FEATURES, waived=GAUSSIAN),
 }
 NOT_LOSSES = {
     "attention_map",
+    "attention_map_code",
     "attention_maps",
     "contrastive_log_constant",
     "contrastive_scores_loss",  # the row of contrastive_loss runs it
@@ -427,6 +459,31 @@ def test_fully_masked_is_zero(row):
         arrays = (pair if where.ndim == 1 else peers)(row, batch=(8,))
         got = compiled(row.loss)(*(hidden(tree, where) for tree in arrays), where)
         assert largest(got) == 0
+
+
+def test_positions_on_any_number_of_axes_agree(row):
+    """A sequence is a map of one column, and a volume of one layer of such maps."""
+    if not row.positions:
+        pytest.skip("it has no positions")
+
+    def shaped(axes):
+        def one(shape):
+            n, channels = shape[0], shape[-1]
+            return (*(n if axis == "n" else 1 for axis in axes), channels)
+
+        shapes = row.student, row.teacher
+        student, teacher = jax.tree.map(one, shapes, is_leaf=is_shape)
+        return row._replace(student=student, teacher=teacher)
+
+    sequence = pair(shaped("n"))
+    values, *gradients = compiled(row.loss)(*sequence)
+    for axes in "n1", "1n", "1n1":
+        like = pair(shaped(axes))
+        arrays = jax.tree.map(lambda x, y: x.reshape(y.shape), sequence, like)
+        got, *others = compiled(row.loss)(*arrays)
+        np.testing.assert_allclose(got, values, rtol=1e-5, atol=1e-7)
+        flat = jax.tree.map(lambda x, y: x.reshape(y.shape), others, gradients)
+        assert_close(flat, gradients, rtol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -753,6 +810,11 @@ METHODS = {
     ),
     "standardized_kd": Taught(methods.standardized_kd(), *OUTPUTS),
     "soft_targets": Taught(methods.soft_targets(), *OUTPUTS),
+    "token_gram": Taught(
+        methods.token_gram(PAIRS),
+        Features(hints={"guided": (4, 6)}),
+        Features(hints={"hint": (4, 9)}),
+    ),
     "tinybert": Taught(
         methods.tinybert(PAIRS, [("scores", "attention")]),
         Features(hints={"guided": (4, 6), "scores": SCORES}),

@@ -135,7 +135,7 @@ def test_nearest_resize_has_torch_indices(n, m, index):
     "resize", [_numerics.adaptive_average_pool, _numerics.nearest_resize]
 )
 def test_a_size_is_positive(resize):
-    with pytest.raises(ValueError, match=f"{resize.__name__}.*height"):
+    with pytest.raises(ValueError, match=f"{resize.__name__}.*size"):
         resize(jnp.zeros((1, 4, 4, 1)), (0, 4))
 
 
@@ -164,3 +164,32 @@ def test_what_has_no_entries_has_no_mean(unchecked):
         _numerics.raise_float("loss", jnp.zeros((4, 0), jnp.bfloat16)).dtype
         == jnp.float32
     )
+
+
+@pytest.mark.parametrize(("n", "m"), [(4, 2), (7, 4), (10, 7), (5, 1)])
+def test_pooling_and_resizing_take_any_number_of_axes(n, m):
+    """A sequence is a map of one column, and a volume of one layer of such maps."""
+    x = jnp.array(normal((2, n, 4)))
+    for resize in (
+        _numerics.adaptive_average_pool,
+        _numerics.adaptive_max_pool,
+        _numerics.nearest_resize,
+    ):
+        want = resize(x[:, :, None], (m, 1))
+        np.testing.assert_allclose(resize(x, (m,)), want[:, :, 0], rtol=1e-6)
+        got = resize(x[:, None, :, None], (1, m, 1))
+        np.testing.assert_allclose(got[:, 0], want, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("grid", "size"), [((7,), (4,)), ((7, 4), (3, 4))])
+def test_touched_entries_are_those_of_unmasked_bins(grid, size):
+    where = np.random.default_rng(0).random((3, *size)) < 0.4
+    got = _numerics.touched(jnp.array(where), grid)
+    want = np.zeros((3, *grid), bool)
+    for i in np.argwhere(where):
+        window = tuple(
+            slice(k * n // m, -(-(k + 1) * n // m))
+            for k, n, m in zip(i[1:], grid, size, strict=True)
+        )
+        want[(i[0], *window)] = True
+    np.testing.assert_array_equal(got, want)

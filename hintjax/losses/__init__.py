@@ -8,6 +8,7 @@ the paper and to the authors' code.
 from hintjax.losses.attention import (
     attention_energy,
     attention_map,
+    attention_map_code,
     attention_map_loss,
     attention_map_loss_paper,
     attention_maps,
@@ -53,7 +54,7 @@ from hintjax.losses.review import hierarchical_context_loss
 from hintjax.losses.selectivity import selectivity_loss
 from hintjax.losses.similarity import similarity_loss, similarity_matrix
 from hintjax.losses.standardize import standardize_logits
-from hintjax.losses.token_relations import relation_loss
+from hintjax.losses.token_relations import relation_loss, token_gram_loss
 from hintjax.losses.variational import variational_loss
 
 __all__ = (
@@ -62,6 +63,7 @@ __all__ = (
     "attention_distribution_loss",
     "attention_energy",
     "attention_map",
+    "attention_map_code",
     "attention_map_loss",
     "attention_map_loss_paper",
     "attention_maps",
@@ -105,5 +107,6 @@ __all__ = (
     "similarity_matrix",
     "soft_cross_entropy_loss",
     "standardize_logits",
+    "token_gram_loss",
     "variational_loss",
 )

@@ -1,7 +1,8 @@
 """Attention transfer (AT): matches the positions that the networks attend to."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
@@ -15,23 +16,28 @@ from hintjax._numerics import (
     norm,
     unit,
 )
+from hintjax.losses._positions import check_maps, on_one_grid
 
 
 def attention_map(
-    features: Float[Array, "*batch h w c"],
+    features: Float[Array, "*shape c"],
     *,
     power: int = 2,
+    batch_dims: int = 1,
     where: Bool[Array, "..."] | None = None,
-) -> Float[Array, "*batch h*w"]:
+) -> Float[Array, "*batch n"]:
     """Attention map (AT): the energy at each position, as a unit vector.
 
-    q_j = Q_j / ||Q||_2,  Q_j = mean_c |F_jc|^p,  j over the h w positions
+    q_j = Q_j / ||Q||_2,  Q_j = mean_c |F_jc|^p,  j over the positions
 
     Args:
-        features: a feature map; reshape a vision transformer's tokens to their grid.
+        features: a feature map (*batch h w c), tokens (*batch n c), or a volume: any
+            number of axes of positions.
         power: p, an integer >= 1; a larger p gives strong positions more weight.
-        where: mask of the examples or positions (*batch h w) that count; the map is 0
-            at the others.
+        batch_dims: number of leading axes over examples; the axes between them and the
+            channels are positions.
+        where: mask of the examples or positions (*batch *positions) that count; the map
+            is 0 at the others.
 
     Returns:
         A map of norm 1 (0 if all features are 0), flattened row by row.
@@ -39,31 +45,64 @@ def attention_map(
     Convention:
         The code takes the mean over channels and the paper the sum; dividing by the
         norm removes this factor. The code takes no absolute value, so its maps keep
-        signs for an odd p.
+        signs for an odd p (`attention_map_code`).
 
-    >>> features = jnp.array([[[0.0], [3.0]], [[4.0], [0.0]]])
+    >>> features = jnp.array([[[[0.0], [3.0]], [[4.0], [0.0]]]])
     >>> attention_map(features, power=1)
-    Array([0. , 0.6, 0.8, 0. ], dtype=float32)
+    Array([[0. , 0.6, 0.8, 0. ]], dtype=float32)
 
     References:
         Zagoruyko, Komodakis: Paying More Attention to Attention, 2017.
         https://arxiv.org/abs/1612.03928
         https://github.com/szagoruyko/attention-transfer (utils.py)
     """
-    features = as_float("attention_map", features)
-    _checks.rank("attention_map", 3, "*batch h w c", features=features)
-    _checks.positive_int("attention_map", power=power)
-    batch = features.shape[:-3]
-    _checks.mask("attention_map", where, batch, features.shape[:-1])
-    energy = jnp.mean(absolute_power(keep(features, where), power), -1)
-    return unit(energy.reshape(*batch, -1))
+    features = _features("attention_map", features, power, batch_dims, where)
+    return _unit_map(absolute_power(features, power), batch_dims)
+
+
+def attention_map_code(
+    features: Float[Array, "*shape c"],
+    *,
+    power: int = 2,
+    batch_dims: int = 1,
+    where: Bool[Array, "..."] | None = None,
+) -> Float[Array, "*batch n"]:
+    """Attention map (AT) as in the code: an odd power keeps the signs.
+
+    q_j = Q_j / ||Q||_2,  Q_j = mean_c F_jc^p,  j over the positions
+
+    Args:
+        features: as for `attention_map`.
+        power: p, an integer >= 1.
+        batch_dims: number of leading axes over examples.
+        where: mask of the examples or positions (*batch *positions) that count; the map
+            is 0 at the others.
+
+    Returns:
+        A map of norm 1 (0 if all energies are 0), flattened row by row.
+
+    Convention:
+        The authors' and RepDistiller's code. It is `attention_map` for an even p, and
+        for features >= 0. Pass it as `attention=` to the losses and the method.
+
+    >>> attention_map_code(jnp.array([[[3.0], [-4.0]]]), power=1)
+    Array([[ 0.6, -0.8]], dtype=float32)
+
+    References:
+        https://github.com/szagoruyko/attention-transfer (utils.py)
+        https://github.com/HobbitLong/RepDistiller (AT.py)
+    """
+    features = _features("attention_map_code", features, power, batch_dims, where)
+    return _unit_map(jax.lax.integer_pow(features, power), batch_dims)
 
 
 def attention_maps(
-    student: Float[Array, "*batch h w c"],
-    teacher: Float[Array, "*batch h2 w2 c2"],
+    student: Float[Array, "*shape c"],
+    teacher: Float[Array, "*shape2 c2"],
     *,
     power: int = 2,
+    attention: Callable[..., Float[Array, "..."]] = attention_map,
+    batch_dims: int = 1,
     where: Bool[Array, "..."] | None = None,
 ) -> tuple[Float[Array, "*batch n"], Float[Array, "*batch n"]]:
     """Attention maps (AT) of both networks, of the same length: ready to compare.
@@ -72,11 +111,15 @@ def attention_maps(
     smaller size, along each axis separately. The numbers of channels may differ.
 
     Args:
-        student: feature map of the student.
-        teacher: feature map of the teacher, of the same examples.
+        student: feature map of the student, (*batch *positions c).
+        teacher: feature map of the teacher, of the same examples, with positions on as
+            many axes.
         power: p, an integer >= 1.
+        attention: makes the map of one network: `attention_map`, or
+            `attention_map_code` for the signs of the code's odd powers.
+        batch_dims: number of leading axes over examples.
         where: mask of the examples, or of the positions of the smaller map
-            (*batch h w), that count.
+            (*batch *positions), that count.
 
     Returns:
         The map of the student and the map of the teacher.
@@ -85,12 +128,14 @@ def attention_maps(
     >>> [m.shape for m in attention_maps(student, teacher)]
     [(2, 16), (2, 16)]
     """
-    return _maps("attention_maps", student, teacher, power, where)
+    return _maps(
+        "attention_maps", student, teacher, power, attention, batch_dims, where
+    )
 
 
 def attention_energy(
-    features: Float[Array, "*batch h w c"], size: Sequence[int], *, power: int = 2
-) -> Float[Array, "*batch h2 w2 1"]:
+    features: Float[Array, "*shape c"], size: Sequence[int], *, power: int = 2
+) -> Float[Array, "*smaller 1"]:
     """Attention energy (AT): one channel with the same attention map as all channels.
 
     E_j = (mean_c |F_jc|^p)^(1/p),  after F is averaged down to at most `size`
@@ -99,22 +144,20 @@ def attention_energy(
     a student of this size. So a stored teacher needs one channel.
 
     Args:
-        features: feature map of the teacher.
-        size: height and width of the student's feature map.
+        features: feature map of the teacher, (*batch *positions c).
+        size: number of positions on each axis of the student's feature map.
         power: p, an integer >= 1.
 
     Returns:
-        The energy of each position. Its height and width are the smaller ones of the
-        two maps.
+        The energy of each position. Its axes have the smaller size of the two maps.
 
     >>> attention_energy(jnp.array([[[3.0, 4.0]]]), (1, 1))
     Array([[[3.535534]]], dtype=float32)
     """
     features = as_float("attention_energy", features)
-    _checks.rank("attention_energy", 3, "*batch h w c", features=features)
     _checks.positive_int("attention_energy", power=power)
-    height, width = map(min, size, features.shape[-3:-1])
-    pooled = adaptive_average_pool(features, (height, width))
+    smaller = tuple(map(min, size, features.shape[-1 - len(size) : -1]))
+    pooled = adaptive_average_pool(features, smaller)
     energy = jnp.mean(absolute_power(pooled, power), -1, keepdims=True)
     return energy ** (1 / power)
 
@@ -179,10 +222,12 @@ def attention_map_loss_paper(
 
 
 def attention_transfer_loss(
-    student: Float[Array, "*batch h w c"],
-    teacher: Float[Array, "*batch h2 w2 c2"],
+    student: Float[Array, "*shape c"],
+    teacher: Float[Array, "*shape2 c2"],
     *,
     power: int = 2,
+    attention: Callable[..., Float[Array, "..."]] = attention_map,
+    batch_dims: int = 1,
     where: Bool[Array, "..."] | None = None,
 ) -> Float[Array, "*batch"]:
     """Attention transfer (AT): mean squared difference of the attention maps.
@@ -190,26 +235,33 @@ def attention_transfer_loss(
     L = mean_j (q_j(s) - q_j(t))^2,  q = attention_map
 
     Args:
-        student: feature map of the student.
+        student: feature map of the student, (*batch *positions c): a map (h w), a
+            sequence or tokens (n), or a volume (d h w).
         teacher: feature map of the teacher, of any size and channels; the larger of
             the two maps is averaged down to the size of the smaller.
         power: p, an integer >= 1.
+        attention: makes the map of one network: `attention_map`, or
+            `attention_map_code` for the signs of the code's odd powers.
+        batch_dims: number of leading axes over examples; the axes between them and the
+            channels are positions.
         where: mask of the examples, or of the positions of the smaller map
-            (*batch h w), that count.
+            (*batch *positions), that count.
 
     Returns:
-        One value in [0, 2 / (h w)] per example; 0 for a fully masked example.
+        One value in [0, 2 / n] per example, for n positions; 0 for a fully masked
+        example.
 
     Convention:
         For an even p, `.mean()` is the value that the authors' code and RepDistiller
         weight by beta = 1000, once for each pair of layers. For an odd p their code
-        averages x^p, but the paper and this function average |x|^p; both agree on
-        features >= 0. The value is ||q(s) - q(t)||^2 / (h w); the paper's Eq. 2 does
-        not square the norm (`attention_transfer_loss_paper`).
+        averages x^p (`attention=attention_map_code`), but the paper and this function
+        average |x|^p; both agree on features >= 0. The value is
+        ||q(s) - q(t)||^2 / n for n positions; the paper's Eq. 2 does not square the
+        norm (`attention_transfer_loss_paper`).
 
     >>> student = jnp.array([[[1.0], [0.0]]])
     >>> attention_transfer_loss(student, student[:, ::-1])
-    Array(1., dtype=float32)
+    Array([1.], dtype=float32)
 
     References:
         Zagoruyko, Komodakis: Paying More Attention to Attention, 2017.
@@ -218,15 +270,19 @@ def attention_transfer_loss(
         https://github.com/HobbitLong/RepDistiller (AT.py)
     """
     caller = "attention_transfer_loss"
-    student, teacher = _maps(caller, student, teacher, power, where)
+    student, teacher = _maps(
+        caller, student, teacher, power, attention, batch_dims, where
+    )
     return attention_map_loss(student, teacher, where=_flat(where, student))
 
 
 def attention_transfer_loss_paper(
-    student: Float[Array, "*batch h w c"],
-    teacher: Float[Array, "*batch h2 w2 c2"],
+    student: Float[Array, "*shape c"],
+    teacher: Float[Array, "*shape2 c2"],
     *,
     power: int = 2,
+    attention: Callable[..., Float[Array, "..."]] = attention_map,
+    batch_dims: int = 1,
     where: Bool[Array, "..."] | None = None,
 ) -> Float[Array, "*batch"]:
     """Attention transfer (AT) as in the paper: distance of the attention maps.
@@ -237,12 +293,17 @@ def attention_transfer_loss_paper(
     training it follows rounding noise; the slope of the squared form goes to 0.
 
     Args:
-        student: feature map of the student.
+        student: feature map of the student, (*batch *positions c): a map (h w), a
+            sequence or tokens (n), or a volume (d h w).
         teacher: feature map of the teacher, of any size and channels; the larger of
             the two maps is averaged down to the size of the smaller.
         power: p, an integer >= 1.
+        attention: makes the map of one network: `attention_map`, or
+            `attention_map_code` for the signs of the code's odd powers.
+        batch_dims: number of leading axes over examples; the axes between them and the
+            channels are positions.
         where: mask of the examples, or of the positions of the smaller map
-            (*batch h w), that count.
+            (*batch *positions), that count.
 
     Returns:
         One value in [0, sqrt(2)] per example; 0 for a fully masked example.
@@ -253,36 +314,53 @@ def attention_transfer_loss_paper(
 
     >>> student = jnp.array([[[1.0], [0.0]]])
     >>> attention_transfer_loss_paper(student, student[:, ::-1])
-    Array(1.414..., dtype=float32)
+    Array([1.414...], dtype=float32)
 
     References:
         Zagoruyko, Komodakis: Paying More Attention to Attention, 2017, Eq. 2.
         https://arxiv.org/abs/1612.03928
     """
     caller = "attention_transfer_loss_paper"
-    student, teacher = _maps(caller, student, teacher, power, where)
+    student, teacher = _maps(
+        caller, student, teacher, power, attention, batch_dims, where
+    )
     return attention_map_loss_paper(student, teacher, where=_flat(where, student))
 
 
+def _features(
+    caller: str, features: Array, power: int, batch_dims: int, where: Array | None
+) -> Array:
+    """Returns the features of one network, checked, and 0 where masked."""
+    features = as_float(caller, features)
+    check_maps(caller, batch_dims, features=features)
+    _checks.positive_int(caller, power=power)
+    _checks.mask(caller, where, features.shape[:batch_dims], features.shape[:-1])
+    return keep(features, where)
+
+
+def _unit_map(energies: Array, batch_dims: int) -> Array:
+    """Returns the mean over channels, flattened and divided by its norm."""
+    energy = jnp.mean(energies, -1)
+    return unit(energy.reshape(*energy.shape[:batch_dims], -1))
+
+
 def _maps(
-    caller: str, student: Array, teacher: Array, power: int, where: Array | None
+    caller: str,
+    student: Array,
+    teacher: Array,
+    power: int,
+    attention: Callable[..., Array],
+    batch_dims: int,
+    where: Array | None,
 ) -> tuple[Array, Array]:
     """Returns both attention maps at the smaller size; errors name the caller."""
-    student, teacher = as_float(caller, student, teacher)
-    _checks.rank(caller, 3, "*batch h w c", student=student, teacher=teacher)
-    _checks.same_leading(caller, 3, student=student, teacher=teacher)
     _checks.positive_int(caller, power=power)
-    height, width = map(min, student.shape[-3:-1], teacher.shape[-3:-1])
-    batch = student.shape[:-3]
-    _checks.mask(caller, where, batch, (*batch, height, width))
-    student, teacher = (
-        adaptive_average_pool(features, (height, width))
-        for features in (student, teacher)
+    _checks.function(caller, attention=attention)
+    student, teacher = on_one_grid(
+        caller, batch_dims, where, student=student, teacher=teacher
     )
-    return (
-        attention_map(student, power=power, where=where),
-        attention_map(teacher, power=power, where=where),
-    )
+    hyper = {"power": power, "batch_dims": batch_dims, "where": where}
+    return attention(student, **hyper), attention(teacher, **hyper)
 
 
 def _flat(where: Array | None, maps: Array) -> Array | None:

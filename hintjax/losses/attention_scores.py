@@ -185,19 +185,19 @@ def _scores(
     return student, teacher
 
 
-def _pairs(tokens: Array) -> Array:
+def pairs_of(tokens: Array) -> Array:
     """Returns the mask of the pairs (query, key) in which both tokens count."""
     return tokens[..., :, None] & tokens[..., None, :]
 
 
 def _keep_pairs(x: Array, tokens: Array | None) -> Array:
     """Returns scores, or their differences, with 0 at masked pairs of tokens."""
-    return x if tokens is None else jnp.where(_pairs(tokens)[..., None, :, :], x, 0)
+    return x if tokens is None else jnp.where(pairs_of(tokens)[..., None, :, :], x, 0)
 
 
 def _mean_square(student: Array, teacher: Array, where: Array | None) -> Array:
     """Returns the mean squared difference over heads and pairs of tokens."""
     tokens = tokens_of(where, student.shape[:-3], student.shape[-1])
     square = jnp.mean(jnp.square(_keep_pairs(student - teacher, tokens)), -3)
-    pairs = None if tokens is None else _pairs(tokens)
+    pairs = None if tokens is None else pairs_of(tokens)
     return masked_mean(square, pairs, square.ndim - 2)

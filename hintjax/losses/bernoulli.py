@@ -4,16 +4,17 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, ScalarLike
 
-from hintjax._numerics import keep
+from hintjax.losses._positions import per_example
 from hintjax.losses.kd import divergence, scaled
 
 
 def binary_kd_loss(
-    student_logits: Float[Array, "*batch classes"],
-    teacher_logits: Float[Array, "*batch classes"],
+    student_logits: Float[Array, "*shape classes"],
+    teacher_logits: Float[Array, "*shape classes"],
     *,
     temperature: ScalarLike = 4.0,
-    where: Bool[Array, "*batch"] | None = None,
+    batch_dims: int = 1,
+    where: Bool[Array, "..."] | None = None,
 ) -> Float[Array, "*batch"]:
     """KD of sigmoids: divergence of the Bernoulli distribution of each class, summed.
 
@@ -26,7 +27,9 @@ def binary_kd_loss(
             or one logit for each class that an example may be of.
         teacher_logits: logits of the teacher.
         temperature: T > 0. A traced value is not checked.
-        where: mask of the examples that count; the loss of the others is 0.
+        batch_dims: number of leading axes over examples.
+        where: mask of the examples (shape of the leading axes) or the positions (all
+            axes but the last, the classes) that count.
 
     Returns:
         The divergence of each example, >= 0 up to rounding, in nats times T^2.
@@ -43,10 +46,11 @@ def binary_kd_loss(
         sigmoids for the softmax. https://arxiv.org/abs/1503.02531
     """
     student, teacher, temperature = scaled(
-        "binary_kd_loss", student_logits, teacher_logits, temperature, where
+        "binary_kd_loss", student_logits, teacher_logits, temperature, batch_dims, where
     )
     per_class = divergence(_logs(teacher), _logs(student))
-    return keep(temperature**2 * jnp.sum(per_class, -1), where)
+    values = temperature**2 * jnp.sum(per_class, -1)
+    return per_example(values, where, batch_dims)
 
 
 def _logs(z: Array) -> Array:

@@ -3,16 +3,18 @@
 from jaxtyping import Array, Bool, Float
 
 from hintjax import _checks
-from hintjax._numerics import absolute_power, as_float, at_smaller_size, masked_mean
+from hintjax._numerics import absolute_power, masked_mean
+from hintjax.losses._positions import on_one_grid
 from hintjax.losses.attention import attention_map
 
 
 def factor_loss(
-    student: Float[Array, "*batch h w c"],
-    teacher: Float[Array, "*batch h2 w2 c2"],
+    student: Float[Array, "*shape c"],
+    teacher: Float[Array, "*shape2 c2"],
     *,
     power: int = 2,
     exponent: int = 1,
+    batch_dims: int = 1,
     where: Bool[Array, "..."] | None = None,
 ) -> Float[Array, "*batch"]:
     """Factor transfer (FT): mean difference of the normalized factors.
@@ -20,13 +22,15 @@ def factor_loss(
     L = mean_j |q_j(s) - q_j(t)|^e,  q = attention_map of the factor
 
     Args:
-        student: the student's factor, from its translator.
+        student: the student's factor, from its translator, (*batch *positions c).
         teacher: the teacher's factor, from its paraphraser; the larger of the two
             factors is averaged down to the size of the smaller.
         power: p of the attention map, an integer >= 1 (the code's p1).
         exponent: e, an integer >= 1 (the code's p2).
+        batch_dims: number of leading axes over examples; the axes between them and the
+            channels are positions.
         where: mask of the examples, or of the positions of the smaller map
-            (*batch h w), that count.
+            (*batch *positions), that count.
 
     Returns:
         One value >= 0 per example; 0 for a fully masked example.
@@ -37,8 +41,8 @@ def factor_loss(
         normalizes the whole factor and takes a sum.
 
     >>> import jax.numpy as jnp
-    >>> student = jnp.array([[[[0.0], [2.0]]]])
-    >>> factor_loss(student, student[:, :, ::-1])
+    >>> student = jnp.array([[[0.0], [2.0]]])
+    >>> factor_loss(student, student[:, ::-1])
     Array([1.], dtype=float32)
 
     References:
@@ -47,16 +51,12 @@ def factor_loss(
         https://github.com/HobbitLong/RepDistiller (FT.py)
     """
     caller = "factor_loss"
-    student, teacher = as_float(caller, student, teacher)
-    _checks.rank(caller, 3, "*batch h w c", student=student, teacher=teacher)
-    _checks.same_leading(caller, 3, student=student, teacher=teacher)
     _checks.positive_int(caller, power=power, exponent=exponent)
-    student, teacher = at_smaller_size(student, teacher)
-    batch, places = student.shape[:-3], student.shape[:-1]
-    _checks.mask(caller, where, batch, places)
+    factors = on_one_grid(caller, batch_dims, where, student=student, teacher=teacher)
     ours, theirs = (
-        attention_map(x, power=power, where=where) for x in (student, teacher)
+        attention_map(x, power=power, batch_dims=batch_dims, where=where)
+        for x in factors
     )
-    if where is not None and where.ndim > len(batch):
+    if where is not None and where.ndim > batch_dims:
         where = where.reshape(ours.shape)
-    return masked_mean(absolute_power(ours - theirs, exponent), where, len(batch))
+    return masked_mean(absolute_power(ours - theirs, exponent), where, batch_dims)

@@ -1,8 +1,8 @@
 """Flow of solution procedure (FSP): matches the flow between two layers."""
 
+import math
 from collections.abc import Callable, Sequence
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
@@ -13,68 +13,89 @@ from hintjax._numerics import (
     as_float,
     keep,
 )
+from hintjax.losses._positions import on_one_grid, positions, products
 
 
 def fsp_matrix(
-    first: Float[Array, "*batch h w m"], second: Float[Array, "*batch h2 w2 n"]
+    first: Float[Array, "*shape m"],
+    second: Float[Array, "*shape2 n"],
+    *,
+    batch_dims: int = 1,
+    where: Bool[Array, "..."] | None = None,
 ) -> Float[Array, "*batch m n"]:
     """FSP matrix: inner products of the channels of two layers of one network.
 
-    G_ij = 1 / (h w) sum_xy F1_xyi F2_xyj
+    G_mn = mean_j F1_jm F2_jn,  j over the valid positions
 
     If the sizes differ, the larger map is averaged down to the smaller size, along each
     axis separately.
 
     Args:
-        first: the map where the flow begins.
+        first: the map where the flow begins, (*batch *positions m): a map (h w), a
+            sequence or tokens (n), or a volume (d h w).
         second: the map where the flow ends, of the same examples.
+        batch_dims: number of leading axes over examples; the axes between them and the
+            channels are positions.
+        where: mask of the examples, or of the positions of the smaller map
+            (*batch *positions), that count.
 
     Returns:
-        One matrix per example.
+        One matrix per example; 0 for a fully masked example.
 
     Convention:
         The transpose of RepDistiller's matrix, whose rows belong to the second layer.
         The paper pools by the maximum (`fsp_matrix_paper`).
 
-    >>> first = jnp.array([[[1.0, 2.0]], [[3.0, 4.0]]])
-    >>> fsp_matrix(first, jnp.ones((2, 1, 1)))
-    Array([[2.],
-           [3.]], dtype=float32)
+    >>> first = jnp.array([[[1.0, 2.0], [3.0, 4.0]]])
+    >>> fsp_matrix(first, jnp.ones((1, 2, 1)))
+    Array([[[2.],
+            [3.]]], dtype=float32)
 
     References:
         Yim et al.: A Gift from Knowledge Distillation, 2017, Eq. 1.
         https://github.com/HobbitLong/RepDistiller (FSP.py)
     """
-    return _matrix("fsp_matrix", first, second, adaptive_average_pool)
+    pool = adaptive_average_pool
+    return _matrix("fsp_matrix", first, second, batch_dims, where, pool)
 
 
 def fsp_matrix_paper(
-    first: Float[Array, "*batch h w m"], second: Float[Array, "*batch h2 w2 n"]
+    first: Float[Array, "*shape m"],
+    second: Float[Array, "*shape2 n"],
+    *,
+    batch_dims: int = 1,
+    where: Bool[Array, "..."] | None = None,
 ) -> Float[Array, "*batch m n"]:
     """FSP matrix as in the paper: the larger map is pooled by the maximum.
 
-    G_ij = 1 / (h w) sum_xy F1_xyi F2_xyj
+    G_mn = mean_j F1_jm F2_jn,  j over the valid positions
 
     Args:
-        first: the map where the flow begins.
+        first: the map where the flow begins, (*batch *positions m): a map (h w), a
+            sequence or tokens (n), or a volume (d h w).
         second: the map where the flow ends, of the same examples.
+        batch_dims: number of leading axes over examples; the axes between them and the
+            channels are positions.
+        where: mask of the examples, or of the positions of the smaller map
+            (*batch *positions), that count.
 
     Returns:
-        One matrix per example.
+        One matrix per example; 0 for a fully masked example.
 
     Convention:
         The same as that of `fsp_matrix`, which is equal for two maps of the same size.
         The first of equal maxima in a window receives the gradient, as in torch.
 
-    >>> first = jnp.array([[[1.0, 2.0]], [[3.0, 4.0]]])
+    >>> first = jnp.array([[[1.0, 2.0], [3.0, 4.0]]])
     >>> fsp_matrix_paper(first, jnp.ones((1, 1, 1)))
-    Array([[3.],
-           [4.]], dtype=float32)
+    Array([[[3.],
+            [4.]]], dtype=float32)
 
     References:
         Yim et al.: A Gift from Knowledge Distillation, 2017, Eq. 1.
     """
-    return _matrix("fsp_matrix_paper", first, second, adaptive_max_pool)
+    pool = adaptive_max_pool
+    return _matrix("fsp_matrix_paper", first, second, batch_dims, where, pool)
 
 
 def fsp_matrix_loss(
@@ -137,10 +158,11 @@ def fsp_matrix_loss_paper(
 
 
 def fsp_loss(
-    student: tuple[Float[Array, "*batch h w m"], Float[Array, "*batch h2 w2 n"]],
-    teacher: tuple[Float[Array, "*batch h3 w3 m"], Float[Array, "*batch h4 w4 n"]],
+    student: tuple[Float[Array, "*shape m"], Float[Array, "*shape2 n"]],
+    teacher: tuple[Float[Array, "*shape3 m"], Float[Array, "*shape4 n"]],
     *,
-    where: Bool[Array, "*batch"] | None = None,
+    batch_dims: int = 1,
+    where: Bool[Array, "..."] | None = None,
 ) -> Float[Array, "*batch"]:
     """Flow of solution procedure (FSP): mean squared difference of the FSP matrices.
 
@@ -150,13 +172,17 @@ def fsp_loss(
     student and teacher differ in scale, begin with a small weight.
 
     Args:
-        student: two maps of the student, where the flow begins and where it ends.
-        teacher: two maps of the teacher, of the same channels. The heights and widths
-            of the four maps may differ.
-        where: mask of the examples that count.
+        student: two maps of the student, where the flow begins and where it ends,
+            (*batch *positions c).
+        teacher: two maps of the teacher, of the same channels. The sizes of the four
+            maps may differ.
+        batch_dims: number of leading axes over examples; the axes between them and the
+            channels are positions.
+        where: mask of the examples that count; or of the positions
+            (*batch *positions), if the smaller map of both flows has this size.
 
     Returns:
-        One value >= 0 per example; 0 for a masked example.
+        One value >= 0 per example; 0 for a fully masked example.
 
     Convention:
         `.mean()` is RepDistiller's term for one pair of layers; RepDistiller sums over
@@ -172,28 +198,34 @@ def fsp_loss(
         https://openaccess.thecvf.com/content_cvpr_2017/html/Yim_A_Gift_From_CVPR_2017_paper.html
         https://github.com/HobbitLong/RepDistiller (FSP.py)
     """
-    student, teacher = _flows("fsp_loss", student, teacher, where)
-    return fsp_matrix_loss(fsp_matrix(*student), fsp_matrix(*teacher))
+    flows = _flows("fsp_loss", student, teacher, batch_dims, where)
+    pool = adaptive_average_pool
+    return fsp_matrix_loss(*_matrices("fsp_loss", flows, batch_dims, where, pool))
 
 
 def fsp_loss_paper(
-    student: tuple[Float[Array, "*batch h w m"], Float[Array, "*batch h2 w2 n"]],
-    teacher: tuple[Float[Array, "*batch h3 w3 m"], Float[Array, "*batch h4 w4 n"]],
+    student: tuple[Float[Array, "*shape m"], Float[Array, "*shape2 n"]],
+    teacher: tuple[Float[Array, "*shape3 m"], Float[Array, "*shape4 n"]],
     *,
-    where: Bool[Array, "*batch"] | None = None,
+    batch_dims: int = 1,
+    where: Bool[Array, "..."] | None = None,
 ) -> Float[Array, "*batch"]:
     """Flow of solution procedure (FSP) as in the paper: squared Frobenius distance.
 
     L = ||G(s) - G(t)||_F^2,  G = fsp_matrix_paper
 
     Args:
-        student: two maps of the student, where the flow begins and where it ends.
-        teacher: two maps of the teacher, of the same channels. The heights and widths
-            of the four maps may differ.
-        where: mask of the examples that count.
+        student: two maps of the student, where the flow begins and where it ends,
+            (*batch *positions c).
+        teacher: two maps of the teacher, of the same channels. The sizes of the four
+            maps may differ.
+        batch_dims: number of leading axes over examples; the axes between them and the
+            channels are positions.
+        where: mask of the examples that count; or of the positions
+            (*batch *positions), if the smaller map of both flows has this size.
 
     Returns:
-        One value >= 0 per example; 0 for a masked example.
+        One value >= 0 per example; 0 for a fully masked example.
 
     Convention:
         `.mean()` is the paper's Eq. 2 for one pair of layers with lambda = 1. For maps
@@ -207,31 +239,49 @@ def fsp_loss_paper(
         Yim et al.: A Gift from Knowledge Distillation, 2017, Eq. 2.
         https://openaccess.thecvf.com/content_cvpr_2017/html/Yim_A_Gift_From_CVPR_2017_paper.html
     """
-    student, teacher = _flows("fsp_loss_paper", student, teacher, where)
-    return fsp_matrix_loss_paper(fsp_matrix_paper(*student), fsp_matrix_paper(*teacher))
+    caller, pool = "fsp_loss_paper", adaptive_max_pool
+    flows = _flows(caller, student, teacher, batch_dims, where)
+    return fsp_matrix_loss_paper(*_matrices(caller, flows, batch_dims, where, pool))
 
 
 def _matrix(
-    caller: str, first: Array, second: Array, pool: Callable[..., Array]
+    caller: str,
+    first: Array,
+    second: Array,
+    batch_dims: int,
+    where: Array | None,
+    pool: Callable[..., Array],
 ) -> Array:
     """Returns the matrix at the smaller of the two sizes."""
-    first, second = as_float(caller, first, second)
-    _checks.rank(caller, 3, "*batch h w c", first=first, second=second)
-    _checks.same_leading(caller, 3, first=first, second=second)
-    size = tuple(map(min, first.shape[-3:-1], second.shape[-3:-1]))
-    first, second = pool(first, size), pool(second, size)
-    precision = jax.lax.Precision.HIGHEST
-    products = jnp.einsum("...hwm,...hwn->...mn", first, second, precision=precision)
-    return products / (size[0] * size[1])
+    first, second = on_one_grid(
+        caller, batch_dims, where, pool, first=first, second=second
+    )
+    sums = products(keep(first, where), keep(second, where), batch_dims)
+    if where is None or where.ndim == batch_dims:
+        return sums / math.prod(first.shape[batch_dims:-1])
+    number = jnp.sum(where.astype(sums.dtype), positions(first, batch_dims))
+    return sums / jnp.maximum(number, 1)[..., None, None]
+
+
+def _matrices(
+    caller: str,
+    flows: Sequence[tuple[Array, Array]],
+    batch_dims: int,
+    where: Array | None,
+    pool: Callable[..., Array],
+) -> list[Array]:
+    """Returns the matrix of the student and the matrix of the teacher."""
+    return [_matrix(caller, *flow, batch_dims, where, pool) for flow in flows]
 
 
 def _flows(
     caller: str,
     student: Sequence[Array],
     teacher: Sequence[Array],
+    batch_dims: int,
     where: Array | None,
 ) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
-    """Returns both flows, checked, and 0 at masked examples."""
+    """Returns both flows, checked; only the mask of positions is not checked yet."""
     for name, flow in {"student": student, "teacher": teacher}.items():
         if not isinstance(flow, Sequence) or isinstance(flow, str) or len(flow) != 2:
             wanted = f"{name} to be two maps"
@@ -239,10 +289,11 @@ def _flows(
                 _checks.message(caller, wanted, _checks.described(flow))
             )
     maps = as_float(caller, *student, *teacher)
+    _checks.integer(caller, 0, batch_dims=batch_dims)
     for x in maps:
-        _checks.rank(caller, 3, "*batch h w c", each_map=x)
-    fixed = [(*x.shape[:-3], x.shape[-1]) for x in maps]
-    if fixed[:2] != fixed[2:] or maps[0].shape[:-3] != maps[1].shape[:-3]:
+        _checks.rank(caller, batch_dims + 2, "*batch *positions c", each_map=x)
+    fixed = [(*x.shape[:batch_dims], x.ndim, x.shape[-1]) for x in maps]
+    if fixed[:2] != fixed[2:] or fixed[0][:-1] != fixed[1][:-1]:
         shapes = [
             " and ".join(str(x.shape) for x in flow) for flow in (maps[:2], maps[2:])
         ]
@@ -250,9 +301,7 @@ def _flows(
         do = "Put a regressor between them (hintjax.regressors.linear)."
         got = f"student {shapes[0]}, teacher {shapes[1]}"
         raise _checks.Refusal(_checks.message(caller, wanted, got, do))
-    _checks.mask(caller, where, maps[0].shape[:-3])
-    kept = [keep(x, where) for x in maps]
-    return (kept[0], kept[1]), (kept[2], kept[3])
+    return (maps[0], maps[1]), (maps[2], maps[3])
 
 
 def _error(caller: str, student: Array, teacher: Array, where: Array | None) -> Array:

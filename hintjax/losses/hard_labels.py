@@ -4,15 +4,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from hintjax._numerics import keep
+from hintjax.losses._positions import per_example
 from hintjax.losses.kd import scaled
 
 
 def hard_label_loss(
-    student_logits: Float[Array, "*batch classes"],
-    teacher_logits: Float[Array, "*batch classes"],
+    student_logits: Float[Array, "*shape classes"],
+    teacher_logits: Float[Array, "*shape classes"],
     *,
-    where: Bool[Array, "*batch"] | None = None,
+    batch_dims: int = 1,
+    where: Bool[Array, "..."] | None = None,
 ) -> Float[Array, "*batch"]:
     """Hard-label distillation: cross-entropy with the teacher's largest class.
 
@@ -21,7 +22,9 @@ def hard_label_loss(
     Args:
         student_logits: logits of the student, in DeiT those of the distillation head.
         teacher_logits: logits of the teacher. The first of equal logits is taken.
-        where: mask of the examples that count; the loss of the others is 0.
+        batch_dims: number of leading axes over examples.
+        where: mask of the examples (shape of the leading axes) or the positions (all
+            axes but the last, the classes) that count.
 
     Returns:
         The cross-entropy of each example, in nats, >= 0. There is no gradient for the
@@ -40,10 +43,11 @@ def hard_label_loss(
         https://github.com/facebookresearch/deit (losses.py)
     """
     student, teacher, _ = scaled(
-        "hard_label_loss", student_logits, teacher_logits, 1.0, where
+        "hard_label_loss", student_logits, teacher_logits, 1.0, batch_dims, where
     )
     own = jax.nn.one_hot(teacher.argmax(-1), student.shape[-1], dtype=bool)
     # The mask is on log q, not on a product, so that 0 * inf is not in the gradient.
     values = -jnp.sum(jnp.where(own, jax.nn.log_softmax(student), 0), -1)
     # A teacher of nan has no class.
-    return keep(jnp.where(jnp.isnan(teacher).any(-1), jnp.nan, values), where)
+    values = jnp.where(jnp.isnan(teacher).any(-1), jnp.nan, values)
+    return per_example(values, where, batch_dims)

@@ -6,30 +6,37 @@ from jaxtyping import Array, Bool, Float, ScalarLike
 
 from hintjax import _checks
 from hintjax._numerics import as_float, keep
+from hintjax.losses._positions import per_example
 
 
 def kd_loss(
-    student_logits: Float[Array, "*batch classes"],
-    teacher_logits: Float[Array, "*batch classes"],
+    student_logits: Float[Array, "*shape classes"],
+    teacher_logits: Float[Array, "*shape classes"],
     *,
     temperature: ScalarLike = 4.0,
-    where: Bool[Array, "*batch"] | None = None,
+    batch_dims: int = 1,
+    where: Bool[Array, "..."] | None = None,
 ) -> Float[Array, "*batch"]:
     """Knowledge distillation (KD): divergence of the softened outputs.
 
     L = T^2 sum_c p_c (log p_c - log q_c),  p = softmax(z_t / T),  q = softmax(z_s / T)
 
-    The factor T^2 keeps the size of the gradient about equal at every temperature.
+    For outputs with positions (tokens, pixels), L is the mean over the valid positions
+    of an example. The factor T^2 keeps the size of the gradient about equal at every
+    temperature.
 
     Args:
-        student_logits: logits of the student.
+        student_logits: logits of the student, (*batch, *positions, classes).
         teacher_logits: logits of the teacher. A logit of -inf excludes a class.
         temperature: T > 0; a larger T shows more of the small probabilities. A traced
             value is not checked.
-        where: mask of the examples that count; the loss of the others is 0.
+        batch_dims: number of leading axes over examples.
+        where: mask of the examples (shape of the leading axes) or the positions (all
+            axes but the last, the classes) that count.
 
     Returns:
-        The divergence of each example, >= 0 up to rounding, in nats times T^2.
+        The divergence of each example, >= 0 up to rounding, in nats times T^2; 0 for a
+        fully masked example.
 
     Convention:
         `.mean()` is T^2 times the paper's objective, without the teacher's entropy,
@@ -45,30 +52,38 @@ def kd_loss(
         https://arxiv.org/abs/1503.02531
     """
     log_q, log_p, temperature = _softened(
-        "kd_loss", student_logits, teacher_logits, temperature, where
+        "kd_loss", student_logits, teacher_logits, temperature, batch_dims, where
     )
-    return keep(temperature**2 * divergence(log_p, log_q), where)
+    values = temperature**2 * divergence(log_p, log_q)
+    return per_example(values, where, batch_dims)
 
 
 def soft_cross_entropy_loss(
-    student_logits: Float[Array, "*batch classes"],
-    teacher_logits: Float[Array, "*batch classes"],
+    student_logits: Float[Array, "*shape classes"],
+    teacher_logits: Float[Array, "*shape classes"],
     *,
     temperature: ScalarLike = 3.0,
-    where: Bool[Array, "*batch"] | None = None,
+    batch_dims: int = 1,
+    where: Bool[Array, "..."] | None = None,
 ) -> Float[Array, "*batch"]:
     """Cross-entropy of softened outputs: KD in FitNets' second stage.
 
     L = -sum_c p_c log q_c,  p = softmax(z_t / T),  q = softmax(z_s / T)
 
+    For outputs with positions (tokens, pixels), L is the mean over the valid positions
+    of an example.
+
     Args:
-        student_logits: logits of the student.
+        student_logits: logits of the student, (*batch, *positions, classes).
         teacher_logits: logits of the teacher. A logit of -inf excludes a class.
         temperature: T > 0, FitNets' tau. A traced value is not checked.
-        where: mask of the examples that count; the loss of the others is 0.
+        batch_dims: number of leading axes over examples.
+        where: mask of the examples (shape of the leading axes) or the positions (all
+            axes but the last, the classes) that count.
 
     Returns:
-        The cross-entropy of each example, in nats; at least the teacher's entropy.
+        The cross-entropy of each example, in nats; at least the teacher's entropy. 0
+        for a fully masked example.
 
     Convention:
         `.mean()` is H(P_T, P_S) of FitNets' Eq. 2, without lambda, the weight of this
@@ -82,13 +97,15 @@ def soft_cross_entropy_loss(
         Romero et al.: FitNets: Hints for Thin Deep Nets, 2015, Eq. 2.
         https://arxiv.org/abs/1412.6550
     """
+    caller = "soft_cross_entropy_loss"
     log_q, log_p, _ = _softened(
-        "soft_cross_entropy_loss", student_logits, teacher_logits, temperature, where
+        caller, student_logits, teacher_logits, temperature, batch_dims, where
     )
     p = jnp.exp(log_p)
     # The mask is on log q, not on the product, so that 0 * inf does not reach the
     # gradient either.
-    return keep(-jnp.sum(p * jnp.where(p == 0, 0, log_q), -1), where)
+    values = -jnp.sum(p * jnp.where(p == 0, 0, log_q), -1)
+    return per_example(values, where, batch_dims)
 
 
 def scaled(
@@ -96,15 +113,18 @@ def scaled(
     student: Array,
     teacher: Array,
     temperature: ScalarLike,
+    batch_dims: int,
     where: Array | None,
 ) -> tuple[Array, Array, Array]:
     """Returns the checked logits of student and teacher over T, and T as an array."""
     student, teacher = as_float(caller, student, teacher)
     do = "Both networks must have the same classes."
-    _checks.rank(caller, 1, "*batch classes", student_logits=student)
+    _checks.integer(caller, 0, batch_dims=batch_dims)
+    layout = "*batch *positions classes"
+    _checks.rank(caller, batch_dims + 1, layout, student_logits=student)
     _checks.same_shape(caller, student_logits=student, teacher_logits=teacher, do=do)
     _checks.positive(caller, temperature=temperature)
-    _checks.mask(caller, where, student.shape[:-1])
+    _checks.mask(caller, where, student.shape[:batch_dims], student.shape[:-1])
     temperature = jnp.asarray(temperature, student.dtype)
     return (
         keep(student, where) / temperature,
@@ -135,8 +155,11 @@ def _softened(
     student: Array,
     teacher: Array,
     temperature: ScalarLike,
+    batch_dims: int,
     where: Array | None,
 ) -> tuple[Array, Array, Array]:
     """Returns the log-probabilities of student and teacher, and T as an array."""
-    student, teacher, divisor = scaled(caller, student, teacher, temperature, where)
+    student, teacher, divisor = scaled(
+        caller, student, teacher, temperature, batch_dims, where
+    )
     return jax.nn.log_softmax(student), jax.nn.log_softmax(teacher), divisor

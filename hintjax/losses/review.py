@@ -7,27 +7,32 @@ from jaxtyping import Array, Bool, Float
 
 from hintjax import _checks
 from hintjax._numerics import adaptive_average_pool, as_float, keep
+from hintjax.losses._positions import check_maps, positions
 
 
 def hierarchical_context_loss(
-    student: Float[Array, "*batch h w c"],
-    teacher: Float[Array, "*batch h w c"],
+    student: Float[Array, "*shape c"],
+    teacher: Float[Array, "*shape c"],
     *,
     levels: tuple[int, ...] = (4, 2, 1),
+    batch_dims: int = 1,
     where: Bool[Array, "*batch"] | None = None,
 ) -> Float[Array, "*batch"]:
     """Hierarchical context loss (HCL): squared errors of a map and its poolings.
 
     L = (MSE(s, t) + sum_k 2^-k MSE(pool_k s, pool_k t)) / (1 + sum_k 2^-k)
 
-    where pool_k is the adaptive average pooling to l x l for the k-th level l that is
-    smaller than the map, k = 1, 2, ...
+    where pool_k is the adaptive average pooling to l x l (l for a sequence, l x l x l
+    for a volume) for the k-th level l that is smaller than the map, k = 1, 2, ...
 
     Args:
-        student: a map of the student after its ABF (`hintjax.regressors.ABF`).
+        student: a map of the student after its ABF (`hintjax.regressors.ABF`),
+            (*batch *positions c).
         teacher: the teacher's map.
-        levels: sizes l of the poolings. A level that is not smaller than both sides of
+        levels: sizes l of the poolings. A level that is not smaller than all sides of
             the map is skipped, and takes no weight.
+        batch_dims: number of leading axes over examples; the axes between them and the
+            channels are positions.
         where: mask of the examples that count.
 
     Returns:
@@ -51,18 +56,19 @@ def hierarchical_context_loss(
     student, teacher = as_float(caller, student, teacher)
     do = "Put an ABF between them (hintjax.regressors.ABF)."
     _checks.same_shape(caller, student=student, teacher=teacher, do=do)
-    _checks.rank(caller, 3, "*batch h w c", student=student)
-    _checks.mask(caller, where, student.shape[:-3])
+    check_maps(caller, batch_dims, student=student)
+    _checks.mask(caller, where, student.shape[:batch_dims])
     _checks.instance(caller, Sequence, levels=levels)
     for level in levels:
         _checks.positive_int(caller, level=level)
     # Pooling is linear, so the error is pooled once instead of both maps.
     error = keep(student - teacher, where)
-    weight, total, weights = 1.0, jnp.mean(jnp.square(error), (-3, -2, -1)), 1.0
+    axes = positions(error, batch_dims)
+    total, weight, weights = jnp.mean(jnp.square(error), (*axes, -1)), 1.0, 1.0
     for level in levels:
-        if level < min(error.shape[-3:-1]):
+        if level < min(error.shape[batch_dims:-1]):
             weight /= 2
             weights += weight
-            pooled = adaptive_average_pool(error, (level, level))
-            total = total + weight * jnp.mean(jnp.square(pooled), (-3, -2, -1))
+            pooled = adaptive_average_pool(error, len(axes) * (level,))
+            total = total + weight * jnp.mean(jnp.square(pooled), (*axes, -1))
     return total / weights

@@ -1,17 +1,17 @@
 """Neuron selectivity transfer (NST): matches where the neurons are active."""
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from hintjax import _checks
-from hintjax._numerics import as_float, at_smaller_size, keep, unit
+from hintjax._numerics import keep, unit
+from hintjax.losses._positions import on_one_grid, positions, products
 
 
 def selectivity_loss(
-    student: Float[Array, "*batch h w c"],
-    teacher: Float[Array, "*batch h2 w2 c2"],
+    student: Float[Array, "*shape c"],
+    teacher: Float[Array, "*shape2 c2"],
     *,
+    batch_dims: int = 1,
     where: Bool[Array, "..."] | None = None,
 ) -> Float[Array, "*batch"]:
     """Neuron selectivity transfer (NST): distance of two distributions of neurons.
@@ -23,11 +23,14 @@ def selectivity_loss(
     degree 2.
 
     Args:
-        student: feature map of the student.
+        student: feature map of the student, (*batch *positions c): a map (h w), a
+            sequence or tokens (n), or a volume (d h w).
         teacher: feature map of the teacher, of any size and channels; the larger of
             the two maps is averaged down to the size of the smaller.
+        batch_dims: number of leading axes over examples; the axes between them and the
+            channels are positions.
         where: mask of the examples, or of the positions of the smaller map
-            (*batch h w), that count.
+            (*batch *positions), that count.
 
     Returns:
         One value >= 0 (up to rounding) per example; 0 for a fully masked example.
@@ -46,18 +49,13 @@ def selectivity_loss(
         Transfer, 2017. https://arxiv.org/abs/1707.01219
         https://github.com/HobbitLong/RepDistiller (NST.py)
     """
-    caller = "selectivity_loss"
-    student, teacher = as_float(caller, student, teacher)
-    _checks.rank(caller, 3, "*batch h w c", student=student, teacher=teacher)
-    _checks.same_leading(caller, 3, student=student, teacher=teacher)
-    student, teacher = at_smaller_size(student, teacher)
-    _checks.mask(caller, where, student.shape[:-3], student.shape[:-1])
-    s, t = (unit(keep(x, where), (-3, -2)) for x in (student, teacher))
-    return _kernel(s, s) + _kernel(t, t) - 2 * _kernel(s, t)
+    student, teacher = on_one_grid(
+        "selectivity_loss", batch_dims, where, student=student, teacher=teacher
+    )
+    axes = positions(student, batch_dims)
+    s, t = (unit(keep(x, where), axes) for x in (student, teacher))
 
+    def kernel(a: Array, b: Array) -> Array:
+        return jnp.mean(jnp.square(products(a, b, batch_dims)), (-2, -1))
 
-def _kernel(a: Array, b: Array) -> Array:
-    """Returns the mean of <a_i, b_j>^2 over all pairs of channels."""
-    precision = jax.lax.Precision.HIGHEST
-    gram = jnp.einsum("...hwi,...hwj->...ij", a, b, precision=precision)
-    return jnp.mean(jnp.square(gram), (-2, -1))
+    return kernel(s, s) + kernel(t, t) - 2 * kernel(s, t)

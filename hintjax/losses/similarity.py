@@ -12,7 +12,7 @@ from hintjax.losses._batch import count, counted, flat, vectors
 def similarity_matrix(
     features: Float[Array, "batch ..."],
     *,
-    where: Bool[Array, " batch"] | None = None,
+    where: Bool[Array, "batch ..."] | None = None,
 ) -> Float[Array, "batch batch"]:
     """Similarity matrix (SP): similarity of each two examples of a batch.
 
@@ -20,7 +20,9 @@ def similarity_matrix(
 
     Args:
         features: activations; all axes but the first are features.
-        where: mask of the examples that count; rows and columns of the others are 0.
+        where: mask of the examples or the positions (batch *positions, all axes but the
+            last) that count. Rows and columns of masked examples are 0. The product of
+            two examples is over the positions that are valid in both.
 
     Returns:
         Rows of norm 1; 0 for an example whose features are all 0.
@@ -39,7 +41,8 @@ def similarity_matrix(
     """
     features = as_float("similarity_matrix", features)
     _checks.rank("similarity_matrix", 2, "batch *features", features=features)
-    _checks.mask("similarity_matrix", where, features.shape[:1])
+    shapes = features.shape[:1], features.shape[:-1]
+    _checks.mask("similarity_matrix", where, *shapes)
     return _similarity(flat(keep(features, where)))
 
 
@@ -47,7 +50,7 @@ def similarity_loss(
     student: Float[Array, "batch ..."],
     teacher: Float[Array, "batch ..."],
     *,
-    where: Bool[Array, " batch"] | None = None,
+    where: Bool[Array, "batch ..."] | None = None,
 ) -> Float[Array, " batch"]:
     """Similarity-preserving loss (SP): squared difference of the similarities.
 
@@ -57,7 +60,9 @@ def similarity_loss(
         student: activations of the student, of any size.
         teacher: activations of the teacher, of the same examples, of any size.
         where: mask of the examples that count; the loss of the others is 0, and no
-            example is compared with them.
+            example is compared with them. Or the mask of the positions (batch
+            *positions, all axes but the last) that count, if both have the same
+            positions; an example without any does not count.
 
     Returns:
         One value in [0, 4 / B] per anchor i; 0 in a batch of one.
@@ -76,7 +81,14 @@ def similarity_loss(
         https://arxiv.org/abs/1907.09682
         https://github.com/HobbitLong/RepDistiller (SP.py)
     """
-    student, teacher = vectors("similarity_loss", student, teacher, where)
+    caller = "similarity_loss"
+    if where is not None and _checks.is_array(where) and where.ndim > 1:
+        student, teacher = as_float(caller, student, teacher)
+        for x in (student, teacher):
+            _checks.mask(caller, where, x.shape[:1], x.shape[:-1])
+        student, teacher = keep(student, where), keep(teacher, where)
+        where = jnp.any(where, range(1, where.ndim))
+    student, teacher = vectors(caller, student, teacher, where)
     square = jnp.square(_similarity(student) - _similarity(teacher))
     valid = counted(student, where)
     return keep(jnp.sum(square, 1) / count(valid, square), where)

@@ -4,16 +4,18 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from hintjax import _checks
-from hintjax._numerics import as_float, deviations, norm
+from hintjax._numerics import as_float, deviations, keep, norm
 
 EPS = 1e-7  # as published
 
 
 def standardize_logits(
     logits: Float[Array, "*batch classes"],
+    *,
+    where: Bool[Array, "..."] | None = None,
 ) -> Float[Array, "*batch classes"]:
     """Logit standardization: gives each example's logits mean 0 and deviation 1.
 
@@ -24,11 +26,12 @@ def standardize_logits(
     size of the teacher's logits, only their relations.
 
     Args:
-        logits: finite logits of each class.
+        logits: finite logits of each class, (batch, *positions, classes).
+        where: mask of the examples or positions that count, over the first axes.
 
     Returns:
-        The standardized logits. Constant logits become 0. Logits with a deviation of at
-        most e have no gradient (in the code a gradient of 1e7).
+        The standardized logits; 0 where masked. Constant logits become 0. Logits with a
+        deviation of at most e have no gradient (in the code a gradient of 1e7).
 
     Convention:
         The unbiased deviation, as in the authors' code.
@@ -44,7 +47,9 @@ def standardize_logits(
     """
     logits = as_float("standardize_logits", logits)
     _checks.rank("standardize_logits", 1, "*batch classes", logits=logits)
-    centered = deviations(logits)
+    shapes = (logits.shape[:n] for n in range(logits.ndim))
+    _checks.mask("standardize_logits", where, *shapes)
+    centered = deviations(keep(logits, where))
     freedom = max(logits.shape[-1] - 1, 1)
     deviation = norm(centered)[..., None] / math.sqrt(freedom)
     standard = centered / (deviation + EPS)

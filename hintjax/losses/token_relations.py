@@ -1,12 +1,18 @@
-"""Token relations (MiniLM, MiniLMv2): matches relations between tokens."""
+"""Token relations (MiniLM, TextBrewer): matches relations between tokens."""
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from hintjax import _checks
-from hintjax._numerics import as_float, keep
-from hintjax.losses.attention_scores import over_keys, over_queries, tokens_of
+from hintjax._numerics import as_float, keep, masked_mean
+from hintjax.losses._positions import check_maps
+from hintjax.losses.attention_scores import (
+    over_keys,
+    over_queries,
+    pairs_of,
+    tokens_of,
+)
 from hintjax.losses.kd import divergence
 
 
@@ -69,6 +75,69 @@ def relation_loss(
         for x in (student, teacher)
     )
     return over_queries(divergence(log_p, log_q), tokens)
+
+
+def token_gram_loss(
+    student: Float[Array, "*shape c"],
+    teacher: Float[Array, "*shape c2"],
+    *,
+    batch_dims: int = 1,
+    where: Bool[Array, "..."] | None = None,
+) -> Float[Array, "*batch"]:
+    """Gram matrices of tokens: mean squared difference of their inner products.
+
+    L = mean_ij (G_ij(s) - G_ij(t))^2,  G_ij(x) = <x_i, x_j> / c
+
+    i and j run over the tokens that count. The division by the width c makes networks
+    of different widths comparable. L is quartic in the activations: if student and
+    teacher differ in scale, begin with a small weight.
+
+    Args:
+        student: hidden states of the student: tokens (*batch n c), or a map, whose
+            positions are the tokens.
+        teacher: hidden states of the teacher, at the same positions, of any width.
+        batch_dims: number of leading axes over examples; the axes between them and the
+            channels are positions.
+        where: mask of the examples or positions that count.
+
+    Returns:
+        One value >= 0 per example; 0 for a fully masked example.
+
+    Convention:
+        TextBrewer's `mmd` of a layer with itself (a form of NST for tokens). TextBrewer
+        takes the mean over all pairs of tokens of a batch at once; here each example
+        has the same weight, whatever its length.
+
+    >>> student = jnp.array([[[1.0, 1.0], [0.0, 0.0]]])
+    >>> token_gram_loss(student, jnp.zeros((1, 2, 3)))
+    Array([0.25], dtype=float32)
+    >>> where = jnp.array([[True, False]])
+    >>> token_gram_loss(student, jnp.zeros((1, 2, 3)), where=where)
+    Array([1.], dtype=float32)
+
+    References:
+        Huang, Wang: Like What You Like: Knowledge Distill via Neuron Selectivity
+        Transfer, 2017. https://arxiv.org/abs/1707.01219
+        https://github.com/airaria/TextBrewer (losses.py, mmd)
+    """
+    caller = "token_gram_loss"
+    student, teacher = as_float(caller, student, teacher)
+    check_maps(caller, batch_dims, student=student, teacher=teacher)
+    _checks.same_leading(caller, 1, student=student, teacher=teacher)
+    batch, places = student.shape[:batch_dims], student.shape[:-1]
+    _checks.mask(caller, where, batch, places)
+
+    def gram(x: Array) -> Array:
+        x = keep(x, where).reshape(*batch, -1, x.shape[-1])
+        highest = jax.lax.Precision.HIGHEST
+        return jnp.einsum("...ic,...jc->...ij", x, x, precision=highest) / x.shape[-1]
+
+    squares = jnp.square(gram(student) - gram(teacher))
+    if where is None:
+        return masked_mean(squares, None, batch_dims)
+    spread = jnp.expand_dims(where, range(where.ndim, len(places)))
+    tokens = jnp.broadcast_to(spread, places)
+    return masked_mean(squares, pairs_of(tokens.reshape(*batch, -1)), batch_dims)
 
 
 def _relations(x: Array, heads: int) -> Array:

@@ -37,6 +37,7 @@ from hintjax.methods.similarity import similarity_preserving
 from hintjax.methods.simkd import reused_classifier, simkd
 from hintjax.methods.task_kd import binary_kd, dense_kd, regression_kd
 from hintjax.methods.tinybert import tinybert
+from hintjax.methods.token_gram import token_gram
 from hintjax.methods.variational import variational
 
 __all__ = [
@@ -82,6 +83,7 @@ __all__ = [
     "soft_targets",
     "standardized_kd",
     "tinybert",
+    "token_gram",
     "variational",
     "warm_up",
 ]

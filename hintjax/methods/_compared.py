@@ -17,6 +17,7 @@ from hintjax.method import (
     output_of,
     total,
 )
+from hintjax.methods._shapes import Fit, check_pair, checked, examples_of, vectors
 from hintjax.methods._tokens import counted
 from hintjax.networks import Features, Wants
 
@@ -26,6 +27,7 @@ def compared(
     pairs: Pairs,
     loss: Callable[..., Float[Array, " batch"]],
     padding: str | None = None,
+    fit: Fit = vectors,
 ) -> Method:
     """The loss of each pair of layers, summed.
 
@@ -35,8 +37,9 @@ def compared(
         loss: `(student, teacher, where=mask) -> one value per example`. The mask marks
             the valid examples, because a loss that compares the examples of a batch
             must leave out the examples that only fill the batch.
-        padding: the name of the token mask in the batch. With it, the mask that the
-            loss receives marks the valid tokens.
+        padding: the name of the mask of positions in the batch. With it, the mask that
+            the loss receives marks the valid positions.
+        fit: the shapes of a pair that the loss can work with.
 
     Returns:
         The method.
@@ -58,20 +61,30 @@ def compared(
         ]
         return total(values), memory, {}
 
-    return Method(student_wants, teacher_wants, nothing, apply)
+    method = Method(student_wants, teacher_wants, nothing, apply)
+    return checked(caller, pairs, method, fit)
 
 
 def outputs(
-    caller: str, loss: Callable[..., Float[Array, " batch"]], least: int = 2
+    caller: str,
+    loss: Callable[..., Float[Array, " batch"]],
+    padding: str | None = None,
+    *,
+    coupled: bool = False,
+    least: int = 2,
 ) -> Method:
-    """A loss of the two outputs, `(student, teacher, batch) -> one value per example`.
+    """A loss of the two outputs, (batch, *positions, classes), as a method.
 
     When a stage is initialized, the method raises if the outputs of the two networks
     have different shapes, or fewer classes than the loss needs.
 
     Args:
         caller: the name of the method, for messages.
-        loss: the loss.
+        loss: `(student, teacher, batch, where=mask) -> one value per example`.
+        padding: the name of the mask of positions in the batch. With it, the mask that
+            the loss receives marks the valid positions.
+        coupled: whether the loss compares the examples of a batch, so that it needs the
+            mask of the valid examples even without `padding`.
         least: the number of classes below which the loss is constant. The softmax of
             one class is 1, whatever the network learns.
 
@@ -79,9 +92,14 @@ def outputs(
         The method.
     """
 
-    def both(student: Features, teacher: Features) -> tuple[Array, Array]:
+    def both(
+        student: Features, teacher: Features, examples: int | None = None
+    ) -> tuple[Array, Array]:
         ours = output_of(caller, "student", student)
-        return ours, output_of(caller, "teacher", teacher)
+        theirs = output_of(caller, "teacher", teacher)
+        layers = {"the output": ours}, {"the output": theirs}
+        check_pair(caller, *layers, examples, vectors)
+        return ours, theirs
 
     def init(
         key: Array, student: Features, teacher: Features, data: Data | None
@@ -106,6 +124,10 @@ def outputs(
         batch: Batch,
         context: Context,
     ) -> Applied:
-        return loss(*both(student, teacher), batch), memory, {}
+        ours, theirs = both(student, teacher, examples_of(batch))
+        where = None
+        if coupled or padding is not None:
+            where = counted(caller, batch, padding)
+        return loss(ours, theirs, batch, where=where), memory, {}
 
     return Method(Wants(output=True), Wants(output=True), init, apply)

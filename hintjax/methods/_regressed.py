@@ -10,6 +10,7 @@ from jaxtyping import Array, Key
 from hintjax import regressors
 from hintjax._numerics import at_smaller_size
 from hintjax.method import Data, Pairs
+from hintjax.methods._shapes import of_pair
 from hintjax.networks import Features
 
 Level = Callable[[Array, Array], tuple[Array, Array]]
@@ -38,8 +39,8 @@ class Beside(NamedTuple):
 
 
 def smaller(guided: Array, hint: Array) -> tuple[Array, Array]:
-    """Averages the larger map to the smaller size; keeps vectors and tokens."""
-    if guided.ndim == hint.ndim == 4:
+    """Averages the larger map or volume down; keeps vectors and tokens."""
+    if guided.ndim == hint.ndim >= 4:
         return at_smaller_size(guided, hint)
     return guided, hint
 
@@ -74,7 +75,8 @@ def ready(
             ours, theirs = jax.eval_shape(level, ours, theirs)
         else:
             ours, theirs = level(ours, theirs)
-        module = sizing(ours.shape[1:], theirs.shape[1:])
+        with of_pair(f"{guided}->{hint}"):
+            module = sizing(ours.shape[1:], theirs.shape[1:])
         yield Pair(f"{guided}->{hint}", module, ours, theirs)
 
 

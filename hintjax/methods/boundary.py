@@ -7,6 +7,7 @@ from hintjax._checks import function, positive
 from hintjax.losses import activation_boundary_loss
 from hintjax.method import Applied, Batch, Context, Method, Pairs, hints_of
 from hintjax.methods import _regressed
+from hintjax.methods._shapes import checked
 from hintjax.networks import Features
 
 SCALE = 3 / 1000  # factor of the last pair's loss, as published
@@ -67,4 +68,5 @@ def activation_boundary(
         # A loss is halved once for each deeper pair.
         return reduce(lambda total, loss: total / 2 + loss, losses), memory, {}
 
-    return Method(student_wants, teacher_wants, init, apply)
+    method = Method(student_wants, teacher_wants, init, apply)
+    return checked("activation_boundary", pairs, method)

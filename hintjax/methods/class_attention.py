@@ -5,6 +5,8 @@ from jaxtyping import Array
 from hintjax._checks import Refusal, message, positive_int
 from hintjax.losses import class_activation_map, class_attention_loss
 from hintjax.method import Applied, Batch, Context, Data, Method, hints_of
+from hintjax.methods._shapes import checked
+from hintjax.methods._shapes import maps as with_positions
 from hintjax.networks import Features, Wants
 
 
@@ -90,4 +92,5 @@ def class_attention(
         )
         return class_attention_loss(ours, theirs, size=size), memory, {}
 
-    return Method(student_wants, teacher_wants, init, apply)
+    method = Method(student_wants, teacher_wants, init, apply)
+    return checked("class_attention", [pair], method, with_positions)

@@ -3,6 +3,7 @@
 from hintjax.losses import cosine_loss
 from hintjax.method import Method, Pairs
 from hintjax.methods._compared import compared
+from hintjax.methods._shapes import alike
 
 
 def cosine(pairs: Pairs, *, padding: str | None = None) -> Method:
@@ -15,18 +16,20 @@ def cosine(pairs: Pairs, *, padding: str | None = None) -> Method:
     weight 2.
 
     Args:
-        pairs: (guided layer, hint layer) of hidden states, (batch, n, c) or (batch, c),
-            as paths. The losses of the pairs are summed.
-        padding: the name of the token mask in the batch: bool (batch, n), True for a
-            valid token. By default all tokens are valid.
+        pairs: (guided layer, hint layer) of hidden states, (batch, *positions, c), as
+            paths. The losses of the pairs are summed.
+        padding: the name in the batch of the mask of valid positions: bool (batch,
+            *positions), True for a valid token or pixel. By default all positions are
+            valid.
 
     Returns:
         The method.
 
     Raises:
-        ValueError: if there are no pairs, or if the batch has no such mask.
+        ValueError: if there are no pairs, if the layers of a pair differ in shape, or
+            if the batch has no such mask.
 
     References:
         Sanh et al. 2019, DistilBERT, a distilled version of BERT.
     """
-    return compared("cosine", pairs, cosine_loss, padding=padding)
+    return compared("cosine", pairs, cosine_loss, padding, alike)

@@ -29,6 +29,7 @@ from hintjax._checks import (
 from hintjax._numerics import either, masked_mean
 from hintjax.losses import contrastive_log_constant, contrastive_scores_loss
 from hintjax.method import Applied, Batch, Context, Data, Method, hints_of
+from hintjax.methods._shapes import checked
 from hintjax.networks import Features
 
 HIGHEST = jax.lax.Precision.HIGHEST
@@ -323,7 +324,7 @@ def crd(
         named = [negatives.name] if isinstance(negatives, GivenNegatives) else []
         return {name: size for name in ("index", *named)}
 
-    return Method(
+    method = Method(
         student_wants,
         teacher_wants,
         init,
@@ -333,6 +334,7 @@ def crd(
         check=None if isinstance(negatives, GivenNegatives) else check,
         limits=None if in_batch else limits,
     )
+    return checked("crd", [pair], method)
 
 
 def crd_bytes(

@@ -14,6 +14,7 @@ def decoupled_kd(
     temperature: float = 4.0,
     *,
     label: str = "label",
+    padding: str | None = None,
 ) -> Method:
     """DKD: KD of the label's class and of the others apart (see `decoupled_kd_loss`).
 
@@ -25,16 +26,20 @@ def decoupled_kd(
         alpha: weight of the label's class against all other classes, >= 0.
         beta: weight of the other classes among themselves, >= 0.
         temperature: the temperature of both softmaxes, > 0.
-        label: the name of the labels in the batch.
+        label: the name of the labels in the batch, one integer for each example or, if
+            the outputs have positions, for each position: (batch, *positions).
+        padding: the name in the batch of the mask of valid positions: bool (batch,
+            *positions), True for a valid token or pixel. By default all positions are
+            valid.
 
     Returns:
         The method.
 
     Raises:
         ValueError: if the temperature is not positive, if a weight is negative, or
-            (when a stage is initialized) if the numbers of classes differ, or are 1 (or
-            2, with alpha 0), so that the loss is constant; or (when it is traced) if
-            the batch has no class labels of this name.
+            (when a stage is initialized) if the outputs differ in shape, or have 1
+            class (or 2, with alpha 0), so that the loss is constant; if the batch has
+            no such labels or mask.
 
     References:
         Zhao et al. 2022, Decoupled Knowledge Distillation.
@@ -43,11 +48,18 @@ def decoupled_kd(
     not_negative("decoupled_kd", alpha=alpha, beta=beta)
     instance("decoupled_kd", str, label=label)
 
-    def loss(student: Array, teacher: Array, batch: Batch) -> Array:
-        labels = needed("decoupled_kd", batch, label, "Name the labels with label=.")
+    def loss(
+        student: Array, teacher: Array, batch: Batch, where: Array | None
+    ) -> Array:
         return decoupled_kd_loss(
-            student, teacher, labels, alpha=alpha, beta=beta, temperature=temperature
+            student,
+            teacher,
+            needed("decoupled_kd", batch, label, "Name the labels with label=."),
+            alpha=alpha,
+            beta=beta,
+            temperature=temperature,
+            where=where,
         )
 
     # One other class among itself has the probability 1.
-    return outputs("decoupled_kd", loss, least=2 if alpha > 0 else 3)
+    return outputs("decoupled_kd", loss, padding, least=2 if alpha > 0 else 3)

@@ -21,6 +21,7 @@ from hintjax._numerics import as_float, keep, masked_mean
 from hintjax.losses import hint_loss
 from hintjax.method import Applied, Batch, Context, Method, Pairs, hints_of, total
 from hintjax.methods import _regressed
+from hintjax.methods._shapes import checked
 from hintjax.methods._tokens import counted
 from hintjax.networks import Features
 
@@ -48,8 +49,8 @@ def fitnets(
         regressor: makes the regressor of one pair from the two shapes.
         loss: compares a prediction with its hint, one value per example. With
             `padding`, it also receives the mask of valid tokens, as `where`.
-        padding: for hints over tokens (batch, n, c), the name of the token mask in the
-            batch: bool (batch, n), True for a valid token. By default all tokens are
+        padding: the name in the batch of the mask of valid positions: bool (batch,
+            *positions), True for a valid token or pixel. By default all positions are
             valid.
 
     Returns:
@@ -92,7 +93,8 @@ def fitnets(
             metrics |= {f"{name}/r2": value for name, value in r2.items()}
         return total(parts), memory, metrics
 
-    return Method(student_wants, teacher_wants, init, apply)
+    method = Method(student_wants, teacher_wants, init, apply)
+    return checked("fitnets", pairs, method)
 
 
 def lambda_decay(

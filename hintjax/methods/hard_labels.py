@@ -1,7 +1,9 @@
 """Hard-label distillation (Touvron et al. 2021, DeiT)."""
 
+from jaxtyping import Array
+
 from hintjax.losses import hard_label_loss
-from hintjax.method import Method
+from hintjax.method import Batch, Method
 from hintjax.methods._compared import outputs
 
 
@@ -31,4 +33,10 @@ def hard_labels() -> Method:
         Touvron et al. 2021, Training Data-Efficient Image Transformers and Distillation
         through Attention, Eq. 3.
     """
-    return outputs("hard_labels", lambda s, t, batch: hard_label_loss(s, t))
+
+    def loss(
+        student: Array, teacher: Array, batch: Batch, where: Array | None
+    ) -> Array:
+        return hard_label_loss(student, teacher, where=where)
+
+    return outputs("hard_labels", loss)

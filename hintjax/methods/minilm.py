@@ -17,6 +17,7 @@ from hintjax.method import (
     nothing,
     total,
 )
+from hintjax.methods._shapes import alike, checked
 from hintjax.methods._tokens import counted
 from hintjax.networks import Features
 
@@ -107,4 +108,5 @@ def minilm(
         }
         return total(parts.values()), memory, metrics
 
-    return Method(*wants, nothing, apply)
+    method = checked("minilm", relations, Method(*wants, nothing, apply))
+    return checked("minilm", attention, method, alike)

@@ -10,6 +10,7 @@ from hintjax._checks import Refusal, function, instance, message
 from hintjax.losses import batch_norm_margin, margin_relu, partial_l2_loss
 from hintjax.method import Applied, Batch, Context, Data, Method, Pairs, hints_of
 from hintjax.methods import _regressed
+from hintjax.methods._shapes import checked
 from hintjax.networks import Features
 
 CONNECTOR = partial(regressors.linear, batch_norm=True, bias=False)
@@ -92,9 +93,6 @@ def overhaul(
         # A loss is halved once for each deeper pair.
         return reduce(lambda total, loss: total / 2 + loss, losses), memory, {}
 
-    return Method(
-        student_wants,
-        teacher_wants._replace(params=tuple(dict.fromkeys(norms))),
-        init,
-        apply,
-    )
+    teacher_wants = teacher_wants._replace(params=tuple(dict.fromkeys(norms)))
+    method = Method(student_wants, teacher_wants, init, apply)
+    return checked("overhaul", pairs, method)

@@ -13,6 +13,7 @@ from hintjax.method import (
     nothing,
     total,
 )
+from hintjax.methods._shapes import checked
 from hintjax.networks import Features
 
 
@@ -66,4 +67,5 @@ def relational(pairs: Pairs, *, distance: float = 25.0, angle: float = 50.0) -> 
             metrics[name] = masked_mean(values, where)
         return total(parts), memory, metrics
 
-    return Method(student_wants, teacher_wants, nothing, apply)
+    method = Method(student_wants, teacher_wants, nothing, apply)
+    return checked("relational", pairs, method)

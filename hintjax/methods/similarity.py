@@ -5,7 +5,7 @@ from hintjax.method import Method, Pairs
 from hintjax.methods._compared import compared
 
 
-def similarity_preserving(pairs: Pairs) -> Method:
+def similarity_preserving(pairs: Pairs, *, padding: str | None = None) -> Method:
     """SP: the same examples are alike for student and teacher (see `similarity_loss`).
 
     It trains nothing beside the student. The layers of a pair may have any shapes. The
@@ -16,14 +16,17 @@ def similarity_preserving(pairs: Pairs) -> Method:
     Args:
         pairs: (guided layer, hint layer) for each pair, as paths. The losses of the
             pairs are summed.
+        padding: the name in the batch of the mask of valid positions, for layers of the
+            same positions: bool (batch, *positions), True for a valid token or pixel.
+            By default all positions are valid.
 
     Returns:
         The method.
 
     Raises:
-        ValueError: if there are no pairs.
+        ValueError: if there are no pairs, or if the batch has no such mask.
 
     References:
         Tung and Mori 2019, Similarity-Preserving Knowledge Distillation.
     """
-    return compared("similarity_preserving", pairs, similarity_loss)
+    return compared("similarity_preserving", pairs, similarity_loss, padding)

@@ -12,6 +12,7 @@ from hintjax._numerics import as_float, masked_mean
 from hintjax.losses import hint_loss
 from hintjax.method import Applied, Batch, Context, Data, Method, hints_of
 from hintjax.methods import _regressed
+from hintjax.methods._shapes import checked, maps
 from hintjax.metrics import accuracy, class_labels
 from hintjax.networks import Features
 
@@ -91,7 +92,8 @@ def simkd(
         ((_, found, _),), _ = beside.predict(params, memory, student, teacher, False)
         return reused_classifier(found, teacher.params[classifier])
 
-    return Method(student_wants, teacher_wants, init, apply, deploy=deploy)
+    method = Method(student_wants, teacher_wants, init, apply, deploy=deploy)
+    return checked("simkd", [pair], method, maps)
 
 
 def reused_classifier(

@@ -2,10 +2,11 @@
 
 from collections.abc import Sequence
 
+from jaxtyping import Array
+
 from hintjax._checks import instance, labels, needed, positive
-from hintjax._numerics import masked_mean
 from hintjax.losses import binary_kd_loss, hint_loss, kd_loss
-from hintjax.method import Method
+from hintjax.method import Batch, Method
 from hintjax.methods._compared import outputs
 from hintjax.metrics import ignored, not_ignored
 
@@ -31,8 +32,10 @@ def binary_kd(temperature: float = 4.0) -> Method:
     """
     positive("binary_kd", temperature=temperature)
 
-    def loss(student, teacher, batch):
-        return binary_kd_loss(student, teacher, temperature=temperature)
+    def loss(
+        student: Array, teacher: Array, batch: Batch, where: Array | None
+    ) -> Array:
+        return binary_kd_loss(student, teacher, temperature=temperature, where=where)
 
     return outputs("binary_kd", loss, least=1)
 
@@ -53,7 +56,13 @@ def regression_kd() -> Method:
         Ba and Caruana 2014, Do Deep Nets Really Need to be Deep?, Eq. 1 (on logits,
         with a factor 1/2 and a sum over outputs).
     """
-    return outputs("regression_kd", lambda s, t, batch: hint_loss(s, t), least=1)
+
+    def loss(
+        student: Array, teacher: Array, batch: Batch, where: Array | None
+    ) -> Array:
+        return hint_loss(student, teacher, where=where)
+
+    return outputs("regression_kd", loss, least=1)
 
 
 def dense_kd(
@@ -90,13 +99,13 @@ def dense_kd(
     instance("dense_kd", str, label=label)
     left_out = ignored("dense_kd", ignore)
 
-    def loss(student, teacher, batch):
-        where = None
+    def loss(
+        student: Array, teacher: Array, batch: Batch, where: Array | None
+    ) -> Array:
         if left_out:
             given = needed("dense_kd", batch, label, "Name the labels with label=.")
             labels("dense_kd", student.shape[:-1], **{f"the label {label!r}": given})
             where = not_ignored(given, left_out)
-        values = kd_loss(student, teacher, temperature=temperature, where=where)
-        return masked_mean(values, where, batch_dims=1)
+        return kd_loss(student, teacher, temperature=temperature, where=where)
 
     return outputs("dense_kd", loss)._replace(ignored=left_out)

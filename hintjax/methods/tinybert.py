@@ -10,6 +10,7 @@ from hintjax._checks import Refusal, function, instance, message
 from hintjax._numerics import masked_mean
 from hintjax.losses import attention_score_loss, hint_loss
 from hintjax.method import Applied, Batch, Context, Data, Method, Pairs, hints_of, total
+from hintjax.methods._shapes import alike, checked
 from hintjax.methods._tokens import counted
 from hintjax.networks import Features
 
@@ -118,4 +119,5 @@ def tinybert(
         }
         return total(parts.values()), memory, metrics
 
-    return Method(*wants, init, apply)
+    method = checked("tinybert", hidden_pairs, Method(*wants, init, apply))
+    return checked("tinybert", attention_pairs, method, alike)

@@ -11,6 +11,8 @@ from hintjax._checks import function, scalar
 from hintjax.losses.variational import LEAST_VARIANCE, variance_of, variational_loss
 from hintjax.method import Applied, Batch, Context, Data, Method, Pairs, hints_of, total
 from hintjax.methods import _regressed
+from hintjax.methods._shapes import checked
+from hintjax.methods._tokens import counted
 from hintjax.networks import Features
 
 MOST_VARIANCE = 700.0  # largest initial variance: expm1 of more overflows
@@ -22,6 +24,7 @@ def variational(
     *,
     regressor: regressors.Sizing = MEAN,
     initial_variance: float = 5.0,
+    padding: str | None = None,
 ) -> Method:
     """VID: the student predicts each hint's mean, and how well it can per channel.
 
@@ -35,6 +38,9 @@ def variational(
         regressor: makes the regressor of the mean; by default the published three 1x1
             convolutions with ReLUs between them, without biases.
         initial_variance: the initial variance of all channels, > 1e-5 and < 700.
+        padding: the name in the batch of the mask of valid positions: bool (batch,
+            *positions), True for a valid token or pixel, at the smaller size of each
+            pair. By default all positions are valid.
 
     Returns:
         The method. It trains a regressor `mean` and the numbers `scale` per pair, under
@@ -43,7 +49,8 @@ def variational(
 
     Raises:
         ValueError: if there are no pairs, if the variance is outside its range, or
-            (when a stage is initialized) if no regressor fits a pair.
+            (when a stage is initialized) if no regressor fits a pair; if the batch has
+            no such mask.
 
     References:
         Ahn et al. 2019, Variational Information Distillation for Knowledge Transfer.
@@ -87,12 +94,16 @@ def variational(
         predictions, memory = beside.predict(
             means, memory, student, teacher, context.train
         )
+        masked = {}
+        if padding is not None:
+            masked["where"] = counted("variational", batch, padding)
         values = [
-            variational_loss(predicted, hint, scale=params[name]["scale"])
+            variational_loss(predicted, hint, scale=params[name]["scale"], **masked)
             for name, predicted, hint in predictions
         ]
         variances = [jnp.mean(variance_of(own["scale"])) for own in params.values()]
         variance = total(variances) / len(variances)
         return total(values), memory, {"variance": variance}
 
-    return Method(student_wants, teacher_wants, init, apply)
+    method = Method(student_wants, teacher_wants, init, apply)
+    return checked("variational", pairs, method)

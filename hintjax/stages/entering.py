@@ -18,11 +18,11 @@ from jaxtyping import PyTree
 from hintjax._checks import (
     Refusal,
     WrongType,
+    described,
     form,
     instance,
     is_array,
     key,
-    labels,
     message,
 )
 from hintjax.method import Data

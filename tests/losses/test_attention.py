@@ -162,3 +162,54 @@ def test_a_power_is_a_positive_integer(unchecked, power):
 def test_tokens_are_not_a_map(unchecked):
     with pytest.raises(ValueError, match=r"at least 3 axes.*shape \(4, 3\)"):
         losses.attention_map(jnp.zeros((4, 3)))
+
+
+@pytest.mark.parametrize("power", [1, 2, 3])
+def test_the_codes_map_keeps_the_signs_of_odd_powers(power):
+    x = features(0)
+    energy = (np.float64(x) ** power).mean(-1).reshape(3, -1)
+    want = energy / np.linalg.norm(energy, axis=1, keepdims=True)
+    got = losses.attention_map_code(jnp.array(x), power=power)
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-6)
+    if power % 2 == 0:
+        same = losses.attention_map(jnp.array(x), power=power)
+        np.testing.assert_array_equal(got, same)
+
+
+@pytest.mark.parametrize(
+    "loss", [losses.attention_transfer_loss, losses.attention_transfer_loss_paper]
+)
+def test_the_map_is_an_argument_of_the_loss(loss):
+    student, teacher = features(0), features(1)
+    ours, theirs = (
+        losses.attention_map_code(jnp.array(x), power=3) for x in (student, teacher)
+    )
+    got = loss(
+        jnp.array(student),
+        jnp.array(teacher),
+        power=3,
+        attention=losses.attention_map_code,
+    )
+    squares = np.square(np.float64(ours) - np.float64(theirs))
+    paper = loss is losses.attention_transfer_loss_paper
+    want = np.sqrt(squares.sum(1)) if paper else squares.mean(1)
+    np.testing.assert_allclose(got, want, rtol=1e-4)
+
+
+@pytest.mark.parametrize("loss", [losses.attention_transfer_loss, losses.factor_loss])
+def test_masked_positions_of_a_larger_map_are_not_read(loss):
+    """A position is read if it is in the bin of any unmasked position."""
+    student, teacher = features(0), features(1, (3, 7, 5, 6))
+    where = np.ones((3, 4, 5), bool)
+    where[:, 1:] = False  # the first bin of 7 -> 4 rows is rows 0 and 1
+    where = jnp.array(where)
+    broken = teacher.copy()
+    broken[:, 2:] = np.nan
+    run = jax.jit(jax.grad(lambda s, t: loss(s, t, where=where).sum(), (0, 1)))
+    got, want = run(student, broken), run(student, teacher)
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_array_equal(a, b)
+    np.testing.assert_array_equal(
+        loss(jnp.array(student), jnp.array(broken), where=where),
+        loss(jnp.array(student), jnp.array(teacher), where=where),
+    )

@@ -96,3 +96,41 @@ def test_channels_that_differ_ask_for_a_regressor(unchecked):
     other = jnp.ones((2, 4, 4, 3)), jnp.ones((2, 2, 2, 6))
     with pytest.raises(ValueError, match=r"same examples and channels.*regressor"):
         losses.fsp_loss(flow, other)
+
+
+@pytest.mark.parametrize("matrix", [losses.fsp_matrix, losses.fsp_matrix_paper])
+def test_a_matrix_is_the_mean_over_the_valid_positions(matrix):
+    first, second = features(0, (6, 3)), features(1, (6, 5))
+    where = np.arange(6) < np.array([[6], [2], [0]])
+    got = matrix(jnp.array(first), jnp.array(second), where=jnp.array(where))
+    for i, n in enumerate((6, 2, 0)):
+        want = first[i, :n].T @ second[i, :n] / max(n, 1)
+        np.testing.assert_allclose(got[i], want, rtol=1e-5, atol=1e-7)
+
+
+def test_flows_of_tokens_and_of_volumes_are_the_formula():
+    for one, two in (((7,), (3,)), ((4, 2, 6), (2, 4, 3))):
+        first, second = features(0, (*one, 3)), features(1, (*two, 5))
+        got = losses.fsp_matrix(jnp.array(first), jnp.array(second))
+        size = np.minimum(one, two)
+        pooled = []
+        for x in (first, second):
+            bins = np.zeros((3, *size, x.shape[-1]))
+            for j in np.ndindex(*size):
+                window = tuple(
+                    slice(i * n // m, -(-(i + 1) * n // m))
+                    for i, n, m in zip(j, x.shape[1:-1], size, strict=True)
+                )
+                axes = tuple(range(1, x.ndim - 1))
+                bins[(slice(None), *j)] = x[(slice(None), *window)].mean(axes)
+            pooled.append(bins.reshape(3, -1, x.shape[-1]))
+        want = np.einsum("bjm,bjn->bmn", *pooled) / np.prod(size)
+        np.testing.assert_allclose(got, want, rtol=1e-5)
+
+
+def test_a_mask_of_positions_fits_both_flows(unchecked):
+    tokens, fewer = jnp.ones((2, 6, 3)), jnp.ones((2, 4, 3))
+    where = jnp.ones((2, 6), bool)
+    losses.fsp_loss((tokens, tokens), (tokens, tokens), where=where)
+    with pytest.raises(ValueError, match=r"fsp_loss: .*\(2, 4\), got bool \(2, 6\)"):
+        losses.fsp_loss((tokens, tokens), (fewer, tokens), where=where)

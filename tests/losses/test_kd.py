@@ -24,8 +24,13 @@ def test_kd_is_the_formula(temperature):
     student, teacher = logits(0), logits(1)
     q, p = softmax(student / temperature), softmax(teacher / temperature)
     want = temperature**2 * (p * np.log(p / q)).sum(-1)
-    got = kd_loss(jnp.array(student), jnp.array(teacher), temperature=temperature)
+    arrays, hyper = (
+        (jnp.array(student), jnp.array(teacher)),
+        {"temperature": temperature},
+    )
+    got = kd_loss(*arrays, batch_dims=2, **hyper)
     np.testing.assert_allclose(got, want, rtol=1e-5)
+    np.testing.assert_allclose(kd_loss(*arrays, **hyper), want.mean(1), rtol=1e-5)
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1, 3.0])
@@ -33,7 +38,7 @@ def test_soft_cross_entropy_is_the_formula(temperature):
     student, teacher = logits(0), logits(1)
     q, p = softmax(student / temperature), softmax(teacher / temperature)
     got = soft_cross_entropy_loss(
-        jnp.array(student), jnp.array(teacher), temperature=temperature
+        jnp.array(student), jnp.array(teacher), temperature=temperature, batch_dims=2
     )
     np.testing.assert_allclose(got, -(p * np.log(q)).sum(-1), rtol=1e-5)
 

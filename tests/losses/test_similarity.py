@@ -58,3 +58,24 @@ def test_a_mask_takes_rows_and_columns():
     want = similarity_matrix(jnp.array(features(0)[where]))
     np.testing.assert_allclose(np.asarray(got)[where][:, where], want, rtol=1e-5)
     assert np.abs(got[~where]).max() == np.abs(got[:, ~where]).max() == 0
+
+
+def test_masked_positions_are_left_out_of_every_product():
+    generator = np.random.default_rng(0)
+    student, teacher = generator.normal(size=(2, 4, 3, 5)).astype(np.float32)
+    where = np.array([[1, 1, 1], [1, 0, 1], [0, 0, 0], [0, 1, 1]], bool)
+    zeroed = [np.where(where[..., None], x, 0) for x in (student, teacher)]
+    some = where.any(1)
+    want = similarity_loss(*map(jnp.array, zeroed), where=jnp.array(some))
+    hidden = [np.where(where[..., None], x, np.nan) for x in (student, teacher)]
+    arrays = [jnp.array(x, jnp.float32) for x in hidden]
+    got = similarity_loss(*arrays, where=jnp.array(where))
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+    assert got[2] == 0
+    matrix = similarity_matrix(arrays[0], where=jnp.array(where))
+    rows = zeroed[0].reshape(4, -1)
+    products = rows @ rows.T
+    norms = np.linalg.norm(products, axis=1, keepdims=True)
+    np.testing.assert_allclose(
+        matrix, products / np.where(norms == 0, 1, norms), rtol=1e-4, atol=1e-6
+    )

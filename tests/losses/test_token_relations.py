@@ -5,7 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hintjax.losses import attention_distribution_loss, relation_loss
+from hintjax.losses import (
+    attention_distribution_loss,
+    relation_loss,
+    token_gram_loss,
+)
 
 pytestmark = [pytest.mark.quick, pytest.mark.usefixtures("strict")]
 
@@ -101,3 +105,39 @@ def test_what_makes_no_sense_is_refused():
         relation_loss(student, teacher[:, :4], heads=2)
     with pytest.raises(ValueError, match=r"bool \(2,\) or \(2, 5\), got"):
         relation_loss(student, teacher, heads=2, where=jnp.ones((2, 4), bool))
+
+
+def test_gram_matrices_are_the_formula():
+    generator = np.random.default_rng(0)
+    student = generator.normal(size=(3, 5, 4)).astype(np.float32)
+    teacher = generator.normal(size=(3, 5, 7)).astype(np.float32)
+    lengths = 5, 2, 0
+    where = np.arange(5) < np.array(lengths)[:, None]
+
+    def formula(s, t):
+        return np.square(s @ s.T / 4 - t @ t.T / 7).mean() if len(s) else 0
+
+    pairs = zip(student, teacher, lengths, strict=True)
+    want = [formula(s[:n], t[:n]) for s, t, n in pairs]
+    arrays = jnp.array(student), jnp.array(teacher)
+    got = token_gram_loss(*arrays, where=jnp.array(where))
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+    want = [formula(s, t) for s, t in zip(student, teacher, strict=True)]
+    np.testing.assert_allclose(token_gram_loss(*arrays), want, rtol=1e-5)
+    some = token_gram_loss(*arrays, where=jnp.array([True, False, True]))
+    np.testing.assert_allclose(some, [want[0], 0, want[2]], rtol=1e-5)
+
+
+def test_gram_matrices_do_not_see_a_rotation_of_the_channels():
+    generator = np.random.default_rng(0)
+    teacher = generator.normal(size=(2, 5, 4))
+    rotation, _ = np.linalg.qr(generator.normal(size=(4, 4)))
+    arrays = jnp.array(teacher @ rotation, jnp.float32), jnp.array(teacher, jnp.float32)
+    np.testing.assert_allclose(token_gram_loss(*arrays), 0, atol=1e-6)
+
+
+def test_gram_matrices_of_other_tokens_are_refused(unchecked):
+    with pytest.raises(
+        ValueError, match=r"token_gram_loss: .*\(2, 5, 4\).*\(2, 6, 4\)"
+    ):
+        token_gram_loss(jnp.ones((2, 5, 4)), jnp.ones((2, 6, 4)))

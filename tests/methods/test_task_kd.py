@@ -27,7 +27,7 @@ def test_dense_kd_is_the_mean_over_the_positions_that_are_not_ignored():
     student, teacher = drawn(3, 4, 4, 5), drawn(3, 4, 4, 5, seed=1)
     label = jnp.zeros((3, 4, 4), jnp.int32).at[0, 1:].set(255).at[2].set(255)
     values = applied(hj.dense_kd(2.0, ignore=255), student, teacher, label=label)
-    each = kd_loss(student, teacher, temperature=2.0)
+    each = kd_loss(student, teacher, temperature=2.0, batch_dims=3)
     want = [each[0, 0].mean(), each[1].mean(), 0]
     np.testing.assert_allclose(values, want, rtol=1e-5)
     values = applied(hj.dense_kd(2.0), student, teacher)  # needs no labels

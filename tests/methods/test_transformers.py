@@ -199,10 +199,12 @@ def test_a_mask_that_is_missing_or_no_mask_is_refused(name):
         apply(method, {"label": jnp.zeros(4)}, params, memory)
     assert str(error.value) == (
         f"{name}: expected 'mask' in the batch, got ['label']. Pass the name of "
-        "the token mask as padding=."
+        "the mask of valid positions as padding=."
     )
     for mask in jnp.ones((4, 5), jnp.int32), jnp.ones(4, bool):
-        with pytest.raises(ValueError, match=rf"{name}: .*bool \(batch, n\), got"):
+        with pytest.raises(
+            ValueError, match=rf"{name}: .*bool \(batch, \*positions\), got"
+        ):
             apply(method, {"mask": mask}, params, memory)
 
 
