@@ -1,6 +1,7 @@
 """Methods that compare features directly and train nothing beside the student."""
 
 from collections.abc import Callable
+from typing import Any
 
 from jaxtyping import Array, Float
 
@@ -94,7 +95,7 @@ def outputs(
 
     def both(
         student: Features, teacher: Features, examples: int | None = None
-    ) -> tuple[Array, Array]:
+    ) -> tuple[Any, Any]:
         ours = output_of(caller, "student", student)
         theirs = output_of(caller, "teacher", teacher)
         layers = {"the output": ours}, {"the output": theirs}

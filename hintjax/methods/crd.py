@@ -237,7 +237,6 @@ def crd(
         if isinstance(negatives, BatchNegatives):
             by_student, by_teacher, valid = _within(s, t, _label(batch), where)
         else:
-            _index(batch)  # raises
             outside = _outside(batch, limits(memory))
             draws, positives = jax.random.split(context.key)
             drawn = negatives.draw(classes, draws, batch)
