@@ -12,6 +12,7 @@ import jax
 from hintjax import pairing, regressors
 from hintjax._checks import Refusal, message
 from hintjax.method import Method, Pairs
+from hintjax.networks.paths import OUTPUT
 from hintjax.views import viewed
 
 Layers = Mapping[str, jax.ShapeDtypeStruct]
@@ -170,7 +171,11 @@ def compares_outputs(method: Method, places: Places) -> bool:
 
     It reads the classifier's output (KD), or its parameters (SimKD, CAT-KD).
     """
-    vectors = [path for path, layer in places.teacher.items() if len(layer.shape) == 2]
+    vectors = [
+        path
+        for path, layer in places.teacher.items()
+        if len(layer.shape) == 2 and not path.startswith(OUTPUT)
+    ]
     return method.teacher.output or bool({*vectors[-1:]} & {*method.teacher.params})
 
 

@@ -35,6 +35,7 @@ from hintjax.experiments.pretrained import recorded
 from hintjax.experiments.recipes import PlannedPhase, Recipe, backprop
 from hintjax.experiments.run import load_deployed, run
 from hintjax.experiments.setting import Setting, prepare
+from hintjax.experiments.teacher import teacher_of
 from hintjax.experiments.teaching import check_teacher, teacher_variables
 from hintjax.networks import Variables
 from hintjax.processes import agree, first
@@ -222,7 +223,7 @@ def _total_steps(setting: Setting, plan: Plan) -> int:
     """The steps of all runs, and of the teacher if it is trained here."""
     config = setting.config
     runs = sum(len(arm.rates) for arm in plan.arms) * config.seeds or 1
-    trained_here = ":" in config.teacher and config.weights is None
+    trained_here = teacher_of(config.teacher, config.weights).trained_here
     before = config.teacher_epochs if trained_here else 0
     per_epoch = setting.dataset.train.n // config.batch_size
     return (runs * config.epochs + before) * per_epoch

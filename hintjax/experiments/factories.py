@@ -118,13 +118,7 @@ def check_output(name: str, network: Network, inputs: jax.Array) -> None:
         WrongType: if the output is a tuple, a dict or another container.
         Refusal: if the output has no axis of classes, as `(batch,)`.
     """
-
-    def output(inputs: jax.Array) -> PyTree:
-        variables = network.init(jax.random.key(0), inputs)
-        wants = Wants(output=True)
-        return network.apply(*variables, inputs, wants=wants, train=False)[0].output
-
-    found = jax.eval_shape(output, inputs)
+    found = _output(network, inputs)
     wanted = f"{name} to make a model that gives logits, (batch, classes)"
     if not isinstance(found, jax.ShapeDtypeStruct):
         do = (
@@ -145,11 +139,15 @@ def layers(network: Network, inputs: jax.Array) -> dict[str, jax.ShapeDtypeStruc
 
 def output_shape(network: Network, inputs: jax.Array) -> Any:
     """The shape of one example's output; a tree of shapes if the output is a tree."""
+    return jax.tree.map(lambda array: array.shape[1:], _output(network, inputs))
 
-    def output(inputs: jax.Array) -> Any:
+
+def _output(network: Network, inputs: jax.Array) -> PyTree:
+    """The output of a network, found on shapes alone."""
+
+    def output(inputs: jax.Array) -> PyTree:
         variables = network.init(jax.random.key(0), inputs)
         wants = Wants(output=True)
         return network.apply(*variables, inputs, wants=wants, train=False)[0].output
 
-    found = jax.eval_shape(output, inputs)
-    return jax.tree.map(lambda array: array.shape[1:], found)
+    return jax.eval_shape(output, inputs)

@@ -19,7 +19,7 @@ from hintjax.experiments.recipes import PlannedPhase, Recipe
 from hintjax.experiments.setting import Setting, taught_by
 from hintjax.experiments.teacher import teacher_of
 from hintjax.method import Data
-from hintjax.networks import Network, Wants
+from hintjax.networks import Network
 from hintjax.stages import (
     SpikeGuard,
     Stage,
@@ -54,9 +54,8 @@ def check(setting: Setting, recipe: Recipe) -> list[PlannedPhase]:
         for network in (setting.student, setting.teacher)
     )
     _check_head(setting, "student", setting.student)
-    named = teacher_of(config.teacher, config.weights)
-    trained = named.factory is not None and named.weights is None
-    if setting.teacher is not None and trained:
+    trained_here = teacher_of(config.teacher, config.weights).trained_here
+    if setting.teacher is not None and trained_here:
         _check_head(setting, "teacher", setting.teacher)
     per_epoch = steps_per_epoch(train.n, size)
     state, phases = None, list(recipe(config, setting.places, per_epoch))
@@ -92,14 +91,8 @@ def _check_head(setting: Setting, who: str, network: Network) -> None:
 
     The loss of a label beyond the outputs is not finite, so its updates are skipped.
     """
-    classes, wants = setting.dataset.classes, Wants(output=True)
-    variables = jax.eval_shape(network.init, jax.random.key(0), setting.inputs)
-    shown, _ = jax.eval_shape(
-        functools.partial(network.apply, wants=wants, train=False),
-        *variables,
-        setting.inputs,
-    )
-    outputs = shown.output.shape[-1]
+    classes = setting.dataset.classes
+    outputs = output_shape(network, setting.inputs)[-1]
     if outputs < classes:
         wanted = f"a {who} with an output for each of the {classes} classes"
         do = f"Give --{who} a factory that makes `classes` outputs."

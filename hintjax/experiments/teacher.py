@@ -18,6 +18,11 @@ class Teacher(NamedTuple):
     run_dir: Path | None
     weights: Path | None = None
 
+    @property
+    def trained_here(self) -> bool:
+        """Whether the run trains the teacher first."""
+        return self.factory is not None and self.weights is None
+
 
 def teacher_of(name: str, weights: str | None = None) -> Teacher:
     """The teacher that `Config.teacher` and `Config.weights` name.

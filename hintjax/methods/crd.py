@@ -381,11 +381,12 @@ def _outside(
     batch: Mapping[str, Array], limits: Mapping[str, int]
 ) -> Bool[Array, " batch"]:
     """Whether an example has a number outside of the limits."""
+    # The function that reads an entry names it if it is missing.
     found = [
         jnp.any((x < 0) | (x >= n), tuple(range(1, x.ndim)))
         for x, n in ((batch[name], n) for name, n in limits.items() if name in batch)
     ]
-    return jnp.any(jnp.stack(found), 0)
+    return jnp.any(jnp.stack(found), 0) if found else jnp.zeros(0, bool)
 
 
 def _index(batch: Mapping[str, Array]) -> Int[Array, " batch"]:
