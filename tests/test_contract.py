@@ -67,6 +67,10 @@ SIGNS = dict.fromkeys(
     ("least_at_equality", "zero_at_equality", "flat_at_equality"),
     "the student should be beyond a margin, not equal",
 ) | {"teacher_may_be_stopped": "only the teacher's signs are read"}
+CLASS = dict.fromkeys(
+    ("least_at_equality", "zero_at_equality", "flat_at_equality"),
+    "only the teacher's largest class is read",
+) | {"teacher_may_be_stopped": "only the teacher's largest class is read"}
 GAUSSIAN = {"zero_at_equality": "the least value is half the log of the variance"}
 CANDIDATES = dict.fromkeys(
     ("least_at_equality", "zero_at_equality", "flat_at_equality"),
@@ -153,6 +157,7 @@ LOSSES = {
         (3, 6),
         waived=CANDIDATES,
     ),
+    "binary_kd_loss": Loss(losses.binary_kd_loss, **LOGITS),
     "channel_loss": Loss(losses.channel_loss, **FEATURES),
     "correlation_loss": Loss(losses.correlation_loss, (3, 5), coupled=True),
     "cosine_loss": Loss(losses.cosine_loss, **FEATURES),
@@ -166,6 +171,7 @@ LOSSES = {
     "fsp_loss_paper": Loss(losses.fsp_loss_paper, **FLOWS),
     "fsp_matrix_loss": Loss(losses.fsp_matrix_loss, (3, 5)),
     "fsp_matrix_loss_paper": Loss(losses.fsp_matrix_loss_paper, (3, 5)),
+    "hard_label_loss": Loss(losses.hard_label_loss, **LOGITS, waived=CLASS),
     "hierarchical_context_loss": Loss(
         losses.hierarchical_context_loss, (5, 4, 3), batch_dims=True, waived=SQUARE
     ),
@@ -691,6 +697,7 @@ METHODS = {
         Features(hints={"guided": (4, 4, 3)}),
         Features(hints={"hint": (8, 8, 5)}),
     ),
+    "binary_kd": Taught(methods.binary_kd(), *OUTPUTS),
     "channel_wise": Taught(
         methods.channel_wise(PAIRS, regressor=regressors.linear),
         Features(hints={"guided": (4, 4, 3)}),
@@ -723,6 +730,9 @@ METHODS = {
         Features(hints={"hint": (2, 2, 5)}),
     ),
     "decoupled_kd": Taught(methods.decoupled_kd(), *OUTPUTS, least=2),
+    "dense_kd": Taught(
+        methods.dense_kd(), Features(output=(2, 3, 10)), Features(output=(2, 3, 10))
+    ),
     "dist": Taught(methods.dist(), *OUTPUTS, least=2, waived=TOGETHER),
     "factor_transfer": Taught(
         methods.factor_transfer(PAIRS),
@@ -741,6 +751,7 @@ METHODS = {
         Features(hints={"low": (4, 4, 3), "high": (2, 2, 4)}),
         Features(hints={"one": (8, 8, 5), "two": (4, 4, 6)}),
     ),
+    "hard_labels": Taught(methods.hard_labels(), *OUTPUTS, least=2),
     "kd": Taught(methods.kd(), *OUTPUTS, least=2),
     "masked_generation": Taught(
         methods.masked_generation(PAIRS),
@@ -774,6 +785,7 @@ METHODS = {
     "probability_transfer": Taught(
         methods.probability_transfer(PAIRS), *UNLIKE, waived=TOGETHER
     ),
+    "regression_kd": Taught(methods.regression_kd(), *OUTPUTS),
     "relational": Taught(methods.relational(PAIRS), *UNLIKE, waived=TOGETHER),
     "review": Taught(
         methods.review([("shallow", "low"), ("guided", "hint"), ("pooled", "last")]),
