@@ -23,7 +23,7 @@ import optax
 import pytest
 
 from hintjax import losses, methods, regressors, sharding, stages
-from hintjax.method import Context, Data, Method
+from hintjax.method import Context, Data, Method, reduced
 from hintjax.networks import Features, Network, Variables
 from hintjax.objective import objective, task
 
@@ -909,6 +909,33 @@ def test_a_method_names_what_it_wants(taught):
         assert wants.output == (shown.output is not None)
         assert set(wants.hints) == set(shown.hints)
         assert set(wants.params) == set(shown.params)
+
+
+REDUCED = [name for name, row in METHODS.items() if row.method.reduced is not None]
+
+
+@pytest.mark.parametrize("name", REDUCED)
+def test_a_reduction_of_the_teacher_gives_a_method_the_same_values(name):
+    row = METHODS[name]
+    student, teacher, batch = jax.tree.map(jnp.asarray, seen(row))
+    params, memory = started(name)
+    found = reduced(row.method, jax.eval_shape(lambda: student))
+    small = found.reduce(teacher)
+    own = jax.eval_shape(
+        lambda key: found.method.init(key, student, small, None), jax.random.key(0)
+    )
+    assert own == jax.eval_shape(lambda: (params, memory))
+    assert set(found.method.teacher.hints) == set(small.hints)
+    context = Context(KEY, np.int32(0), True)
+    got, want = (
+        method.apply(params, memory, student, shown, batch, context)[0]
+        for method, shown in ((found.method, small), (row.method, teacher))
+    )
+    assert_close(got, want, 1e-5)
+    # One reduction may serve several terms, beside terms that have none.
+    both = objective(first=row.method, second=row.method)
+    again = reduced(both, student).reduce(teacher)
+    assert set(again.hints) == set(small.hints)
 
 
 def test_a_method_gives_values_memory_and_metrics(taught):
