@@ -731,7 +731,10 @@ METHODS = {
     ),
     "decoupled_kd": Taught(methods.decoupled_kd(), *OUTPUTS, least=2),
     "dense_kd": Taught(
-        methods.dense_kd(), Features(output=(2, 3, 10)), Features(output=(2, 3, 10))
+        methods.dense_kd(),
+        Features(output=(2, 3, 10)),
+        Features(output=(2, 3, 10)),
+        least=2,
     ),
     "dist": Taught(methods.dist(), *OUTPUTS, waived=TOGETHER),
     "factor_transfer": Taught(
@@ -751,7 +754,7 @@ METHODS = {
         Features(hints={"low": (4, 4, 3), "high": (2, 2, 4)}),
         Features(hints={"one": (8, 8, 5), "two": (4, 4, 6)}),
     ),
-    "hard_labels": Taught(methods.hard_labels(), *OUTPUTS),
+    "hard_labels": Taught(methods.hard_labels(), *OUTPUTS, least=2),
     "kd": Taught(methods.kd(), *OUTPUTS),
     "masked_generation": Taught(
         methods.masked_generation(PAIRS),
