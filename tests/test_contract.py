@@ -731,7 +731,10 @@ METHODS = {
     ),
     "decoupled_kd": Taught(methods.decoupled_kd(), *OUTPUTS, least=2),
     "dense_kd": Taught(
-        methods.dense_kd(), Features(output=(2, 3, 10)), Features(output=(2, 3, 10))
+        methods.dense_kd(),
+        Features(output=(2, 3, 10)),
+        Features(output=(2, 3, 10)),
+        least=2,
     ),
     "dist": Taught(methods.dist(), *OUTPUTS, least=2, waived=TOGETHER),
     "factor_transfer": Taught(

@@ -138,8 +138,8 @@ VALID = {
         **dict.fromkeys(("class_attention", "crd", "simkd"), PAIR),
         **dict.fromkeys(
             (
-                *("binary_kd", "decoupled_kd", "dense_kd", "dist", "hard_labels"),
-                *("kd", "regression_kd", "soft_targets", "standardized_kd"),
+                *("binary_kd", "decoupled_kd", "dense_kd", "dist"),
+                *("kd", "soft_targets", "standardized_kd"),
             ),
             NOTHING,
         ),
@@ -220,6 +220,7 @@ MADE_INSIDE = "takes what the library itself has made and checked"
 LATER = "takes functions and trees, and sees what they are when a stage is initialised"
 PLACES = "takes meshes and devices, which are JAX's and say themselves what they miss"
 NOT_FUZZED = {
+    methods: dict.fromkeys(("hard_labels", "regression_kd"), "they take no arguments"),
     memory: dict.fromkeys(
         (
             *("batch_rows", "scores_by_rows", "select", "set_once", "shared_rows"),
