@@ -205,6 +205,7 @@ LOSSES = {
     "variational_loss": Loss(varied, **FEATURES, waived=GAUSSIAN),
 }
 NOT_LOSSES = {
+    "attention_energy",
     "attention_map",
     "attention_map_code",
     "attention_maps",

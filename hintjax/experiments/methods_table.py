@@ -138,6 +138,13 @@ METHODS: dict[str, Named] = {
         "Factor Transfer",
         "one translator per pair (three 3x3 convolutions with BatchNorm)",
     ),
+    "gram": Named(
+        recipes.GRAM,
+        "Gram matrices of tokens",
+        "the student's tokens are alike where the teacher's tokens are",
+        "Yang et al. 2020, TextBrewer: An Open-Source Knowledge Distillation Toolkit "
+        "for Natural Language Processing",
+    ),
     "hard": Named(
         recipes.HARD_LABELS,
         "Hard labels, as in DeiT",

@@ -70,6 +70,7 @@ from hintjax.methods import (
     soft_targets,
     standardized_kd,
     tinybert,
+    token_gram,
     variational,
     warm_up,
 )
@@ -443,4 +444,5 @@ TINYBERT = BeforeTask(tinybert, hidden_and_scores, _tinybert, soft_or_task, part
 MINILM = BeforeTask(minilm, last_relations, _minilm, part=2)
 PKD = Beside(patient, but_last, 250.0)  # 500 in all: a plain network has two such ends
 COSINE = Beside(cosine, last_stage, 1.0)
+GRAM = Beside(token_gram, stages, 1.0)
 CWD = Beside(channel_wise, last_stage, 5.0, _channels)

@@ -40,6 +40,7 @@ PHASES = {
     "fitnets": {"fitnets": GROUPS[:1], "soft_targets": ()},
     "fsp": {"fsp": ("stem", *GROUPS), "backprop": ()},
     "ft": {"before factor_transfer": GROUPS[2:], "factor_transfer": GROUPS[2:]},
+    "gram": {"token_gram": GROUPS},
     "hard": {"hard_labels": ()},
     "kd": {"kd": ()},
     "mgd": {"masked_generation": GROUPS[2:]},

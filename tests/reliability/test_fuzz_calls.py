@@ -101,6 +101,7 @@ VALID = {
             both(a(4, 2, 3, 3)),
         ),
         **dict.fromkeys(("kd_loss", "dist_loss", "soft_cross_entropy_loss"), LOGITS),
+        "attention_energy": {"features": a(4, 4, 4, 3), "size": (2, 2)},
         "attention_map": {"features": a(4, 4, 4, 3)},
         "attention_map_code": {"features": a(4, 4, 4, 3)},
         "batch_norm_margin": {"scale": a(3), "bias": a(3)},
