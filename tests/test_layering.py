@@ -22,7 +22,8 @@ ORDER = (
     *("_checks", "_numerics", "losses", "similarity"),  # mathematics
     *("networks", "regressors"),  # models as pure functions
     *("processes", "sharding", "memory"),  # where arrays live
-    *("method", "objective", "views", "teachers", "methods", "pairing"),  # methods
+    *("method", "objective", "views", "teachers", "methods"),  # methods
+    *("pairing", "measuring"),  # which layers to match
     *("stages", "population", "export"),  # update steps
     *("models", "weights"),  # networks that are ready to use
     "data",
@@ -50,6 +51,7 @@ OUTSIDE = {
     "teachers": MODELS,
     "methods": MODELS,
     "pairing": MODELS,
+    "measuring": MODELS,
     "stages": UPDATES,
     "population": UPDATES,
     "export": MODELS,

@@ -18,7 +18,7 @@ SNAPSHOT = Path(__file__).parent / "public_api.txt"
 ROOMS = (
     *("losses", "methods", "regressors", "networks", "stages", "memory", "data"),
     *("models", "weights", "sharding", "export", "population", "training"),
-    "similarity",
+    *("similarity", "measuring"),
 )
 
 

@@ -157,6 +157,7 @@ def test_features_that_repeat_others_do_not_change_the_score():
         regression_score(moments((X, Y))),
         rtol=1e-3,
     )
+    assert jnp.abs(linear_map(moments((twice, Y)))[0]).max() < 1
 
 
 @pytest.mark.parametrize("which", ["minibatch", "debiased", "linear", "regression"])
