@@ -19,10 +19,11 @@ PACKAGE = Path(__file__).parent.parent / "hintjax"
 # Every entry of `ls hintjax`, from the ground up. A folder counts as one entry: its
 # files may import each other (Python itself refuses a circle).
 ORDER = (
-    *("_checks", "_numerics", "losses", "metrics"),  # mathematics
+    *("_checks", "_numerics", "losses", "metrics", "similarity"),  # mathematics
     *("networks", "regressors"),  # models as pure functions
     *("processes", "sharding", "memory"),  # where arrays live
-    *("method", "objective", "views", "teachers", "methods", "pairing"),  # methods
+    *("method", "objective", "views", "teachers", "methods"),  # methods
+    *("pairing", "measuring"),  # which layers to match
     *("stages", "population", "export"),  # update steps
     *("models", "weights"),  # networks that are ready to use
     "data",
@@ -39,6 +40,7 @@ OUTSIDE = {
     "_numerics": MATHEMATICS | {"numpy"},
     "losses": MATHEMATICS,
     "metrics": MATHEMATICS,
+    "similarity": MATHEMATICS,
     "networks": MODELS,
     "regressors": MODELS,
     "processes": MATHEMATICS | {"numpy"},
@@ -50,6 +52,7 @@ OUTSIDE = {
     "teachers": MODELS,
     "methods": MODELS,
     "pairing": MODELS,
+    "measuring": MODELS,
     "stages": UPDATES,
     "population": UPDATES,
     "export": MODELS,

@@ -17,8 +17,8 @@ pytestmark = pytest.mark.quick
 SNAPSHOT = Path(__file__).parent / "public_api.txt"
 ROOMS = (
     *("losses", "methods", "regressors", "networks", "stages", "memory", "data"),
-    *("metrics", "models", "weights", "sharding", "export", "population"),
-    "training",
+    *("cache", "metrics", "models", "weights", "sharding", "export", "population"),
+    *("training", "similarity", "measuring"),
 )
 
 

@@ -1,5 +1,6 @@
 """The picture of a comparison: curves, accuracies and attention maps, in one figure.
 
+`heat_map` is the picture of the similarity of two networks, layer by layer.
 `comparison` returns a new `matplotlib.figure.Figure` and touches no global state: no
 pyplot, no window. `figure.savefig("name.png")` writes it; a notebook shows it.
 """
@@ -108,6 +109,56 @@ def comparison(
     box = (left[0], split + 0.015, left[1], top - split - 0.015)
     _draw_curves(figure, box, histories, xlabel, chance, metric, percent)
     _draw_maps(figure, (right[0], 0.02, right[1], top - 0.02), images, maps)
+    return figure
+
+
+def heat_map(
+    values: Num[np.ndarray, "rows columns"],
+    rows: Sequence[str],
+    columns: Sequence[str],
+    *,
+    marked: Sequence[tuple[int, int]] = (),
+    title: str = "",
+) -> Figure:
+    """The similarity of each layer of the teacher with each layer of the student.
+
+    Args:
+      values: similarities; the color scale goes from 0 to 1.
+      rows: names of the teacher's layers, the first at the bottom.
+      columns: names of the student's layers.
+      marked: (row, column) of the pairs to frame.
+      title: line above the picture.
+
+    Returns:
+      A figure; its size follows the number of layers.
+    """
+    if np.shape(values) != (len(rows), len(columns)):
+        wanted = f"values of {len(rows)} rows and {len(columns)} columns"
+        raise Refusal(message("heat_map", wanted, f"shape {np.shape(values)}"))
+    cell, names = 34, [[_short(name, 40) for name in some] for some in (rows, columns)]
+    left, bottom = (_pixels_of(some) + 52 for some in names)
+    inner = max(len(columns) * cell, 240), max(len(rows) * cell, 160)
+    width, height = left + inner[0] + 90, bottom + inner[1] + 60
+    figure = Figure(figsize=(width / _DPI, height / _DPI), dpi=_DPI)
+    box = (left / width, bottom / height, inner[0] / width, inner[1] / height)
+    axes = figure.add_axes(box)
+    shown = axes.imshow(
+        values, cmap="magma", vmin=0, vmax=1, origin="lower", aspect="auto"
+    )
+    axes.set_yticks(range(len(rows)), names[0], parse_math=False)
+    axes.set_xticks(range(len(columns)), names[1], parse_math=False, rotation=90)
+    axes.tick_params(labelsize=_SMALL, color=_GREY, labelcolor=_INK)
+    axes.set_ylabel("teacher", fontsize=_SMALL, color=_INK)
+    axes.set_xlabel("student", fontsize=_SMALL, color=_INK)
+    for row, column in marked:
+        edges = [column - 0.5, column + 0.5], [row - 0.5, row + 0.5]
+        (x0, x1), (y0, y1) = edges
+        axes.plot([x0, x1, x1, x0, x0], [y0, y0, y1, y1, y0], color="#56B4E9", lw=2.5)
+    _write(figure, 12 / width, 1 - 14 / height, title, fontsize=_TITLE, va="top")
+    place = ((left + inner[0] + 14) / width, box[1], 12 / width, box[3])
+    scale = figure.colorbar(shown, cax=figure.add_axes(place))
+    scale.outline.set_visible(False)
+    scale.ax.tick_params(labelsize=8, length=2, colors=_INK)
     return figure
 
 
