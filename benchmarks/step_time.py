@@ -68,6 +68,7 @@ CORE += ("fsp", "crd", "review")
 TOKENS = "it compares hidden states of transformers, which these networks do not have"
 LEFT_OUT = {
     "cosine": TOKENS,
+    "dense_matching": "it is for teachers that were trained without labels",
     "minilm": TOKENS,
     "paraphrase": "it is an earlier stage that trains an autoencoder on the teacher",
     "patient": TOKENS,

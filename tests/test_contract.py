@@ -198,7 +198,21 @@ LOSSES = {
     ),
     "variational_loss": Loss(varied, **FEATURES, waived=GAUSSIAN),
 }
-NOT_LOSSES = {
+STANDARDIZATION = {
+    "FeatureMoments",
+    "Standardization",
+    "channel_standardization",
+    "feature_moments",
+    "global_standardization",
+    "hadamard_whitening",
+    "merge_moments",
+    "pca_whitening",
+    "phi_standardization",
+    "restore_features",
+    "standardize_features",
+    "zca_whitening",
+}
+NOT_LOSSES = STANDARDIZATION | {
     "attention_map",
     "attention_map_code",
     "attention_maps",
@@ -723,6 +737,11 @@ METHODS = {
         Features(hints={"hint": (2, 2, 5)}),
     ),
     "decoupled_kd": Taught(methods.decoupled_kd(), *OUTPUTS, least=2),
+    "dense_matching": Taught(
+        methods.dense_matching(PAIRS),
+        Features(hints={"guided": (4, 4, 3)}),
+        Features(hints={"hint": (8, 7, 5)}),
+    ),
     "dist": Taught(methods.dist(), *OUTPUTS, waived=TOGETHER),
     "factor_transfer": Taught(
         methods.factor_transfer(PAIRS),

@@ -15,6 +15,7 @@ from hintjax.methods.crd import (
     crd_bytes,
 )
 from hintjax.methods.decoupled_kd import decoupled_kd
+from hintjax.methods.dense_matching import dense_matching
 from hintjax.methods.dist import dist
 from hintjax.methods.factor import factor_transfer, paraphrase
 from hintjax.methods.fitnets import explained_variance, fitnets, lambda_decay
@@ -52,6 +53,7 @@ __all__ = [
     "crd",
     "crd_bytes",
     "decoupled_kd",
+    "dense_matching",
     "dist",
     "explained_variance",
     "factor_transfer",

@@ -1,5 +1,6 @@
 """Regressors: small modules that are trained beside the student."""
 
+from hintjax._numerics import bilinear_resize, nearest_resize
 from hintjax.regressors.grids import to_grid, to_tokens
 from hintjax.regressors.modules import (
     ABF,
@@ -9,6 +10,7 @@ from hintjax.regressors.modules import (
     Generator,
     Regressor,
     Resampled,
+    Resized,
     Shape,
     Sizing,
     apply,
@@ -19,6 +21,7 @@ from hintjax.regressors.sizing import (
     conv,
     fit,
     identity,
+    layer_norm_mlp,
     linear,
     mlp,
     resampled,
@@ -33,16 +36,20 @@ __all__ = [
     "Generator",
     "Regressor",
     "Resampled",
+    "Resized",
     "Shape",
     "Sizing",
     "apply",
+    "bilinear_resize",
     "bottleneck",
     "conv",
     "fit",
     "identity",
     "init",
+    "layer_norm_mlp",
     "linear",
     "mlp",
+    "nearest_resize",
     "resampled",
     "to_grid",
     "to_tokens",

@@ -6,7 +6,12 @@ import flax.linen as nn
 import jax
 from jaxtyping import Array, Bool, Float, Key, PyTree
 
-from hintjax._numerics import adaptive_average_pool, nearest_resize, unit
+from hintjax._numerics import (
+    adaptive_average_pool,
+    bilinear_resize,
+    nearest_resize,
+    unit,
+)
 from hintjax.regressors.grids import to_grid, to_tokens
 
 Shape = tuple[int, ...]
@@ -39,6 +44,11 @@ def batch_norm(train: bool, name: str | None = None) -> nn.BatchNorm:
         use_fast_variance=False,
         name=name,
     )
+
+
+def layer_norm() -> nn.LayerNorm:
+    """The layer norm of regressors, with torch's epsilon and a two-pass variance."""
+    return nn.LayerNorm(epsilon=1e-5, use_fast_variance=False)
 
 
 class Regressor(nn.Module):
@@ -95,6 +105,27 @@ class Resampled(nn.Module):
             grid = adaptive_average_pool(to_grid(x, drop=self.keep), self.size)
             x = jax.numpy.concatenate([x[:, : self.keep], to_tokens(grid)], 1)
         return self.regressor(x, train)
+
+
+class Resized(nn.Module):
+    """A regressor at every position of the guided layer, then a resize to another grid.
+
+    Attributes:
+        regressor: the regressor, which keeps the positions.
+        size: the sizes of the grid of the hint, one for each axis of positions.
+        resize: `(x, size) -> x` on that grid.
+    """
+
+    regressor: nn.Module
+    size: tuple[int, ...]
+    resize: Callable[[Array, tuple[int, ...]], Array] = bilinear_resize
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "batch ..."], train: bool = False
+    ) -> Float[Array, "batch ..."]:
+        """The predictions on the hint's grid."""
+        return self.resize(self.regressor(x, train), self.size)
 
 
 class ABF(nn.Module):

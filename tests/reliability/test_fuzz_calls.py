@@ -66,6 +66,11 @@ CLASSES = memory.by_class(jnp.arange(8) % 3)
 FLOW = {"first": a(4, 4, 4, 3), "second": a(4, 2, 2, 5)}
 MASK = {"key": KEY, "shape": (4, 4, 3), "rate": 0.5}
 NOTHING = {}
+MOMENTS = losses.feature_moments(jnp.array(a(8, 4)))
+TRANSFORM = losses.channel_standardization(MOMENTS)
+OF_MOMENTS = {"moments": MOMENTS}
+STANDARDIZED = {"features": a(4, 4, 4), "transform": TRANSFORM}
+RESIZED = {"x": a(2, 4, 4, 3), "size": (2, 3)}
 
 # A valid call of each: the arguments that it must be given.
 VALID = {
@@ -116,6 +121,20 @@ VALID = {
         "margin_relu": {"features": a(4, 4, 4, 3), "margin": a(3)},
         "relation_loss": both(a(4, 4, 6)) | {"heads": 2},
         "similarity_matrix": {"features": a(4, 6)},
+        **dict.fromkeys(
+            (
+                *("channel_standardization", "global_standardization"),
+                *("hadamard_whitening", "pca_whitening", "phi_standardization"),
+                "zca_whitening",
+            ),
+            OF_MOMENTS,
+        ),
+        "feature_moments": {"features": a(4, 4, 4)},
+        "merge_moments": {"first": MOMENTS, "second": MOMENTS},
+        **dict.fromkeys(
+            ("restore_features", "standardize_features"),
+            STANDARDIZED,
+        ),
         "standardize_logits": {"logits": a(4, 10)},
         "variational_loss": both(a(4, 4, 4, 3)) | {"scale": a(3)},
     },
@@ -123,7 +142,8 @@ VALID = {
         **dict.fromkeys(
             (
                 *("activation_boundary", "attention_transfer", "channel_wise"),
-                *("correlation_congruence", "cosine", "factor_transfer", "fitnets"),
+                *("correlation_congruence", "cosine", "dense_matching"),
+                *("factor_transfer", "fitnets"),
                 *("masked_generation", "overhaul", "paraphrase", "patient"),
                 *("probability_transfer", "relational", "review", "selectivity"),
                 *("similarity_preserving", "token_gram", "variational"),
@@ -175,9 +195,13 @@ VALID = {
     },
     regressors: {
         **dict.fromkeys(
-            ("bottleneck", "conv", "fit", "linear", "mlp", "resampled", "valid_conv"),
+            (
+                *("bottleneck", "conv", "fit", "layer_norm_mlp", "linear", "mlp"),
+                *("resampled", "valid_conv"),
+            ),
             SIZES,
         ),
+        **dict.fromkeys(("bilinear_resize", "nearest_resize"), RESIZED),
         "identity": both((4, 4, 3)),
         "to_grid": {"tokens": a(2, 16, 3)},
         "to_tokens": {"maps": a(2, 4, 4, 3)},
