@@ -295,6 +295,9 @@ def bilinear_resize(
 def _grid(caller: str, x: Array, size: tuple[int, ...]) -> tuple[int, ...]:
     """Returns the sizes of the axes that a resize to `size` changes, checked."""
     _checks.sizes(caller, 0, size=size)
+    if not _checks.is_array(x) or x.ndim <= len(size):
+        wanted = f"an array with {len(size)} axes of positions and channels"
+        raise _checks.Refusal(_checks.message(caller, wanted, _checks.described(x)))
     return x.shape[-1 - len(size) : -1]
 
 

@@ -156,6 +156,8 @@ LOSSES = {
     "channel_loss": Loss(losses.channel_loss, **FEATURES),
     "correlation_loss": Loss(losses.correlation_loss, (3, 5), coupled=True),
     "cosine_loss": Loss(losses.cosine_loss, **FEATURES),
+    "cosine_smooth_l1_loss": Loss(losses.cosine_smooth_l1_loss, **FEATURES),
+    "cosine_smooth_l1_map_loss": Loss(losses.cosine_smooth_l1_map_loss, **FEATURES),
     "decoupled_kd_loss": Loss(labelled, **LOGITS, least=2),
     "dist_loss": Loss(
         losses.dist_loss, (4, 10), positions=1, coupled=True, waived=PEARSON
@@ -185,6 +187,7 @@ LOSSES = {
     ),
     "selectivity_loss": Loss(losses.selectivity_loss, **UNEQUAL, waived=CHANNELS),
     "similarity_loss": Loss(losses.similarity_loss, **RELATION),
+    "smooth_l1_loss": Loss(losses.smooth_l1_loss, **FEATURES),
     "soft_cross_entropy_loss": Loss(
         losses.soft_cross_entropy_loss, **LOGITS, waived=ENTROPY
     ),

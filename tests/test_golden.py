@@ -260,6 +260,23 @@ def resized(c):
     return losses.hint_loss(y, hint).mean()
 
 
+def kept(c):
+    """UNIC: the teachers that count for each example, normalized by old statistics."""
+    values = []
+    for teacher in "t0", "t1":
+        parts = []
+        for part in "cls", "patch":
+            name = f"state.{teacher}.{part}"
+            mean, deviation = c[f"{name}.mean"], c[f"{name}.std"]
+            hint = (c[f"in.{part}_t.{teacher}"] - mean) / (deviation + 1e-6)
+            student = c[f"in.{part}_s.{teacher}"]
+            weights = {"cosine": 0.5, "smooth_l1": 0.5}
+            parts.append(losses.cosine_smooth_l1_loss(student, hint, **weights))
+        values.append(sum(parts) / 2)
+    keep = c["out.keep"]
+    return (keep * jnp.stack(values)).sum() / keep.sum()
+
+
 FOLDER = Path(__file__).parent / "golden"
 CASES = {
     "ab/rep_3stages": boundary,
@@ -309,6 +326,7 @@ CASES = {
         partial(losses.attention_score_loss_code, floor=-1e-3)
     ),
     "transformer/hid_mse": simple(losses.hint_loss),
+    "unic/two_teachers_dropping": kept,
     "vid/rep_equal": variational,
 }
 # Matrices and targets of these cases are in float32; the code had them in float64.
@@ -331,7 +349,9 @@ def test_the_loss_is_the_code_in_double_precision(name):
             c = {
                 key: jnp.asarray(x, x.dtype if key.startswith("int.") else np.float64)
                 for key, x in file.items()
-                if key.startswith(("in.", "int.", "param.", "state", "out.loss"))
+                if key.startswith(
+                    ("in.", "int.", "param.", "state", "out.loss", "out.keep")
+                )
             }
         got = jax.jit(lambda c: CASES[name](c))(c)
         np.testing.assert_allclose(got, c["out.loss"], rtol=ROUNDED.get(name, 1e-12))

@@ -65,6 +65,11 @@ from hintjax.losses.relational import angle_loss, distance_loss
 from hintjax.losses.review import hierarchical_context_loss
 from hintjax.losses.selectivity import selectivity_loss
 from hintjax.losses.similarity import similarity_loss, similarity_matrix
+from hintjax.losses.smooth_l1 import (
+    cosine_smooth_l1_loss,
+    cosine_smooth_l1_map_loss,
+    smooth_l1_loss,
+)
 from hintjax.losses.standardize import standardize_logits
 from hintjax.losses.token_relations import relation_loss, token_gram_loss
 from hintjax.losses.variational import variational_loss
@@ -95,6 +100,8 @@ __all__ = (
     "contrastive_scores_loss",
     "correlation_loss",
     "cosine_loss",
+    "cosine_smooth_l1_loss",
+    "cosine_smooth_l1_map_loss",
     "decoupled_kd_loss",
     "dist_loss",
     "distance_loss",
@@ -125,6 +132,7 @@ __all__ = (
     "selectivity_loss",
     "similarity_loss",
     "similarity_matrix",
+    "smooth_l1_loss",
     "soft_cross_entropy_loss",
     "standardize_features",
     "standardize_logits",
