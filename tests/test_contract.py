@@ -114,6 +114,15 @@ def varied(student, teacher, *, batch_dims=1, where=None):
     )
 
 
+def queued(student, teacher, *, where=None):
+    """The loss of a queue of three rows, of any width."""
+    width = student.shape[-1]
+    queue = jnp.sin(jnp.arange(3.0 * width, dtype=jnp.float32)).reshape(3, width)
+    return losses.queue_similarity_loss(
+        student, teacher, queue, temperature=1.0, where=where
+    )
+
+
 LOSSES = {
     "activation_boundary_loss": Loss(
         losses.activation_boundary_loss, **FEATURES, waived=SIGNS
@@ -178,6 +187,12 @@ LOSSES = {
     "partial_l2_loss": Loss(losses.partial_l2_loss, **FEATURES),
     "patient_loss": Loss(losses.patient_loss, (12,)),
     "probability_loss": Loss(losses.probability_loss, **RELATION),
+    "position_similarity_loss": Loss(
+        losses.position_similarity_loss,
+        **FEATURES | {"teacher": (4, 3, 6)},
+        waived=CHANNELS,
+    ),
+    "queue_similarity_loss": Loss(queued, (6,)),
     "relation_loss": Loss(
         functools.partial(losses.relation_loss, heads=2),
         (4, 6),
@@ -795,6 +810,11 @@ METHODS = {
     ),
     "probability_transfer": Taught(
         methods.probability_transfer(PAIRS), *UNLIKE, waived=TOGETHER
+    ),
+    "queue_similarity": Taught(
+        methods.queue_similarity(("guided", "hint"), size=6),
+        Features(hints={"guided": (4, 4, 3)}),
+        Features(hints={"hint": (5,)}),
     ),
     "relational": Taught(methods.relational(PAIRS), *UNLIKE, waived=TOGETHER),
     "review": Taught(

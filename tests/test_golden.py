@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hintjax import losses, regressors
-from hintjax._numerics import at_smaller_size
+from hintjax import losses, memory, regressors
+from hintjax._numerics import at_smaller_size, unit
 
 # A case c maps names to arrays. These are the authors' parameters under Flax's names:
 
@@ -277,6 +277,24 @@ def kept(c):
     return (keep * jnp.stack(values)).sum() / keep.sum()
 
 
+def queued(c, student="in.f_s", teacher="in.f_t", head="student_projection_head"):
+    module = regressors.Embedding(c[teacher].shape[-1])
+    s = module.apply({"params": {"linear": dense(c, head)}}, c[student])
+    queue = memory.enqueue(c["state.teacher_queue"], unit(c[teacher]))
+    return losses.queue_similarity_loss(s, c[teacher], queue).mean()
+
+
+def local_and_global(c):
+    head = "student_projection_head"
+    whole = queued(c, "in.g_s", "in.g_t", f"{head}_global")
+    shape, grid = c["in.f_s"].shape[1:], c["in.f_t"].shape[1:3]
+    projection = regressors.linear(shape, (*shape[:2], 10))
+    module = regressors.Resized(projection, grid)
+    params = {"regressor": {"layers_0": dense(c, f"{head}_local")}}
+    y = applied(module, params, {}, c["in.f_s"], train=False)
+    return whole + losses.position_similarity_loss(y, c["in.f_t"]).mean()
+
+
 FOLDER = Path(__file__).parent / "golden"
 CASES = {
     "ab/rep_3stages": boundary,
@@ -298,8 +316,11 @@ CASES = {
     "hint/mse_equal": simple(losses.hint_loss),
     "kd/logit_standardized_T2": standardized,
     "kd/rep_T4_b8_c100": simple(losses.kd_loss, "in.y_s", "in.y_t"),
+    "lightly_v1/queue_larger_half_filled": queued,
+    "lightly_v1/queue_smaller_b6_q4": queued,
     "lightly_v2/linear_5x7_to_16x16": resized,
     "lightly_v2/mlp2_16x16_to_5x7": resized,
+    "lightly_v3/6x4_to_5x7": local_and_global,
     "mgd/cls_channel_mask": generation,
     "nst/rep": simple(losses.selectivity_loss),
     "ofd/mdistiller_eval": overhaul,

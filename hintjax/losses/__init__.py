@@ -32,6 +32,10 @@ from hintjax.losses.crd import (
 )
 from hintjax.losses.decoupled import decoupled_kd_loss
 from hintjax.losses.dist import dist_loss
+from hintjax.losses.embedding_queue import (
+    position_similarity_loss,
+    queue_similarity_loss,
+)
 from hintjax.losses.factor import factor_loss
 from hintjax.losses.feature_standardization import (
     FeatureMoments,
@@ -126,7 +130,9 @@ __all__ = (
     "patient_loss",
     "pca_whitening",
     "phi_standardization",
+    "position_similarity_loss",
     "probability_loss",
+    "queue_similarity_loss",
     "relation_loss",
     "restore_features",
     "selectivity_loss",

@@ -30,6 +30,7 @@ from hintjax.methods.minilm import minilm
 from hintjax.methods.overhaul import overhaul
 from hintjax.methods.patient import patient
 from hintjax.methods.probability import probability_transfer
+from hintjax.methods.queue_similarity import queue_similarity
 from hintjax.methods.relational import relational
 from hintjax.methods.review import review, warm_up
 from hintjax.methods.selectivity import selectivity
@@ -70,6 +71,7 @@ __all__ = [
     "paraphrase",
     "patient",
     "probability_transfer",
+    "queue_similarity",
     "relational",
     "reused_classifier",
     "review",

@@ -83,7 +83,8 @@ VALID = {
                 *("hierarchical_context_loss", "hint_loss", "hint_loss_paper"),
                 *("masked_generation_loss", "partial_l2_loss", "selectivity_loss"),
                 *("cosine_smooth_l1_loss", "cosine_smooth_l1_map_loss"),
-                *("smooth_l1_loss", "token_gram_loss"),
+                *("position_similarity_loss", "smooth_l1_loss"),
+                "token_gram_loss",
             ),
             both(a(4, 4, 4, 3)),
         ),
@@ -120,6 +121,7 @@ VALID = {
         **dict.fromkeys(("fsp_loss", "fsp_loss_paper"), both(tuple(FLOW.values()))),
         **dict.fromkeys(("fsp_matrix", "fsp_matrix_paper"), FLOW),
         "margin_relu": {"features": a(4, 4, 4, 3), "margin": a(3)},
+        "queue_similarity_loss": both(a(4, 6)) | {"queue": a(3, 6)},
         "relation_loss": both(a(4, 4, 6)) | {"heads": 2},
         "similarity_matrix": {"features": a(4, 6)},
         **dict.fromkeys(
@@ -151,7 +153,7 @@ VALID = {
             ),
             PAIRS,
         ),
-        **dict.fromkeys(("class_attention", "crd", "simkd"), PAIR),
+        **dict.fromkeys(("class_attention", "crd", "queue_similarity", "simkd"), PAIR),
         **dict.fromkeys(
             ("decoupled_kd", "dist", "kd", "soft_targets", "standardized_kd"), NOTHING
         ),
@@ -212,6 +214,7 @@ VALID = {
         "draw_others": {"classes": CLASSES, "keys": KEYS, "label": LABEL, "count": 5},
         "draw_same": {"classes": CLASSES, "keys": KEYS, "label": LABEL},
         "draw_shared": {"classes": CLASSES, "key": KEY, "label": LABEL, "count": 5},
+        "enqueue": {"queue": a(8, 6), "embeddings": a(4, 6)},
         "init": {"key": KEY, "size": 8},
         "update": {"bank": BANK, "index": LABEL, **both(a(4, 6))},
     },
