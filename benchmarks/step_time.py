@@ -74,6 +74,7 @@ LEFT_OUT = {
     "paraphrase": "it is an earlier stage that trains an autoencoder on the teacher",
     "patient": TOKENS,
     "token_gram": TOKENS,
+    "orthogonal_projection": UNLABELED,
     "queue_similarity": UNLABELED,
     "tinybert": TOKENS,
 }

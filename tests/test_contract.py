@@ -223,6 +223,7 @@ STANDARDIZATION = {
     "feature_moments",
     "global_standardization",
     "hadamard_whitening",
+    "layer_normalize",
     "merge_moments",
     "pca_whitening",
     "phi_standardization",
@@ -789,6 +790,11 @@ METHODS = {
         Features(hints={"guided": (4, 6), "scores": SCORES}),
         Features(hints={"hint": (4, 2, 5), "attention": SCORES}),
         waived=HEADS,
+    ),
+    "orthogonal_projection": Taught(
+        methods.orthogonal_projection(PAIRS),
+        Features(hints={"guided": (4, 3)}),
+        Features(hints={"hint": (2, 2, 5)}),
     ),
     "overhaul": Taught(
         methods.overhaul(PAIRS, ["norm"]),

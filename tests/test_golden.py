@@ -295,6 +295,14 @@ def local_and_global(c):
     return whole + losses.position_similarity_loss(y, c["in.f_t"]).mean()
 
 
+def rotated(c):
+    """VkD; the free matrix of an orthonormal matrix is the matrix itself."""
+    module, params = regressors.Orthogonal(20), {"free": c["out.weight"]}
+    y = module.apply({"params": params}, c["in.z_s"].mean(1))
+    hint = losses.layer_normalize(c["in.f_t"].mean((1, 2)))
+    return losses.smooth_l1_loss(y, hint).mean()
+
+
 FOLDER = Path(__file__).parent / "golden"
 CASES = {
     "ab/rep_3stages": boundary,
@@ -349,12 +357,14 @@ CASES = {
     "transformer/hid_mse": simple(losses.hint_loss),
     "unic/two_teachers_dropping": kept,
     "vid/rep_equal": variational,
+    "vkd/tall_12_to_20": rotated,
 }
 # Matrices and targets of these cases are in float32; the code had them in float64.
 ROUNDED = {
     "oracle/standardisations_d24": 1e-7,
     "phis/d48_sylvester4_x_paley12": 1e-7,
     "phis/running_3_batches_masked": 1e-7,
+    "vkd/tall_12_to_20": 1e-7,
 }
 
 
@@ -371,7 +381,15 @@ def test_the_loss_is_the_code_in_double_precision(name):
                 key: jnp.asarray(x, x.dtype if key.startswith("int.") else np.float64)
                 for key, x in file.items()
                 if key.startswith(
-                    ("in.", "int.", "param.", "state", "out.loss", "out.keep")
+                    (
+                        "in.",
+                        "int.",
+                        "param.",
+                        "state",
+                        "out.loss",
+                        "out.keep",
+                        "out.weight",
+                    )
                 )
             }
         got = jax.jit(lambda c: CASES[name](c))(c)

@@ -330,6 +330,39 @@ def restore_features(
     return _product(features, inverse.T) + mean
 
 
+def layer_normalize(
+    features: Float[Array, "*positions c"], *, eps: float = 1e-5
+) -> Float[Array, "*positions c"]:
+    """Layer norm without parameters: mean 0 and variance 1 over the channels.
+
+    z = (y - mean_c y) / sqrt(mean_c (y - mean_c y)^2 + eps)
+
+    It needs no statistics, but it cannot be inverted: each vector loses its own mean
+    and scale.
+
+    Args:
+        features: features of the teacher, channels last.
+        eps: a small variance > 0, which bounds the gradient; torch's by default.
+
+    Returns:
+        The normalized features.
+
+    >>> layer_normalize(jnp.array([[1.0, 3.0], [5.0, 5.0]])).round(3)
+    Array([[-1.,  1.],
+           [ 0.,  0.]], dtype=float32)
+
+    References:
+        Miles, Elezi, Deng: VkD: Improving Knowledge Distillation using Orthogonal
+        Projections, 2024. https://arxiv.org/abs/2403.06213
+    """
+    features = as_float("layer_normalize", features)
+    _checks.rank("layer_normalize", 1, "*positions c", features=features)
+    _checks.positive("layer_normalize", eps=eps)
+    centered = features - jnp.mean(features, -1, keepdims=True)
+    variance = jnp.mean(jnp.square(centered), -1, keepdims=True)
+    return centered / jnp.sqrt(variance + jnp.asarray(eps, features.dtype))
+
+
 def hadamard_matrix(size: int) -> Float[Array, "size size"]:
     """An orthogonal matrix whose entries are all +-1 / sqrt(size).
 

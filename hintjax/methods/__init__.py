@@ -27,6 +27,7 @@ from hintjax.methods.generation import (
 )
 from hintjax.methods.kd import kd, soft_targets, standardized_kd
 from hintjax.methods.minilm import minilm
+from hintjax.methods.orthogonal_projection import orthogonal_projection
 from hintjax.methods.overhaul import overhaul
 from hintjax.methods.patient import patient
 from hintjax.methods.probability import probability_transfer
@@ -67,6 +68,7 @@ __all__ = [
     "masked_generation",
     "masked_positions",
     "minilm",
+    "orthogonal_projection",
     "overhaul",
     "paraphrase",
     "patient",

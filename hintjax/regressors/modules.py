@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import flax.linen as nn
 import jax
+from flax.linen.dtypes import promote_dtype
 from jaxtyping import Array, Bool, Float, Key, PyTree
 
 from hintjax._numerics import (
@@ -126,6 +127,34 @@ class Resized(nn.Module):
     ) -> Float[Array, "batch ..."]:
         """The predictions on the hint's grid."""
         return self.resize(self.regressor(x, train), self.size)
+
+
+class Orthogonal(nn.Module):
+    """A linear map without bias that keeps lengths, or drops directions: VkD's.
+
+    The kernel has orthonormal rows (columns, if it has more rows than columns). It is
+    the Q of the QR decomposition of a free matrix, with a positive diagonal of R, so
+    weight decay of the free matrix does not change it. (The authors' code trains
+    Householder vectors; weight decay can turn its projector to 0.)
+
+    Attributes:
+        features: number of output channels.
+    """
+
+    features: int
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "batch ..."], train: bool = False
+    ) -> Float[Array, "batch ..."]:
+        """The projected features."""
+        wide, narrow = sorted((x.shape[-1], self.features), reverse=True)
+        # Of a random normal matrix, Q is uniformly distributed.
+        free = self.param("free", nn.initializers.normal(1.0), (wide, narrow))
+        q, r = jax.numpy.linalg.qr(free)
+        q = jax.numpy.where(jax.numpy.diagonal(r)[None] < 0, -q, q)
+        x, kernel = promote_dtype(x, q if x.shape[-1] == wide else q.T, dtype=None)
+        return x @ kernel
 
 
 class ABF(nn.Module):

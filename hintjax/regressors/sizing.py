@@ -28,6 +28,7 @@ from hintjax._checks import Refusal, function, instance, integer, message
 from hintjax.regressors.grids import check_shapes, grid_of, same_positions
 from hintjax.regressors.modules import (
     Bottleneck,
+    Orthogonal,
     Regressor,
     Resampled,
     Shape,
@@ -200,6 +201,27 @@ def layer_norm_mlp(
         for _ in range(depth)
     ]
     return Regressor((*layers, nn.Dense(teacher[-1])))
+
+
+def orthogonal(student: Shape, teacher: Shape) -> Orthogonal:
+    """VkD's projector: a linear map of the channels that only rotates them.
+
+    Args:
+        student: shape of the guided layer, one example: `(*positions, c)`.
+        teacher: shape of the hint layer, with the same positions.
+
+    Returns:
+        A module `(batch, *positions, c) -> (batch, *positions, channels)`.
+
+    Raises:
+        ValueError: if the positions differ.
+
+    References:
+        Miles, Elezi, Deng 2024, VkD: Improving Knowledge Distillation using Orthogonal
+        Projections.
+    """
+    same_positions("regressors.orthogonal", student, teacher)
+    return Orthogonal(teacher[-1])
 
 
 def conv(

@@ -85,7 +85,7 @@ def test_every_method_has_a_name_in_the_command():
 
 
 # The command trains with labels; these methods are for teachers without any.
-WITHOUT_LABELS = {"dense_matching", "queue_similarity"}
+WITHOUT_LABELS = {"dense_matching", "orthogonal_projection", "queue_similarity"}
 # What is exported beside methods: schedules, masks, sizes, parts of methods.
 HELPERS = {
     *("crd_bytes", "explained_variance", "flows", "lambda_decay", "masked_channels"),

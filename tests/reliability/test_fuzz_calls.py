@@ -133,6 +133,7 @@ VALID = {
             OF_MOMENTS,
         ),
         "feature_moments": {"features": a(4, 4, 4)},
+        "layer_normalize": {"features": a(4, 4, 4)},
         "merge_moments": {"first": MOMENTS, "second": MOMENTS},
         **dict.fromkeys(
             ("restore_features", "standardize_features"),
@@ -147,7 +148,8 @@ VALID = {
                 *("activation_boundary", "attention_transfer", "channel_wise"),
                 *("correlation_congruence", "cosine", "dense_matching"),
                 *("factor_transfer", "fitnets"),
-                *("masked_generation", "overhaul", "paraphrase", "patient"),
+                *("masked_generation", "orthogonal_projection", "overhaul"),
+                *("paraphrase", "patient"),
                 *("probability_transfer", "relational", "review", "selectivity"),
                 *("similarity_preserving", "token_gram", "variational"),
             ),
@@ -200,7 +202,7 @@ VALID = {
         **dict.fromkeys(
             (
                 *("bottleneck", "conv", "fit", "layer_norm_mlp", "linear", "mlp"),
-                *("resampled", "valid_conv"),
+                *("orthogonal", "resampled", "valid_conv"),
             ),
             SIZES,
         ),
