@@ -67,15 +67,19 @@ CORE += ("fsp", "crd", "review")
 # Methods without a row, with the reason.
 TOKENS = "it compares hidden states of transformers, which these networks do not have"
 TASK = "these networks classify, and it is the form of KD of another task"
+UNLABELED = "it is for teachers that were trained without labels"
 LEFT_OUT = {
     "binary_kd": TASK,
     "dense_kd": TASK,
     "regression_kd": TASK,
     "cosine": TOKENS,
+    "dense_matching": UNLABELED,
     "minilm": TOKENS,
     "paraphrase": "it is an earlier stage that trains an autoencoder on the teacher",
     "patient": TOKENS,
     "token_gram": TOKENS,
+    "orthogonal_projection": UNLABELED,
+    "queue_similarity": UNLABELED,
     "tinybert": TOKENS,
 }
 

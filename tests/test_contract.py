@@ -118,6 +118,15 @@ def varied(student, teacher, *, batch_dims=1, where=None):
     )
 
 
+def queued(student, teacher, *, where=None):
+    """The loss of a queue of three rows, of any width."""
+    width = student.shape[-1]
+    queue = jnp.sin(jnp.arange(3.0 * width, dtype=jnp.float32)).reshape(3, width)
+    return losses.queue_similarity_loss(
+        student, teacher, queue, temperature=1.0, where=where
+    )
+
+
 LOSSES = {
     "activation_boundary_loss": Loss(
         losses.activation_boundary_loss, **FEATURES, waived=SIGNS
@@ -161,6 +170,8 @@ LOSSES = {
     "channel_loss": Loss(losses.channel_loss, **FEATURES),
     "correlation_loss": Loss(losses.correlation_loss, (3, 5), coupled=True),
     "cosine_loss": Loss(losses.cosine_loss, **FEATURES),
+    "cosine_smooth_l1_loss": Loss(losses.cosine_smooth_l1_loss, **FEATURES),
+    "cosine_smooth_l1_map_loss": Loss(losses.cosine_smooth_l1_map_loss, **FEATURES),
     "decoupled_kd_loss": Loss(labelled, **LOGITS, least=2),
     "dist_loss": Loss(
         losses.dist_loss, (4, 10), positions=1, coupled=True, waived=PEARSON
@@ -182,6 +193,12 @@ LOSSES = {
     "partial_l2_loss": Loss(losses.partial_l2_loss, **FEATURES),
     "patient_loss": Loss(losses.patient_loss, (12,)),
     "probability_loss": Loss(losses.probability_loss, **RELATION),
+    "position_similarity_loss": Loss(
+        losses.position_similarity_loss,
+        **FEATURES | {"teacher": (4, 3, 6)},
+        waived=CHANNELS,
+    ),
+    "queue_similarity_loss": Loss(queued, (6,)),
     "relation_loss": Loss(
         functools.partial(losses.relation_loss, heads=2),
         (4, 6),
@@ -191,6 +208,7 @@ LOSSES = {
     ),
     "selectivity_loss": Loss(losses.selectivity_loss, **UNEQUAL, waived=CHANNELS),
     "similarity_loss": Loss(losses.similarity_loss, **RELATION),
+    "smooth_l1_loss": Loss(losses.smooth_l1_loss, **FEATURES),
     "soft_cross_entropy_loss": Loss(
         losses.soft_cross_entropy_loss, **LOGITS, waived=ENTROPY
     ),
@@ -204,7 +222,22 @@ LOSSES = {
     ),
     "variational_loss": Loss(varied, **FEATURES, waived=GAUSSIAN),
 }
-NOT_LOSSES = {
+STANDARDIZATION = {
+    "FeatureMoments",
+    "Standardization",
+    "channel_standardization",
+    "feature_moments",
+    "global_standardization",
+    "hadamard_whitening",
+    "layer_normalize",
+    "merge_moments",
+    "pca_whitening",
+    "phi_standardization",
+    "restore_features",
+    "standardize_features",
+    "zca_whitening",
+}
+NOT_LOSSES = STANDARDIZATION | {
     "attention_energy",
     "attention_map",
     "attention_map_code",
@@ -738,6 +771,11 @@ METHODS = {
         least=2,
     ),
     "dist": Taught(methods.dist(), *OUTPUTS, least=2, waived=TOGETHER),
+    "dense_matching": Taught(
+        methods.dense_matching(PAIRS),
+        Features(hints={"guided": (4, 4, 3)}),
+        Features(hints={"hint": (8, 7, 5)}),
+    ),
     "factor_transfer": Taught(
         methods.factor_transfer(PAIRS),
         Features(hints={"guided": (4, 4, 3)}),
@@ -768,6 +806,11 @@ METHODS = {
         Features(hints={"hint": (4, 2, 5), "attention": SCORES}),
         waived=HEADS,
     ),
+    "orthogonal_projection": Taught(
+        methods.orthogonal_projection(PAIRS),
+        Features(hints={"guided": (4, 3)}),
+        Features(hints={"hint": (2, 2, 5)}),
+    ),
     "overhaul": Taught(
         methods.overhaul(PAIRS, ["norm"]),
         Features(hints={"guided": (4, 4, 3)}),
@@ -790,6 +833,11 @@ METHODS = {
         methods.probability_transfer(PAIRS), *UNLIKE, waived=TOGETHER
     ),
     "regression_kd": Taught(methods.regression_kd(), *OUTPUTS),
+    "queue_similarity": Taught(
+        methods.queue_similarity(("guided", "hint"), size=6),
+        Features(hints={"guided": (4, 4, 3)}),
+        Features(hints={"hint": (5,)}),
+    ),
     "relational": Taught(methods.relational(PAIRS), *UNLIKE, waived=TOGETHER),
     "review": Taught(
         methods.review([("shallow", "low"), ("guided", "hint"), ("pooled", "last")]),

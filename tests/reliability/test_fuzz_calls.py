@@ -69,6 +69,11 @@ CLASSES = memory.by_class(jnp.arange(8) % 3)
 FLOW = {"first": a(4, 4, 4, 3), "second": a(4, 2, 2, 5)}
 MASK = {"key": KEY, "shape": (4, 4, 3), "rate": 0.5}
 NOTHING = {}
+MOMENTS = losses.feature_moments(jnp.array(a(8, 4)))
+TRANSFORM = losses.channel_standardization(MOMENTS)
+OF_MOMENTS = {"moments": MOMENTS}
+STANDARDIZED = {"features": a(4, 4, 4), "transform": TRANSFORM}
+RESIZED = {"x": a(2, 4, 4, 3), "size": (2, 3)}
 
 # A valid call of each: the arguments that it must be given.
 VALID = {
@@ -80,6 +85,8 @@ VALID = {
                 *("class_attention_loss", "cosine_loss", "factor_loss"),
                 *("hierarchical_context_loss", "hint_loss", "hint_loss_paper"),
                 *("masked_generation_loss", "partial_l2_loss", "selectivity_loss"),
+                *("cosine_smooth_l1_loss", "cosine_smooth_l1_map_loss"),
+                *("position_similarity_loss", "smooth_l1_loss"),
                 "token_gram_loss",
             ),
             both(a(4, 4, 4, 3)),
@@ -120,8 +127,24 @@ VALID = {
         **dict.fromkeys(("fsp_loss", "fsp_loss_paper"), both(tuple(FLOW.values()))),
         **dict.fromkeys(("fsp_matrix", "fsp_matrix_paper"), FLOW),
         "margin_relu": {"features": a(4, 4, 4, 3), "margin": a(3)},
+        "queue_similarity_loss": both(a(4, 6)) | {"queue": a(3, 6)},
         "relation_loss": both(a(4, 4, 6)) | {"heads": 2},
         "similarity_matrix": {"features": a(4, 6)},
+        **dict.fromkeys(
+            (
+                *("channel_standardization", "global_standardization"),
+                *("hadamard_whitening", "pca_whitening", "phi_standardization"),
+                "zca_whitening",
+            ),
+            OF_MOMENTS,
+        ),
+        "feature_moments": {"features": a(4, 4, 4)},
+        "layer_normalize": {"features": a(4, 4, 4)},
+        "merge_moments": {"first": MOMENTS, "second": MOMENTS},
+        **dict.fromkeys(
+            ("restore_features", "standardize_features"),
+            STANDARDIZED,
+        ),
         "standardize_logits": {"logits": a(4, 10)},
         "variational_loss": both(a(4, 4, 4, 3)) | {"scale": a(3)},
     },
@@ -129,14 +152,16 @@ VALID = {
         **dict.fromkeys(
             (
                 *("activation_boundary", "attention_transfer", "channel_wise"),
-                *("correlation_congruence", "cosine", "factor_transfer", "fitnets"),
-                *("masked_generation", "overhaul", "paraphrase", "patient"),
+                *("correlation_congruence", "cosine", "dense_matching"),
+                *("factor_transfer", "fitnets"),
+                *("masked_generation", "orthogonal_projection", "overhaul"),
+                *("paraphrase", "patient"),
                 *("probability_transfer", "relational", "review", "selectivity"),
                 *("similarity_preserving", "token_gram", "variational"),
             ),
             PAIRS,
         ),
-        **dict.fromkeys(("class_attention", "crd", "simkd"), PAIR),
+        **dict.fromkeys(("class_attention", "crd", "queue_similarity", "simkd"), PAIR),
         **dict.fromkeys(
             (
                 *("binary_kd", "decoupled_kd", "dense_kd", "dist"),
@@ -189,9 +214,13 @@ VALID = {
     },
     regressors: {
         **dict.fromkeys(
-            ("bottleneck", "conv", "fit", "linear", "mlp", "resampled", "valid_conv"),
+            (
+                *("bottleneck", "conv", "fit", "layer_norm_mlp", "linear", "mlp"),
+                *("orthogonal", "resampled", "valid_conv"),
+            ),
             SIZES,
         ),
+        **dict.fromkeys(("bilinear_resize", "nearest_resize"), RESIZED),
         "identity": both((4, 4, 3)),
         "to_grid": {"tokens": a(2, 16, 3)},
         "to_tokens": {"maps": a(2, 4, 4, 3)},
@@ -201,6 +230,7 @@ VALID = {
         "draw_others": {"classes": CLASSES, "keys": KEYS, "label": LABEL, "count": 5},
         "draw_same": {"classes": CLASSES, "keys": KEYS, "label": LABEL},
         "draw_shared": {"classes": CLASSES, "key": KEY, "label": LABEL, "count": 5},
+        "enqueue": {"queue": a(8, 6), "embeddings": a(4, 6)},
         "init": {"key": KEY, "size": 8},
         "update": {"bank": BANK, "index": LABEL, **both(a(4, 6))},
     },
