@@ -7,7 +7,7 @@ of each `Network` and what it trains; a stage makes an optax update step of it.
 
 from typing import TYPE_CHECKING
 
-from hintjax import losses, regressors
+from hintjax import losses, metrics, regressors
 from hintjax._checks import Refusal
 from hintjax.method import Context, Data, Method, over_pairs
 from hintjax.methods import (
@@ -17,6 +17,7 @@ from hintjax.methods import (
     SharedNegatives,
     activation_boundary,
     attention_transfer,
+    binary_kd,
     channel_wise,
     class_attention,
     correlation_congruence,
@@ -24,12 +25,14 @@ from hintjax.methods import (
     crd,
     crd_bytes,
     decoupled_kd,
+    dense_kd,
     dist,
     explained_variance,
     factor_transfer,
     fitnets,
     flows,
     fsp,
+    hard_labels,
     kd,
     lambda_decay,
     masked_channels,
@@ -40,6 +43,7 @@ from hintjax.methods import (
     paraphrase,
     patient,
     probability_transfer,
+    regression_kd,
     relational,
     reused_classifier,
     review,
@@ -109,6 +113,7 @@ __all__ = [
     "activation_boundary",
     "at_head",
     "attention_transfer",
+    "binary_kd",
     "channel_wise",
     "checked",
     "class_attention",
@@ -119,6 +124,7 @@ __all__ = [
     "crd_bytes",
     "data_mesh",
     "decoupled_kd",
+    "dense_kd",
     "dist",
     "distillation_stage",
     "explained_variance",
@@ -128,6 +134,7 @@ __all__ = [
     "from_teacher",
     "fsp",
     "function",
+    "hard_labels",
     "hint_stage",
     "join",
     "kd",
@@ -138,6 +145,7 @@ __all__ = [
     "masked_channels",
     "masked_generation",
     "masked_positions",
+    "metrics",
     "minilm",
     "moving_average",
     "nnx",
@@ -149,6 +157,7 @@ __all__ = [
     "patient",
     "population",
     "probability_transfer",
+    "regression_kd",
     "regressors",
     "relational",
     "reused_classifier",

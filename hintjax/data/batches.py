@@ -76,7 +76,8 @@ def take(
 
     Returns:
       {"image": float32 [batch h w c], "label": int32 [batch], "index": int32 [batch]},
-      and the number of the view as "view" (int32 [batch]) if there is one.
+      and the number of the view as "view" (int32 [batch]) if there is one. For other
+      tasks the labels are those of `hintjax.data.targets`.
 
     >>> from hintjax.data import statistics
     >>> split = Split(np.zeros((9, 4, 4, 1), np.uint8), np.arange(9, dtype=np.int32))

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float32, Int32, Integer, UInt8
+from jaxtyping import Array, Float32, Integer, Num, UInt8
 
 AnyArray = Array | np.ndarray
 
@@ -16,7 +16,7 @@ class Split(NamedTuple):
     """The decoded images and labels of one split, on the host."""
 
     image: UInt8[AnyArray, "n h w c"]
-    label: Int32[AnyArray, " n"]
+    label: Num[AnyArray, "n ..."]
 
     @property
     def n(self) -> int:
@@ -47,7 +47,7 @@ class Placed:
     """A Split on the device, one row per image. Made by `place`."""
 
     pixels: UInt8[Array, "n pixels"]
-    label: Int32[Array, " n"]
+    label: Num[Array, "n ..."]
     shape: tuple[int, ...]
 
     @property

@@ -143,7 +143,12 @@ def numbered(
 
 
 def stratified(label: AnyArray, count: int, seed: int) -> np.ndarray:
-    """Sorted positions of `count` examples, each class by its share, rounded."""
+    """Sorted positions of `count` examples, each class by its share, rounded.
+
+    Examples whose label is not one class are drawn as if they were of one class.
+    """
+    one_class = label.dtype.kind in "ui" and label.size == len(label)
+    label = label.reshape(-1) if one_class else np.zeros(len(label), np.int32)
     # RandomState, not Generator: its numbers are the same in every release of numpy.
     shuffled = np.random.RandomState(seed).permutation(len(label))
     # The k-th example of a class of m comes at (k + 1/2) / m. The first `count` of all

@@ -50,6 +50,8 @@ _ELSEWHERE = (
     *("compare", "data_dir", "rates", "seeds"),
     *("teacher", "teacher_at_least", "teacher_epochs", "weights", "weights_sha256"),
 )
+# Fields that runs of an earlier version did not have, with the value that they had.
+_LATER = {"task": Config.task}
 # Fields that may change when a run resumes.
 _HARMLESS = (
     *("checkpoint_every", "checkpoint_seconds"),
@@ -160,7 +162,7 @@ def _run(
         identity={
             name: value
             for name, value in dataclasses.asdict(config).items()
-            if name not in _ELSEWHERE
+            if name not in _ELSEWHERE and (name, value) not in _LATER.items()
         },
         harmless=_HARMLESS,
         dispatch=config.dispatch,
@@ -215,8 +217,9 @@ def _result(
         batches = batches_of(setting, getattr(dataset, name))
         found = evaluate(stage, fitted.state, teacher, batches)
         result |= {f"{name}/{key}": value for key, value in found.items()}
-        result[f"{name}/accuracy"] = next(
-            value for key, value in found.items() if key.endswith("/accuracy")
+        metric = setting.task.name
+        result[f"{name}/{metric}"] = next(
+            value for key, value in found.items() if key.endswith(f"/{metric}")
         )
     return result
 

@@ -20,6 +20,7 @@ from hintjax.losses.attention_scores import (
     attention_score_loss,
     attention_score_loss_code,
 )
+from hintjax.losses.bernoulli import binary_kd_loss
 from hintjax.losses.boundary import activation_boundary_loss
 from hintjax.losses.channel import channel_loss
 from hintjax.losses.class_attention import class_activation_map, class_attention_loss
@@ -42,6 +43,7 @@ from hintjax.losses.fsp import (
     fsp_matrix_paper,
 )
 from hintjax.losses.generation import masked_generation_loss
+from hintjax.losses.hard_labels import hard_label_loss
 from hintjax.losses.hint import hint_loss, hint_loss_paper
 from hintjax.losses.kd import kd_loss, soft_cross_entropy_loss
 from hintjax.losses.overhaul import batch_norm_margin, margin_relu, partial_l2_loss
@@ -70,6 +72,7 @@ __all__ = (
     "attention_transfer_loss",
     "attention_transfer_loss_paper",
     "batch_norm_margin",
+    "binary_kd_loss",
     "channel_loss",
     "class_activation_map",
     "class_attention_loss",
@@ -88,6 +91,7 @@ __all__ = (
     "fsp_matrix_loss",
     "fsp_matrix_loss_paper",
     "fsp_matrix_paper",
+    "hard_label_loss",
     "hierarchical_context_loss",
     "hint_loss",
     "hint_loss_paper",

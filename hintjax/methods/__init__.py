@@ -24,6 +24,7 @@ from hintjax.methods.generation import (
     masked_generation,
     masked_positions,
 )
+from hintjax.methods.hard_labels import hard_labels
 from hintjax.methods.kd import kd, soft_targets, standardized_kd
 from hintjax.methods.minilm import minilm
 from hintjax.methods.overhaul import overhaul
@@ -34,6 +35,7 @@ from hintjax.methods.review import review, warm_up
 from hintjax.methods.selectivity import selectivity
 from hintjax.methods.similarity import similarity_preserving
 from hintjax.methods.simkd import reused_classifier, simkd
+from hintjax.methods.task_kd import binary_kd, dense_kd, regression_kd
 from hintjax.methods.tinybert import tinybert
 from hintjax.methods.token_gram import token_gram
 from hintjax.methods.variational import variational
@@ -45,6 +47,7 @@ __all__ = [
     "SharedNegatives",
     "activation_boundary",
     "attention_transfer",
+    "binary_kd",
     "channel_wise",
     "class_attention",
     "correlation_congruence",
@@ -52,12 +55,14 @@ __all__ = [
     "crd",
     "crd_bytes",
     "decoupled_kd",
+    "dense_kd",
     "dist",
     "explained_variance",
     "factor_transfer",
     "fitnets",
     "flows",
     "fsp",
+    "hard_labels",
     "kd",
     "lambda_decay",
     "masked_channels",
@@ -68,6 +73,7 @@ __all__ = [
     "paraphrase",
     "patient",
     "probability_transfer",
+    "regression_kd",
     "relational",
     "reused_classifier",
     "review",

@@ -18,6 +18,7 @@ from hintjax import regressors
 from hintjax._checks import (
     Refusal,
     instance,
+    labels,
     message,
     needed,
     on_host,
@@ -412,6 +413,7 @@ def _within(
     where: Bool[Array, " batch"] | None,
 ) -> tuple[Scores, Scores, Bool[Array, "batch batch"]]:
     """Scores of both directions within the batch, and the mask of valid negatives."""
+    labels("crd", (len(student),), label=label)
     scores = jnp.matmul(student, teacher.T, precision=HIGHEST)
     valid = label[:, None] != label[None, :]
     if where is not None:

@@ -40,6 +40,7 @@ PHASES = {
     "fitnets": {"fitnets": GROUPS[:1], "soft_targets": ()},
     "fsp": {"fsp": ("stem", *GROUPS), "backprop": ()},
     "ft": {"before factor_transfer": GROUPS[2:], "factor_transfer": GROUPS[2:]},
+    "hard": {"hard_labels": ()},
     "kd": {"kd": ()},
     "mgd": {"masked_generation": GROUPS[2:]},
     "nst": {"selectivity": GROUPS},
@@ -82,8 +83,10 @@ def test_every_method_has_a_name_in_the_command():
     assert set(PHASES) | set(TRANSFORMERS) == set(RECIPES)
 
 
-# What is exported beside methods: schedules, masks, sizes, parts of methods.
+# What is exported beside methods: schedules, masks, sizes, parts of methods, and the
+# forms of KD that belong to other tasks than classification.
 HELPERS = {
+    *("binary_kd", "dense_kd", "regression_kd"),
     *("crd_bytes", "explained_variance", "flows", "lambda_decay", "masked_channels"),
     *("masked_positions", "paraphrase", "reused_classifier", "warm_up"),
 }

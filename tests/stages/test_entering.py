@@ -291,8 +291,8 @@ def test_a_population_needs_a_key_for_each_student(keys):
     ("given", "words"),
     [
         ({"data": LABEL}, "hintjax.Data(labels)"),
-        ({"data": hj.Data([0, 1, 2])}, "labels to be integer"),
-        ({"data": hj.Data(X)}, "labels to be integer"),
+        ({"data": hj.Data([0, 1, 2])}, "labels to be an array with one row per"),
+        ({"data": hj.Data(np.array("a"))}, "labels to be an array with one row per"),
         ({"carry": (1, {})}, "the last state of the earlier stage"),
         ({"carry": VARIABLES}, "the last state of the earlier stage"),
     ],
