@@ -52,6 +52,7 @@ def check_memory(setting: Setting, recipes: Sequence[Recipe]) -> None:
     """Compiles the steps of all runs, and refuses a step that needs too much memory.
 
     Steps on a mesh are not checked: their memory depends on where arrays are stored.
+    Steps with --debug are not checked either: they are compiled in another form.
 
     Args:
         setting: setting of the runs.
@@ -61,7 +62,7 @@ def check_memory(setting: Setting, recipes: Sequence[Recipe]) -> None:
         Refusal: if a step does not fit, with a number of micro-batches that fits.
     """
     there = available()
-    if there is None or setting.layout is not None:
+    if there is None or setting.layout is not None or setting.config.debug:
         return
     setting = planned_cache(setting, recipes)
     feed = feed_of(setting, setting.config, jax.random.key(0))
