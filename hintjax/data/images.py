@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -44,10 +44,16 @@ class Split(NamedTuple):
 )
 @dataclass(frozen=True)
 class Placed:
-    """A Split on the device, one row per image. Made by `place`."""
+    """A Split on the device, one row per image. Made by `place`.
 
-    pixels: UInt8[Array, "n pixels"]
-    label: Num[Array, "n ..."]
+    Attributes:
+        pixels: uint8 array (n, pixels). JAX puts shapes here while it lowers a program.
+        label: array (n, ...), likewise.
+        shape: height, width and channels of an image.
+    """
+
+    pixels: Any
+    label: Any
     shape: tuple[int, ...]
 
     @property

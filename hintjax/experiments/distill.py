@@ -29,6 +29,7 @@ from hintjax.experiments.comparison_table import show_table, table
 from hintjax.experiments.config import Config
 from hintjax.experiments.ending import training_begins
 from hintjax.experiments.finished import DEPLOYED, evaluation_size, run_config, score
+from hintjax.experiments.forecast import check_memory, show_forecast
 from hintjax.experiments.methods_table import CLASSES_ONLY, RECIPES
 from hintjax.experiments.phases import check
 from hintjax.experiments.pretrained import recorded
@@ -175,6 +176,8 @@ def _distill(config: Config, run_dir: Path, plan: Plan, resume: bool) -> None:
         configs.save(config, run_dir)
     for phase in {phase.name: phase for phase in phases}.values():
         _show(phase, setting.places)
+    if not resume:
+        check_memory(setting, plan.recipes)
     total = _total_steps(setting, plan)
     with progress(total, "hintjax", images_per_step=config.batch_size) as report:
         begin = _counting(report)
@@ -207,6 +210,24 @@ def _distill(config: Config, run_dir: Path, plan: Plan, resume: bool) -> None:
     write_text(run_dir / REPORT, json.dumps(result, indent=1))
     show_table(result)
     print(f"picture: {picture(setting, run_dir, variables, result, found)}")
+
+
+def show_costs(config: Config) -> None:
+    """Prints the cost of a run or of a comparison: nothing is trained or written.
+
+    Args:
+        config: config of the run.
+    """
+    plan = planned(config)
+    if jax.process_count() > 1:
+        got, do = f"{jax.process_count()}", "Leave --dry-run out."
+        raise Refusal(message("distill", "a dry run in one process", got, do))
+    setting = prepare(config, teach=config.method != "backprop")
+    phases = [phase for recipe in plan.recipes for phase in check(setting, recipe)]
+    for phase in {phase.name: phase for phase in phases}.values():
+        _show(phase, setting.places)
+    runs = sum(len(arm.rates) for arm in plan.arms) * config.seeds or 1
+    show_forecast(setting, plan.recipes, runs)
 
 
 def show_classes(setting: Setting) -> None:

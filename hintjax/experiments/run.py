@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -135,20 +135,9 @@ def _run(
             None if variables is None else place(variables, setting.layout)
             for variables in (teacher, hints)
         )
-    feed = _feed(setting, config, feeding)
+    feed = feed_of(setting, config, feeding)
     planned = recipe(config, setting.places, feed.per_epoch)
-
-    def phase_of(phase: PlannedPhase) -> Phase:
-        of, cache = teacher, setting.cache
-        if phase.hints_only and hints is not None:
-            of, cache = hints, None  # the cache holds features of the other teacher
-        if of is None or cache is None or not cache.serves(phase.method):
-            made = compiled_phase(setting, phase, config, feed.per_epoch)
-            return made._replace(teacher=of)
-        made = compiled_phase(setting, phase, config, feed.per_epoch, cache)
-        return made._replace(teacher=cache.variables(of))
-
-    phases = [phase_of(phase) for phase in planned]
+    phases = phases_of(setting, config, planned, feed.per_epoch, teacher, hints)
     fitted = fit(
         run_dir,
         phases,
@@ -176,7 +165,39 @@ def _run(
     return fitted, result
 
 
-def _feed(setting: Setting, config: Config, key: Key[Array, ""]) -> Feed:
+def phases_of(
+    setting: Setting,
+    config: Config,
+    planned: Sequence[PlannedPhase],
+    per_epoch: int,
+    teacher: Variables | None,
+    hints: Variables | None = None,
+) -> list[Phase]:
+    """The phases as the loop trains them, each with its teacher: live or cached.
+
+    Args:
+        setting: setting of the run.
+        config: config of the run.
+        planned: phases of the recipe.
+        per_epoch: steps in an epoch.
+        teacher: variables of the teacher, or their shapes.
+        hints: variables of the teacher in the hint stage, if they differ.
+    """
+
+    def phase_of(phase: PlannedPhase) -> Phase:
+        of, cache = teacher, setting.cache
+        if phase.hints_only and hints is not None:
+            of, cache = hints, None  # the cache holds features of the other teacher
+        if of is None or cache is None or not cache.serves(phase.method):
+            made = compiled_phase(setting, phase, config, per_epoch)
+            return made._replace(teacher=of)
+        made = compiled_phase(setting, phase, config, per_epoch, cache)
+        return made._replace(teacher=cache.variables(of))
+
+    return [phase_of(phase) for phase in planned]
+
+
+def feed_of(setting: Setting, config: Config, key: Key[Array, ""]) -> Feed:
     """The batches of a run: from the device if the training set fits, else streamed."""
     dataset, mesh = setting.dataset, setting.layout and setting.layout.mesh
     crops = crops_of(config, dataset.train.n)
