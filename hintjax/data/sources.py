@@ -187,6 +187,10 @@ def _npz(
         )
         for (key, (image, _)), label in zip(pairs.items(), labels, strict=True)
     }
+    if len(names) == 1:
+        wanted = f"labels of two classes or more in {path.name}"
+        do = "With one class there is nothing to learn."
+        raise Refusal(message("load", wanted, f"only {names[0]}", do))
     return splits, names
 
 
