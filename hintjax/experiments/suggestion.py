@@ -125,7 +125,7 @@ def _batches(setting: Setting, images: int) -> Sequence[dict[str, Any]]:
 def _table(measured: Measured) -> Iterator[str]:
     """The lines of the table, and the meaning of its columns."""
     at = {path: row for row, path in enumerate(measured.teacher)}
-    lines = [_COLUMNS]
+    lines: list[tuple[str, ...]] = [_COLUMNS]
     before = None
     for one in measured.candidates:
         row = at[one.hint]
