@@ -19,7 +19,7 @@ PACKAGE = Path(__file__).parent.parent / "hintjax"
 # Every entry of `ls hintjax`, from the ground up. A folder counts as one entry: its
 # files may import each other (Python itself refuses a circle).
 ORDER = (
-    *("_checks", "_numerics", "losses"),  # mathematics
+    *("_checks", "_numerics", "losses", "probes"),  # mathematics
     *("networks", "regressors"),  # models as pure functions
     *("processes", "sharding", "memory"),  # where arrays live
     *("method", "objective", "views", "teachers", "methods", "pairing"),  # methods
@@ -38,6 +38,7 @@ OUTSIDE = {
     "_checks": MATHEMATICS | {"numpy"},
     "_numerics": MATHEMATICS | {"numpy"},
     "losses": MATHEMATICS,
+    "probes": MATHEMATICS,
     "networks": MODELS,
     "regressors": MODELS,
     "processes": MATHEMATICS | {"numpy"},

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.quick
 SNAPSHOT = Path(__file__).parent / "public_api.txt"
 ROOMS = (
     *("losses", "methods", "regressors", "networks", "stages", "memory", "data"),
-    *("models", "weights", "sharding", "export", "population", "training"),
+    *("models", "weights", "sharding", "export", "population", "probes", "training"),
 )
 
 
