@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hintjax import losses, memory, regressors
+from hintjax import losses, memory, probes, regressors
 from hintjax._numerics import at_smaller_size, unit
 
 # A case c maps names to arrays. These are the authors' parameters under Flax's names:
@@ -303,6 +303,13 @@ def rotated(c):
     return losses.smooth_l1_loss(y, hint).mean()
 
 
+def voted(c):
+    """The accuracy of 20 neighbors, in per cent."""
+    known = c["in.train"], c["int.train_labels"]
+    scores = probes.knn_scores(c["in.test"], *known, classes=7)
+    return 100 * jnp.mean(jnp.argmax(scores, -1) == c["int.test_labels"])
+
+
 FOLDER = Path(__file__).parent / "golden"
 CASES = {
     "ab/rep_3stages": boundary,
@@ -324,6 +331,7 @@ CASES = {
     "hint/mse_equal": simple(losses.hint_loss),
     "kd/logit_standardized_T2": standardized,
     "kd/rep_T4_b8_c100": simple(losses.kd_loss, "in.y_s", "in.y_t"),
+    "knn/n300_c7": voted,
     "lightly_v1/queue_larger_half_filled": queued,
     "lightly_v1/queue_smaller_b6_q4": queued,
     "lightly_v2/linear_5x7_to_16x16": resized,
