@@ -544,10 +544,31 @@ def test_a_signal_to_one_process_before_training_ends_all_at_once(
         assert f"hintjax: process {stopped} was stopped by {number.name}" in text
 
 
-@pytest.mark.quick
-def test_a_comparison_needs_one_process(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
-    monkeypatch.setattr("hintjax.cli.told", lambda find: find())
-    with pytest.raises(SystemExit):
-        main(["distill", "--run-dir", str(tmp_path / "run")])
-    assert "expected one method in several processes" in capsys.readouterr().err
+def test_a_comparison_is_the_same_in_two_processes(corners, tmp_path):
+    options = (
+        *("--compare", "backprop", "kd", "--dataset", corners, "--seeds", "1"),
+        *("--student", "hintjax.models:plain_wide", "--batch-size", "16"),
+        *("--epochs", "2", "--teacher-epochs", "1", "--teacher-at-least", "0"),
+        *("--optimizer", "sgd", "--learning-rate", "0.01"),
+    )
+    port = free_port()
+    both = []
+    for process in range(2):
+        # Only the first process has the run directory of the comparison.
+        where = ("--run-dir", tmp_path / f"of{process}")
+        several = ("--processes", "2", "--process", process, "--coordinator")
+        words = ("-m", "hintjax.cli", "distill", *where, *options, *several)
+        both.append(spawn(words, port))
+    said, codes = ended(both)
+    assert codes == [0, 0], said
+    assert not (tmp_path / "of1").exists()
+    assert (tmp_path / "of0" / "comparison.png").stat().st_size > 1000
+    alone = tmp_path / "alone"
+    main(["distill", *map(str, options), "--devices", "4", "--run-dir", str(alone)])
+    ours, theirs = (
+        json.loads((run / "report.json").read_text())["rows"]
+        for run in (tmp_path / "of0", alone)
+    )
+    assert [row["arm"] for row in ours] == [row["arm"] for row in theirs]
+    for one, other in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(one["seeds"], other["seeds"], atol=0.1)

@@ -23,6 +23,7 @@ from hintjax.experiments.run import run
 from hintjax.experiments.setting import Setting, taught_by
 from hintjax.experiments.tasks import Task
 from hintjax.networks import Variables
+from hintjax.processes import told
 from hintjax.training.run_directory import inside
 from hintjax.training.signals import stoppable
 
@@ -120,7 +121,7 @@ def _runner(
 
     def one(arm: Arm, rate: float, seed: int) -> Ran:
         path = inside(run_dir, f"{arm.name}/rate{rate:g}-seed{seed}")
-        if not (path / RESULT).exists():
+        if not told((path / RESULT).exists):
             run(
                 setting,
                 path,
@@ -133,7 +134,7 @@ def _runner(
                 resume=True,
                 show=begin(f"{arm.name}, rate {rate:g}, seed {seed}"),
             )
-        return path, json.loads((path / RESULT).read_text())
+        return path, told(lambda: json.loads((path / RESULT).read_text()))
 
     return one
 

@@ -1,5 +1,6 @@
 """A comparison as one picture."""
 
+import functools
 import json
 import math
 from collections.abc import Mapping
@@ -14,6 +15,7 @@ from hintjax.experiments.finished import RESULT, load_student
 from hintjax.experiments.setting import Setting, taught_by
 from hintjax.losses import attention_map
 from hintjax.networks import Network, Variables
+from hintjax.processes import first, told
 from hintjax.training import read_metrics
 
 _SHOWN = 6  # images in the picture
@@ -64,10 +66,11 @@ def picture(
         )
     metric = setting.task.name
     fewer, known = report["compression"], report["teacher"][metric]
+    history = functools.partial(_history, per_epoch, metric)
     figure = pictures.comparison(
         {
             name: [
-                pictures.History(*_history(run_dir / path, per_epoch, metric))
+                pictures.History(*told(functools.partial(history, run_dir / path)))
                 for path in arm["runs"]
             ]
             for name, arm in found.items()
@@ -82,12 +85,13 @@ def picture(
         percent=setting.task.larger,
     )
     path = run_dir / "comparison.png"
-    figure.savefig(path)
+    if first():
+        figure.savefig(path)
     return path
 
 
 def _history(
-    run_dir: Path, per_epoch: int, metric: str
+    per_epoch: int, metric: str, run_dir: Path
 ) -> tuple[list[float], list[float], float | None]:
     """The fields of a run's `History`, by epoch."""
     found = [

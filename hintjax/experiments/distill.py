@@ -134,10 +134,6 @@ def distill(config: Config, run_dir: Path, *, resume: bool = False) -> None:
         resume: whether to continue a run that stopped.
     """
     plan = planned(config)
-    if plan.arms and jax.process_count() > 1:
-        do = "Give it --method, or compare in one process."
-        got = f"a comparison in {jax.process_count()}"
-        raise Refusal(message("distill", "one method in several processes", got, do))
     agree("config", _shared(config))
     with owned(run_dir), contextlib.ExitStack() as silence:
         if not first():
