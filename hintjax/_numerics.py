@@ -266,9 +266,38 @@ def nearest_resize(
     return x
 
 
+def bilinear_resize(
+    x: Float[Array, "*shape c"], size: tuple[int, ...]
+) -> Float[Array, "*resized c"]:
+    """Returns the linear interpolation along each axis, as torch's `bilinear` does.
+
+    Positions are the centers of pixels (`align_corners=False`). The smaller of two
+    sizes skips entries instead of averaging them: there is no antialiasing.
+
+    Args:
+        x: any batch axes, one axis for each entry of `size`, and channels.
+        size: (height, width) for a map, one number for a sequence, three for a volume.
+    """
+    grid = _grid("bilinear_resize", x, size)
+    for axis, n, m in zip(_axes(size), grid, size, strict=True):
+        if n != m:
+            place = np.clip((np.arange(m) + 0.5) * n / m - 0.5, 0, n - 1)
+            below = np.floor(place).astype(np.int32)
+            above = np.minimum(below + 1, n - 1)
+            share = jnp.asarray(place - below, x.dtype)
+            share = jnp.expand_dims(share, tuple(range(1, -axis)))
+            share = jnp.expand_dims(share, tuple(range(x.ndim - share.ndim)))
+            low, high = (jnp.take(x, i, axis, mode="clip") for i in (below, above))
+            x = low * (1 - share) + high * share
+    return x
+
+
 def _grid(caller: str, x: Array, size: tuple[int, ...]) -> tuple[int, ...]:
     """Returns the sizes of the axes that a resize to `size` changes, checked."""
     _checks.sizes(caller, 0, size=size)
+    if not _checks.is_array(x) or x.ndim <= len(size):
+        wanted = f"an array with {len(size)} axes of positions and channels"
+        raise _checks.Refusal(_checks.message(caller, wanted, _checks.described(x)))
     return x.shape[-1 - len(size) : -1]
 
 

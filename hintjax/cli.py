@@ -37,6 +37,7 @@ from hintjax.experiments.distill import (
     distill,
     evaluate_run,
     resume,
+    show_costs,
     verify_cache,
 )
 from hintjax.experiments.ending import watch
@@ -209,6 +210,7 @@ def _distill_command(default: Config) -> Callable[..., None]:
         output: Flat[OutputOptions] = default_output,
         hardware: Flat[HardwareOptions] = default_hardware,
         processes: Flat[Processes] = ALONE,
+        dry_run: bool = False,
     ) -> None:
         """Distills a teacher into a student; without --method, compares methods.
 
@@ -225,10 +227,15 @@ def _distill_command(default: Config) -> Callable[..., None]:
             hardware: The devices, and what they do at once.
             processes: Several processes for one run. On a Cloud TPU they are found
                 without options.
+            dry_run: Whether to print the cost of the run (operations, memory, time,
+                disk) and to end, without training or writing.
         """
         config = configs.check(
             configs.joined(method, data, networks, schedule, output, hardware)
         )
+        if dry_run:
+            show_costs(config)
+            return
         path = Path(told(lambda: str(claim(run_dir, config))))
         if first():
             print(f"run directory: {path}")

@@ -265,7 +265,7 @@ def test_doctor_names_versions_devices_and_disk(capsys):
         (["--weight", "0", "--task-weight", "0"], "a loss with a weight > 0"),
         (["--student", "hintjax.models:resnet21"], "resnet20"),
         (["--student", "nowhere.at:all"], "model: expected to import nowhere.at"),
-        (["--student", "math:pi"], "math:pi to be a factory, called as pi(classes"),
+        (["--student", "math:pi"], "called as pi(classes=...), got float"),
         (["--student", "os:getcwd"], "os:getcwd to be a factory"),
         (["--student", "hintjax.models:PlainCNN"], "got a factory that takes"),
         (["--student", "resnet20"], "expected student as package.module:factory"),

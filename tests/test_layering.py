@@ -19,7 +19,8 @@ PACKAGE = Path(__file__).parent.parent / "hintjax"
 # Every entry of `ls hintjax`, from the ground up. A folder counts as one entry: its
 # files may import each other (Python itself refuses a circle).
 ORDER = (
-    *("_checks", "_numerics", "losses", "similarity"),  # mathematics
+    *("_checks", "_numerics", "losses", "metrics"),  # mathematics
+    *("probes", "similarity"),  # how good features are, and how alike
     *("networks", "regressors"),  # models as pure functions
     *("processes", "sharding", "memory"),  # where arrays live
     *("method", "objective", "views", "teachers", "methods"),  # methods
@@ -39,7 +40,9 @@ OUTSIDE = {
     "_checks": MATHEMATICS | {"numpy"},
     "_numerics": MATHEMATICS | {"numpy"},
     "losses": MATHEMATICS,
+    "metrics": MATHEMATICS,
     "similarity": MATHEMATICS,
+    "probes": MATHEMATICS,
     "networks": MODELS,
     "regressors": MODELS,
     "processes": MATHEMATICS | {"numpy"},

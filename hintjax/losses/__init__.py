@@ -20,6 +20,7 @@ from hintjax.losses.attention_scores import (
     attention_score_loss,
     attention_score_loss_code,
 )
+from hintjax.losses.bernoulli import binary_kd_loss
 from hintjax.losses.boundary import activation_boundary_loss
 from hintjax.losses.channel import channel_loss
 from hintjax.losses.class_attention import class_activation_map, class_attention_loss
@@ -32,7 +33,26 @@ from hintjax.losses.crd import (
 )
 from hintjax.losses.decoupled import decoupled_kd_loss
 from hintjax.losses.dist import dist_loss
+from hintjax.losses.embedding_queue import (
+    position_similarity_loss,
+    queue_similarity_loss,
+)
 from hintjax.losses.factor import factor_loss
+from hintjax.losses.feature_standardization import (
+    FeatureMoments,
+    Standardization,
+    channel_standardization,
+    feature_moments,
+    global_standardization,
+    hadamard_whitening,
+    layer_normalize,
+    merge_moments,
+    pca_whitening,
+    phi_standardization,
+    restore_features,
+    standardize_features,
+    zca_whitening,
+)
 from hintjax.losses.fsp import (
     fsp_loss,
     fsp_loss_paper,
@@ -42,6 +62,7 @@ from hintjax.losses.fsp import (
     fsp_matrix_paper,
 )
 from hintjax.losses.generation import masked_generation_loss
+from hintjax.losses.hard_labels import hard_label_loss
 from hintjax.losses.hint import hint_loss, hint_loss_paper
 from hintjax.losses.kd import kd_loss, soft_cross_entropy_loss
 from hintjax.losses.overhaul import batch_norm_margin, margin_relu, partial_l2_loss
@@ -51,11 +72,18 @@ from hintjax.losses.relational import angle_loss, distance_loss
 from hintjax.losses.review import hierarchical_context_loss
 from hintjax.losses.selectivity import selectivity_loss
 from hintjax.losses.similarity import similarity_loss, similarity_matrix
+from hintjax.losses.smooth_l1 import (
+    cosine_smooth_l1_loss,
+    cosine_smooth_l1_map_loss,
+    smooth_l1_loss,
+)
 from hintjax.losses.standardize import standardize_logits
 from hintjax.losses.token_relations import relation_loss, token_gram_loss
 from hintjax.losses.variational import variational_loss
 
 __all__ = (
+    "FeatureMoments",
+    "Standardization",
     "activation_boundary_loss",
     "angle_loss",
     "attention_distribution_loss",
@@ -70,7 +98,9 @@ __all__ = (
     "attention_transfer_loss",
     "attention_transfer_loss_paper",
     "batch_norm_margin",
+    "binary_kd_loss",
     "channel_loss",
+    "channel_standardization",
     "class_activation_map",
     "class_attention_loss",
     "contrastive_log_constant",
@@ -78,31 +108,47 @@ __all__ = (
     "contrastive_scores_loss",
     "correlation_loss",
     "cosine_loss",
+    "cosine_smooth_l1_loss",
+    "cosine_smooth_l1_map_loss",
     "decoupled_kd_loss",
     "dist_loss",
     "distance_loss",
     "factor_loss",
+    "feature_moments",
     "fsp_loss",
     "fsp_loss_paper",
     "fsp_matrix",
     "fsp_matrix_loss",
     "fsp_matrix_loss_paper",
     "fsp_matrix_paper",
+    "global_standardization",
+    "hadamard_whitening",
+    "hard_label_loss",
     "hierarchical_context_loss",
     "hint_loss",
     "hint_loss_paper",
     "kd_loss",
+    "layer_normalize",
     "margin_relu",
     "masked_generation_loss",
+    "merge_moments",
     "partial_l2_loss",
     "patient_loss",
+    "pca_whitening",
+    "phi_standardization",
+    "position_similarity_loss",
     "probability_loss",
+    "queue_similarity_loss",
     "relation_loss",
+    "restore_features",
     "selectivity_loss",
     "similarity_loss",
     "similarity_matrix",
+    "smooth_l1_loss",
     "soft_cross_entropy_loss",
+    "standardize_features",
     "standardize_logits",
     "token_gram_loss",
     "variational_loss",
+    "zca_whitening",
 )

@@ -4,10 +4,14 @@ The bank holds one embedding per training example and network. `init`, `update` 
 `select` make and change a bank; `draw_*` choose positive and negative examples;
 `batch_rows`, `shared_rows` and `scores_by_rows` read the rows, on one device or split
 over a mesh.
+
+`enqueue` is for a queue of the teacher's embeddings (`queue_similarity`): an array with
+the embeddings of the examples seen last.
 """
 
 from hintjax.memory.bank import init, select, set_once, update
 from hintjax.memory.draws import Classes, by_class, draw_others, draw_same, draw_shared
+from hintjax.memory.queue import enqueue
 from hintjax.memory.rows import (
     HIGHEST,
     MemoryBank,
@@ -26,6 +30,7 @@ __all__ = [
     "draw_others",
     "draw_same",
     "draw_shared",
+    "enqueue",
     "init",
     "scores_by_rows",
     "select",

@@ -15,6 +15,7 @@ from hintjax.methods.crd import (
     crd_bytes,
 )
 from hintjax.methods.decoupled_kd import decoupled_kd
+from hintjax.methods.dense_matching import dense_matching
 from hintjax.methods.dist import dist
 from hintjax.methods.factor import factor_transfer, paraphrase
 from hintjax.methods.fitnets import explained_variance, fitnets, lambda_decay
@@ -24,16 +25,20 @@ from hintjax.methods.generation import (
     masked_generation,
     masked_positions,
 )
+from hintjax.methods.hard_labels import hard_labels
 from hintjax.methods.kd import kd, soft_targets, standardized_kd
 from hintjax.methods.minilm import minilm
+from hintjax.methods.orthogonal_projection import orthogonal_projection
 from hintjax.methods.overhaul import overhaul
 from hintjax.methods.patient import patient
 from hintjax.methods.probability import probability_transfer
+from hintjax.methods.queue_similarity import queue_similarity
 from hintjax.methods.relational import relational
 from hintjax.methods.review import review, warm_up
 from hintjax.methods.selectivity import selectivity
 from hintjax.methods.similarity import similarity_preserving
 from hintjax.methods.simkd import reused_classifier, simkd
+from hintjax.methods.task_kd import binary_kd, dense_kd, regression_kd
 from hintjax.methods.tinybert import tinybert
 from hintjax.methods.token_gram import token_gram
 from hintjax.methods.variational import variational
@@ -45,6 +50,7 @@ __all__ = [
     "SharedNegatives",
     "activation_boundary",
     "attention_transfer",
+    "binary_kd",
     "channel_wise",
     "class_attention",
     "correlation_congruence",
@@ -52,22 +58,28 @@ __all__ = [
     "crd",
     "crd_bytes",
     "decoupled_kd",
+    "dense_kd",
+    "dense_matching",
     "dist",
     "explained_variance",
     "factor_transfer",
     "fitnets",
     "flows",
     "fsp",
+    "hard_labels",
     "kd",
     "lambda_decay",
     "masked_channels",
     "masked_generation",
     "masked_positions",
     "minilm",
+    "orthogonal_projection",
     "overhaul",
     "paraphrase",
     "patient",
     "probability_transfer",
+    "queue_similarity",
+    "regression_kd",
     "relational",
     "reused_classifier",
     "review",

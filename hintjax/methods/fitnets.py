@@ -79,22 +79,46 @@ def fitnets(
         context: Context,
     ) -> Applied:
         predictions, memory = predict(params, memory, student, teacher, context.train)
-        parts, losses, r2 = [], {}, {}
-        where, tokens = batch.get("where"), counted("fitnets", batch, padding)
-        told = {} if padding is None else {"where": tokens}
-        for name, predicted, hint in predictions:
-            values = loss(predicted, hint, **told)
-            parts.append(values)
-            losses[name] = masked_mean(values, where)
-            r2[name] = explained_variance(predicted, hint, tokens)
-        metrics = {"r2": total(r2.values()) / len(r2)}
-        if len(losses) > 1:
-            metrics |= {f"{name}/loss": value for name, value in losses.items()}
-            metrics |= {f"{name}/r2": value for name, value in r2.items()}
-        return total(parts), memory, metrics
+        values, metrics = scored("fitnets", predictions, loss, batch, padding)
+        return values, memory, metrics
 
     method = Method(student_wants, teacher_wants, init, apply)
-    return checked("fitnets", pairs, method)
+    # A loss of the user may take other shapes, such as layers that a scan has stacked.
+    return checked("fitnets", pairs, method) if loss is hint_loss else method
+
+
+def scored(
+    caller: str,
+    predictions: list[tuple[str, Array, Array]],
+    loss: Callable[..., Float[Array, " batch"]],
+    batch: Batch,
+    padding: str | None,
+) -> tuple[Float[Array, " batch"], dict[str, Array]]:
+    """The summed losses of the predictions of hints, and how good they are.
+
+    Args:
+        caller: the name of the method, for messages.
+        predictions: the name, the prediction and the hint of each pair.
+        loss: see `fitnets`.
+        batch: the batch.
+        padding: see `fitnets`.
+
+    Returns:
+        One value per example, and the metrics of `fitnets`.
+    """
+    parts, losses, r2 = [], {}, {}
+    where, tokens = batch.get("where"), counted(caller, batch, padding)
+    told = {} if padding is None else {"where": tokens}
+    for name, predicted, hint in predictions:
+        values = loss(predicted, hint, **told)
+        parts.append(values)
+        losses[name] = masked_mean(values, where)
+        r2[name] = explained_variance(predicted, hint, tokens)
+    metrics = {"r2": total(r2.values()) / len(r2)}
+    if len(losses) > 1:
+        metrics |= {f"{name}/loss": value for name, value in losses.items()}
+        metrics |= {f"{name}/r2": value for name, value in r2.items()}
+    return total(parts), metrics
 
 
 def lambda_decay(

@@ -1,5 +1,6 @@
 """Regressors: small modules that are trained beside the student."""
 
+from hintjax._numerics import bilinear_resize, nearest_resize
 from hintjax.regressors.grids import to_grid, to_tokens
 from hintjax.regressors.modules import (
     ABF,
@@ -7,8 +8,10 @@ from hintjax.regressors.modules import (
     Coder,
     Embedding,
     Generator,
+    Orthogonal,
     Regressor,
     Resampled,
+    Resized,
     Shape,
     Sizing,
     apply,
@@ -19,8 +22,10 @@ from hintjax.regressors.sizing import (
     conv,
     fit,
     identity,
+    layer_norm_mlp,
     linear,
     mlp,
+    orthogonal,
     resampled,
     valid_conv,
 )
@@ -31,18 +36,24 @@ __all__ = [
     "Coder",
     "Embedding",
     "Generator",
+    "Orthogonal",
     "Regressor",
     "Resampled",
+    "Resized",
     "Shape",
     "Sizing",
     "apply",
+    "bilinear_resize",
     "bottleneck",
     "conv",
     "fit",
     "identity",
     "init",
+    "layer_norm_mlp",
     "linear",
     "mlp",
+    "nearest_resize",
+    "orthogonal",
     "resampled",
     "to_grid",
     "to_tokens",

@@ -4,9 +4,15 @@ from collections.abc import Callable
 
 import flax.linen as nn
 import jax
+from flax.linen.dtypes import promote_dtype
 from jaxtyping import Array, Bool, Float, Key, PyTree
 
-from hintjax._numerics import adaptive_average_pool, nearest_resize, unit
+from hintjax._numerics import (
+    adaptive_average_pool,
+    bilinear_resize,
+    nearest_resize,
+    unit,
+)
 from hintjax.regressors.grids import to_grid, to_tokens
 
 Shape = tuple[int, ...]
@@ -39,6 +45,11 @@ def batch_norm(train: bool, name: str | None = None) -> nn.BatchNorm:
         use_fast_variance=False,
         name=name,
     )
+
+
+def layer_norm() -> nn.LayerNorm:
+    """The layer norm of regressors, with torch's epsilon and a two-pass variance."""
+    return nn.LayerNorm(epsilon=1e-5, use_fast_variance=False)
 
 
 class Regressor(nn.Module):
@@ -95,6 +106,55 @@ class Resampled(nn.Module):
             grid = adaptive_average_pool(to_grid(x, drop=self.keep), self.size)
             x = jax.numpy.concatenate([x[:, : self.keep], to_tokens(grid)], 1)
         return self.regressor(x, train)
+
+
+class Resized(nn.Module):
+    """A regressor at every position of the guided layer, then a resize to another grid.
+
+    Attributes:
+        regressor: the regressor, which keeps the positions.
+        size: the sizes of the grid of the hint, one for each axis of positions.
+        resize: `(x, size) -> x` on that grid.
+    """
+
+    regressor: nn.Module
+    size: tuple[int, ...]
+    resize: Callable[[Array, tuple[int, ...]], Array] = bilinear_resize
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "batch ..."], train: bool = False
+    ) -> Float[Array, "batch ..."]:
+        """The predictions on the hint's grid."""
+        return self.resize(self.regressor(x, train), self.size)
+
+
+class Orthogonal(nn.Module):
+    """A linear map without bias that keeps lengths, or drops directions: VkD's.
+
+    The kernel has orthonormal rows (columns, if it has more rows than columns). It is
+    the Q of the QR decomposition of a free matrix, with a positive diagonal of R, so
+    weight decay of the free matrix does not change it. (The authors' code trains
+    Householder vectors; weight decay can turn its projector to 0.)
+
+    Attributes:
+        features: number of output channels.
+    """
+
+    features: int
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "batch ..."], train: bool = False
+    ) -> Float[Array, "batch ..."]:
+        """The projected features."""
+        wide, narrow = sorted((x.shape[-1], self.features), reverse=True)
+        # Of a random normal matrix, Q is uniformly distributed.
+        free = self.param("free", nn.initializers.normal(1.0), (wide, narrow))
+        q, r = jax.numpy.linalg.qr(free)
+        q = jax.numpy.where(jax.numpy.diagonal(r)[None] < 0, -q, q)
+        x, kernel = promote_dtype(x, q if x.shape[-1] == wide else q.T, dtype=None)
+        return x @ kernel
 
 
 class ABF(nn.Module):

@@ -19,13 +19,22 @@ the hint has a class token, drop it, because no map can predict it.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import flax.linen as nn
 from jaxtyping import Array
 
 from hintjax._checks import Refusal, function, instance, integer, message
 from hintjax.regressors.grids import check_shapes, grid_of, same_positions
-from hintjax.regressors.modules import Bottleneck, Regressor, Resampled, Shape, Sizing
+from hintjax.regressors.modules import (
+    Bottleneck,
+    Orthogonal,
+    Regressor,
+    Resampled,
+    Shape,
+    Sizing,
+    layer_norm,
+)
 
 
 def bottleneck(student: Shape, teacher: Shape, *, factor: int = 2) -> Bottleneck:
@@ -152,6 +161,67 @@ def mlp(
     ]
     last = nn.Dense(teacher[-1], use_bias=bias)
     return Regressor((*layers, last), batch_norm, activation)
+
+
+def layer_norm_mlp(
+    student: Shape, teacher: Shape, *, hidden: int | None = None, depth: int = 1
+) -> Regressor:
+    """Hidden layers with layer norm and GELU: the heads of RADIO and lightly.
+
+    Linear, layer norm, GELU for each hidden layer, then linear, the same at every
+    position.
+
+    Args:
+        student: shape of the guided layer, one example: `(*positions, c)`.
+        teacher: shape of the hint layer, with the same positions.
+        hidden: width of a hidden layer; by default the hint layer's channels.
+        depth: the number of hidden layers.
+
+    Returns:
+        A module `(batch, *positions, c) -> (batch, *positions, channels)`.
+
+    Raises:
+        ValueError: if the positions differ.
+
+    Convention:
+        The exact GELU and a layer norm with epsilon 1e-5, as in torch.
+
+    References:
+        Ranzinger et al. 2024, AM-RADIO; lightly-train, code (DistillationV2Head, with
+        2048 hidden channels).
+    """
+    same_positions("regressors.layer_norm_mlp", student, teacher)
+    width = teacher[-1] if hidden is None else hidden
+    _options("regressors.layer_norm_mlp", None, hidden=width)
+    integer("regressors.layer_norm_mlp", 0, depth=depth)
+    layers = [
+        nn.Sequential(
+            [nn.Dense(width), layer_norm(), partial(nn.gelu, approximate=False)]
+        )
+        for _ in range(depth)
+    ]
+    return Regressor((*layers, nn.Dense(teacher[-1])))
+
+
+def orthogonal(student: Shape, teacher: Shape) -> Orthogonal:
+    """VkD's projector: a linear map of the channels that only rotates them.
+
+    Args:
+        student: shape of the guided layer, one example: `(*positions, c)`.
+        teacher: shape of the hint layer, with the same positions.
+
+    Returns:
+        A module `(batch, *positions, c) -> (batch, *positions, channels)`.
+
+    Raises:
+        ValueError: if the positions differ.
+
+    References:
+        Miles, Elezi, Deng 2024, VkD: Improving Knowledge Distillation using Orthogonal
+        Projections.
+    """
+    same_positions("regressors.orthogonal", student, teacher)
+    return Orthogonal(teacher[-1])
 
 
 def conv(

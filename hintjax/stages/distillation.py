@@ -55,7 +55,8 @@ def distillation_stage(
             has a loss of its own; "where" may leave any example out. For losses that
             compare examples with each other the result differs: they are compared
             within a micro-batch. These are `correlation_congruence`, `crd`, `dist`,
-            `probability_transfer`, `relational` and `similarity_preserving`, and
+            `probability_transfer`, `relational` and `similarity_preserving`;
+            `queue_similarity`, whose queue changes with each micro-batch; and
             BatchNorm in the student or in the regressors: `activation_boundary`,
             `factor_transfer`, `overhaul`, `review` and `simkd` have it, and `fitnets`
             on request. Random numbers are drawn for each micro-batch: dropout,

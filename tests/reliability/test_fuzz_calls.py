@@ -22,6 +22,7 @@ from hintjax import (
     memory,
     method,
     methods,
+    metrics,
     networks,
     pairing,
     regressors,
@@ -54,6 +55,8 @@ KEY = jax.random.key(0)
 KEYS = jax.random.split(KEY, 4)
 LABEL = np.arange(4, dtype=np.int32) % 3
 LOGITS = {"student_logits": a(4, 10), "teacher_logits": a(4, 10)}
+CLASSIFIED = {"output": a(4, 10), "labels": LABEL}
+TARGETS = {"output": a(4, 10), "labels": a(4, 10)}
 SCORES = {"positive": a(4), "negatives": a(4, 5), "size": 50}
 PAIRS, PAIR = {"pairs": [("a", "b")]}, {"pair": ("a", "b")}
 SIZES = {"student": (4, 4, 3), "teacher": (4, 4, 5)}
@@ -66,6 +69,11 @@ CLASSES = memory.by_class(jnp.arange(8) % 3)
 FLOW = {"first": a(4, 4, 4, 3), "second": a(4, 2, 2, 5)}
 MASK = {"key": KEY, "shape": (4, 4, 3), "rate": 0.5}
 NOTHING = {}
+MOMENTS = losses.feature_moments(jnp.array(a(8, 4)))
+TRANSFORM = losses.channel_standardization(MOMENTS)
+OF_MOMENTS = {"moments": MOMENTS}
+STANDARDIZED = {"features": a(4, 4, 4), "transform": TRANSFORM}
+RESIZED = {"x": a(2, 4, 4, 3), "size": (2, 3)}
 
 # A valid call of each: the arguments that it must be given.
 VALID = {
@@ -77,6 +85,8 @@ VALID = {
                 *("class_attention_loss", "cosine_loss", "factor_loss"),
                 *("hierarchical_context_loss", "hint_loss", "hint_loss_paper"),
                 *("masked_generation_loss", "partial_l2_loss", "selectivity_loss"),
+                *("cosine_smooth_l1_loss", "cosine_smooth_l1_map_loss"),
+                *("position_similarity_loss", "smooth_l1_loss"),
                 "token_gram_loss",
             ),
             both(a(4, 4, 4, 3)),
@@ -98,6 +108,7 @@ VALID = {
             both(a(4, 2, 3, 3)),
         ),
         **dict.fromkeys(("kd_loss", "dist_loss", "soft_cross_entropy_loss"), LOGITS),
+        "attention_energy": {"features": a(4, 4, 4, 3), "size": (2, 2)},
         "attention_map": {"features": a(4, 4, 4, 3)},
         "attention_map_code": {"features": a(4, 4, 4, 3)},
         "batch_norm_margin": {"scale": a(3), "bias": a(3)},
@@ -110,12 +121,30 @@ VALID = {
             "log_constant": 4.0,
         },
         "contrastive_scores_loss": SCORES | {"log_constant": 4.0},
+        "binary_kd_loss": LOGITS,
+        "hard_label_loss": LOGITS,
         "decoupled_kd_loss": LOGITS | {"label": LABEL},
         **dict.fromkeys(("fsp_loss", "fsp_loss_paper"), both(tuple(FLOW.values()))),
         **dict.fromkeys(("fsp_matrix", "fsp_matrix_paper"), FLOW),
         "margin_relu": {"features": a(4, 4, 4, 3), "margin": a(3)},
+        "queue_similarity_loss": both(a(4, 6)) | {"queue": a(3, 6)},
         "relation_loss": both(a(4, 4, 6)) | {"heads": 2},
         "similarity_matrix": {"features": a(4, 6)},
+        **dict.fromkeys(
+            (
+                *("channel_standardization", "global_standardization"),
+                *("hadamard_whitening", "pca_whitening", "phi_standardization"),
+                "zca_whitening",
+            ),
+            OF_MOMENTS,
+        ),
+        "feature_moments": {"features": a(4, 4, 4)},
+        "layer_normalize": {"features": a(4, 4, 4)},
+        "merge_moments": {"first": MOMENTS, "second": MOMENTS},
+        **dict.fromkeys(
+            ("restore_features", "standardize_features"),
+            STANDARDIZED,
+        ),
         "standardize_logits": {"logits": a(4, 10)},
         "variational_loss": both(a(4, 4, 4, 3)) | {"scale": a(3)},
     },
@@ -123,16 +152,22 @@ VALID = {
         **dict.fromkeys(
             (
                 *("activation_boundary", "attention_transfer", "channel_wise"),
-                *("correlation_congruence", "cosine", "factor_transfer", "fitnets"),
-                *("masked_generation", "overhaul", "paraphrase", "patient"),
+                *("correlation_congruence", "cosine", "dense_matching"),
+                *("factor_transfer", "fitnets"),
+                *("masked_generation", "orthogonal_projection", "overhaul"),
+                *("paraphrase", "patient"),
                 *("probability_transfer", "relational", "review", "selectivity"),
                 *("similarity_preserving", "token_gram", "variational"),
             ),
             PAIRS,
         ),
-        **dict.fromkeys(("class_attention", "crd", "simkd"), PAIR),
+        **dict.fromkeys(("class_attention", "crd", "queue_similarity", "simkd"), PAIR),
         **dict.fromkeys(
-            ("decoupled_kd", "dist", "kd", "soft_targets", "standardized_kd"), NOTHING
+            (
+                *("binary_kd", "decoupled_kd", "dense_kd", "dist"),
+                *("kd", "soft_targets", "standardized_kd"),
+            ),
+            NOTHING,
         ),
         "crd_bytes": {"negatives": methods.BatchNegatives(), "size": 50, "batch": 4},
         "explained_variance": {"predicted": a(4, 3), "target": a(4, 3)},
@@ -160,6 +195,10 @@ VALID = {
     method: {
         "over_pairs": {"loss": losses.hint_loss},
     },
+    metrics: {
+        **dict.fromkeys(("absolute_error", "binary_accuracy", "f1"), TARGETS),
+        **dict.fromkeys(("accuracy", "intersection_over_union"), CLASSIFIED),
+    },
     objective: {
         "objective": {"one": METHOD},
         "task": {"loss": optax.softmax_cross_entropy_with_integer_labels},
@@ -175,9 +214,13 @@ VALID = {
     },
     regressors: {
         **dict.fromkeys(
-            ("bottleneck", "conv", "fit", "linear", "mlp", "resampled", "valid_conv"),
+            (
+                *("bottleneck", "conv", "fit", "layer_norm_mlp", "linear", "mlp"),
+                *("orthogonal", "resampled", "valid_conv"),
+            ),
             SIZES,
         ),
+        **dict.fromkeys(("bilinear_resize", "nearest_resize"), RESIZED),
         "identity": both((4, 4, 3)),
         "to_grid": {"tokens": a(2, 16, 3)},
         "to_tokens": {"maps": a(2, 4, 4, 3)},
@@ -187,6 +230,7 @@ VALID = {
         "draw_others": {"classes": CLASSES, "keys": KEYS, "label": LABEL, "count": 5},
         "draw_same": {"classes": CLASSES, "keys": KEYS, "label": LABEL},
         "draw_shared": {"classes": CLASSES, "key": KEY, "label": LABEL, "count": 5},
+        "enqueue": {"queue": a(8, 6), "embeddings": a(4, 6)},
         "init": {"key": KEY, "size": 8},
         "update": {"bank": BANK, "index": LABEL, **both(a(4, 6))},
     },
@@ -207,6 +251,7 @@ MADE_INSIDE = "takes what the library itself has made and checked"
 LATER = "takes functions and trees, and sees what they are when a stage is initialised"
 PLACES = "takes meshes and devices, which are JAX's and say themselves what they miss"
 NOT_FUZZED = {
+    methods: dict.fromkeys(("hard_labels", "regression_kd"), "they take no arguments"),
     memory: dict.fromkeys(
         (
             *("batch_rows", "scores_by_rows", "select", "set_once", "shared_rows"),
@@ -215,7 +260,11 @@ NOT_FUZZED = {
         MADE_INSIDE,
     ),
     method: dict.fromkeys(
-        ("hints_of", "nothing", "one_per_example", "union"), MADE_INSIDE
+        (
+            *("hints_of", "nothing", "one_per_example", "output_of", "reduced"),
+            *("total", "union"),
+        ),
+        MADE_INSIDE,
     ),
     objective: {"check_weight": MADE_INSIDE},
     regressors: dict.fromkeys(("apply", "init"), MADE_INSIDE),
@@ -236,9 +285,13 @@ NOT_FUZZED = {
         LATER,
     ),
     networks_nnx: dict.fromkeys(("nnx", "nnx_update"), LATER),
+    pairing: dict.fromkeys(
+        ("candidates", "choose", "nearest_in_depth", "remarks"), MADE_INSIDE
+    ),
     population: dict.fromkeys(("population", "reweighted"), LATER),
     sharding: dict.fromkeys(
         (
+            *("automatic", "in_automatic_mesh", "on_automatic"),
             *("alike", "batch_axes", "check_batch", "check_even", "check_rules"),
             *("check_spans", "data_mesh", "from_process", "make_mesh", "over_batch"),
             *("place", "replicated", "shares", "spread", "stored", "whole"),
