@@ -66,8 +66,12 @@ CORE = ("task", "kd", "attention_transfer", "fitnets", "hint_stage")
 CORE += ("fsp", "crd", "review")
 # Methods without a row, with the reason.
 TOKENS = "it compares hidden states of transformers, which these networks do not have"
+TASK = "these networks classify, and it is the form of KD of another task"
 UNLABELED = "it is for teachers that were trained without labels"
 LEFT_OUT = {
+    "binary_kd": TASK,
+    "dense_kd": TASK,
+    "regression_kd": TASK,
     "cosine": TOKENS,
     "dense_matching": UNLABELED,
     "minilm": TOKENS,
@@ -136,6 +140,7 @@ def terms(pairs: hj.method.Pairs = GROUPS, negatives: int = 16384) -> dict[str, 
         "selectivity": Term(methods.selectivity(pairs), 50),
         "similarity_preserving": Term(methods.similarity_preserving(last), 3000),
         "simkd": Term(methods.simkd(MAP), 1, "projector"),
+        "hard_labels": Term(methods.hard_labels(), 0.5, task=0.5),
         "soft_targets": Term(methods.soft_targets(), 4),
         "standardized_kd": Term(methods.standardized_kd(), 9),
         "variational": Term(methods.variational(pairs), 1, "means"),

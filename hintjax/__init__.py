@@ -7,7 +7,7 @@ of each `Network` and what it trains; a stage makes an optax update step of it.
 
 from typing import TYPE_CHECKING
 
-from hintjax import losses, regressors
+from hintjax import losses, metrics, regressors
 from hintjax._checks import Refusal
 from hintjax.method import Context, Data, Method, over_pairs
 from hintjax.methods import (
@@ -17,6 +17,7 @@ from hintjax.methods import (
     SharedNegatives,
     activation_boundary,
     attention_transfer,
+    binary_kd,
     channel_wise,
     class_attention,
     correlation_congruence,
@@ -24,6 +25,7 @@ from hintjax.methods import (
     crd,
     crd_bytes,
     decoupled_kd,
+    dense_kd,
     dense_matching,
     dist,
     explained_variance,
@@ -31,6 +33,7 @@ from hintjax.methods import (
     fitnets,
     flows,
     fsp,
+    hard_labels,
     kd,
     lambda_decay,
     masked_channels,
@@ -43,6 +46,7 @@ from hintjax.methods import (
     patient,
     probability_transfer,
     queue_similarity,
+    regression_kd,
     relational,
     reused_classifier,
     review,
@@ -112,6 +116,7 @@ __all__ = [
     "activation_boundary",
     "at_head",
     "attention_transfer",
+    "binary_kd",
     "channel_wise",
     "checked",
     "class_attention",
@@ -122,6 +127,7 @@ __all__ = [
     "crd_bytes",
     "data_mesh",
     "decoupled_kd",
+    "dense_kd",
     "dense_matching",
     "dist",
     "distillation_stage",
@@ -132,6 +138,7 @@ __all__ = [
     "from_teacher",
     "fsp",
     "function",
+    "hard_labels",
     "hint_stage",
     "join",
     "kd",
@@ -142,6 +149,7 @@ __all__ = [
     "masked_channels",
     "masked_generation",
     "masked_positions",
+    "metrics",
     "minilm",
     "moving_average",
     "nnx",
@@ -155,6 +163,7 @@ __all__ = [
     "population",
     "probability_transfer",
     "queue_similarity",
+    "regression_kd",
     "regressors",
     "relational",
     "reused_classifier",

@@ -7,6 +7,7 @@ so that the message can name them.
 
 import dataclasses
 import difflib
+import inspect
 import math
 import reprlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -190,6 +191,37 @@ def function(caller: str, **values: Callable[..., Any]) -> None:
         if not callable(value):
             wanted = f"{name} to be a function"
             raise WrongType(message(caller, wanted, described(value)))
+
+
+def accepts(
+    caller: str,
+    arguments: Sequence[str],
+    names: Sequence[str] = (),
+    do: str = "",
+    /,
+    **values: Callable[..., Any],
+) -> None:
+    """Raise unless every function can be called with these arguments.
+
+    Args:
+        caller: name of the function that the user called.
+        arguments: words for the arguments that are passed by position.
+        names: names of the arguments that are passed by name.
+        do: what to do if a function takes other arguments.
+        **values: the functions; one whose parameters are not known is let through.
+    """
+    function(caller, **values)
+    for name, value in values.items():
+        try:
+            signature = inspect.signature(value)
+        except (TypeError, ValueError):
+            continue
+        try:
+            signature.bind(*arguments, **dict.fromkeys(names))
+        except TypeError as error:
+            takes = ", ".join((*arguments, *(f"{one}=" for one in names)))
+            wanted = f"{name} to take ({takes})"
+            raise WrongType(message(caller, wanted, f"{signature}", do)) from error
 
 
 def _is_number(value: Any) -> bool:

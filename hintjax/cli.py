@@ -1,8 +1,9 @@
-"""The command `hintjax`: distill, resume, eval, layers, methods, cache, doctor.
+"""The command `hintjax`: distill, suggest, resume, eval, layers, methods, and others.
 
-Its exit codes: 0 after success; 2 if it refuses the input; 3 if a run learned nothing
-(its updates were skipped, because numbers were not finite); 130 after Ctrl-C and 143
-after SIGTERM, both once the run is saved; 1 after a defect, with a traceback.
+The others are cache and doctor. Its exit codes: 0 after success; 2 if it refuses the
+input; 3 if a run learned nothing (its updates were skipped, because numbers were not
+finite); 130 after Ctrl-C and 143 after SIGTERM, both once the run is saved; 1 after a
+defect, with a traceback.
 """
 
 import dataclasses
@@ -36,12 +37,14 @@ from hintjax.experiments.distill import (
     distill,
     evaluate_run,
     resume,
+    show_costs,
     verify_cache,
 )
 from hintjax.experiments.ending import watch
 from hintjax.experiments.factories import layers, network
 from hintjax.experiments.finished import load_student
 from hintjax.experiments.launch import leaving, start
+from hintjax.experiments.suggestion import suggest
 from hintjax.processes import first, told
 from hintjax.training import NothingLearned
 
@@ -158,6 +161,7 @@ def _run(argv: list[str]) -> None:
             "resume": _resume_command(),
             "eval": evaluate_run,
             "layers": show_layers,
+            "suggest": _suggest_command(),
             "methods": show_methods,
             "cache": cache_command,
             "doctor": doctor,
@@ -206,6 +210,7 @@ def _distill_command(default: Config) -> Callable[..., None]:
         output: Flat[OutputOptions] = default_output,
         hardware: Flat[HardwareOptions] = default_hardware,
         processes: Flat[Processes] = ALONE,
+        dry_run: bool = False,
     ) -> None:
         """Distills a teacher into a student; without --method, compares methods.
 
@@ -222,16 +227,58 @@ def _distill_command(default: Config) -> Callable[..., None]:
             hardware: The devices, and what they do at once.
             processes: Several processes for one run. On a Cloud TPU they are found
                 without options.
+            dry_run: Whether to print the cost of the run (operations, memory, time,
+                disk) and to end, without training or writing.
         """
         config = configs.check(
             configs.joined(method, data, networks, schedule, output, hardware)
         )
+        if dry_run:
+            show_costs(config)
+            return
         path = Path(told(lambda: str(claim(run_dir, config))))
         if first():
             print(f"run directory: {path}")
         distill(config, path)
 
     return distill_command
+
+
+def _suggest_command() -> Callable[..., None]:
+    """The command `suggest`, which takes the data and networks of `distill`."""
+    from tyro.conf import OmitArgPrefixes as Flat
+    from tyro.conf import Positional
+
+    default_data, default_networks = DataOptions(), NetworkOptions()
+
+    def suggest_command(
+        run_dir: Positional[Path | None] = None,
+        count: int = 1,
+        images: int = 512,
+        picture: Path = Path("suggest.png"),
+        data: Flat[DataOptions] = default_data,
+        networks: Flat[NetworkOptions] = default_networks,
+    ) -> None:
+        """Measures which layers of a teacher are good hints; trains nothing.
+
+        Runs the teacher and an untrained student over some training images. Prints a
+        table of the teacher's layers and the suggested pairs, and draws the similarity
+        (CKA) of each layer of the teacher with each layer of the student.
+
+        Args:
+            run_dir: Run directory, whose data and networks are used instead of the data
+                and network options. By default the options are used.
+            count: Number of pairs to suggest, at most.
+            images: Number of training images, half to fit and half to judge.
+            picture: File for the picture (.png).
+            data: The images and labels.
+            networks: The teacher and the student.
+        """
+        options = configs.joined(data, networks)
+        config = configs.check(options) if run_dir is None else configs.load(run_dir)
+        suggest(config, run_dir, count=count, images=images, picture=picture)
+
+    return suggest_command
 
 
 def _resume_command() -> Callable[..., None]:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Key, PyTree
+from jaxtyping import Array, Float, Int, Key, Num, PyTree
 
 from hintjax._checks import (
     Refusal,
@@ -43,7 +43,7 @@ class Context(NamedTuple):
 class Data(NamedTuple):
     """The facts about the training set that a method may use before the first step."""
 
-    labels: Int[Array | np.ndarray, " size"]
+    labels: Num[Array | np.ndarray, "size ..."]
 
     @property
     def size(self) -> int:
@@ -86,6 +86,8 @@ class Method(NamedTuple):
             0..n - 1, such as "index".
         silent: the names of the terms, as the metrics have them, whose weight is the
             number 0: an objective only watches them.
+        ignored: integer labels that the method leaves out (255 of `task(ignore=255)`),
+            so that the debug mode lets them pass.
     """
 
     student: Wants
@@ -100,6 +102,7 @@ class Method(NamedTuple):
     check: Callable[[Data], None] | None = None
     limits: Callable[[dict], dict[str, int]] | None = None
     silent: tuple[str, ...] = ()
+    ignored: tuple[int, ...] = ()
 
 
 class Reduced(NamedTuple):

@@ -14,9 +14,10 @@ expect the boxes. The same holds in the state of a stage and of its optimizer.
 `nn.unbox` takes the arrays out, for an export (`hintjax.training.save_tree`).
 """
 
+import contextlib
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -145,6 +146,16 @@ def automatic(mesh: Mesh) -> Mesh:
         AxisType.Auto if kind == AxisType.Explicit else kind for kind in mesh.axis_types
     ]
     return Mesh(mesh.devices, mesh.axis_names, axis_types=tuple(kinds))
+
+
+@contextlib.contextmanager
+def in_automatic_mesh() -> Iterator[None]:
+    """While open, the mesh of an outer `jax.set_mesh` has Auto axes."""
+    if AxisType.Explicit not in jax.sharding.get_abstract_mesh().axis_types:
+        yield
+        return
+    with jax.set_mesh(automatic(jax.sharding.get_mesh())):
+        yield
 
 
 def on_automatic(tree: PyTree) -> PyTree:

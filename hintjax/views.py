@@ -7,7 +7,7 @@ import jax
 from jaxtyping import Array
 
 from hintjax._checks import Refusal, function, instance, message
-from hintjax.method import Applied, Batch, Context, Data, Method
+from hintjax.method import Applied, Batch, Context, Data, Method, Reduced, reduced
 from hintjax.networks import Features, Wants
 
 View = Callable[[Array], Array]
@@ -63,7 +63,17 @@ def viewed(
         hints = {path: _applied(view, features.hints[path]) for path in wants.hints}
         return features._replace(hints=hints)
 
-    return through(
+    def reduction(shapes: Features) -> Reduced:
+        ours = jax.eval_shape(lambda f: seen(f, method.student, student), shapes)
+        found = reduced(method, ours)
+
+        def reduce(features: Features) -> Features:
+            return found.reduce(seen(features, method.teacher, teacher))
+
+        # Reduced features have passed through the teacher's function.
+        return Reduced(reduce, viewed(found.method, student=student))
+
+    made = through(
         method,
         lambda ours, theirs: (
             seen(ours, method.student, student),
@@ -71,6 +81,7 @@ def viewed(
         ),
         again=lambda earlier: viewed(earlier, student=student, teacher=teacher),
     )
+    return made if method.reduced is None else made._replace(reduced=reduction)
 
 
 def at_head(

@@ -120,6 +120,18 @@ def test_kinds_and_functions(unchecked):
         _checks.function("f", view=3)
 
 
+def test_a_function_of_other_arguments_is_refused_before_it_is_called():
+    def good(x, train, *, scale=1):
+        raise AssertionError
+
+    _checks.accepts("f", ("x",), ("train",), good=good, any=lambda *a, **k: a)
+    _checks.accepts("f", ("x",), built_in=max)  # Python does not know its parameters
+    with pytest.raises(
+        TypeError, match=r"f: expected g to take \(x, train=\), got \(x"
+    ):
+        _checks.accepts("f", ("x",), ("train",), g=lambda x: x)
+
+
 def test_numpys_integers_are_integers(unchecked):
     _checks.positive_int("loss", n=np.int64(3))
     with pytest.raises(ValueError, match="n to be an integer >= 1, got"):

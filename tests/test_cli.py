@@ -14,6 +14,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
@@ -24,6 +25,7 @@ from hintjax.experiments.distill import keep_compiled
 from hintjax.experiments.finished import load_student
 from hintjax.experiments.setting import prepare
 from hintjax.experiments.teaching import check_teacher
+from hintjax.pairing import Candidate, Measured
 from hintjax.training import NothingLearned, fingerprint, load_tree, read_metrics
 from hintjax.training.run_directory import owned
 
@@ -96,6 +98,66 @@ def test_every_method_runs_by_name(method, finished, corners, tmp_path):
     teacher = ("--teacher", str(finished / "teacher"))
     main(["distill", "--method", method, *teacher, *common])
     assert (tmp_path / "run" / "result.json").exists()
+
+
+def test_suggest_measures_the_layers_of_a_run(finished, tmp_path, capsys):
+    picture = tmp_path / "similar.png"
+    main(["suggest", str(finished), "--images", "64", "--picture", str(picture)])
+    out = capsys.readouterr().out
+    lines = out.splitlines()
+    columns = re.split(r"  +", lines[0])
+    assert columns[:3] == ["hint layer", "depth", "shape"]
+    rows = [re.split(r"  +", line) for line in lines[1:5]]
+    assert [row[0] for row in rows] == ["conv1", "conv2", "maxpool2", "conv3"]
+    assert [row[-1] for row in rows] == ["conv1", "conv2", "maxpool2", "conv3"]
+    assert rows[1][1:3] == ["0.50", "8x8x64"] and rows[1][4] == "4,160"
+    # Both networks are alike, but only the teacher is trained.
+    assert "not trained" not in out
+    assert re.search(
+        r"^(suggested: conv[12]=conv[12]: |No layer passes)", out, re.MULTILINE
+    )
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_suggest_says_what_is_missing_and_what_is_wrong(
+    corners, tmp_path, monkeypatch, capsys
+):
+    def measured(student, started, teacher, taught, batches, *, classes, pairs):
+        assert [len(batch["image"]) for batch in batches] == [8, 8]
+        assert classes == 4 and list(pairs) == [("conv2", "conv2")]
+        shown = {"shape": (8, 8, 64), "cost": 0.5, "regressor": 9, "probe": 0.9}
+        one = Candidate("conv2", "conv2", 0.5, 0.5, explained=0.95, **shown)
+        return Measured((one,), 0.25, ("conv2",), ("conv2",), np.eye(2))
+
+    monkeypatch.setattr("hintjax.experiments.suggestion.measure", measured)
+    common = ("--dataset", corners, "--student", "hintjax.models:plain_wide")
+    picture = ("--picture", str(tmp_path / "a.png"), "--images", "16")
+    main(["suggest", *common, *picture])
+    out = capsys.readouterr().out
+    assert "The teacher is not trained" in out and "--teacher RUN_DIR" in out
+    assert "No layer passes the rule. The usual pairs are conv2=conv2." in out
+    assert "warning: conv2=conv2: a linear map of the untrained guided layer" in out
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--picture", "a.pdf"], "a .png file in a directory that can be written, got"),
+        (["--picture", "/no/such/a.png"], "can be written, got /no/such/a.png. Name"),
+        (["--count", "0"], "count to be an integer >= 1, got 0"),
+        (["--images", "0"], "images to be an integer >= 1, got 0"),
+        (["nowhere"], "expected a file nowhere, got nothing"),
+        (["--student", "hintjax.models:resnet21"], "resnet20"),
+    ],
+)
+def test_suggest_refuses_bad_input_before_anything_is_measured(
+    arguments, sentence, capsys, unchecked
+):
+    with pytest.raises(SystemExit) as stopped:
+        main(["suggest", *arguments])
+    assert stopped.value.code == 2
+    assert sentence in capsys.readouterr().err
 
 
 def test_a_teacher_that_knows_little_is_named(finished, corners):
@@ -202,7 +264,7 @@ def test_doctor_names_versions_devices_and_disk(capsys):
         (["--weight", "0", "--task-weight", "0"], "a loss with a weight > 0"),
         (["--student", "hintjax.models:resnet21"], "resnet20"),
         (["--student", "nowhere.at:all"], "model: expected to import nowhere.at"),
-        (["--student", "math:pi"], "math:pi to be a factory, called as pi(classes"),
+        (["--student", "math:pi"], "called as pi(classes=...), got float"),
         (["--student", "os:getcwd"], "os:getcwd to be a factory"),
         (["--student", "hintjax.models:PlainCNN"], "got a factory that takes"),
         (["--student", "resnet20"], "expected student as package.module:factory"),

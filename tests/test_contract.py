@@ -23,7 +23,7 @@ import optax
 import pytest
 
 from hintjax import losses, methods, regressors, sharding, stages
-from hintjax.method import Context, Data, Method
+from hintjax.method import Context, Data, Method, reduced
 from hintjax.networks import Features, Network, Variables
 from hintjax.objective import objective, task
 
@@ -67,6 +67,10 @@ SIGNS = dict.fromkeys(
     ("least_at_equality", "zero_at_equality", "flat_at_equality"),
     "the student should be beyond a margin, not equal",
 ) | {"teacher_may_be_stopped": "only the teacher's signs are read"}
+CLASS = dict.fromkeys(
+    ("least_at_equality", "zero_at_equality", "flat_at_equality"),
+    "only the teacher's largest class is read",
+) | {"teacher_may_be_stopped": "only the teacher's largest class is read"}
 GAUSSIAN = {"zero_at_equality": "the least value is half the log of the variance"}
 CANDIDATES = dict.fromkeys(
     ("least_at_equality", "zero_at_equality", "flat_at_equality"),
@@ -162,6 +166,7 @@ LOSSES = {
         (3, 6),
         waived=CANDIDATES,
     ),
+    "binary_kd_loss": Loss(losses.binary_kd_loss, **LOGITS),
     "channel_loss": Loss(losses.channel_loss, **FEATURES),
     "correlation_loss": Loss(losses.correlation_loss, (3, 5), coupled=True),
     "cosine_loss": Loss(losses.cosine_loss, **FEATURES),
@@ -177,6 +182,7 @@ LOSSES = {
     "fsp_loss_paper": Loss(losses.fsp_loss_paper, **FLOWS),
     "fsp_matrix_loss": Loss(losses.fsp_matrix_loss, (3, 5)),
     "fsp_matrix_loss_paper": Loss(losses.fsp_matrix_loss_paper, (3, 5)),
+    "hard_label_loss": Loss(losses.hard_label_loss, **LOGITS, waived=CLASS),
     "hierarchical_context_loss": Loss(
         losses.hierarchical_context_loss, (5, 4, 3), batch_dims=True, waived=SQUARE
     ),
@@ -232,6 +238,7 @@ STANDARDIZATION = {
     "zca_whitening",
 }
 NOT_LOSSES = STANDARDIZATION | {
+    "attention_energy",
     "attention_map",
     "attention_map_code",
     "attention_maps",
@@ -724,6 +731,7 @@ METHODS = {
         Features(hints={"guided": (4, 4, 3)}),
         Features(hints={"hint": (8, 8, 5)}),
     ),
+    "binary_kd": Taught(methods.binary_kd(), *OUTPUTS),
     "channel_wise": Taught(
         methods.channel_wise(PAIRS, regressor=regressors.linear),
         Features(hints={"guided": (4, 4, 3)}),
@@ -756,12 +764,18 @@ METHODS = {
         Features(hints={"hint": (2, 2, 5)}),
     ),
     "decoupled_kd": Taught(methods.decoupled_kd(), *OUTPUTS, least=2),
+    "dense_kd": Taught(
+        methods.dense_kd(),
+        Features(output=(2, 3, 10)),
+        Features(output=(2, 3, 10)),
+        least=2,
+    ),
+    "dist": Taught(methods.dist(), *OUTPUTS, least=2, waived=TOGETHER),
     "dense_matching": Taught(
         methods.dense_matching(PAIRS),
         Features(hints={"guided": (4, 4, 3)}),
         Features(hints={"hint": (8, 7, 5)}),
     ),
-    "dist": Taught(methods.dist(), *OUTPUTS, waived=TOGETHER),
     "factor_transfer": Taught(
         methods.factor_transfer(PAIRS),
         Features(hints={"guided": (4, 4, 3)}),
@@ -779,7 +793,8 @@ METHODS = {
         Features(hints={"low": (4, 4, 3), "high": (2, 2, 4)}),
         Features(hints={"one": (8, 8, 5), "two": (4, 4, 6)}),
     ),
-    "kd": Taught(methods.kd(), *OUTPUTS),
+    "hard_labels": Taught(methods.hard_labels(), *OUTPUTS, least=2),
+    "kd": Taught(methods.kd(), *OUTPUTS, least=2),
     "masked_generation": Taught(
         methods.masked_generation(PAIRS),
         Features(hints={"guided": (4, 4, 3)}),
@@ -817,6 +832,7 @@ METHODS = {
     "probability_transfer": Taught(
         methods.probability_transfer(PAIRS), *UNLIKE, waived=TOGETHER
     ),
+    "regression_kd": Taught(methods.regression_kd(), *OUTPUTS),
     "queue_similarity": Taught(
         methods.queue_similarity(("guided", "hint"), size=6),
         Features(hints={"guided": (4, 4, 3)}),
@@ -844,8 +860,8 @@ METHODS = {
             params={"classifier": {"kernel": (5, 10), "bias": (10,)}},
         ),
     ),
-    "standardized_kd": Taught(methods.standardized_kd(), *OUTPUTS),
-    "soft_targets": Taught(methods.soft_targets(), *OUTPUTS),
+    "standardized_kd": Taught(methods.standardized_kd(), *OUTPUTS, least=3),
+    "soft_targets": Taught(methods.soft_targets(), *OUTPUTS, least=2),
     "token_gram": Taught(
         methods.token_gram(PAIRS),
         Features(hints={"guided": (4, 6)}),
@@ -945,6 +961,33 @@ def test_a_method_names_what_it_wants(taught):
         assert wants.output == (shown.output is not None)
         assert set(wants.hints) == set(shown.hints)
         assert set(wants.params) == set(shown.params)
+
+
+REDUCED = [name for name, row in METHODS.items() if row.method.reduced is not None]
+
+
+@pytest.mark.parametrize("name", REDUCED)
+def test_a_reduction_of_the_teacher_gives_a_method_the_same_values(name):
+    row = METHODS[name]
+    student, teacher, batch = jax.tree.map(jnp.asarray, seen(row))
+    params, memory = started(name)
+    found = reduced(row.method, jax.eval_shape(lambda: student))
+    small = found.reduce(teacher)
+    own = jax.eval_shape(
+        lambda key: found.method.init(key, student, small, None), jax.random.key(0)
+    )
+    assert own == jax.eval_shape(lambda: (params, memory))
+    assert set(found.method.teacher.hints) == set(small.hints)
+    context = Context(KEY, np.int32(0), True)
+    got, want = (
+        method.apply(params, memory, student, shown, batch, context)[0]
+        for method, shown in ((found.method, small), (row.method, teacher))
+    )
+    assert_close(got, want, 1e-5)
+    # One reduction may serve several terms, beside terms that have none.
+    both = objective(first=row.method, second=row.method)
+    again = reduced(both, student).reduce(teacher)
+    assert set(again.hints) == set(small.hints)
 
 
 def test_a_method_gives_values_memory_and_metrics(taught):

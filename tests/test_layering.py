@@ -19,10 +19,12 @@ PACKAGE = Path(__file__).parent.parent / "hintjax"
 # Every entry of `ls hintjax`, from the ground up. A folder counts as one entry: its
 # files may import each other (Python itself refuses a circle).
 ORDER = (
-    *("_checks", "_numerics", "losses", "probes"),  # mathematics
+    *("_checks", "_numerics", "losses"),  # mathematics
+    *("metrics", "probes", "similarity"),  # numbers to judge by
     *("networks", "regressors"),  # models as pure functions
     *("processes", "sharding", "memory"),  # where arrays live
-    *("method", "objective", "views", "teachers", "methods", "pairing"),  # methods
+    *("method", "objective", "views", "teachers", "methods"),  # methods
+    *("pairing", "measuring"),  # which layers to match
     *("stages", "population", "export"),  # update steps
     *("models", "weights"),  # networks that are ready to use
     "data",
@@ -38,7 +40,9 @@ OUTSIDE = {
     "_checks": MATHEMATICS | {"numpy"},
     "_numerics": MATHEMATICS | {"numpy"},
     "losses": MATHEMATICS,
+    "metrics": MATHEMATICS,
     "probes": MATHEMATICS,
+    "similarity": MATHEMATICS,
     "networks": MODELS,
     "regressors": MODELS,
     "processes": MATHEMATICS | {"numpy"},
@@ -50,6 +54,7 @@ OUTSIDE = {
     "teachers": MODELS,
     "methods": MODELS,
     "pairing": MODELS,
+    "measuring": MODELS,
     "stages": UPDATES,
     "population": UPDATES,
     "export": MODELS,

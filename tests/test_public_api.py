@@ -17,7 +17,8 @@ pytestmark = pytest.mark.quick
 SNAPSHOT = Path(__file__).parent / "public_api.txt"
 ROOMS = (
     *("losses", "methods", "regressors", "networks", "stages", "memory", "data"),
-    *("models", "weights", "sharding", "export", "population", "probes", "training"),
+    *("cache", "metrics", "models", "weights", "sharding", "export", "population"),
+    *("probes", "training", "similarity", "measuring"),
 )
 
 

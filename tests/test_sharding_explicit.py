@@ -111,6 +111,10 @@ def test_arrays_on_such_a_mesh_train():
         found.append(float(metrics["loss"]))
         assert state.step.sharding.mesh == automatic(mesh)
     assert found[0] == found[1] > 0
+    with jax.set_mesh(mesh):
+        state = stage.init(KEY, VARIABLES, VARIABLES, BATCH)
+        _, metrics = stage.update(state, VARIABLES, BATCH)
+    assert metrics["loss"] == found[0]
 
 
 @pytest.mark.quick

@@ -11,7 +11,7 @@ import pytest
 
 import hintjax as hj
 from hintjax import losses, models, regressors
-from hintjax.method import Context
+from hintjax.method import Context, reduced
 from hintjax.networks import Features
 
 KEY = jax.random.key(0)
@@ -47,6 +47,24 @@ def test_a_method_sees_its_hints_through_the_views_and_nothing_else_changes():
     total, _, metrics = terms.apply(params, memory, TEACHER, STUDENT, {}, CONTEXT)
     np.testing.assert_allclose(metrics["at"], want.mean(), rtol=1e-6)
     assert total.shape == (3,)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_view_keeps_the_reduction_of_its_method(turned):
+    pair = ("block2", "group2")
+    views, shown = {"student": GRID}, (STUDENT, TEACHER)
+    if turned:  # the teacher has the tokens
+        pair, views, shown = pair[::-1], {"teacher": GRID}, (TEACHER, STUDENT)
+    method = hj.viewed(hj.attention_transfer([pair]), **views)
+    found = reduced(method, jax.eval_shape(lambda: shown[0]))
+    small = found.reduce(shown[1])
+    assert [hint.size for hint in small.hints.values()] == [3 * 4 * 4]
+    got, want = (
+        each.apply({}, {}, shown[0], taught, {}, CONTEXT)[0]
+        for each, taught in ((found.method, small), (method, shown[1]))
+    )
+    np.testing.assert_allclose(got, want, rtol=1e-5)
 
 
 @pytest.mark.quick

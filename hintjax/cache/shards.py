@@ -212,7 +212,9 @@ def read(
     for name in names:
         _check(path / name, listed[name])
     mode = "r" if mapped else None
-    shards = [np.load(path / name, mmap_mode=mode) for name in names]
+    shards = [
+        np.load(path / name, mmap_mode=mode, allow_pickle=False) for name in names
+    ]
     held = sum(map(len, shards))
     if held != found["total"]:
         wanted = f"{found['total']} rows in {path}"

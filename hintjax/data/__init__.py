@@ -5,7 +5,7 @@ fits on the device is put there once by `place`, and `take` cuts batches out of 
 inside jit, in the `order` of each epoch. `stream` reads batches of a larger split on
 the host. `fixed_views` draws a finite number of crops and flips per example.
 `statistics` measures the numbers of `Standardize`; `evaluation_batches` reads
-a split once.
+a split once. Labels are classes, or the labels of another task (`targets`).
 """
 
 from hintjax.data.batches import evaluation_batches, order, place, steps_per_epoch, take

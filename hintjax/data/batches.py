@@ -76,7 +76,8 @@ def take(
 
     Returns:
       {"image": float32 [batch h w c], "label": int32 [batch], "index": int32 [batch]},
-      and the number of the view as "view" (int32 [batch]) if there is one.
+      and the number of the view as "view" (int32 [batch]) if there is one. For other
+      tasks the labels are those of `hintjax.data.targets`.
 
     >>> from hintjax.data import statistics
     >>> split = Split(np.zeros((9, 4, 4, 1), np.uint8), np.arange(9, dtype=np.int32))
@@ -138,8 +139,8 @@ def augmented(xp: Any, image: Any, shift: Any, flip: Any, augment: Augment) -> A
 
 def _crop_index(xp: Any, shift: Any, length: int, augment: Augment) -> Any:
     """Positions that a shifted crop reads along one axis; outside they are padding."""
-    if augment.reflect and augment.pad >= length:
-        wanted = f"a reflecting pad below the image's {length} pixels"
+    if augment.pad >= length:  # a crop could show nothing of the image
+        wanted = f"a pad below the image's {length} pixels"
         raise Refusal(message("take", wanted, str(augment.pad), "Lower it."))
     index = shift[:, None] + xp.arange(length, dtype=xp.int32) - augment.pad
     if augment.reflect:  # -1 reads 1, and length reads length - 2

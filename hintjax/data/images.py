@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float32, Int32, Integer, UInt8
+from jaxtyping import Array, Float32, Integer, Num, UInt8
 
 AnyArray = Array | np.ndarray
 
@@ -16,7 +16,7 @@ class Split(NamedTuple):
     """The decoded images and labels of one split, on the host."""
 
     image: UInt8[AnyArray, "n h w c"]
-    label: Int32[AnyArray, " n"]
+    label: Num[AnyArray, "n ..."]
 
     @property
     def n(self) -> int:
@@ -44,10 +44,16 @@ class Split(NamedTuple):
 )
 @dataclass(frozen=True)
 class Placed:
-    """A Split on the device, one row per image. Made by `place`."""
+    """A Split on the device, one row per image. Made by `place`.
 
-    pixels: UInt8[Array, "n pixels"]
-    label: Int32[Array, " n"]
+    Attributes:
+        pixels: uint8 array (n, pixels). JAX puts shapes here while it lowers a program.
+        label: array (n, ...), likewise.
+        shape: height, width and channels of an image.
+    """
+
+    pixels: Any
+    label: Any
     shape: tuple[int, ...]
 
     @property

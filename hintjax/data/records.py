@@ -166,6 +166,8 @@ def builder_of(name: str, data_dir: str | os.PathLike[str] | None) -> Any:
     near = ", ".join(nearest(base, sorted({"digits", *prepared, *known})))
     got = f"{name!r}, neither in {data_dir} nor known to TensorFlow Datasets"
     do = f"The nearest names are {near}."
+    if Path(name).expanduser().exists():
+        do = "A file is read if it was written by numpy.savez and ends in .npz."
     raise Refusal(message("load", "the name of a dataset", got, do))
 
 

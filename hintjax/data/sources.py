@@ -2,7 +2,7 @@
 
 import os
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +22,7 @@ from hintjax.data.records import (
 )
 from hintjax.data.splits import Range, carved, checked_split, numbered, stratified
 from hintjax.data.standardize import statistics
+from hintjax.data.targets import Targets
 
 ON_DEVICE = 2 * 2**30  # bytes: a set up to this size is kept on the device
 IN_MEMORY = 16 * 2**30  # bytes: a set above this size stays on disk
@@ -49,6 +50,7 @@ def load(
     limit: int | None = None,
     size: int | None = None,
     range: Range | None = None,
+    targets: Targets | None = None,
     seed: int = 0,
 ) -> Dataset:
     """Reads an image classification dataset, into memory as uint8 if it fits.
@@ -74,6 +76,8 @@ def load(
       size: images are scaled and cropped at the center to size x size. None keeps them.
       range: the range of pixels that are not uint8, in an .npz file: "0..1" or
         "0..255". They are converted to uint8, rounded to the nearest of 256 values.
+      targets: the labels of a task other than classification, in an .npz file; see
+        `hintjax.data.targets`. By default labels are classes.
       seed: the seed of the validation split and of the limit.
 
     Returns:
@@ -91,10 +95,11 @@ def load(
     if range is not None and not name.endswith(".npz"):
         wanted = f"no range for {name!r}, whose pixels are uint8"
         raise Refusal(message("load", wanted, repr(range), "Leave it out."))
+    _check_targets(name, size, targets)
     if name == "digits":
         splits, names = _digits()
     elif name.endswith(".npz"):
-        splits, names = _npz(Path(name).expanduser(), range)
+        splits, names = _npz(Path(name).expanduser(), range, targets)
     else:
         stored, names = _tfds(name, data_dir, size)
         if sum(map(_nbytes, stored.values())) > IN_MEMORY:
@@ -133,8 +138,21 @@ def _digits() -> tuple[dict[str, Split], Sequence[str]]:
     return {"train": checked_split("digits", image, bunch.target, len(names))}, names
 
 
+def _check_targets(name: str, size: int | None, targets: Targets | None) -> None:
+    """Raises unless a dataset of this name and size can have such labels."""
+    if targets is None:
+        return
+    if not name.endswith(".npz"):
+        wanted = f"an .npz file with {targets.wanted}"
+        do = "Only classification reads other datasets."
+        raise Refusal(message("load", wanted.rstrip(","), repr(name), do))
+    if targets.positions and size is not None:
+        wanted = "no size with a label for each position"
+        raise Refusal(message("load", wanted, f"{size}", "Scale images and labels."))
+
+
 def _npz(
-    path: Path, range: Range | None = None
+    path: Path, range: Range | None = None, targets: Targets | None = None
 ) -> tuple[dict[str, Split], Sequence[str]]:
     """The splits and class names of an .npz file."""
     wanted = ("image", "label", "image_test", "label_test", "class_names")
@@ -153,6 +171,8 @@ def _npz(
         wanted = f"{path} to hold {' and '.join(missing)}"
         got = f"only {', '.join(sorted(found)) or 'nothing'}"
         raise Refusal(message("load", wanted, got, _SAVE))
+    if targets is not None:
+        return _with_targets(path.name, arrays, pairs, range, targets)
     labels = [arrays[label] for _, label in pairs.values()]
     if "class_names" in arrays:
         names = [str(name) for name in arrays["class_names"].ravel()]
@@ -167,6 +187,38 @@ def _npz(
         )
         for (key, (image, _)), label in zip(pairs.items(), labels, strict=True)
     }
+    if len(names) == 1:
+        wanted = f"labels of two classes or more in {path.name}"
+        do = "With one class there is nothing to learn."
+        raise Refusal(message("load", wanted, f"only {names[0]}", do))
+    return splits, names
+
+
+def _with_targets(
+    name: str,
+    arrays: Mapping[str, np.ndarray],
+    pairs: Mapping[str, tuple[str, str]],
+    range: Range | None,
+    targets: Targets,
+) -> tuple[dict[str, Split], Sequence[str]]:
+    """The splits of an .npz file whose labels are no classes; names of the outputs."""
+    splits = {}
+    for key, (image, label) in pairs.items():
+        where, shape = f"{image} of {name}", arrays[image].shape
+        given = targets.read(f"{label} of {name}", arrays[label], shape)
+        one_class = np.zeros(len(given), np.int32)
+        split = checked_split(where, arrays[image], one_class, 1, range)
+        splits[key] = split._replace(label=given)
+    labels = [split.label for split in splits.values()]
+    if len({one.shape[1:] for one in labels}) > 1 and not targets.positions:
+        wanted = f"labels of one shape in {name}"
+        got = " and ".join(str(one.shape) for one in labels)
+        raise Refusal(message("load", wanted, got, _SAVE))
+    outputs = targets.outputs(labels)
+    names = [str(one) for one in arrays.get("class_names", np.arange(outputs)).ravel()]
+    if len(names) != outputs:
+        wanted = f"{outputs} class_names in {name}"
+        raise Refusal(message("load", wanted, f"{len(names)}", _SAVE))
     return splits, names
 
 
@@ -247,8 +299,10 @@ def _resized(split: Split, size: int) -> Split:
 
 
 def _nbytes(source: Split | Records) -> int:
-    """The size of a split decoded to uint8."""
-    return source.n * int(np.prod(source.shape))
+    """The size of a split decoded to uint8, with the labels of its positions."""
+    labels = source.label if isinstance(source, Split) else None
+    dense = labels.nbytes if labels is not None and labels.ndim > 1 else 0
+    return source.n * int(np.prod(source.shape)) + dense
 
 
 def fits_on_device(*sources: Split | Records, limit: int = ON_DEVICE) -> bool:

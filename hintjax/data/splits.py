@@ -38,11 +38,16 @@ def _check_shapes(where: str, image: np.ndarray, label: np.ndarray) -> None:
             do = "Save np.moveaxis(image, -1, 0) instead."
         elif image.ndim == 2 and len(image) == n:
             do = "Save image.reshape(n, height, width, channels) instead."
+        elif image.ndim > 4 and len(image) == n:
+            do = "Only images are read: save one slice or frame for each example."
         wanted = f"images [n h w] or [n h w c] and labels [n] in {where}"
         raise Refusal(message("load", wanted, got, do))
-    if not n or not image.size:
+    if not n:
         wanted = f"at least one example in {where}"
         raise Refusal(message("load", wanted, "an empty split"))
+    if not image.size:
+        wanted = f"images of one pixel or more in {where}"
+        raise Refusal(message("load", wanted, f"{image.shape}"))
     # No image is 1 or 3 pixels high and wider, with more than four channels.
     if image.ndim == 4 and image.shape[1] in (1, 3) and min(image.shape[2:]) > 4:
         wanted = f"images [n h w c], with channels last, in {where}"
@@ -72,10 +77,16 @@ def _pixels(where: str, image: np.ndarray, range: Range | None) -> np.ndarray:
         wanted = f"uint8 pixels in {where}"
         raise WrongType(message("load", wanted, str(image.dtype), "Convert them."))
     low, high = image.min(), image.max()
+    if not np.isfinite([low, high]).all():
+        wanted = f"finite pixels in {where}"
+        do = "Leave these images out, or replace the numbers."
+        raise Refusal(message("load", wanted, f"{image.dtype} with NaN or inf", do))
     fits = [name for name, top in _TOPS.items() if low >= 0 and high <= top]
     seen = f"{image.dtype} between {low:g} and {high:g}"
+    do = "Undo the standardization, so that they lie in 0..1 or 0..255."
+    if image.dtype.kind in "ui":
+        do = "Scale them, e.g. 16 bits with (image // 257).astype(np.uint8)."
     if range is None:
-        do = "Undo the standardization, so that they lie in 0..1 or 0..255."
         if fits:
             by = "255 * image" if fits[0] == "0..1" else "image"
             do = (
@@ -83,9 +94,11 @@ def _pixels(where: str, image: np.ndarray, range: Range | None) -> np.ndarray:
                 f"range={fits[0]!r} (--range {fits[0]})."
             )
         raise WrongType(message("load", f"uint8 pixels in {where}", seen, do))
-    if range not in fits:
+    # Rounded from 0..255, fractions of 1 would leave two values: black, and 1 of 255.
+    fractions = range == "0..255" and 0 < high <= 1 and image.dtype.kind == "f"
+    if range not in fits or fractions:
         wanted = f"pixels in {range} in {where}"
-        do = f"Pass range={fits[0]!r} (--range {fits[0]})." if fits else ""
+        do = f"Pass range={fits[0]!r} (--range {fits[0]})." if fits else do
         raise Refusal(message("load", wanted, seen, do))
     scale = 255 // _TOPS[range]
     return np.round(image.astype(np.float32) * scale).astype(np.uint8)
@@ -94,11 +107,14 @@ def _pixels(where: str, image: np.ndarray, range: Range | None) -> np.ndarray:
 def check_labels(where: str, label: np.ndarray, classes: int) -> None:
     """Raises unless the labels are integers in 0..classes - 1."""
     if not np.issubdtype(label.dtype, np.integer):
-        wanted = f"integer labels in {where}"
+        wanted, got = f"integer labels in {where}", str(label.dtype)
         do = "Save label.astype(int) instead."
         if label.dtype.kind not in "bf":
             do = "Save np.unique(label, return_inverse=True)[1] instead."
-        raise WrongType(message("load", wanted, str(label.dtype), do))
+        elif (odd := label[label != np.trunc(label)]).size:  # also NaN and fractions
+            got = f"{got} with {odd[0]:g}"
+            do = "The command trains classifiers: save one class for each image."
+        raise WrongType(message("load", wanted, got, do))
     wrong = np.flatnonzero((label < 0) | (label >= classes))
     if wrong.size:
         wanted = f"labels in 0..{classes - 1} in {where}"
@@ -143,7 +159,12 @@ def numbered(
 
 
 def stratified(label: AnyArray, count: int, seed: int) -> np.ndarray:
-    """Sorted positions of `count` examples, each class by its share, rounded."""
+    """Sorted positions of `count` examples, each class by its share, rounded.
+
+    Examples whose label is not one class are drawn as if they were of one class.
+    """
+    one_class = label.dtype.kind in "ui" and label.size == len(label)
+    label = label.reshape(-1) if one_class else np.zeros(len(label), np.int32)
     # RandomState, not Generator: its numbers are the same in every release of numpy.
     shuffled = np.random.RandomState(seed).permutation(len(label))
     # The k-th example of a class of m comes at (k + 1/2) / m. The first `count` of all

@@ -1,6 +1,7 @@
 """Computes the cache of a run's teacher, and checks it."""
 
 import functools
+import math
 import shutil
 import time
 import zlib
@@ -15,7 +16,8 @@ from jaxtyping import Array
 
 from hintjax import cache as caches
 from hintjax._checks import Refusal, message
-from hintjax.cache import Contents, contents, flat
+from hintjax.cache import Contents, Rows, contents, flat
+from hintjax.cache.shards import record_type
 from hintjax.data import (
     IN_MEMORY,
     ON_DEVICE,
@@ -96,6 +98,34 @@ def with_cache(
             if mesh is None
             else spread(everything, replicated(mesh))
         )
+    return setting._replace(cache=CachedTeacher(plan, rows, placed))
+
+
+def planned_cache(setting: Setting, recipes: Sequence[Recipe]) -> Setting:
+    """The setting with a cache of zeros, which is as large as the cache of the runs.
+
+    Numpy's zeros take no memory before they are read. Without --cache, the setting
+    stays as it is.
+
+    Args:
+        setting: setting of the runs.
+        recipes: recipes of all runs that share the cache.
+    """
+    if not setting.config.cache or setting.teacher is None:
+        return setting
+    methods = methods_of(setting, recipes)
+    if not methods:
+        return setting
+    teacher = jax.eval_shape(setting.teacher.init, jax.random.key(0), setting.inputs)
+    plan, n = contents_of(setting, methods, teacher), setting.dataset.train.n
+    total = len(cached_crops(setting.config, n)) * n
+    rows = Rows([np.zeros(total, record_type(plan.rows))], total, n)
+    placed = None
+    if rows.nbytes <= ON_DEVICE:
+        placed = {
+            name: np.zeros((total, math.prod(row.shape)), row.dtype)
+            for name, row in plan.rows.items()
+        }
     return setting._replace(cache=CachedTeacher(plan, rows, placed))
 
 

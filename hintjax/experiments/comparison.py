@@ -1,7 +1,7 @@
 """A comparison: one teacher, several arms, the same seeds; a table and a picture.
 
 Every arm has the same number of steps. An arm with several learning rates runs with
-each of them, and the mean validation accuracy over the seeds chooses. The test split
+each of them, and the mean validation metric over the seeds chooses. The test split
 chooses nothing.
 """
 
@@ -21,6 +21,7 @@ from hintjax.experiments.finished import RESULT, load_student
 from hintjax.experiments.recipes import Recipe
 from hintjax.experiments.run import run
 from hintjax.experiments.setting import Setting, taught_by
+from hintjax.experiments.tasks import Task
 from hintjax.networks import Variables
 from hintjax.training.run_directory import inside
 from hintjax.training.signals import stoppable
@@ -89,7 +90,7 @@ def compare(
         for job, ran in done:
             if job.arm.name == arm.name:
                 tried[job.rate].append(ran)
-        found[arm.name] = _chosen(tried, run_dir, r2)
+        found[arm.name] = _chosen(tried, run_dir, r2, setting.task)
     return found
 
 
@@ -138,18 +139,21 @@ def _runner(
 
 
 def _chosen(
-    tried: Mapping[float, Sequence[Ran]], run_dir: Path, r2: Callable[[Path], float]
+    tried: Mapping[float, Sequence[Ran]],
+    run_dir: Path,
+    r2: Callable[[Path], float],
+    task: Task,
 ) -> dict[str, Any]:
     """The runs of an arm with the rate that is best on the validation split."""
     validation = {
-        rate: float(np.mean([result["validation/accuracy"] for _, result in runs]))
+        rate: float(np.mean([result[f"validation/{task.name}"] for _, result in runs]))
         for rate, runs in tried.items()
     }
-    rate = max(validation, key=lambda rate: validation[rate])
+    rate = task.best(validation)
     return {
         "rate": rate,
         "validation": {str(rate): value for rate, value in validation.items()},
-        "test": [result["test/accuracy"] for _, result in tried[rate]],
+        "test": [result[f"test/{task.name}"] for _, result in tried[rate]],
         "seconds": [result["seconds"] for _, result in tried[rate]],
         "r2": [r2(path) for path, _ in tried[rate]],
         "runs": [str(path.relative_to(run_dir)) for path, _ in tried[rate]],

@@ -62,11 +62,12 @@ def picture(
         attention[f"{name} {guided}"] = attention_of(
             setting.student, guided, ours, student
         )
-    fewer, known = report["compression"], report["teacher"]["accuracy"]
+    metric = setting.task.name
+    fewer, known = report["compression"], report["teacher"][metric]
     figure = pictures.comparison(
         {
             name: [
-                pictures.History(*_history(run_dir / path, per_epoch))
+                pictures.History(*_history(run_dir / path, per_epoch, metric))
                 for path in arm["runs"]
             ]
             for name, arm in found.items()
@@ -77,6 +78,8 @@ def picture(
         reference=None if math.isnan(known) else ("teacher", known),
         title=f"{report['dataset']}: {fewer:.0f} times fewer parameters",
         chance=report["chance"],
+        metric=metric.replace("_", " "),
+        percent=setting.task.larger,
     )
     path = run_dir / "comparison.png"
     figure.savefig(path)
@@ -84,16 +87,16 @@ def picture(
 
 
 def _history(
-    run_dir: Path, per_epoch: int
+    run_dir: Path, per_epoch: int, metric: str
 ) -> tuple[list[float], list[float], float | None]:
     """The fields of a run's `History`, by epoch."""
-    accuracies = [
+    found = [
         (line["step"], value)
         for line in read_metrics(run_dir)
         for name, value in line.items()
-        if name.startswith("validation/") and name.endswith("/accuracy")
+        if name.startswith("validation/") and name.endswith(f"/{metric}")
     ]
-    at, accuracy = zip(*accuracies, strict=True)
+    at, values = zip(*found, strict=True)
     *before, _ = json.loads((run_dir / RESULT).read_text())["boundaries"]
     boundary = before[-1] / per_epoch if before else None
-    return [step / per_epoch for step in at], [*accuracy], boundary
+    return [step / per_epoch for step in at], [*values], boundary

@@ -12,9 +12,11 @@ import numpy as np
 from jaxtyping import PyTree
 
 from hintjax.experiments.attachment import middle
-from hintjax.experiments.finished import accuracy, evaluation_size
+from hintjax.experiments.config import Config
+from hintjax.experiments.finished import evaluation_size, score
 from hintjax.experiments.setting import Setting, taught_by
 from hintjax.experiments.statistics import paired, summary
+from hintjax.experiments.tasks import TASKS, Task
 from hintjax.networks import Variables
 
 
@@ -44,7 +46,7 @@ def table(
         ),
     }
     labels = dataset.test.labels(np.arange(dataset.test.n))
-    chance = float(np.bincount(labels).max() / dataset.test.n)
+    task, chance = setting.task, setting.task.guessed(np.asarray(labels))
     rows = []
     for name, arm in found.items():
         spread = summary(arm["test"])
@@ -54,14 +56,14 @@ def table(
                 "mean": spread.mean,
                 "std": spread.std,
                 "seeds": arm["test"],
-                # Twice chance is far from both: an arm learns, or it does not.
-                "trained": sum(accuracy > 2 * chance for accuracy in arm["test"]),
+                # The limit is far from both: an arm learns, or it does not.
+                "trained": sum(task.learned(one, chance) for one in arm["test"]),
                 "r2": float(np.mean(arm["r2"])),
                 "seconds": float(np.mean(arm["seconds"])),
                 "rate": arm["rate"],
             }
         )
-    best = max(baselines, key=lambda name: max(found[name]["validation"].values()))
+    best = task.best({name: _validated(task, found[name]) for name in baselines})
     differences = {
         name: paired(arm["test"], found[best]["test"])._asdict()
         for name, arm in found.items()
@@ -69,9 +71,10 @@ def table(
     }
     return {
         "dataset": setting.config.dataset,
+        "task": setting.config.task,
         "machine": _machine(),
         "teacher": {
-            "accuracy": _accuracy(setting, teacher),
+            task.name: _score(setting, teacher),
             "parameters": sizes["teacher"],
         },
         "parameters": sizes["student"],
@@ -90,7 +93,8 @@ def show_table(report: Mapping[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    teacher = report["teacher"]
+    teacher, task = report["teacher"], TASKS[report.get("task", Config.task)]
+    name = task.name.replace("_", " ")
     title = (
         f"{report['dataset']}: student {report['parameters']:,} parameters, "
         f"{report['compression']:.1f} times fewer than the teacher"
@@ -98,18 +102,18 @@ def show_table(report: Mapping[str, Any]) -> None:
     shown = Table(
         title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1)
     )
-    for name in ("arm", "test accuracy", "each seed", "trained", "R²", "rate", "s"):
-        side = "left" if name == "arm" else "right"
-        shown.add_column(name, justify=side, no_wrap=True)
-    found = teacher["accuracy"]
-    judged = "other classes" if math.isnan(found) else f"{100 * found:.1f}"
+    for head in ("arm", f"test {name}", "each seed", "trained", "R²", "rate", "s"):
+        side = "left" if head == "arm" else "right"
+        shown.add_column(head, justify=side, no_wrap=True)
+    found = teacher[task.name]
+    judged = "other classes" if math.isnan(found) else task.shown(found)
     shown.add_row("teacher", judged)
     for row in report["rows"]:
-        spread = "" if math.isnan(row["std"]) else f" ± {100 * row['std']:.1f}"
+        spread = "" if math.isnan(row["std"]) else f" ± {task.shown(row['std'])}"
         shown.add_row(
             row["arm"],
-            f"{100 * row['mean']:.1f}{spread}",
-            " ".join(f"{100 * accuracy:.1f}" for accuracy in row["seeds"]),
+            f"{task.shown(row['mean'])}{spread}",
+            " ".join(map(task.shown, row["seeds"])),
             f"{row['trained']}/{len(row['seeds'])}",
             f"{row['r2']:.2f}",
             f"{row['rate']:g}",
@@ -117,31 +121,39 @@ def show_table(report: Mapping[str, Any]) -> None:
         )
     # Rows stay whole, whatever the width of the terminal or the file.
     Console(width=max(Console().width, 120)).print(shown)
+    points = " in percentage points" if task.larger else f" in {name}"
     print(
-        f"Difference from {report['baseline']} in percentage points, with 95 %\n"
+        f"Difference from {report['baseline']}{points}, with 95 %\n"
         f"intervals of the paired differences over the seeds:"
     )
-    for name, difference in report["differences"].items():
+    for arm, difference in report["differences"].items():
         verdict = "" if difference["told_apart"] else "  cannot be told apart"
         print(
-            f"  {name:26} {100 * difference['mean']:+6.1f} "
-            f"[{100 * difference['low']:+.1f}, {100 * difference['high']:+.1f}]"
+            f"  {arm:26} {task.signed(difference['mean']):>6} "
+            f"[{task.signed(difference['low'])}, {task.signed(difference['high'])}]"
             f"{verdict}"
         )
     print(
-        "trained: number of seeds above twice chance. R²: part of the hint's variance\n"
+        f"trained: number of seeds {task.above()}. R²: part of the hint's variance\n"
         "that a linear map from the guided layer explains, on test images.\n"
         "s: training seconds."
     )
 
 
-def _accuracy(setting: Setting, teacher: Variables) -> float:
-    """The accuracy of the teacher on the test split; nan if it knows other classes."""
+def _validated(task: Task, arm: Mapping[str, Any]) -> float:
+    """The metric of an arm on the validation split, at its best rate."""
+    rates = arm["validation"]
+    return rates[task.best(rates)]
+
+
+def _score(setting: Setting, teacher: Variables) -> float:
+    """The metric of the teacher on the test split; nan if it knows other classes."""
     if not setting.places.same_outputs:
         return math.nan
     test, standardize = setting.dataset.test, setting.dataset.standardize
     size = evaluation_size(test, setting.config)
-    return accuracy(taught_by(setting), teacher, test, standardize, size)
+    where = (test, standardize, size, setting.task)
+    return score(taught_by(setting), teacher, *where)
 
 
 def _machine() -> dict[str, Any]:

@@ -24,6 +24,7 @@ from hintjax._checks import (
     positive_int,
     scalar,
 )
+from hintjax.experiments.tasks import TASKS
 from hintjax.experiments.teacher import teacher_of
 from hintjax.training.run_directory import write_text
 
@@ -81,6 +82,8 @@ class DataOptions:
     Attributes:
         dataset: Name of the dataset: digits, a .npz file with the arrays image and
             label, or a name of TensorFlow Datasets.
+        task: Kind of the labels: classes; one yes or no; one for each class; numbers; a
+            class for each position (dense). All but classification need a .npz file.
         data_dir: Directory with prepared TensorFlow Datasets. By default their usual
             directory.
         limit: Number of training examples to keep. By default all examples.
@@ -97,6 +100,9 @@ class DataOptions:
     """
 
     dataset: str = "digits"
+    task: Literal["classification", "binary", "multi-label", "regression", "dense"] = (
+        "classification"
+    )
     data_dir: str | None = None
     limit: int | None = None
     size: int | None = None
@@ -121,7 +127,8 @@ class NetworkOptions:
             is recorded when the run starts.
         teacher_epochs: Number of epochs for which a teacher from a factory is trained.
         teacher_at_least: Lowest validation accuracy (0 to 1) of a teacher that causes
-            no warning.
+            no warning. For multi-label, the lowest F1. For regression, the least part
+            of the median's error that the teacher removes.
         cache: Whether the teacher runs once per view of an image. Its features are then
             kept in the run directory, and all runs of a comparison share them.
         cache_dtype: Type in which these features are stored.
@@ -288,6 +295,7 @@ def check(config: Config) -> Config:
         if value is not None:
             not_negative("config", **{name: value})
     integer("config", 0, seed=config.seed)
+    _check_task(config)
     models = {"student": config.student}
     teacher = teacher_of(config.teacher)
     if teacher.factory is not None:
@@ -309,6 +317,20 @@ def check(config: Config) -> Config:
     for pair in config.pairs:
         parse_pair(pair)
     return config
+
+
+def _check_task(config: Config) -> None:
+    """Refuses options that have no meaning for the task."""
+    task = TASKS[config.task]
+    if config.temperature is not None and not task.tempered:
+        wanted = f"no temperature for {config.task}, whose KD has none"
+        raise Refusal(message("config", wanted, f"{config.temperature}"))
+    if task.targets is None or not task.targets.positions:
+        return
+    for name in ("size", "pad", "flip"):
+        if getattr(config, name):
+            wanted = f"no {name} for {config.task}, as labels stay where they are"
+            raise Refusal(message("config", wanted, f"{getattr(config, name)}"))
 
 
 def parse_pair(pair: str) -> tuple[str, str]:

@@ -28,8 +28,9 @@ from hintjax.experiments.comparison_picture import picture
 from hintjax.experiments.comparison_table import show_table, table
 from hintjax.experiments.config import Config
 from hintjax.experiments.ending import training_begins
-from hintjax.experiments.finished import DEPLOYED, accuracy, evaluation_size, run_config
-from hintjax.experiments.methods_table import RECIPES
+from hintjax.experiments.finished import DEPLOYED, evaluation_size, run_config, score
+from hintjax.experiments.forecast import check_memory, show_forecast
+from hintjax.experiments.methods_table import CLASSES_ONLY, RECIPES
 from hintjax.experiments.phases import check
 from hintjax.experiments.pretrained import recorded
 from hintjax.experiments.recipes import PlannedPhase, Recipe, backprop
@@ -65,16 +66,19 @@ class Plan(NamedTuple):
 def planned(config: Config) -> Plan:
     """The recipes of the methods that a config names, alone or as a comparison."""
     if config.method is not None:
-        return Plan([_recipe(config.method)])
+        return Plan([_recipe(config.method, config.task)])
     arms = _named_arms(config) if config.compare else _default_arms(config)
     return Plan([arm.recipe for arm in arms], arms)
 
 
-def _recipe(name: str) -> Recipe:
-    """The recipe of a method's name."""
+def _recipe(name: str, task: str) -> Recipe:
+    """The recipe of a method's name, for a task."""
     if name not in RECIPES:
         do = f"Nearest: {', '.join(nearest(name, RECIPES))}."
         raise Refusal(message("distill", "a method", repr(name), do))
+    if name in CLASSES_ONLY and task != Config.task:
+        do = f"{name} needs class labels, or the softmax of a classifier."
+        raise Refusal(message("distill", f"a method for {task}", repr(name), do))
     return RECIPES[name]
 
 
@@ -83,7 +87,7 @@ def _named_arms(config: Config) -> list[Arm]:
     rates = config.rates or (config.learning_rate,)
     arms = []
     for name in config.compare:
-        recipe = _recipe(name)
+        recipe = _recipe(name, config.task)
         attaches = recipe is not backprop and recipe.where is not attachment.outputs
         arms.append(Arm(name, recipe, rates, config.student, baseline=not attaches))
     return arms
@@ -172,6 +176,8 @@ def _distill(config: Config, run_dir: Path, plan: Plan, resume: bool) -> None:
         configs.save(config, run_dir)
     for phase in {phase.name: phase for phase in phases}.values():
         _show(phase, setting.places)
+    if not resume:
+        check_memory(setting, plan.recipes)
     total = _total_steps(setting, plan)
     with progress(total, "hintjax", images_per_step=config.batch_size) as report:
         begin = _counting(report)
@@ -204,6 +210,24 @@ def _distill(config: Config, run_dir: Path, plan: Plan, resume: bool) -> None:
     write_text(run_dir / REPORT, json.dumps(result, indent=1))
     show_table(result)
     print(f"picture: {picture(setting, run_dir, variables, result, found)}")
+
+
+def show_costs(config: Config) -> None:
+    """Prints the cost of a run or of a comparison: nothing is trained or written.
+
+    Args:
+        config: config of the run.
+    """
+    plan = planned(config)
+    if jax.process_count() > 1:
+        got, do = f"{jax.process_count()}", "Leave --dry-run out."
+        raise Refusal(message("distill", "a dry run in one process", got, do))
+    setting = prepare(config, teach=config.method != "backprop")
+    phases = [phase for recipe in plan.recipes for phase in check(setting, recipe)]
+    for phase in {phase.name: phase for phase in phases}.values():
+        _show(phase, setting.places)
+    runs = sum(len(arm.rates) for arm in plan.arms) * config.seeds or 1
+    show_forecast(setting, plan.recipes, runs)
 
 
 def show_classes(setting: Setting) -> None:
@@ -300,7 +324,7 @@ def resume(run_dir: Path, devices: int | None = None, fsdp: int | None = None) -
 
 
 def evaluate_run(run_dir: Path) -> None:
-    """Prints the accuracy of a finished run's student, or the table of a comparison.
+    """Prints the metric of a finished run's student, or the table of a comparison.
 
     Args:
         run_dir: run directory.
@@ -313,7 +337,7 @@ def evaluate_run(run_dir: Path) -> None:
     if config.method is None:
         do = f"Finish it with `hintjax resume {run_dir}`."
         raise Refusal(message("evaluate", "a finished comparison", f"{path}", do))
-    recipe = _recipe(config.method)
+    recipe = _recipe(config.method, config.task)
     here = dataclasses.replace(config, devices=1, fsdp=1)  # any machine can evaluate
     setting = prepare(here, teach=(path / DEPLOYED).exists())
     student, variables = load_deployed(setting, path, recipe)
@@ -321,8 +345,9 @@ def evaluate_run(run_dir: Path) -> None:
     for name in ("validation", "test"):
         split = getattr(dataset, name)
         size = evaluation_size(split, config)
-        found = accuracy(student, variables, split, dataset.standardize, size)
-        print(f"{name} accuracy: {found:.4f}")
+        where = (split, dataset.standardize, size, setting.task)
+        found = score(student, variables, *where)
+        print(f"{name} {setting.task.name}: {found:.4f}")
 
 
 def verify_cache(run_dir: Path) -> None:

@@ -38,6 +38,9 @@ def factory(name: str) -> Callable[..., Any]:
         wanted = f"a factory in {module_name}"
         raise Refusal(message("model", wanted, attribute, do))
     made = getattr(module, attribute)
+    wanted = f"{name} to be a factory, called as {attribute}(classes=...)"
+    if not callable(made):
+        raise Refusal(message("model", wanted, type(made).__name__))
     parameters = _parameters(made)
     missing = [
         parameter.name
@@ -50,7 +53,6 @@ def factory(name: str) -> Callable[..., Any]:
     if missing or not ("classes" in parameters or any_name):
         takes = ", ".join(missing or parameters) or "nothing"
         got = f"a factory that takes {takes}"
-        wanted = f"{name} to be a factory, called as {attribute}(classes=...)"
         raise Refusal(message("model", wanted, got))
     return made
 

@@ -13,6 +13,7 @@ from hintjax.data import Records, Split, Standardize, evaluation_batches
 from hintjax.experiments import config as configs
 from hintjax.experiments.config import Config
 from hintjax.experiments.factories import network
+from hintjax.experiments.tasks import Task
 from hintjax.networks import Network, Variables, Wants, split
 from hintjax.processes import told
 from hintjax.training import load_tree
@@ -80,21 +81,36 @@ def evaluation_size(split: Split | Records, config: Config, parts: int = 1) -> i
     return -(-size // parts) * parts
 
 
-def accuracy(
+def score(
     network: Network,
     variables: Variables,
     split: Split | Records,
     standardize: Standardize,
     size: int,
+    task: Task,
 ) -> float:
-    """The accuracy of a network on a split, between 0 and 1, in batches of a size."""
-    apply = jax.jit(
-        lambda variables, images: network.apply(
-            *variables, images, wants=Wants(output=True), train=False
-        )[0].output.argmax(-1)
-    )
-    right = 0
+    """The metric of a task, for a network on a split.
+
+    Args:
+        network: the network.
+        variables: its variables.
+        split: the split.
+        standardize: the statistics of the training split.
+        size: number of examples in a batch.
+        task: the task.
+
+    Returns:
+        The mean over the examples that have labels that count.
+    """
+
+    @jax.jit
+    def measured(variables, image, label, where):
+        wants = Wants(output=True)
+        shown, _ = network.apply(*variables, image, wants=wants, train=False)
+        return task.measured(shown.output, label, where)
+
+    total, count = 0.0, 0
     for batch in evaluation_batches(split, size, standardize):
-        found = apply(variables, batch["image"]) == batch["label"]
-        right += int((found & batch["where"]).sum())
-    return right / split.n
+        found = measured(variables, batch["image"], batch["label"], batch["where"])
+        total, count = total + float(found[0]), count + int(found[1])
+    return total / max(count, 1)

@@ -138,6 +138,20 @@ METHODS: dict[str, Named] = {
         "Factor Transfer",
         "one translator per pair (three 3x3 convolutions with BatchNorm)",
     ),
+    "gram": Named(
+        recipes.GRAM,
+        "Gram matrices of tokens",
+        "the student's tokens are alike where the teacher's tokens are",
+        "Yang et al. 2020, TextBrewer: An Open-Source Knowledge Distillation Toolkit "
+        "for Natural Language Processing",
+    ),
+    "hard": Named(
+        recipes.HARD_LABELS,
+        "Hard labels, as in DeiT",
+        "the teacher's class is one more label",
+        "Touvron et al. 2021, Training Data-Efficient Image Transformers and "
+        "Distillation through Attention",
+    ),
     "kd": Named(
         recipes.KD,
         "KD",
@@ -245,6 +259,13 @@ METHODS: dict[str, Named] = {
         "a regressor `mean` and the numbers `scale` per pair",
     ),
 }
+# Methods that need class labels, or the softmax of a classifier. Other tasks have none.
+CLASSES_ONLY = frozenset(
+    (
+        *("crd", "crd_in_batch", "crd_shared", "dist", "dkd", "hard"),
+        *("simkd", "std_kd"),
+    )
+)
 # The names of `--method` and `--compare`.
 RECIPES: dict[str, Recipe] = {
     "backprop": recipes.backprop,

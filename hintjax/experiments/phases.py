@@ -6,6 +6,7 @@ from collections.abc import Hashable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from hintjax._checks import Refusal, message
@@ -44,7 +45,10 @@ def check(setting: Setting, recipe: Recipe) -> list[PlannedPhase]:
     key, size = jax.random.key(0), config.batch_size
     of = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
     image = jax.ShapeDtypeStruct((size, *train.shape), jnp.float32)
-    batch = {"image": image, "label": of((size,)), "index": of((size,))}
+    one = train.labels(np.arange(1))
+    labels = functools.partial(jax.ShapeDtypeStruct, dtype=one.dtype)
+    label = labels((size, *one.shape[1:]))
+    batch = {"image": image, "label": label, "index": of((size,))}
     student, teacher = (
         None if network is None else jax.eval_shape(network.init, key, setting.inputs)
         for network in (setting.student, setting.teacher)
@@ -59,7 +63,7 @@ def check(setting: Setting, recipe: Recipe) -> list[PlannedPhase]:
         _check_outputs(setting, phase)
         stage = compiled_phase(setting, phase, config, per_epoch).program.stage
         carry = state if phase.carry else None
-        data = jax.eval_shape(Data, of((train.n,)))
+        data = jax.eval_shape(Data, labels((train.n, *one.shape[1:])))
         state = jax.eval_shape(stage.init, key, student, teacher, batch, data, carry)
         jax.eval_shape(stage.update, state, teacher, batch)
     return phases

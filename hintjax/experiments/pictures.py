@@ -1,5 +1,6 @@
 """The picture of a comparison: curves, accuracies and attention maps, in one figure.
 
+`heat_map` is the picture of the similarity of two networks, layer by layer.
 `comparison` returns a new `matplotlib.figure.Figure` and touches no global state: no
 pyplot, no window. `figure.savefig("name.png")` writes it; a notebook shows it.
 """
@@ -66,6 +67,8 @@ def comparison(
     title: str = "",
     xlabel: str = "epoch",
     chance: float | None = None,
+    metric: str = "accuracy",
+    percent: bool = True,
 ) -> Figure:
     """The one picture of a comparison: curves, accuracies and attention maps.
 
@@ -84,6 +87,8 @@ def comparison(
       title: line above the panels.
       xlabel: unit of `History.at`.
       chance: accuracy of guessing, drawn as a dotted line.
+      metric: name of the metric, if the values are not accuracies.
+      percent: whether the values are between 0 and 1, and are shown in percent.
 
     Returns:
       A figure of 1600 x 900 pixels.
@@ -100,20 +105,76 @@ def comparison(
         # Rows of 36 pixels while the curves keep half of the height.
         split = min(0.13 + 0.04 * len(accuracies), 0.5)
         box = (left[0], 0.02, left[1], split - 0.03)
-        _draw_points(figure, box, accuracies, "test accuracy", reference)
+        _draw_points(figure, box, accuracies, f"test {metric}", reference, percent)
     box = (left[0], split + 0.015, left[1], top - split - 0.015)
-    _draw_curves(figure, box, histories, xlabel, chance)
+    _draw_curves(figure, box, histories, xlabel, chance, metric, percent)
     _draw_maps(figure, (right[0], 0.02, right[1], top - 0.02), images, maps)
     return figure
 
 
+def heat_map(
+    values: Num[np.ndarray, "rows columns"],
+    rows: Sequence[str],
+    columns: Sequence[str],
+    *,
+    marked: Sequence[tuple[int, int]] = (),
+    title: str = "",
+) -> Figure:
+    """The similarity of each layer of the teacher with each layer of the student.
+
+    Args:
+      values: similarities; the color scale goes from 0 to 1.
+      rows: names of the teacher's layers, the first at the bottom.
+      columns: names of the student's layers.
+      marked: (row, column) of the pairs to frame.
+      title: line above the picture.
+
+    Returns:
+      A figure; its size follows the number of layers.
+    """
+    if np.shape(values) != (len(rows), len(columns)):
+        wanted = f"values of {len(rows)} rows and {len(columns)} columns"
+        raise Refusal(message("heat_map", wanted, f"shape {np.shape(values)}"))
+    cell, names = 34, [[_short(name, 40) for name in some] for some in (rows, columns)]
+    left, bottom = (_pixels_of(some) + 52 for some in names)
+    inner = max(len(columns) * cell, 240), max(len(rows) * cell, 160)
+    width, height = left + inner[0] + 90, bottom + inner[1] + 60
+    figure = Figure(figsize=(width / _DPI, height / _DPI), dpi=_DPI)
+    box = (left / width, bottom / height, inner[0] / width, inner[1] / height)
+    axes = figure.add_axes(box)
+    shown = axes.imshow(
+        values, cmap="magma", vmin=0, vmax=1, origin="lower", aspect="auto"
+    )
+    axes.set_yticks(range(len(rows)), names[0], parse_math=False)
+    axes.set_xticks(range(len(columns)), names[1], parse_math=False, rotation=90)
+    axes.tick_params(labelsize=_SMALL, color=_GREY, labelcolor=_INK)
+    axes.set_ylabel("teacher", fontsize=_SMALL, color=_INK)
+    axes.set_xlabel("student", fontsize=_SMALL, color=_INK)
+    for row, column in marked:
+        edges = [column - 0.5, column + 0.5], [row - 0.5, row + 0.5]
+        (x0, x1), (y0, y1) = edges
+        axes.plot([x0, x1, x1, x0, x0], [y0, y0, y1, y1, y0], color="#56B4E9", lw=2.5)
+    _write(figure, 12 / width, 1 - 14 / height, title, fontsize=_TITLE, va="top")
+    place = ((left + inner[0] + 14) / width, box[1], 12 / width, box[3])
+    scale = figure.colorbar(shown, cax=figure.add_axes(place))
+    scale.outline.set_visible(False)
+    scale.ax.tick_params(labelsize=8, length=2, colors=_INK)
+    return figure
+
+
 def _draw_curves(
-    figure: Figure, box: Box, histories: Histories, xlabel: str, chance: float | None
+    figure: Figure,
+    box: Box,
+    histories: Histories,
+    xlabel: str,
+    chance: float | None,
+    metric: str = "accuracy",
+    percent: bool = True,
 ) -> None:
     names = {arm: _short(arm, 28) for arm in histories}
     right = _pixels_of(names.values()) + 34
     axes = _axes(figure, _inside(figure, box, 62, 52, right, 50))
-    _heading(figure, box, "Validation accuracy (thin: each seed, thick: their mean)")
+    _heading(figure, box, f"Validation {metric} (thin: each seed, thick: their mean)")
     if chance is not None:
         axes.axhline(chance, color=_GREY, linewidth=1, linestyle=":", zorder=1)
     ends = {}
@@ -139,7 +200,8 @@ def _draw_curves(
     axes.margins(x=0.0, y=0.05)
     axes.set_xlabel(xlabel, fontsize=_SMALL, color=_INK)
     axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
-    axes.yaxis.set_major_formatter(FuncFormatter(_percent))
+    if percent:
+        axes.yaxis.set_major_formatter(FuncFormatter(_percent))
     axes.grid(axis="y", color=_PALE, linewidth=0.7)
     boundaries = [
         [float(run.boundary) for run in runs if run.boundary is not None]
@@ -212,22 +274,24 @@ def _draw_points(
     accuracies: Mapping[str, Numbers],
     xlabel: str,
     reference: tuple[str, SupportsFloat] | None,
+    percent: bool = True,
 ) -> None:
     names = [_short(arm, 40) for arm in accuracies]
     left = _pixels_of(names) + 16
     axes = _axes(figure, _inside(figure, box, left, 44, 104, 44))
     _heading(figure, box, f"{xlabel.capitalize()} {_POINTS}")
-    low, high = 1.0, 0.0
+    low, high = (1.0, 0.0) if percent else (np.inf, -np.inf)
+    top = 1 if percent else np.inf
     for row, values in enumerate(accuracies.values()):
         values = np.asarray(values, float)
         color, result = _color(row), summary(values)
-        ends = np.clip([result.low, result.high], 0, 1)
+        ends = np.clip([result.low, result.high], 0, top)
         if np.isfinite(result.low):
             axes.plot(ends, [row, row], color=color, linewidth=5, alpha=0.3, zorder=2)
         axes.plot(result.mean, row, "|", color=color, markersize=15, mew=2.6)
         axes.plot(values, np.full(values.shape, row), "o", color=color, markersize=5)
-        spread = f" ± {100 * result.std:.1f}" if result.count > 1 else ""
-        text = f"{100 * result.mean:.1f}{spread} %"
+        spread = f" ± {_number(result.std, percent)}" if result.count > 1 else ""
+        text = f"{_number(result.mean, percent)}{spread}{' %' if percent else ''}"
         place = {"xytext": (10, 0), "textcoords": "offset points"}
         spot = axes.get_yaxis_transform()
         _note(axes, text, (1.0, row), spot, va="center", **place)
@@ -238,18 +302,19 @@ def _draw_points(
         low, high = min(low, value), max(high, value)
         side = "right" if value > (low + high) / 2 else "left"
         place = {"xytext": (0, 4), "textcoords": "offset points"}
-        text = f"{name} {100 * value:.1f} %"
+        text = f"{name} {_number(value, percent)}{' %' if percent else ''}"
         spot = axes.get_xaxis_transform()
         _note(axes, text, (value, 1.0), spot, ha=side, va="bottom", **place)
     place = {"xytext": (10, 4), "textcoords": "offset points"}
     _note(axes, "mean ± std", (1.0, 1.0), "axes fraction", va="bottom", **place)
-    room = max(0.06 * (high - low), 0.01)
+    room = max(0.06 * (high - low), 0.01 if percent else 0.01 * high + 1e-9)
     axes.set_xlim(low - room, high + room)
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.set_yticks(range(len(names)), names, parse_math=False, linespacing=1.0)
     axes.tick_params(axis="y", length=0)
     axes.xaxis.set_major_locator(MaxNLocator(6))
-    axes.xaxis.set_major_formatter(FuncFormatter(_percent))
+    if percent:
+        axes.xaxis.set_major_formatter(FuncFormatter(_percent))
     axes.grid(axis="x", color=_PALE, linewidth=0.7)
     axes.spines["left"].set_visible(False)
 
@@ -501,6 +566,11 @@ def _darker(color: str) -> tuple[float, float, float]:
     """The color as text: dark enough to read on white."""
     hue, light, saturation = colorsys.rgb_to_hls(*matplotlib.colors.to_rgb(color))
     return colorsys.hls_to_rgb(hue, min(light, 0.32), saturation)
+
+
+def _number(value: Side, percent: bool) -> str:
+    """A value as text: in percent, without the sign, or with three digits."""
+    return f"{100 * value:.1f}" if percent else f"{value:.3g}"
 
 
 def _percent(value: Side, position: int | None = None) -> str:

@@ -10,7 +10,6 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import NamedTuple
 
 import flax.linen as nn
-import optax
 
 from hintjax import regressors
 from hintjax._checks import Refusal, message
@@ -35,6 +34,7 @@ from hintjax.experiments.attachment import (
     stages_and_pooled,
 )
 from hintjax.experiments.config import Config
+from hintjax.experiments.tasks import TASKS
 from hintjax.method import Method, Pairs
 from hintjax.methods import (
     AnchorNegatives,
@@ -54,6 +54,7 @@ from hintjax.methods import (
     fitnets,
     flows,
     fsp,
+    hard_labels,
     kd,
     lambda_decay,
     masked_generation,
@@ -69,11 +70,12 @@ from hintjax.methods import (
     soft_targets,
     standardized_kd,
     tinybert,
+    token_gram,
     variational,
     warm_up,
 )
 from hintjax.methods.crd import Negatives
-from hintjax.objective import Weight, objective, task, weighted
+from hintjax.objective import Weight, objective, weighted
 
 
 class PlannedPhase(NamedTuple):
@@ -111,16 +113,11 @@ Make = Callable[[Config, Places], Method]
 # The three ways to train
 
 
-def cross_entropy() -> Method:
-    """The task of image classification."""
-    return task(optax.softmax_cross_entropy_with_integer_labels)
-
-
 def backprop(
     config: Config, places: Places, per_epoch: int, epochs: int | None = None
 ) -> list[PlannedPhase]:
     """The recipe of the task alone; also how a teacher is trained."""
-    method = objective(task=cross_entropy())
+    method = objective(task=TASKS[config.task].method())
     return [PlannedPhase("backprop", method, epochs or config.epochs, backprop)]
 
 
@@ -193,12 +190,14 @@ class Beside(NamedTuple):
         name = self.name or self.method.__name__
         terms = {
             "task": weighted(
-                cross_entropy(), _or(config.task_weight, self.task_weight)
+                TASKS[config.task].method(),
+                _or(config.task_weight, self.task_weight),
             ),
             name: weighted(method, _or(config.weight, usual)),
         }
         if config.kd_weight:
-            term = kd(4.0 if config.temperature is None else config.temperature)
+            usual = 4.0 if config.temperature is None else config.temperature
+            term = TASKS[config.task].kd(usual)
             terms["logits"] = weighted(term, config.kd_weight)
         whole, note = objective(**terms), self.note(config, places)
         source = (self, rest)  # the schedule of the weight depends on both
@@ -331,6 +330,20 @@ def _softened(method: Callable[..., Method], temperature: float) -> Make:
     return make
 
 
+def _kd(config: Config, places: Places) -> Method:
+    usual = 4.0 if config.temperature is None else config.temperature
+    return TASKS[config.task].kd(usual)
+
+
+def _soft_targets(config: Config, places: Places) -> Method:
+    usual = 3.0 if config.temperature is None else config.temperature
+    return TASKS[config.task].soft(usual)
+
+
+def _hard(config: Config, places: Places) -> Method:
+    return hard_labels()
+
+
 def _hints_jointly(config: Config, places: Places) -> Method:
     sizing = functools.partial(regressors.conv, batch_norm=True, activation=nn.relu)
     return fitnets(middle_stage(places), regressor=sizing)
@@ -398,15 +411,16 @@ def _channels(config: Config, places: Places) -> Method:
     return channel_wise(last_stage(places), regressor=regressors.fit)
 
 
-SOFT = Beside(soft_targets, outputs, Falling(4.0, 1.0), _softened(soft_targets, 3.0))
+SOFT = Beside(soft_targets, outputs, Falling(4.0, 1.0), _soft_targets)
 FITNETS = BeforeTask(fitnets, middle, after=soft_or_task, part=2)
 HINTS_THEN_TASK = BeforeTask(fitnets, middle, part=2)
 FITNETS_JOINTLY = Beside(
     fitnets, middle_stage, 100.0, _hints_jointly, name="fitnets_jointly"
 )
-KD = Beside(kd, outputs, 0.9, _softened(kd, 4.0), task_weight=0.1)
+KD = Beside(kd, outputs, 0.9, _kd, task_weight=0.1)
 STANDARDIZED_KD = Beside(standardized_kd, outputs, 9.0, _softened(standardized_kd, 2.0))
 DKD = Beside(decoupled_kd, outputs, Grown(1.0), _softened(decoupled_kd, 4.0))
+HARD_LABELS = Beside(hard_labels, outputs, 0.5, _hard, task_weight=0.5)
 DIST = Beside(dist, outputs, 1.0, _softened(dist, 1.0))
 AT = Beside(attention_transfer, stages, 1000.0)
 FSP = BeforeTask(fsp, first_and_stages, _flows)
@@ -430,4 +444,5 @@ TINYBERT = BeforeTask(tinybert, hidden_and_scores, _tinybert, soft_or_task, part
 MINILM = BeforeTask(minilm, last_relations, _minilm, part=2)
 PKD = Beside(patient, but_last, 250.0)  # 500 in all: a plain network has two such ends
 COSINE = Beside(cosine, last_stage, 1.0)
+GRAM = Beside(token_gram, stages, 1.0)
 CWD = Beside(channel_wise, last_stage, 5.0, _channels)

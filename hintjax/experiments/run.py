@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,8 @@ _ELSEWHERE = (
     *("compare", "data_dir", "rates", "seeds"),
     *("teacher", "teacher_at_least", "teacher_epochs", "weights", "weights_sha256"),
 )
+# Fields that runs of an earlier version did not have, with the value that they had.
+_LATER = {"task": Config.task}
 # Fields that may change when a run resumes.
 _HARMLESS = (
     *("checkpoint_every", "checkpoint_seconds"),
@@ -133,20 +135,9 @@ def _run(
             None if variables is None else place(variables, setting.layout)
             for variables in (teacher, hints)
         )
-    feed = _feed(setting, config, feeding)
+    feed = feed_of(setting, config, feeding)
     planned = recipe(config, setting.places, feed.per_epoch)
-
-    def phase_of(phase: PlannedPhase) -> Phase:
-        of, cache = teacher, setting.cache
-        if phase.hints_only and hints is not None:
-            of, cache = hints, None  # the cache holds features of the other teacher
-        if of is None or cache is None or not cache.serves(phase.method):
-            made = compiled_phase(setting, phase, config, feed.per_epoch)
-            return made._replace(teacher=of)
-        made = compiled_phase(setting, phase, config, feed.per_epoch, cache)
-        return made._replace(teacher=cache.variables(of))
-
-    phases = [phase_of(phase) for phase in planned]
+    phases = phases_of(setting, config, planned, feed.per_epoch, teacher, hints)
     fitted = fit(
         run_dir,
         phases,
@@ -160,7 +151,7 @@ def _run(
         identity={
             name: value
             for name, value in dataclasses.asdict(config).items()
-            if name not in _ELSEWHERE
+            if name not in _ELSEWHERE and (name, value) not in _LATER.items()
         },
         harmless=_HARMLESS,
         dispatch=config.dispatch,
@@ -174,7 +165,39 @@ def _run(
     return fitted, result
 
 
-def _feed(setting: Setting, config: Config, key: Key[Array, ""]) -> Feed:
+def phases_of(
+    setting: Setting,
+    config: Config,
+    planned: Sequence[PlannedPhase],
+    per_epoch: int,
+    teacher: Variables | None,
+    hints: Variables | None = None,
+) -> list[Phase]:
+    """The phases as the loop trains them, each with its teacher: live or cached.
+
+    Args:
+        setting: setting of the run.
+        config: config of the run.
+        planned: phases of the recipe.
+        per_epoch: steps in an epoch.
+        teacher: variables of the teacher, or their shapes.
+        hints: variables of the teacher in the hint stage, if they differ.
+    """
+
+    def phase_of(phase: PlannedPhase) -> Phase:
+        of, cache = teacher, setting.cache
+        if phase.hints_only and hints is not None:
+            of, cache = hints, None  # the cache holds features of the other teacher
+        if of is None or cache is None or not cache.serves(phase.method):
+            made = compiled_phase(setting, phase, config, per_epoch)
+            return made._replace(teacher=of)
+        made = compiled_phase(setting, phase, config, per_epoch, cache)
+        return made._replace(teacher=cache.variables(of))
+
+    return [phase_of(phase) for phase in planned]
+
+
+def feed_of(setting: Setting, config: Config, key: Key[Array, ""]) -> Feed:
     """The batches of a run: from the device if the training set fits, else streamed."""
     dataset, mesh = setting.dataset, setting.layout and setting.layout.mesh
     crops = crops_of(config, dataset.train.n)
@@ -215,8 +238,9 @@ def _result(
         batches = batches_of(setting, getattr(dataset, name))
         found = evaluate(stage, fitted.state, teacher, batches)
         result |= {f"{name}/{key}": value for key, value in found.items()}
-        result[f"{name}/accuracy"] = next(
-            value for key, value in found.items() if key.endswith("/accuracy")
+        metric = setting.task.name
+        result[f"{name}/{metric}"] = next(
+            value for key, value in found.items() if key.endswith(f"/{metric}")
         )
     return result
 

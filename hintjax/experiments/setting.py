@@ -31,6 +31,7 @@ from hintjax.experiments.factories import (
 )
 from hintjax.experiments.finished import evaluation_size, load_student, run_config
 from hintjax.experiments.pretrained import pretrained
+from hintjax.experiments.tasks import TASKS, Task
 from hintjax.experiments.teacher import teacher_of
 from hintjax.networks import Network, Variables, join
 from hintjax.processes import agree, each
@@ -63,6 +64,11 @@ class Setting(NamedTuple):
     programs: dict[Any, Program]
     cache: CachedTeacher | None = None
 
+    @property
+    def task(self) -> Task:
+        """The task of the config."""
+        return TASKS[self.config.task]
+
 
 def prepare(config: Config, *, teach: bool = False) -> Setting:
     """Reads the data and builds the networks of a run; trains nothing.
@@ -81,6 +87,7 @@ def prepare(config: Config, *, teach: bool = False) -> Setting:
             limit=config.limit,
             size=config.size,
             range=config.range,
+            targets=TASKS[config.task].targets,
         )
     )
     if jax.process_count() > 1:

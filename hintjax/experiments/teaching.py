@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from hintjax.data import Dataset
+from hintjax.data import Dataset, Split
 from hintjax.experiments.config import Config
-from hintjax.experiments.finished import RESULT, accuracy, evaluation_size, load_student
+from hintjax.experiments.finished import RESULT, evaluation_size, load_student, score
 from hintjax.experiments.pretrained import pretrained
 from hintjax.experiments.recipes import backprop
 from hintjax.experiments.run import run
@@ -68,7 +68,7 @@ def check_teacher(setting: Setting, variables: Variables) -> float | None:
         variables: variables of the teacher.
 
     Returns:
-        Accuracy of the teacher; None if it knows other classes, so that only its hints
+        Metric of the teacher; None if it knows other classes, so that only its hints
         are used.
     """
     config, dataset = setting.config, setting.dataset
@@ -79,18 +79,32 @@ def check_teacher(setting: Setting, variables: Variables) -> float | None:
     n = dataset.validation.n
     few = np.linspace(0, n - 1, min(n, _JUDGED)).astype(int)
     split = dataset.validation.read(few)
-    size = evaluation_size(split, config)
-    found = accuracy(taught_by(setting), variables, split, dataset.standardize, size)
-    if found < config.teacher_at_least:
-        enough = 100 * config.teacher_at_least
+    where = (split, dataset.standardize, evaluation_size(split, config))
+    task = setting.task
+    found = score(taught_by(setting), variables, *where, task)
+    skill = task.skill(found, task.guessed(np.asarray(split.label)))
+    if skill < config.teacher_at_least:
         warnings.warn(
-            f"teacher {config.teacher}: {100 * found:.1f} % of {split.n} validation "
-            f"examples are right, less than {enough:.0f} %. Was the teacher trained on "
-            f"inputs with another standardization, or with other labels? "
-            f"--teacher-at-least sets the lowest accuracy without this warning.",
+            f"teacher {config.teacher}: {_judged(setting, found, split)}. "
+            f"Was the teacher trained on inputs with another standardization, or with "
+            f"other labels? "
+            f"--teacher-at-least sets the lowest {task.name} without this warning.",
             stacklevel=2,
         )
     return found
+
+
+def _judged(setting: Setting, found: float, split: Split) -> str:
+    """What is wrong with a teacher, in words."""
+    task, enough = setting.task, setting.config.teacher_at_least
+    if task.targets is None:
+        right = f"{100 * found:.1f} % of {split.n} validation examples are right"
+        return f"{right}, less than {100 * enough:.0f} %"
+    of = f"{task.name} {task.shown(found)} on {split.n} validation examples"
+    if task.larger:
+        return f"{of}, less than {100 * enough:.0f} (in percent)"
+    median = task.guessed(np.asarray(split.label))
+    return f"{of}, and the median has {task.shown(median)}"
 
 
 def _compare_names(config: Config, dataset: Dataset) -> None:

@@ -20,6 +20,7 @@ from hintjax.losses.attention_scores import (
     attention_score_loss,
     attention_score_loss_code,
 )
+from hintjax.losses.bernoulli import binary_kd_loss
 from hintjax.losses.boundary import activation_boundary_loss
 from hintjax.losses.channel import channel_loss
 from hintjax.losses.class_attention import class_activation_map, class_attention_loss
@@ -61,6 +62,7 @@ from hintjax.losses.fsp import (
     fsp_matrix_paper,
 )
 from hintjax.losses.generation import masked_generation_loss
+from hintjax.losses.hard_labels import hard_label_loss
 from hintjax.losses.hint import hint_loss, hint_loss_paper
 from hintjax.losses.kd import kd_loss, soft_cross_entropy_loss
 from hintjax.losses.overhaul import batch_norm_margin, margin_relu, partial_l2_loss
@@ -96,6 +98,7 @@ __all__ = (
     "attention_transfer_loss",
     "attention_transfer_loss_paper",
     "batch_norm_margin",
+    "binary_kd_loss",
     "channel_loss",
     "channel_standardization",
     "class_activation_map",
@@ -120,6 +123,7 @@ __all__ = (
     "fsp_matrix_paper",
     "global_standardization",
     "hadamard_whitening",
+    "hard_label_loss",
     "hierarchical_context_loss",
     "hint_loss",
     "hint_loss_paper",

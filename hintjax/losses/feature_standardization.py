@@ -480,14 +480,14 @@ def _on(
 ) -> tuple[Array, Array, Array, Array]:
     """Returns mean, matrix, inverse and features, checked, in one dtype."""
     _checks.instance(caller, Standardization, transform=transform)
-    features, *arrays = as_float(caller, features, *transform)
+    features, mean, matrix, inverse = as_float(caller, features, *transform)
     _checks.rank(caller, 1, "*positions c", features=features)
-    if features.shape[-1] != arrays[0].shape[-1]:
-        wanted = f"features of {arrays[0].shape[-1]} channels"
+    if features.shape[-1] != mean.shape[-1]:
+        wanted = f"features of {mean.shape[-1]} channels"
         do = "Estimate the transform on features of the same layer."
         got = f"{features.shape}"
         raise _checks.Refusal(_checks.message(caller, wanted, got, do))
-    return *arrays, features
+    return mean, matrix, inverse, features
 
 
 def _product(first: Array, second: Array) -> Array:

@@ -25,6 +25,7 @@ from hintjax.methods.generation import (
     masked_generation,
     masked_positions,
 )
+from hintjax.methods.hard_labels import hard_labels
 from hintjax.methods.kd import kd, soft_targets, standardized_kd
 from hintjax.methods.minilm import minilm
 from hintjax.methods.orthogonal_projection import orthogonal_projection
@@ -37,6 +38,7 @@ from hintjax.methods.review import review, warm_up
 from hintjax.methods.selectivity import selectivity
 from hintjax.methods.similarity import similarity_preserving
 from hintjax.methods.simkd import reused_classifier, simkd
+from hintjax.methods.task_kd import binary_kd, dense_kd, regression_kd
 from hintjax.methods.tinybert import tinybert
 from hintjax.methods.token_gram import token_gram
 from hintjax.methods.variational import variational
@@ -48,6 +50,7 @@ __all__ = [
     "SharedNegatives",
     "activation_boundary",
     "attention_transfer",
+    "binary_kd",
     "channel_wise",
     "class_attention",
     "correlation_congruence",
@@ -55,6 +58,7 @@ __all__ = [
     "crd",
     "crd_bytes",
     "decoupled_kd",
+    "dense_kd",
     "dense_matching",
     "dist",
     "explained_variance",
@@ -62,6 +66,7 @@ __all__ = [
     "fitnets",
     "flows",
     "fsp",
+    "hard_labels",
     "kd",
     "lambda_decay",
     "masked_channels",
@@ -74,6 +79,7 @@ __all__ = [
     "patient",
     "probability_transfer",
     "queue_similarity",
+    "regression_kd",
     "relational",
     "reused_classifier",
     "review",

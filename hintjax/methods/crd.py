@@ -17,7 +17,9 @@ from hintjax import memory as banks
 from hintjax import regressors
 from hintjax._checks import (
     Refusal,
+    described,
     instance,
+    labels,
     message,
     needed,
     on_host,
@@ -107,6 +109,9 @@ class GivenNegatives:
         """Returns the given indices (batch, K), and the positives."""
         do = "Name the candidates with GivenNegatives(name)."
         given = needed("crd", batch, self.name, do)
+        if given.ndim != 2 or not jnp.issubdtype(given.dtype, jnp.integer):
+            wanted = f"{self.name} to be integer (batch, 1 + K)"
+            raise Refusal(message("crd", wanted, described(given)))
         return Drawn(given[:, 1:], None, given[:, 0])
 
 
@@ -392,12 +397,16 @@ def _outside(
 
 def _index(batch: Mapping[str, Array]) -> Int[Array, " batch"]:
     """The place of each example in the training set."""
-    return needed("crd", batch, "index", _INDEX)
+    index = needed("crd", batch, "index", _INDEX)
+    labels("crd", None, index=index)
+    return index
 
 
 def _label(batch: Mapping[str, Array]) -> Int[Array, " batch"]:
     """The class of each example."""
-    return needed("crd", batch, "label", "It is the class of each example.")
+    label = needed("crd", batch, "label", "It is the class of each example.")
+    labels("crd", None, label=label)
+    return label
 
 
 def _keys(key: Array, index: Array) -> Array:
@@ -412,6 +421,7 @@ def _within(
     where: Bool[Array, " batch"] | None,
 ) -> tuple[Scores, Scores, Bool[Array, "batch batch"]]:
     """Scores of both directions within the batch, and the mask of valid negatives."""
+    labels("crd", (len(student),), label=label)
     scores = jnp.matmul(student, teacher.T, precision=HIGHEST)
     valid = label[:, None] != label[None, :]
     if where is not None:

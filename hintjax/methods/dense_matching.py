@@ -181,7 +181,7 @@ def _on_grids(
     grids = _as_grid(guided.shape), _as_grid(hint.shape)
     hint = as_float("dense_matching", hint)
     guided, hint = (
-        to_grid(x, size=grid) if x.ndim == 3 else x
+        to_grid(x, size=(grid[0], grid[1])) if x.ndim == 3 else x
         for x, grid in zip((guided, hint), grids, strict=True)
     )
     compared = tuple(map(size, *grids))

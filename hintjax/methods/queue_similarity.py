@@ -109,13 +109,15 @@ def queue_similarity(
 
 def _rows(caller: str, size: int | None, data: Data | None) -> int:
     """Returns the size of the queue, by default of the size of the training set."""
-    if size is None and data is None:
+    if data is None:
+        if size is not None:
+            return size
         wanted = "the size of the queue, or the training set"
         do = "Give size=, or pass data=hintjax.Data(labels) to the stage's init."
         raise Refusal(message(caller, wanted, "neither", do))
     if size is None:
         return next((rows for least, rows in _SIZES if data.size < least), _LARGEST)
-    if data is not None and size >= data.size:
+    if size >= data.size:
         wanted = f"size less than the {data.size} training examples"
         do = "A smaller queue has each example at most once."
         raise Refusal(message(caller, wanted, f"{size}", do))

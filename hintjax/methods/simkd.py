@@ -7,12 +7,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from hintjax import regressors
-from hintjax._checks import Refusal, function, instance, message, needed
+from hintjax._checks import Refusal, function, instance, message
 from hintjax._numerics import as_float, masked_mean
 from hintjax.losses import hint_loss
 from hintjax.method import Applied, Batch, Context, Data, Method, hints_of
 from hintjax.methods import _regressed
 from hintjax.methods._shapes import checked, maps
+from hintjax.metrics import accuracy, class_labels
 from hintjax.networks import Features
 
 
@@ -41,8 +42,8 @@ def simkd(
 
     Returns:
         The method. It trains the projector, named `guided->hint`, and remembers its
-        BatchNorm statistics. If the batch has a "label", it reports the `accuracy` of
-        projector and classifier.
+        BatchNorm statistics. It needs no labels. If the batch has class labels under
+        "label", it reports the `accuracy` of projector and classifier.
 
     Raises:
         ValueError: (when a stage is initialized) if the layers are not maps, or the
@@ -79,10 +80,9 @@ def simkd(
             params, memory, student, teacher, context.train
         )
         metrics = {}
-        if "label" in batch:
-            logits = reused_classifier(found, teacher.params[classifier])
-            labels = needed("simkd", batch, "label")
-            right = (logits.argmax(-1) == labels).astype(logits.dtype)
+        logits = reused_classifier(found, teacher.params[classifier])
+        if "label" in batch and class_labels(logits, batch["label"]):
+            right = accuracy(logits, batch["label"])
             metrics["accuracy"] = masked_mean(right, batch.get("where"))
         return hint_loss(found, hint), memory, metrics
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 from jaxtyping import PyTree
 
-from hintjax._checks import Refusal, WrongType, message
+from hintjax._checks import Refusal, WrongType, accepts, form, message
 from hintjax.networks.capture import features_of
 from hintjax.networks.network import Network, Variables
 from hintjax.networks.paths import (
@@ -38,7 +38,8 @@ def function(
         the output.
 
     Raises:
-        TypeError: when it is applied, if `apply` returns anything else.
+        TypeError: if a function takes other arguments, or, when it is called, if it
+            returns anything else.
 
     >>> import jax
     >>> from hintjax.networks import Wants
@@ -55,13 +56,21 @@ def function(
     >>> features.hints["hidden"].shape
     (1, 4)
     """
+    accepts("function", ("params", "state", "inputs"), ("train", "key"), apply=apply)
+    if init is not None:
+        accepts("function", ("key", "inputs"), init=init)
     name = getattr(apply, "__name__", "function")
 
     def initial(key, inputs):
         if init is None:
             do = "Pass init=, or use variables from elsewhere."
             raise Refusal(message("function", "init", "None", do))
-        return Variables(*init(key, inputs))
+        made = init(key, inputs)
+        if not isinstance(made, tuple) or len(made) != 2:
+            do = "Return (params, {}) if there is no state."
+            wanted = "init to return (params, state)"
+            raise WrongType(message("function", wanted, form(made), do))
+        return Variables(*made)
 
     def run(params, state, inputs, train=False, key=None):
         result = apply(params, state, inputs, train=train, key=key)

@@ -7,7 +7,7 @@ import flax.errors
 import flax.linen as nn
 from jaxtyping import Array, Key, PyTree
 
-from hintjax._checks import Refusal, instance, message
+from hintjax._checks import Refusal, accepts, instance, message
 from hintjax.networks.capture import default_call, watched
 from hintjax.networks.network import Network, Variables, split
 
@@ -62,6 +62,7 @@ def linen(
     instance("linen", nn.Module, do, module=module)
     name = type(module).__name__
     call = call or default_call("linen", module)
+    accepts("linen", ("module", "inputs", "train"), call=call)
 
     # Not jitted: equal layers share their compiled operations, and compiling the
     # initialization of a deep network at once takes five times as long.

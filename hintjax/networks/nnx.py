@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
-from hintjax._checks import Refusal, WrongType, function, instance, message
+from hintjax._checks import Refusal, WrongType, accepts, instance, message
 from hintjax.networks.capture import default_call, watched
 from hintjax.networks.network import Network, Variables, read_variables
 
@@ -64,13 +64,15 @@ def nnx(
         do = "Pass it to hintjax.linen."
         raise WrongType(message("nnx", "an NNX model", "a Linen module", do))
     if not isinstance(model, flax.nnx.Module):
-        function("nnx", model=model)
+        do = "Pass a model, or a factory that takes rngs."
+        accepts("nnx", (), ("rngs",), do, model=model)
     factory = (lambda rngs: model) if isinstance(model, flax.nnx.Module) else model
     # The graph is the same for every key, and this draws nothing.
     shape = flax.nnx.eval_shape(lambda: factory(rngs=flax.nnx.Rngs(0)))
     graph, streams, params_like, state_like = _split(shape)
     name = type(shape).__name__
     call = call or default_call("nnx", shape)
+    accepts("nnx", ("model", "inputs", "train"), call=call)
 
     def init(key, inputs):
         _, _, params, state = _split(factory(rngs=flax.nnx.Rngs(key)))

@@ -25,6 +25,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jaxtyping import PyTree
 
 from hintjax._checks import Refusal, WrongType, message, nearest
@@ -168,6 +170,8 @@ def take(
         if len(items) > len(stacked) or not all(inside):
             raise missing()
         value = value[items]
+    if isinstance(value, np.ndarray) and value.dtype.kind in "buifc":
+        value = jnp.asarray(value)  # a constant
     if not isinstance(value, jax.Array):
         wanted = f"{path!r} to be an array"
         first = next(iter(entries(value) or {}), 0)

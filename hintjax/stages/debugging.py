@@ -10,7 +10,7 @@ import contextlib
 import contextvars
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -21,6 +21,7 @@ from jaxtyping import Array, Bool, Int, PyTree
 
 from hintjax._checks import Refusal, is_array, message
 from hintjax.method import Context, Method
+from hintjax.metrics import not_ignored
 from hintjax.networks import Features
 from hintjax.stages.report import by_layer
 from hintjax.stages.stage import Stage
@@ -125,7 +126,8 @@ def watched(
         check = _Check(context.step, _Examples(where, number))
         for name, leaf in _named(batch):
             check.finite(f"{name!r} in the batch", leaf)
-        check.labels(batch.get("label"), student.output, teacher.output)
+        outputs = (student.output, teacher.output)
+        check.labels(batch.get("label"), *outputs, ignored=method.ignored)
         limits = {} if method.limits is None else method.limits(memory)
         for name, n in limits.items():
             if name in batch:
@@ -193,19 +195,22 @@ class _Check:
             # Numbers that are not finite belong to another check.
             self._all(~(largest == 0), f"{what} to have a norm > 0", largest)
 
-    def labels(self, label: Array | None, *outputs: Any) -> None:
+    def labels(
+        self, label: Array | None, *outputs: Any, ignored: Sequence[int] = ()
+    ) -> None:
         """Checks that integer labels are classes; one logit means two classes."""
         # The method itself refuses labels that are no array.
         if label is None or not is_array(label):
             return
         if not jnp.issubdtype(label.dtype, jnp.integer):
             return
+        left_out = ~not_ignored(label, ignored)
         classes = [x.shape[-1] for x in outputs if getattr(x, "ndim", 0) > 1]
         if not classes:
-            self._all(label >= 0, "labels >= 0", label)
+            self._all((label >= 0) | left_out, "labels >= 0", label)
             return
         count = max(classes[0], 2)
-        good = (label >= 0) & (label < count)
+        good = (label >= 0) & (label < count) | left_out
         self._all(good, f"labels in 0..{count - 1}", label)
 
     def limited(self, wanted: str, leaf: Array, n: int) -> None:

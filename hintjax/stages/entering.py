@@ -18,11 +18,11 @@ from jaxtyping import PyTree
 from hintjax._checks import (
     Refusal,
     WrongType,
+    described,
     form,
     instance,
     is_array,
     key,
-    labels,
     message,
 )
 from hintjax.method import Data
@@ -133,11 +133,17 @@ def check_taught(given: Any) -> None:
 
 
 def check_data(given: Any) -> None:
-    """Raises unless it is None, or `Data` with one integer label per example."""
+    """Raises unless it is None, or `Data` with the label of each example.
+
+    A method that needs classes (CRD) refuses other labels itself.
+    """
     do = "Pass hintjax.Data(labels)."
     instance("stage", (Data, NoneType), do, data=given)
     if given is not None:
-        labels("Data", None, labels=given.labels)
+        label = given.labels
+        if not is_array(label) or label.ndim == 0 or label.dtype.kind not in "biuf":
+            wanted = "labels to be an array with one row per example"
+            raise Refusal(message("Data", wanted, described(label), do))
 
 
 def check_carry(given: Any) -> None:

@@ -18,9 +18,22 @@ def begun(transform: optax.GradientTransformation, params: PyTree) -> optax.OptS
         params: the parameters.
 
     Raises:
-        ValueError: if the optimizer keeps two trees of parameters (`optax.lookahead`).
+        ValueError: if the optimizer keeps two trees of parameters (`optax.lookahead`),
+            or is made for another tree, such as the student's parameters alone.
     """
-    state = transform.init(params)
+    try:
+        state = transform.init(params)
+    except (TypeError, ValueError, KeyError) as error:
+        if isinstance(error, Refusal):
+            raise
+        first = str(error).partition("\n")[0]
+        wanted = f"an optimizer of a tree with the entries {sorted(params)}"
+        do = (
+            "Give labels and masks as functions of the parameters, or as trees below "
+            "{'student': ..., 'regressors': ...}."
+        )
+        got = f"a {type(error).__name__} of its init: {first.rstrip('.')}"
+        raise Refusal(message("stage", wanted, got, do)) from error
     if any(isinstance(one, optax.LookaheadState) for one in _lookaheads(state)):
         wanted = "an optimizer of one tree of parameters"
         got = "optax.lookahead, which has two"

@@ -20,6 +20,7 @@ from hintjax.sharding import (
     check_batch,
     check_rules,
     check_spans,
+    in_automatic_mesh,
     on_automatic,
     over_batch,
     replicated,
@@ -166,13 +167,15 @@ class _Sharded:
         self._made: dict[Any, Callable[..., Any]] = {}
 
     def __call__(self, state: State, variables: Given | None, batch: Batch) -> Any:
-        jitted, arguments = self._prepared(state, variables, batch)
-        return jitted(*arguments)
+        with in_automatic_mesh():
+            jitted, arguments = self._prepared(state, variables, batch)
+            return jitted(*arguments)
 
     def lower(self, state: State, variables: Given | None, batch: Batch) -> Any:
         """Lowers the function for these arguments, as `jax.jit(...).lower` does."""
-        jitted, arguments = self._prepared(state, variables, batch)
-        return jitted.lower(*arguments)
+        with in_automatic_mesh():
+            jitted, arguments = self._prepared(state, variables, batch)
+            return jitted.lower(*arguments)
 
     def _prepared(
         self, state: State, variables: Given | None, batch: Batch

@@ -11,12 +11,13 @@ from jaxtyping import Array, Key, PyTree
 from hintjax._checks import Refusal, message, on_host
 from hintjax.method import PREPARED, Data
 from hintjax.networks import Variables
-from hintjax.sharding import on_automatic
+from hintjax.sharding import in_automatic_mesh, on_automatic
 from hintjax.stages import entering, optimizer, reach, skipping
 from hintjax.stages.forward import Plan, features_of_teacher, loss, parts_of
 from hintjax.stages.stage import Batch, Given, State
 
 
+@in_automatic_mesh()
 def init(
     plan: Plan,
     fresh: Callable[..., Any],

@@ -21,7 +21,14 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, PyTree
 
-from hintjax._checks import Refusal, WrongType, instance, message, positive_int
+from hintjax._checks import (
+    Refusal,
+    WrongType,
+    accepts,
+    instance,
+    message,
+    positive_int,
+)
 from hintjax._numerics import either
 from hintjax.method import Method
 from hintjax.networks import Features, Network, Wants
@@ -338,6 +345,10 @@ def make_stage(
             of range.
     """
     positive_int("stage", accumulate=accumulate)
+    do = "Give a function of the batch, e.g. lambda batch: batch['image']."
+    accepts("stage", ("batch",), (), do, inputs=inputs, teacher_inputs=teacher_inputs)
+    do = "Make one with hintjax.make_mesh."
+    instance("stage", (Mesh, Layout, NoneType), do, mesh=mesh)
     if spikes is not None:
         skipping.check("stage", spikes)
     if teacher is None and method.teacher != Wants():

@@ -58,6 +58,9 @@ class Feed(NamedTuple):
         per_epoch: steps in an epoch.
         position: gives the position in the source, for a checkpoint; JSON.
         seek: goes to a position that `position` gave.
+        lower: `(program, state, teacher) -> jax.stages.Lowered`: the program of one
+            step, which `compile` makes before the first step. The state and the teacher
+            may be shapes. On one device, training does not compile it again.
         waited: seconds in which steps waited for a batch, since the last call.
     """
 
@@ -67,6 +70,7 @@ class Feed(NamedTuple):
     per_epoch: int
     position: Callable[[], Any]
     seek: Callable[[Any], None]
+    lower: Callable[..., jax.stages.Lowered]
     waited: Callable[[], float] = lambda: 0.0
 
 
@@ -151,14 +155,18 @@ def on_device(
     drawn = None if views is None else _on(mesh, replicated, views)
     current: dict[int, tuple[Array, Any]] = {}
 
-    def advance(program, state, teacher, at, count):
+    def place_of(at: int) -> tuple[Any, ...]:
+        """The data, and the order and the place of a step in it."""
         epoch, position = divmod(at, per_epoch)
         if epoch not in current:
             current.clear()
             shuffled = order(jax.random.fold_in(orders, epoch), n)
             seen = crops if drawn is None else view_of(drawn, epoch)
             current[epoch] = _on(mesh, replicated, shuffled), seen
-        where = (train, standardize, *current[epoch], at, position)
+        return train, standardize, *current[epoch], at, position
+
+    def advance(program, state, teacher, at, count):
+        where = place_of(at)
         if count == 1:
             return program.one(state, teacher, *where)
         return program.many(state, teacher, *where, count=count)
@@ -172,6 +180,7 @@ def on_device(
         per_epoch=per_epoch,
         position=lambda: None,
         seek=lambda position: None,
+        lower=lambda program, *state: program.one.lower(*state, *place_of(0)),
     )
 
 
@@ -250,6 +259,7 @@ def streamed(
         per_epoch=steps_per_epoch(train.n, batch_size),
         position=batches.get_state,
         seek=batches.set_state,
+        lower=lambda program, *state: program.stage.update.lower(*state, example),
         waited=waited,
     )
 

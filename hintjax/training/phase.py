@@ -95,4 +95,6 @@ def with_checks(phase: Phase) -> Phase:
 
 def _placed_as_before(new: PyTree, old: Any) -> PyTree:
     """Places a new array like the old one, if the old one was placed on purpose."""
-    return spread(new, old.sharding) if getattr(old, "committed", False) else new
+    traced = isinstance(old, jax.core.Tracer)  # which has no place yet
+    placed = not traced and getattr(old, "committed", False)
+    return spread(new, old.sharding) if placed else new

@@ -26,6 +26,7 @@ from hintjax.training.run_directory import unwritten
 
 RECORD = "hintjax.json"
 ORBAX = "_METADATA"  # a file in every directory that Orbax writes
+_MARKER = "commit_success.txt"  # of Orbax, in some of its directories
 _FORMAT = 2
 STAGING = ".hintjax-tmp"
 _LARGEST_RECORD = 2**28  # bytes; a larger file is no record and is not read
@@ -81,6 +82,7 @@ def commit(
     try:
         with _orbax() as orbax:
             orbax.save(staged, args=ocp.args.StandardSave(tree))
+        _forget_path(staged)
         paths = sorted(path for path in staged.rglob("*") if path.is_file())
         names = [str(path.relative_to(staged)) for path in paths]
         files = dict(zip(names, _sums(paths), strict=True))
@@ -93,6 +95,17 @@ def commit(
     except Exception as error:
         shutil.rmtree(staging, ignore_errors=True)
         raise unwritten(caller, target, _size(jax.tree.leaves(tree)), error) from error
+
+
+def _forget_path(staged: Path) -> None:
+    """Takes the path of this machine out of a directory that Orbax has written.
+
+    Orbax writes it into one file, whose presence alone has a meaning. Exports are
+    shipped, and a path tells the names of users and projects.
+    """
+    marker = staged / _MARKER
+    if marker.exists():
+        marker.write_text("Checkpoint commit was successful.", encoding="utf-8")
 
 
 def _sums(paths: Sequence[Path]) -> list[list[int]]:

@@ -312,6 +312,15 @@ def test_unknown_names(prepared):
         data.load("digit", prepared[0])
 
 
+def test_a_file_of_another_kind_is_no_name(prepared, tmp_path):
+    np.save(tmp_path / "images.npy", IMAGE)
+    for path in (tmp_path, tmp_path / "images.npy"):
+        with pytest.raises(
+            ValueError, match=r"written by numpy\.savez and ends in .npz"
+        ):
+            data.load(str(path), prepared[0])
+
+
 def test_not_prepared(prepared):
     with pytest.raises(ValueError, match=r"(?s)nothing there.*pip install tensorflow"):
         data.load("mnist", prepared[0])
@@ -493,6 +502,30 @@ IMAGE, LABEL = images(30), np.arange(30) % 3
             )
             for channels in (1, 3)
         ),
+        *(
+            ({"image": IMAGE, "label": label}, TypeError, f"with {odd}.*classifiers")
+            for label, odd in ((LABEL + 0.5, "0.5"), (LABEL * np.nan, "nan"))
+        ),
+        (
+            {"image": IMAGE, "label": np.full(30, 7)},
+            ValueError,
+            "labels of two classes or more in arrays.npz, got only 7",
+        ),
+        (
+            {"image": IMAGE.astype(np.uint16) * 257, "label": LABEL},
+            TypeError,
+            r"uint16 between 0 and 65535\. Scale them.*image // 257",
+        ),
+        (
+            {"image": np.zeros((30, 2, 5, 6, 3), np.uint8), "label": LABEL},
+            ValueError,
+            "Only images are read: save one slice",
+        ),
+        (
+            {"image": IMAGE[:, :0], "label": LABEL},
+            ValueError,
+            r"images of one pixel or more .*got \(30, 0, 6, 3\)",
+        ),
         ({"image": IMAGE[:0], "label": LABEL[:0]}, ValueError, "an empty split"),
         ({"image": IMAGE[:2], "label": LABEL[:2]}, ValueError, "too small to cut"),
         ({"image": IMAGE, "label": LABEL.astype(object)}, ValueError, "plain arrays"),
@@ -589,7 +622,10 @@ def test_black_and_white_are_in_a_range_too(tmp_path):
         (IMAGE / 1, "0..1", r"0\.\.1 in image .* Pass range='0\.\.255' \(--range"),
         (IMAGE, "0..1", r"pixels in 0\.\.1 .*uint8 between 0 and 255"),
         (IMAGE / 99 - 1, "0..255", "between -1 and 1.57576."),
-        (np.where(IMAGE > 9, IMAGE, np.nan), "0..255", "between nan and nan"),
+        (np.where(IMAGE > 9, IMAGE, np.nan), "0..255", "finite pixels.*with NaN"),
+        (np.where(IMAGE > 9, IMAGE, np.inf), "0..1", "finite pixels.*with NaN or inf"),
+        (IMAGE / 255, "0..255", r"between 0 and 1\. Pass range='0\.\.1'"),
+        (IMAGE.astype(np.uint16) * 257, "0..255", "65535. Scale them"),
     ],
 )
 def test_numbers_outside_of_the_range_are_refused(tmp_path, image, range, match):
@@ -636,12 +672,12 @@ def test_batch_errors():
     scale, placed = data.statistics(one), data.place(one)
     for augment, match in (
         (data.Augment(flip=True), "a key for Augment.*a new one at every step"),
-        (
-            data.Augment(pad=5, reflect=True),
-            "reflecting pad below the image's 5 pixels",
+        *(
+            (data.Augment(pad=5, reflect=reflect), "a pad below the image's 5 pixels")
+            for reflect in (True, False)
         ),
     ):
-        key = jax.random.key(0) if augment.reflect else None
+        key = jax.random.key(0) if augment.pad else None
         take = partial(data.take, key=key, augment=augment)
         with pytest.raises(ValueError, match=match):
             jax.eval_shape(take, placed, np.arange(2), scale)

@@ -7,9 +7,10 @@ import hintjax as hj
 from hintjax import data
 from hintjax.experiments import explained, finished
 from hintjax.experiments.config import Config
-from hintjax.experiments.finished import accuracy, evaluation_size
+from hintjax.experiments.finished import evaluation_size, score
 from hintjax.experiments.run import _validation
 from hintjax.experiments.setting import batches_of, prepare
+from hintjax.experiments.tasks import TASKS
 
 pytestmark = pytest.mark.quick
 
@@ -89,11 +90,12 @@ def test_the_accuracy_does_not_depend_on_the_size_of_the_batches():
         return x.reshape(len(x), 4), {}, state
 
     network, nothing = hj.function(apply), hj.Variables({}, {})
-    right = accuracy(network, nothing, one, scale, 500)
+    task = TASKS["classification"]
+    right = score(network, nothing, one, scale, 500, task)
     want = (image.reshape(30, 4).argmax(-1) == one.label).mean()
     assert right == pytest.approx(want)
     for size in (1, 7, 30):
-        assert accuracy(network, nothing, one, scale, size) == right
+        assert score(network, nothing, one, scale, size, task) == right
 
 
 def test_maps_do_not_depend_on_the_size_of_the_batches(corners, monkeypatch):

@@ -40,6 +40,8 @@ PHASES = {
     "fitnets": {"fitnets": GROUPS[:1], "soft_targets": ()},
     "fsp": {"fsp": ("stem", *GROUPS), "backprop": ()},
     "ft": {"before factor_transfer": GROUPS[2:], "factor_transfer": GROUPS[2:]},
+    "gram": {"token_gram": GROUPS},
+    "hard": {"hard_labels": ()},
     "kd": {"kd": ()},
     "mgd": {"masked_generation": GROUPS[2:]},
     "nst": {"selectivity": GROUPS},
@@ -86,8 +88,10 @@ def test_every_method_has_a_name_in_the_command():
 
 # The command trains with labels; these methods are for teachers without any.
 WITHOUT_LABELS = {"dense_matching", "orthogonal_projection", "queue_similarity"}
-# What is exported beside methods: schedules, masks, sizes, parts of methods.
+# What is exported beside methods: schedules, masks, sizes, parts of methods, and the
+# forms of KD that belong to other tasks than classification.
 HELPERS = {
+    *("binary_kd", "dense_kd", "regression_kd"),
     *("crd_bytes", "explained_variance", "flows", "lambda_decay", "masked_channels"),
     *("masked_positions", "paraphrase", "reused_classifier", "warm_up"),
 }

@@ -468,3 +468,28 @@ def test_it_learns_in_both_stages_beside_others(make):
     bank = state.memory["crd"]["bank"]
     moved = np.abs(bank.student - before.student).max(1) > 0
     np.testing.assert_array_equal(np.flatnonzero(moved), np.sort(INDEX))
+
+
+@pytest.mark.parametrize(
+    ("entries", "words"),
+    [
+        ({"index": jnp.arange(4.0)}, "crd: expected index to be integer"),
+        ({"label": jnp.arange(4.0)}, "crd: expected label to be integer"),
+        ({"candidates": jnp.ones((4, 3))}, "candidates to be integer .*float32"),
+        ({"candidates": jnp.arange(4)}, r"candidates to be integer \(batch, 1 \+ K\)"),
+    ],
+)
+def test_places_and_classes_are_integers(unchecked, entries, words):
+    batch = {"index": jnp.arange(4), "label": jnp.arange(4) % 2, **entries}
+    given = "candidates" in entries
+    negatives = hj.GivenNegatives() if given else hj.SharedNegatives(2)
+    method = crd(PAIR, negatives=negatives, feature_dim=2)
+    shown = (Features(hints={name: jnp.ones((4, 3))}) for name in PAIR)
+    student, teacher = shown
+    data = Data(np.arange(9, dtype=np.int32) % 2)
+    params, memory = method.init(KEY, student, teacher, data)
+    context = Context(KEY, jnp.int32(0), True)
+    with pytest.raises(hj.Refusal, match=words):
+        jax.eval_shape(
+            lambda: method.apply(params, memory, student, teacher, batch, context)[0]
+        )

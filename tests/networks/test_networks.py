@@ -902,6 +902,35 @@ def test_a_hint_that_a_function_does_not_return(path, error, message):
         hint(network, variables, TOKENS, path)
 
 
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: function(lambda p, s, x, t, k: x), r"\(params, state, inputs, train="),
+        (lambda: function(lambda params, x: x), r"train=, key=\), got \(params, x\)"),
+        (lambda: function(perceptron, init=lambda key: {}), r"init to take \(key, inp"),
+        (lambda: linen(nn.Dense(3), call=lambda m, x: m(x)), "call to take .*train"),
+        (lambda: hj.nnx(lambda: None), r"to take \(rngs=\), got \(\)\. Pass a model"),
+    ],
+)
+def test_a_function_that_takes_other_arguments_is_refused_at_once(make, words):
+    with pytest.raises(TypeError, match=words):
+        make()
+
+
+def test_an_init_that_returns_parameters_alone_is_refused():
+    network = function(perceptron, init=lambda key, x: {"a": x, "b": x})
+    with pytest.raises(TypeError, match=r"init to return \(params, state\), got dict"):
+        network.init(jax.random.key(0), X)
+
+
+def test_a_hint_may_be_a_constant_of_numpy():
+    constant = np.arange(6.0, dtype=np.float32).reshape(2, 3)
+    network = function(lambda params, state, x, train, key: (x, {"h": constant}, state))
+    features, _ = network.apply({}, {}, X, wants=Wants(hints=("h",)), train=False)
+    assert isinstance(features.hints["h"], jax.Array)
+    np.testing.assert_array_equal(features.hints["h"], constant)
+
+
 def test_a_function_that_returns_something_else():
     network = function(lambda params, state, x, train, key: (x, state))
     message = r"to return \(output, dict of hints, state\), got \(.*, dict\)"

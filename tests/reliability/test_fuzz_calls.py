@@ -22,6 +22,7 @@ from hintjax import (
     memory,
     method,
     methods,
+    metrics,
     networks,
     pairing,
     regressors,
@@ -54,6 +55,8 @@ KEY = jax.random.key(0)
 KEYS = jax.random.split(KEY, 4)
 LABEL = np.arange(4, dtype=np.int32) % 3
 LOGITS = {"student_logits": a(4, 10), "teacher_logits": a(4, 10)}
+CLASSIFIED = {"output": a(4, 10), "labels": LABEL}
+TARGETS = {"output": a(4, 10), "labels": a(4, 10)}
 SCORES = {"positive": a(4), "negatives": a(4, 5), "size": 50}
 PAIRS, PAIR = {"pairs": [("a", "b")]}, {"pair": ("a", "b")}
 SIZES = {"student": (4, 4, 3), "teacher": (4, 4, 5)}
@@ -105,6 +108,7 @@ VALID = {
             both(a(4, 2, 3, 3)),
         ),
         **dict.fromkeys(("kd_loss", "dist_loss", "soft_cross_entropy_loss"), LOGITS),
+        "attention_energy": {"features": a(4, 4, 4, 3), "size": (2, 2)},
         "attention_map": {"features": a(4, 4, 4, 3)},
         "attention_map_code": {"features": a(4, 4, 4, 3)},
         "batch_norm_margin": {"scale": a(3), "bias": a(3)},
@@ -117,6 +121,8 @@ VALID = {
             "log_constant": 4.0,
         },
         "contrastive_scores_loss": SCORES | {"log_constant": 4.0},
+        "binary_kd_loss": LOGITS,
+        "hard_label_loss": LOGITS,
         "decoupled_kd_loss": LOGITS | {"label": LABEL},
         **dict.fromkeys(("fsp_loss", "fsp_loss_paper"), both(tuple(FLOW.values()))),
         **dict.fromkeys(("fsp_matrix", "fsp_matrix_paper"), FLOW),
@@ -157,7 +163,11 @@ VALID = {
         ),
         **dict.fromkeys(("class_attention", "crd", "queue_similarity", "simkd"), PAIR),
         **dict.fromkeys(
-            ("decoupled_kd", "dist", "kd", "soft_targets", "standardized_kd"), NOTHING
+            (
+                *("binary_kd", "decoupled_kd", "dense_kd", "dist"),
+                *("kd", "soft_targets", "standardized_kd"),
+            ),
+            NOTHING,
         ),
         "crd_bytes": {"negatives": methods.BatchNegatives(), "size": 50, "batch": 4},
         "explained_variance": {"predicted": a(4, 3), "target": a(4, 3)},
@@ -184,6 +194,10 @@ VALID = {
     },
     method: {
         "over_pairs": {"loss": losses.hint_loss},
+    },
+    metrics: {
+        **dict.fromkeys(("absolute_error", "binary_accuracy", "f1"), TARGETS),
+        **dict.fromkeys(("accuracy", "intersection_over_union"), CLASSIFIED),
     },
     objective: {
         "objective": {"one": METHOD},
@@ -237,6 +251,7 @@ MADE_INSIDE = "takes what the library itself has made and checked"
 LATER = "takes functions and trees, and sees what they are when a stage is initialised"
 PLACES = "takes meshes and devices, which are JAX's and say themselves what they miss"
 NOT_FUZZED = {
+    methods: dict.fromkeys(("hard_labels", "regression_kd"), "they take no arguments"),
     memory: dict.fromkeys(
         (
             *("batch_rows", "scores_by_rows", "select", "set_once", "shared_rows"),
@@ -245,7 +260,7 @@ NOT_FUZZED = {
         MADE_INSIDE,
     ),
     method: dict.fromkeys(
-        ("hints_of", "nothing", "one_per_example", "union"), MADE_INSIDE
+        ("entry", "hints_of", "nothing", "one_per_example", "union"), MADE_INSIDE
     ),
     objective: {"check_weight": MADE_INSIDE},
     regressors: dict.fromkeys(("apply", "init"), MADE_INSIDE),

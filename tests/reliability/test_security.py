@@ -123,3 +123,16 @@ def test_a_name_cannot_leave_the_folder_of_runs(name, tmp_path, monkeypatch, cap
     assert "hintjax: " in capsys.readouterr().err
     assert [path.name for path in tmp_path.rglob("*")][:2] == ["root", "runs"]
     assert not list(tmp_path.glob("x*"))
+
+
+def test_no_file_that_is_shipped_tells_where_it_was_written(tmp_path):
+    secret = tmp_path / "a-secret-project"
+    tree = {"params": {"w": np.ones(3, np.float32)}}
+    save_tree(secret / "student", tree)
+    with open_checkpoints(secret / "checkpoints") as checkpoints:
+        checkpoints.save(1, tree)
+    files = [path for path in secret.rglob("*") if path.is_file()]
+    assert len(files) > 6
+    for path in files:
+        assert secret.name.encode() not in path.read_bytes(), path
+    load_tree(secret / "student")

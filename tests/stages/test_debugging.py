@@ -224,6 +224,18 @@ def test_what_is_checked_twice_has_the_checks_once():
     assert twice.evaluate.__wrapped__ is stage.evaluate.__wrapped__
 
 
+def test_labels_that_the_task_leaves_out_pass():
+    check = debugging.raising(
+        lambda label, output: debugging._Check(
+            jnp.int32(3),
+            debugging._Examples(jnp.ones(2, bool), lambda place: place),
+        ).labels(label, output, ignored=(255, -1))
+    )
+    check(jnp.asarray([[1, 255], [-1, 0]]), jnp.zeros((2, 2, 3)))
+    with pytest.raises(ValueError, match="labels in 0..2, got 254 at example 1."):
+        check(jnp.asarray([[1, 255], [-1, 254]]), jnp.zeros((2, 2, 3)))
+
+
 def test_one_output_is_of_two_classes():
     check = debugging.raising(
         lambda label, output: debugging._Check(

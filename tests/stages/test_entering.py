@@ -291,8 +291,8 @@ def test_a_population_needs_a_key_for_each_student(keys):
     ("given", "words"),
     [
         ({"data": LABEL}, "hintjax.Data(labels)"),
-        ({"data": hj.Data([0, 1, 2])}, "labels to be integer"),
-        ({"data": hj.Data(X)}, "labels to be integer"),
+        ({"data": hj.Data([0, 1, 2])}, "labels to be an array with one row per"),
+        ({"data": hj.Data(np.array("a"))}, "labels to be an array with one row per"),
         ({"carry": (1, {})}, "the last state of the earlier stage"),
         ({"carry": VARIABLES}, "the last state of the earlier stage"),
     ],
@@ -512,3 +512,17 @@ def test_from_teacher_needs_together():
         theirs = teacher.init(KEY, X)
         text = sentence(lambda s=stage, t=theirs: begun(s, teacher=t))
         assert text.startswith("from_teacher: expected the outputs of together(")
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ({"mesh": jax.devices()}, "mesh to be Mesh or Layout or None, got list"),
+        ({"inputs": "image"}, "inputs to be a function, got 'image'"),
+        ({"teacher_inputs": lambda: X}, r"teacher_inputs to take \(batch\), got \(\)"),
+    ],
+    ids=["mesh", "inputs", "teacher_inputs"],
+)
+def test_settings_of_another_form_are_refused_when_a_stage_is_made(how, words):
+    with pytest.raises(hj.Refusal, match=words):
+        hj.distillation_stage(NETWORK, NETWORK, hj.kd(), optax.sgd(0.1), **how)

@@ -119,3 +119,19 @@ def test_an_ordinary_optimizer_computes_what_it_did():
 
     given = params, state, params, jnp.ones(())
     assert str(jax.make_jaxpr(plain)(*given)) == str(jax.make_jaxpr(ours)(*given))
+
+
+@pytest.mark.parametrize("make", [distill, hint])
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        optax.masked(optax.adam(0.1), {"first": True, "second": True, "head": False}),
+        optax.multi_transform({"a": optax.adam(0.1)}, lambda params: "b"),
+    ],
+    ids=["mask", "labels"],
+)
+def test_an_optimizer_of_the_students_tree_alone_is_refused(make, optimizer):
+    """LoRA's masks are often trees of the student, and a stage has regressors too."""
+    words = r"\['regressors', 'student'\], got a ValueError .*as functions of the param"
+    with pytest.raises(hj.Refusal, match=words):
+        make(optimizer).init(KEY, VARIABLES, TEACHER, BATCH)

@@ -1,0 +1,177 @@
+"""The command `suggest`: which layers to match, by measurement."""
+
+import dataclasses
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from hintjax._checks import FileRefusal, message, positive_int
+from hintjax.data import evaluation_batches, order
+from hintjax.experiments.attachment import middle
+from hintjax.experiments.config import Config
+from hintjax.experiments.finished import RESULT, evaluation_size, load_student
+from hintjax.experiments.setting import Setting, prepare, taught_by
+from hintjax.experiments.teacher import teacher_of
+from hintjax.experiments.teaching import teacher_variables
+from hintjax.measuring import Seen, alignment, measure
+from hintjax.networks import Variables
+from hintjax.pairing import Choice, Measured, choose, remarks, suggest_pairs
+
+_BATCH = 64  # images; the similarity keeps n^2 numbers for each layer
+_COLUMNS = (
+    *("hint layer", "depth", "shape", "FLOPs", "regressor", "probe", "CKA", "R^2"),
+    "guided layer",
+)
+_LEGEND = """\
+FLOPs: a step of the hint stage, of the FLOPs of both whole networks.
+regressor: number of parameters of the default regressor.
+probe: accuracy of a linear probe of the hint layer for the labels.
+CKA: similarity to the layer in the line above; 1 says that one of both is redundant.
+R^2: part of the hint that a linear map of an untrained guided layer explains."""
+_LEAST = 4  # images: see `hintjax.similarity`
+
+
+def suggest(
+    config: Config,
+    run_dir: Path | None,
+    *,
+    count: int = 1,
+    images: int = 512,
+    picture: Path = Path("suggest.png"),
+) -> Measured:
+    """Measures the layers of a teacher, prints a table, and suggests pairs.
+
+    Args:
+        config: config of a run.
+        run_dir: its run directory: the teacher that was trained there is used, and the
+            picture shows the trained student. None for a fresh student.
+        count: number of pairs to suggest, at most.
+        images: number of training images, at most.
+        picture: file for the picture.
+
+    Returns:
+        The measurements.
+
+    Raises:
+        Refusal: if there are fewer than 8 images, or the picture cannot be written.
+    """
+    positive_int("suggest", count=count, images=images)
+    _check_picture(picture)
+    path = None if run_dir is None else run_dir.expanduser().resolve()
+    here = dataclasses.replace(config, devices=1, fsdp=1)  # any machine can measure
+    setting = prepare(here, teach=True)
+    key = jax.random.key(config.seed)
+    teacher, trained = _teacher(setting, path)
+    if not trained:
+        print(
+            "The teacher is not trained, so the table says little. Name a trained one: "
+            "--teacher RUN_DIR, --weights FILE, or the directory of a run."
+        )
+    student = setting.student.init(key, setting.inputs)
+    batches = _batches(setting, images)
+    used = setting.places.pairs or middle(setting.places)
+    networks = setting.student, student, taught_by(setting), teacher
+    classes = setting.dataset.classes
+    found = measure(*networks, batches, classes=classes, pairs=used)
+    print("\n".join(_table(found)))
+    chosen = choose(found, count=count)
+    for one in chosen:
+        print(f"suggested: {one.guided}={one.hint}: {one.reason}.")
+    if not chosen:
+        layers = setting.places.student, setting.places.teacher
+        usual = [f"{g}={h}" for g, h in suggest_pairs(*layers, count=count)]
+        print(f"No layer passes the rule. The usual pairs are {' '.join(usual)}.")
+    for remark in remarks(found, used):
+        print(f"warning: {remark}")
+    shown, alike = "fresh student", found.alike
+    if path is not None and (path / "student").exists():
+        shown = "trained student"
+        own = load_student(path, hints_only=True)[1]
+        alike = alignment(
+            Seen(taught_by(setting), teacher, found.teacher),
+            Seen(setting.student, own, found.student),
+            batches=batches,
+        )
+    _draw(found, alike, chosen, picture, f"CKA of teacher and {shown}")
+    print(f"picture: {picture}")
+    return found
+
+
+def _teacher(setting: Setting, run_dir: Path | None) -> tuple[Variables, bool]:
+    """The variables of the teacher, and whether it is trained; trains nothing."""
+    config = setting.config
+    if not teacher_of(config.teacher, config.weights).trained_here:
+        return teacher_variables(setting, Path()), True
+    if run_dir is not None and (run_dir / "teacher" / RESULT).exists():
+        return load_student(run_dir / "teacher")[1], True
+    key = jax.random.fold_in(jax.random.key(config.seed), 1)
+    return taught_by(setting).init(key, setting.inputs), False
+
+
+def _batches(setting: Setting, images: int) -> Sequence[dict[str, Any]]:
+    """An even number of batches of random training images."""
+    train = setting.dataset.train
+    index = np.asarray(order(jax.random.key(0), train.n))[:images]
+    half = -(-len(index) // 2)
+    size = max(_LEAST, min(_BATCH, half, evaluation_size(train, setting.config)))
+    split = train.read(index)
+    return list(evaluation_batches(split, size, setting.dataset.standardize))
+
+
+def _table(measured: Measured) -> Iterator[str]:
+    """The lines of the table, and the meaning of its columns."""
+    at = {path: row for row, path in enumerate(measured.teacher)}
+    lines: list[tuple[str, ...]] = [_COLUMNS]
+    before = None
+    for one in measured.candidates:
+        row = at[one.hint]
+        lines.append(
+            (
+                one.hint,
+                f"{one.depth:.2f}",
+                "x".join(map(str, one.shape)),
+                f"{one.cost:.1%}",
+                "none fits" if one.regressor is None else f"{one.regressor:,}",
+                f"{one.probe:.1%}",
+                "" if before is None else f"{measured.alike[row, before]:.2f}",
+                f"{one.explained:.2f}",
+                one.guided,
+            )
+        )
+        before = row
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for first, *between, last in lines:
+        numbers = (f"{n:>{w}}" for n, w in zip(between, widths[1:-1], strict=True))
+        yield "  ".join((f"{first:{widths[0]}}", *numbers, last))
+    yield _LEGEND
+
+
+def _draw(
+    measured: Measured,
+    alike: np.ndarray,
+    chosen: Sequence[Choice],
+    file: Path,
+    title: str,
+) -> None:
+    """Draws the similarities of the teacher's and the student's layers."""
+    from hintjax.experiments import pictures
+
+    teacher, student = measured.teacher, measured.student
+    marked = [(teacher.index(one.hint), student.index(one.guided)) for one in chosen]
+    cross = alike[: len(teacher), len(teacher) :]
+    figure = pictures.heat_map(cross, teacher, student, marked=marked, title=title)
+    figure.savefig(file.expanduser())
+
+
+def _check_picture(file: Path) -> None:
+    """Raises if the picture cannot be written, before anything is measured."""
+    parent = file.expanduser().resolve().parent
+    if file.suffix != ".png" or not os.access(parent, os.W_OK):
+        wanted = "a .png file in a directory that can be written"
+        raise FileRefusal(
+            message("suggest", wanted, f"{file}", "Name it by --picture.")
+        )

@@ -1,0 +1,321 @@
+"""Measurements of two networks before any training: which layers to match.
+
+`measure` runs a teacher and an untrained student over a few hundred examples; what it
+finds is the argument `measured` of `suggest_pairs`. `alignment` is CKA of each two
+layers. Features are summed batch by batch; only pooled ones are kept.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, PyTree
+
+from hintjax._checks import Refusal, message, positive_int
+from hintjax._numerics import as_float, at_smaller_size
+from hintjax.networks import Network, Variables, Wants
+from hintjax.networks.network import read_variables
+from hintjax.pairing import Candidate, Measured, candidates, nearest_in_depth
+from hintjax.regressors import fit
+from hintjax.similarity import (
+    Moments,
+    add_minibatch,
+    add_moments,
+    begin_minibatch,
+    begin_moments,
+    by_position,
+    linear_map,
+    minibatch_cka,
+    pooled,
+    regression_score,
+)
+
+_RIDGE = 0.01  # of a feature's mean variance: there are few examples
+_BACKWARD = 3  # forward passes that a training step costs, by the usual count
+Batch = Mapping[str, PyTree]
+
+
+class Seen(NamedTuple):
+    """A network, its variables, and the paths of the layers to look at."""
+
+    network: Network
+    variables: Variables
+    paths: tuple[str, ...]
+
+
+def measure(
+    student: Network,
+    student_variables: Any,
+    teacher: Network,
+    teacher_variables: Any,
+    batches: Sequence[Batch],
+    *,
+    classes: int,
+    pairs: Sequence[tuple[str, str]] = (),
+) -> Measured:
+    """Measures every hint layer in reach, and the student's layer of nearest depth.
+
+    The linear probe is ridge regression of one-hot labels on the pooled hint, in closed
+    form. R^2 is that of a linear map of the channels, the same at every position, after
+    both maps are averaged to the smaller size; tokens of equal number are compared one
+    by one, and all others pooled. Both are fitted on the even batches (0, 2, ...) and
+    judged on the odd ones. CKA is `minibatch_cka` of whole maps. FLOPs are counted by
+    XLA for the forward passes; a training step of the student counts as three of them.
+
+    Args:
+        student: the student.
+        student_variables: its variables before training.
+        teacher: the teacher.
+        teacher_variables: its variables, trained.
+        batches: two or more batches of one shape with `image` and `label`, and `where`
+            if some examples do not count; at least 4 examples each.
+        classes: number of classes.
+        pairs: (guided layer, hint layer) that are measured, too.
+
+    Returns:
+        The measurements.
+
+    Raises:
+        ValueError: if there are fewer than two batches, or a network has no maps.
+    """
+    positive_int("measure", classes=classes)
+    if len(batches) < 2:
+        wanted = "two batches or more, to fit on one half and judge on the other"
+        raise Refusal(message("measure", wanted, f"{len(batches)}"))
+    given = (student, student_variables), (teacher, teacher_variables)
+    inputs = jnp.asarray(batches[0]["image"])[:1]
+    ours, theirs = (
+        _looked_at(whose, network, variables, inputs)
+        for whose, (network, variables) in zip(
+            ("the student's", "the teacher's"), given, strict=True
+        )
+    )
+    found = [(nearest_in_depth(ours.depths, at), p) for p, at in theirs.depths.items()]
+    for pair in pairs:
+        for one, path in zip((ours, theirs), pair, strict=True):
+            one.depth(path)  # raises
+    found = list(dict.fromkeys([*found, *pairs]))
+    probes = _probes(
+        theirs, tuple(dict.fromkeys(h for _, h in found)), batches, classes
+    )
+    explained = _explained(ours, theirs, found, batches)
+    whole = _BACKWARD * ours.flops(None) + theirs.flops(None)
+    rows = []
+    for (guided, hint), r2 in zip(found, explained, strict=True):
+        cost = _BACKWARD * ours.flops(guided) + theirs.flops(hint)
+        shape = theirs.shapes[hint].shape[1:]
+        rows.append(
+            Candidate(
+                guided,
+                hint,
+                ours.depth(guided),
+                theirs.depth(hint),
+                shape,
+                cost / whole,
+                _size(ours.shapes[guided].shape[1:], shape),
+                probes[hint],
+                r2,
+            )
+        )
+    hints = tuple(dict.fromkeys(hint for _, hint in found))
+    guided = tuple(dict.fromkeys([*ours.depths, *(path for path, _ in pairs)]))
+    alike = alignment(theirs.seen(hints), ours.seen(guided), batches=batches)
+    return Measured(tuple(rows), _chance(batches), hints, guided, alike)
+
+
+def alignment(*seen: Seen, batches: Sequence[Batch]) -> Float[np.ndarray, "n n"]:
+    """CKA of each two layers, of one network or of several.
+
+    Args:
+        *seen: the networks with their variables and layers.
+        batches: batches of one shape with `image`, of at least 4 examples each, and
+            `where` if some examples do not count.
+
+    Returns:
+        `minibatch_cka`, in the order of the layers.
+    """
+
+    @jax.jit
+    def add(sums: Any, variables: Any, image: Array, where: Array) -> Any:
+        hints = [
+            one.network.apply(*own, image, wants=Wants(hints=one.paths), train=False)
+            for one, own in zip(seen, variables, strict=True)
+        ]
+        features = [
+            features.hints[path]
+            for one, (features, _) in zip(seen, hints, strict=True)
+            for path in one.paths
+        ]
+        return add_minibatch(sums, features, where=where)
+
+    sums = begin_minibatch(sum(len(one.paths) for one in seen))
+    variables = [one.variables for one in seen]
+    for batch in batches:
+        sums = add(sums, variables, batch["image"], _where(batch))
+    return np.asarray(minibatch_cka(sums))
+
+
+class _Looked(NamedTuple):
+    """A network with its variables, the shapes of its layers, and its candidates."""
+
+    network: Network
+    variables: Variables
+    inputs: Array
+    shapes: Mapping[str, jax.ShapeDtypeStruct]
+    depths: Mapping[str, float]
+
+    def seen(self, paths: tuple[str, ...]) -> Seen:
+        return Seen(self.network, self.variables, paths)
+
+    def depth(self, path: str) -> float:
+        """The depth of a layer: that of the last candidate up to it."""
+        if path not in self.shapes:
+            wanted, got = "a layer of the network", repr(path)
+            do = "List the layers with `hintjax layers`."
+            raise Refusal(message("measure", wanted, got, do))
+        order = [*self.shapes]
+        before = order[: order.index(path) + 1]
+        return max((self.depths.get(one, 0.0) for one in before), default=0.0)
+
+    def flops(self, path: str | None) -> float:
+        """FLOPs of one example's forward pass up to a layer; None is the output."""
+        wants = Wants(output=True) if path is None else Wants(hints=(path,))
+
+        def forward(variables: Variables, inputs: Array) -> PyTree:
+            how = {"wants": wants, "train": False}
+            return self.network.apply(*variables, inputs, **how)[0]
+
+        lowered = jax.jit(forward).lower(self.variables, self.inputs)
+        return float((lowered.cost_analysis() or {}).get("flops", float("nan")))
+
+
+def _looked_at(whose: str, network: Network, variables: Any, inputs: Array) -> _Looked:
+    """A network with all that its layers' shapes say."""
+    own = read_variables("measure", whose, variables)
+    shapes = network.layers(*own, inputs)
+    return _Looked(network, own, inputs, shapes, candidates(shapes))
+
+
+def _probes(
+    teacher: _Looked, hints: tuple[str, ...], batches: Sequence[Batch], classes: int
+) -> dict[str, float]:
+    """The accuracy of a linear probe of each hint, fitted and judged on halves."""
+
+    @jax.jit
+    def shown(variables: Variables, image: Array) -> dict[str, Array]:
+        wants = Wants(hints=hints)
+        features, _ = teacher.network.apply(*variables, image, wants=wants, train=False)
+        return {path: pooled(features.hints[path]) for path in hints}
+
+    @jax.jit
+    def right(
+        sets: tuple, fit_on: tuple[Array, Array], judge_on: tuple[Array, Array]
+    ) -> Float[Array, ""]:
+        (label, where), (new_label, new_where) = fit_on, judge_on
+        rows, new_rows = sets
+        targets = jax.nn.one_hot(label, classes)
+        moments = add_moments(
+            begin_moments(rows.shape[1], classes), rows, targets, where=where
+        )
+        weights, bias = linear_map(moments, ridge=_RIDGE)
+        hit = (new_rows @ weights + bias).argmax(-1) == new_label
+        return jnp.sum(hit & new_where) / jnp.maximum(jnp.sum(new_where), 1)
+
+    halves = [batches[start::2] for start in (0, 1)]
+    found = [[shown(teacher.variables, b["image"]) for b in half] for half in halves]
+    told = [
+        (
+            jnp.concatenate([jnp.asarray(b["label"]) for b in half]),
+            jnp.concatenate([_where(b) for b in half]),
+        )
+        for half in halves
+    ]
+
+    def rows(half: list[dict[str, Array]], path: str) -> Array:
+        return jnp.concatenate([one[path] for one in half])
+
+    return {
+        path: float(right(tuple(rows(half, path) for half in found), *told))
+        for path in hints
+    }
+
+
+def _explained(
+    student: _Looked,
+    teacher: _Looked,
+    pairs: Sequence[tuple[str, str]],
+    batches: Sequence[Batch],
+) -> list[float]:
+    """R^2 of each pair, fitted and judged on halves."""
+    ours = Wants(hints=tuple(dict.fromkeys(guided for guided, _ in pairs)))
+    theirs = Wants(hints=tuple(dict.fromkeys(hint for _, hint in pairs)))
+
+    @jax.jit
+    def add(
+        sums: tuple[Moments, ...], variables: Any, image: Array, where: Array
+    ) -> tuple[Moments, ...]:
+        (own, _), (taught, _) = (
+            one.network.apply(*given, image, wants=wants, train=False)
+            for one, given, wants in zip(
+                (student, teacher), variables, (ours, theirs), strict=True
+            )
+        )
+        return tuple(
+            add_moments(one, *rows[:2], where=rows[2])
+            for one, (guided, hint) in zip(sums, pairs, strict=True)
+            for rows in [_compared(own.hints[guided], taught.hints[hint], where)]
+        )
+
+    def begin() -> tuple[Moments, ...]:
+        return tuple(
+            begin_moments(student.shapes[g].shape[-1], teacher.shapes[h].shape[-1])
+            for g, h in pairs
+        )
+
+    halves = [begin(), begin()]
+    variables = student.variables, teacher.variables
+    for number, batch in enumerate(batches):
+        half = number % 2
+        halves[half] = add(halves[half], variables, batch["image"], _where(batch))
+    score = jax.jit(lambda *sets: regression_score(*sets, ridge=_RIDGE))
+    return [float(score(*sets)) for sets in zip(*halves, strict=True)]
+
+
+def _compared(
+    guided: Array, hint: Array, where: Bool[Array, " batch"]
+) -> tuple[Array, Array, Bool[Array, " rows"]]:
+    """Rows of two layers that belong together, and the mask of the valid ones."""
+    guided, hint = as_float("measure", guided, hint)
+    if guided.ndim == hint.ndim >= 4:
+        guided, hint = at_smaller_size(guided, hint)
+    if guided.shape[:-1] != hint.shape[:-1]:
+        return pooled(guided), pooled(hint), where
+    rows, valid = by_position(guided, where)
+    return rows, by_position(hint)[0], valid
+
+
+def _size(guided: tuple[int, ...], hint: tuple[int, ...]) -> int | None:
+    """The number of parameters of the default regressor; None if none fits."""
+    try:
+        module = fit(guided, hint)
+    except Refusal:
+        return None
+    shapes = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, *guided)))
+    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(shapes))
+
+
+def _where(batch: Batch) -> Bool[Array, " batch"]:
+    """The mask of the examples that count."""
+    n = len(jax.tree.leaves(batch["image"])[0])
+    return jnp.asarray(batch.get("where", np.ones(n, bool)))
+
+
+def _chance(batches: Sequence[Batch]) -> float:
+    """The accuracy of the most frequent label, on the half that judges."""
+    labels: list[Int[np.ndarray, " n"]] = [
+        np.asarray(batch["label"])[np.asarray(_where(batch))] for batch in batches[1::2]
+    ]
+    counts = np.unique(np.concatenate(labels), return_counts=True)[1]
+    return float(counts.max() / counts.sum())
