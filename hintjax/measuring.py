@@ -18,7 +18,7 @@ from hintjax._numerics import as_float, at_smaller_size
 from hintjax.networks import Network, Variables, Wants
 from hintjax.networks.network import read_variables
 from hintjax.pairing import Candidate, Measured, candidates, nearest_in_depth
-from hintjax.regressors import fit
+from hintjax.regressors import fit, to_grid
 from hintjax.similarity import (
     Moments,
     add_minibatch,
@@ -54,13 +54,15 @@ def measure(
     *,
     classes: int,
     pairs: Sequence[tuple[str, str]] = (),
+    class_tokens: tuple[int, int] = (0, 0),
 ) -> Measured:
     """Measures every hint layer in reach, and the student's layer of nearest depth.
 
     The linear probe is ridge regression of one-hot labels on the pooled hint, in closed
     form. R^2 is that of a linear map of the channels, the same at every position, after
-    both maps are averaged to the smaller size; tokens of equal number are compared one
-    by one, and all others pooled. Both are fitted on the even batches (0, 2, ...) and
+    both maps are averaged to the smaller size. Tokens are compared one by one, or as
+    maps if the other layer is a map; layers that fit neither way are pooled. Probe and
+    map are fitted on the even batches (0, 2, ...) and
     judged on the odd ones. CKA is `minibatch_cka` of whole maps. FLOPs are counted by
     XLA for the forward passes; a training step of the student counts as three of them.
 
@@ -73,6 +75,7 @@ def measure(
             if some examples do not count; at least 4 examples each.
         classes: number of classes.
         pairs: (guided layer, hint layer) that are measured, too.
+        class_tokens: for student and teacher, the number of tokens before the grid.
 
     Returns:
         The measurements.
@@ -100,21 +103,21 @@ def measure(
     probes = _probes(
         theirs, tuple(dict.fromkeys(h for _, h in found)), batches, classes
     )
-    explained = _explained(ours, theirs, found, batches)
+    explained = _explained(ours, theirs, found, batches, class_tokens)
     whole = _BACKWARD * ours.flops(None) + theirs.flops(None)
     rows = []
     for (guided, hint), r2 in zip(found, explained, strict=True):
         cost = _BACKWARD * ours.flops(guided) + theirs.flops(hint)
-        shape = theirs.shapes[hint].shape[1:]
+        layers = ours.shapes[guided], theirs.shapes[hint]
         rows.append(
             Candidate(
                 guided,
                 hint,
                 ours.depth(guided),
                 theirs.depth(hint),
-                shape,
+                layers[1].shape[1:],
                 cost / whole,
-                _size(ours.shapes[guided].shape[1:], shape),
+                _size(*layers, class_tokens),
                 probes[hint],
                 r2,
             )
@@ -247,6 +250,7 @@ def _explained(
     teacher: _Looked,
     pairs: Sequence[tuple[str, str]],
     batches: Sequence[Batch],
+    class_tokens: tuple[int, int],
 ) -> list[float]:
     """R^2 of each pair, fitted and judged on halves."""
     ours = Wants(hints=tuple(dict.fromkeys(guided for guided, _ in pairs)))
@@ -265,7 +269,8 @@ def _explained(
         return tuple(
             add_moments(one, *rows[:2], where=rows[2])
             for one, (guided, hint) in zip(sums, pairs, strict=True)
-            for rows in [_compared(own.hints[guided], taught.hints[hint], where)]
+            for layers in [(own.hints[guided], taught.hints[hint])]
+            for rows in [_compared(*layers, where, class_tokens)]
         )
 
     def begin() -> tuple[Moments, ...]:
@@ -284,10 +289,17 @@ def _explained(
 
 
 def _compared(
-    guided: Array, hint: Array, where: Bool[Array, " batch"]
+    guided: Array,
+    hint: Array,
+    where: Bool[Array, " batch"],
+    class_tokens: tuple[int, int],
 ) -> tuple[Array, Array, Bool[Array, " rows"]]:
     """Rows of two layers that belong together, and the mask of the valid ones."""
     guided, hint = as_float("measure", guided, hint)
+    try:
+        guided, hint = _viewed(guided, hint, class_tokens)
+    except Refusal:  # the tokens are on no square grid
+        return pooled(guided), pooled(hint), where
     if guided.ndim == hint.ndim >= 4:
         guided, hint = at_smaller_size(guided, hint)
     if guided.shape[:-1] != hint.shape[:-1]:
@@ -296,13 +308,34 @@ def _compared(
     return rows, by_position(hint)[0], valid
 
 
-def _size(guided: tuple[int, ...], hint: tuple[int, ...]) -> int | None:
+def _viewed(
+    guided: Array, hint: Array, class_tokens: tuple[int, int]
+) -> tuple[Array, Array]:
+    """Two layers, the tokens of one of them as a map if the other is a map."""
+    ours, theirs = class_tokens
+    if (guided.ndim, hint.ndim) == (3, 4):
+        return to_grid(guided, drop=ours), hint
+    if (guided.ndim, hint.ndim) == (4, 3):
+        return guided, to_grid(hint, drop=theirs)
+    return guided, hint
+
+
+def _size(
+    guided: jax.ShapeDtypeStruct,
+    hint: jax.ShapeDtypeStruct,
+    class_tokens: tuple[int, int],
+) -> int | None:
     """The number of parameters of the default regressor; None if none fits."""
+
+    def params(guided: Array, hint: Array) -> PyTree:
+        guided, hint = _viewed(guided, hint, class_tokens)
+        module = fit(guided.shape[1:], hint.shape[1:])
+        return module.init(jax.random.key(0), guided)
+
     try:
-        module = fit(guided, hint)
+        shapes = jax.eval_shape(params, guided, hint)
     except Refusal:
         return None
-    shapes = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, *guided)))
     return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(shapes))
 
 

@@ -199,6 +199,23 @@ def test_micro_batches_are_measured_against_the_whole_batch(script, tmp_path):
     assert positive(record["ratios"]["2"])
 
 
+def test_cached_teachers_are_measured_against_the_student_alone(script, tmp_path):
+    cache = script("cache")
+    file = tmp_path / "results.json"
+    arguments = ["--small", "--rounds", "6", "--methods", "attention_transfer"]
+    cache.main([*arguments, "--out", str(file)])
+    (one,) = json.loads(file.read_text())["methods"].values()
+    assert set(one["programs"]) == {"live", "float32", "bfloat16", "student"}
+    assert one["bytes_per_image"] == {"float32": 336, "bfloat16": 168, "int8": 96}
+    over = one["over_student"]
+    assert all(positive(row["time"]) for row in over.values())
+    # The compiler's counts do not depend on the load of the machine.
+    assert over["live"]["flops"] > 1.2
+    assert 1 <= over["float32"]["flops"] <= over["float32"]["bar"] == cache.BAR
+    terms = script("step_time").terms()
+    assert {*cache.METHODS} - {"hint_stage"} <= {*terms}
+
+
 def test_crd_negatives_are_measured_against_none(script, tmp_path):
     crd_negatives = script("crd_negatives")
     file = tmp_path / "results.json"

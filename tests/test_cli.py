@@ -122,8 +122,9 @@ def test_suggest_measures_the_layers_of_a_run(finished, tmp_path, capsys):
 def test_suggest_says_what_is_missing_and_what_is_wrong(
     corners, tmp_path, monkeypatch, capsys
 ):
-    def measured(student, started, teacher, taught, batches, *, classes, pairs):
+    def measured(student, started, teacher, taught, batches, *, classes, pairs, **more):
         assert [len(batch["image"]) for batch in batches] == [8, 8]
+        assert more == {"class_tokens": (0, 0)}
         assert classes == 4 and list(pairs) == [("conv2", "conv2")]
         shown = {"shape": (8, 8, 64), "cost": 0.5, "regressor": 9, "probe": 0.9}
         one = Candidate("conv2", "conv2", 0.5, 0.5, explained=0.95, **shown)

@@ -19,8 +19,8 @@ PACKAGE = Path(__file__).parent.parent / "hintjax"
 # Every entry of `ls hintjax`, from the ground up. A folder counts as one entry: its
 # files may import each other (Python itself refuses a circle).
 ORDER = (
-    *("_checks", "_numerics", "losses"),  # mathematics
-    *("metrics", "probes", "similarity"),  # numbers to judge by
+    *("_checks", "_numerics", "losses", "metrics"),  # mathematics
+    *("probes", "similarity"),  # how good features are, and how alike
     *("networks", "regressors"),  # models as pure functions
     *("processes", "sharding", "memory"),  # where arrays live
     *("method", "objective", "views", "teachers", "methods"),  # methods
@@ -41,8 +41,8 @@ OUTSIDE = {
     "_numerics": MATHEMATICS | {"numpy"},
     "losses": MATHEMATICS,
     "metrics": MATHEMATICS,
-    "probes": MATHEMATICS,
     "similarity": MATHEMATICS,
+    "probes": MATHEMATICS,
     "networks": MODELS,
     "regressors": MODELS,
     "processes": MATHEMATICS | {"numpy"},

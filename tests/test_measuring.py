@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import hintjax as hj
-from hintjax.measuring import Seen, alignment, measure
+from hintjax.measuring import Seen, _compared, _size, alignment, measure
 from hintjax.similarity import add_minibatch, begin_minibatch, minibatch_cka
 
 CLASSES, SIZE = 3, 16
@@ -163,3 +163,41 @@ def test_too_little_to_measure_is_refused(unchecked):
         measure(*networks, BATCHES, classes=CLASSES, pairs=[("conv9", "conv1")])
     with pytest.raises(ValueError, match="the teacher's variables"):
         measure(STUDENT, STARTED, TEACHER, {"w": 1}, BATCHES, classes=CLASSES)
+
+
+def test_tokens_are_compared_one_by_one_or_as_a_map():
+    random = np.random.default_rng(1)
+    tokens = random.normal(size=(2, 1 + 16, 3)).astype(np.float32)
+    maps = random.normal(size=(2, 2, 2, 5)).astype(np.float32)
+    where = jnp.array([True, False])
+
+    def rows(guided, hint, *drop):
+        return _compared(jnp.asarray(guided), jnp.asarray(hint), where, drop)
+
+    one, other, valid = rows(tokens, tokens[..., :2], 0, 0)
+    np.testing.assert_array_equal(one, tokens.reshape(-1, 3))
+    np.testing.assert_array_equal(other, tokens[..., :2].reshape(-1, 2))
+    assert valid.tolist() == 17 * [True] + 17 * [False]
+    grid = tokens[:, 1:].reshape(2, 2, 2, 2, 2, 3).mean((2, 4)).reshape(-1, 3)
+    one, other, valid = rows(tokens, maps, 1, 0)
+    np.testing.assert_allclose(one, grid, rtol=1e-5)
+    np.testing.assert_array_equal(other, maps.reshape(-1, 5))
+    other, one, valid = rows(maps, tokens, 0, 1)
+    np.testing.assert_allclose(one, grid, rtol=1e-5)
+    # Seventeen tokens are on no square grid, and eight are not seventeen.
+    for pair in ((tokens, maps), (tokens, tokens[:, :8])):
+        one, other, valid = rows(*pair, 0, 0)
+        np.testing.assert_allclose(one, tokens.mean(1), atol=1e-6)
+        assert len(other) == 2 and valid is where
+
+
+def test_the_default_regressor_of_tokens_is_that_of_their_map():
+    tokens, fewer, maps = (
+        jax.ShapeDtypeStruct(shape, "float32")
+        for shape in ((1, 17, 3), (1, 5, 3), (1, 4, 4, 5))
+    )
+    assert _size(tokens, tokens, (1, 1)) == 3 * 3 + 3
+    assert _size(tokens, maps, (1, 0)) == 3 * 5 + 5
+    assert _size(maps, tokens, (0, 1)) == 5 * 3 + 3
+    assert _size(tokens, maps, (0, 0)) is None  # on no square grid
+    assert _size(tokens, fewer, (1, 1)) is None

@@ -76,7 +76,13 @@ def suggest(
     used = setting.places.pairs or middle(setting.places)
     networks = setting.student, student, taught_by(setting), teacher
     classes = setting.dataset.classes
-    found = measure(*networks, batches, classes=classes, pairs=used)
+    found = measure(
+        *networks,
+        batches,
+        classes=classes,
+        pairs=used,
+        class_tokens=setting.places.class_tokens,
+    )
     print("\n".join(_table(found)))
     chosen = choose(found, count=count)
     for one in chosen:

@@ -83,7 +83,8 @@ def fitnets(
         return values, memory, metrics
 
     method = Method(student_wants, teacher_wants, init, apply)
-    return checked("fitnets", pairs, method)
+    # A loss of the user may take other shapes, such as layers that a scan has stacked.
+    return checked("fitnets", pairs, method) if loss is hint_loss else method
 
 
 def scored(

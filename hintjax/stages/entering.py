@@ -23,6 +23,7 @@ from hintjax._checks import (
     instance,
     is_array,
     key,
+    mask,
     message,
 )
 from hintjax.method import Data
@@ -110,6 +111,7 @@ def check_batch(given: Any) -> None:
         raise Refusal(message("batch", wanted, got))
     if 0 in sizes.values():
         raise Refusal(message("batch", "at least one example", "0 examples"))
+    mask("batch", given.get("where"), (next(iter(sizes.values())),))
 
 
 def _is_entry(leaf: Any) -> bool:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+from jax.core import Tracer
 from jaxtyping import Array, Key, PyTree
 
 from hintjax.networks import Variables
@@ -95,6 +96,6 @@ def with_checks(phase: Phase) -> Phase:
 
 def _placed_as_before(new: PyTree, old: Any) -> PyTree:
     """Places a new array like the old one, if the old one was placed on purpose."""
-    traced = isinstance(old, jax.core.Tracer)  # which has no place yet
+    traced = isinstance(old, Tracer)  # which has no place yet
     placed = not traced and getattr(old, "committed", False)
     return spread(new, old.sharding) if placed else new

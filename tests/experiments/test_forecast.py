@@ -48,7 +48,12 @@ def test_a_dry_run_prints_the_cost_and_writes_nothing(
         *("student hintjax.models:plain_wide: ", "teacher hintjax.models:plain_wide: "),
         *("parameters", "MFLOP per image forward", "MFLOP per image in a step"),
         *("MB of memory", "ms per step", "s per epoch of", "cache: 320 bytes per view"),
-        *("needed, ", "available", "on disk, at most, for 1 runs", "at: student"),
+        *(
+            "needed, ",
+            "available",
+            "on disk, at most, for 1 runs",
+            "attention_transfer: student",
+        ),
     ):
         assert line in said, line
     assert not list(tmp_path.iterdir())

@@ -270,7 +270,11 @@ NOT_FUZZED = {
         MADE_INSIDE,
     ),
     method: dict.fromkeys(
-        ("entry", "hints_of", "nothing", "one_per_example", "union"), MADE_INSIDE
+        (
+            *("hints_of", "nothing", "one_per_example", "output_of", "reduced"),
+            *("total", "union"),
+        ),
+        MADE_INSIDE,
     ),
     objective: {"check_weight": MADE_INSIDE},
     regressors: dict.fromkeys(("apply", "init"), MADE_INSIDE),
@@ -291,9 +295,13 @@ NOT_FUZZED = {
         LATER,
     ),
     networks_nnx: dict.fromkeys(("nnx", "nnx_update"), LATER),
+    pairing: dict.fromkeys(
+        ("candidates", "choose", "nearest_in_depth", "remarks"), MADE_INSIDE
+    ),
     population: dict.fromkeys(("population", "reweighted"), LATER),
     sharding: dict.fromkeys(
         (
+            *("automatic", "in_automatic_mesh", "on_automatic"),
             *("alike", "batch_axes", "check_batch", "check_even", "check_rules"),
             *("check_spans", "data_mesh", "from_process", "make_mesh", "over_batch"),
             *("place", "replicated", "shares", "spread", "stored", "whole"),
