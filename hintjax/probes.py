@@ -1,32 +1,27 @@
-"""Evaluation of features without training a head: k-NN and a closed-form linear probe.
+"""Evaluation of features without training a head: weighted k-NN.
 
-Both are pure functions of features that are computed once, with the network frozen.
-`jnp.argmax` of the scores is the predicted class.
+It is a pure function of features that are computed once, with the network frozen. A
+linear probe in closed form is ridge regression on the classes as one-hot vectors, from
+sums over batches (`hintjax.similarity`). Choose the ridge on a validation set; another
+one does not need another pass over the features:
+
+>>> from hintjax.similarity import add_moments, begin_moments, linear_map
+>>> features, labels = jnp.arange(8.0).reshape(4, 2), jnp.array([0, 0, 1, 1])
+>>> targets = jax.nn.one_hot(labels, 2)
+>>> moments = add_moments(begin_moments(2, 2), features, targets)
+>>> weights, bias = linear_map(moments, ridge=1e-3)
+>>> jnp.argmax(features @ weights + bias, -1)
+Array([0, 0, 1, 1], dtype=int32)
 """
-
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, ScalarLike
+from jaxtyping import Array, Float, Int, ScalarLike
 
 from hintjax import _checks
 from hintjax._numerics import as_float, unit
-from hintjax.losses import FeatureMoments, feature_moments
 
 HIGHEST = jax.lax.Precision.HIGHEST
-
-
-class LinearProbe(NamedTuple):
-    """A linear classifier: scores = features @ kernel + bias.
-
-    Attributes:
-        kernel: (c, targets).
-        bias: (targets,).
-    """
-
-    kernel: Float[Array, "c targets"]
-    bias: Float[Array, " targets"]
 
 
 def knn_scores(
@@ -97,81 +92,3 @@ def knn_scores(
     blank = jnp.zeros((features.shape[0], classes), near.dtype)
     counted = blank.at[rows, jnp.asarray(labels)[index]].add(votes, mode="drop")
     return jnp.log(counted) + near[:, :1] / temperature
-
-
-def probe_moments(
-    features: Float[Array, "n c"],
-    targets: Float[Array, "n targets"],
-    *,
-    where: Bool[Array, " n"] | None = None,
-) -> FeatureMoments:
-    """The moments of features and targets, which `ridge_probe` needs.
-
-    `hintjax.losses.merge_moments` merges the moments of batches, so that the features
-    of a training set need not be stored.
-
-    Args:
-        features: features of the frozen network.
-        targets: what to predict: `jax.nn.one_hot(labels, classes)` for classes.
-        where: mask of the examples that count.
-
-    Returns:
-        The moments of both, side by side.
-    """
-    caller = "probe_moments"
-    features, targets = as_float(caller, features, targets)
-    if not features.ndim == targets.ndim == 2 or len(features) != len(targets):
-        wanted = "features (n, c) and targets (n, targets)"
-        got = f"{features.shape} and {targets.shape}"
-        do = "Give jax.nn.one_hot(labels, classes) for classes."
-        raise _checks.Refusal(_checks.message(caller, wanted, got, do))
-    _checks.mask(caller, where, features.shape[:1])
-    return feature_moments(jnp.concatenate([features, targets], 1), where=where)
-
-
-def ridge_probe(
-    moments: FeatureMoments, *, targets: int, penalty: ScalarLike
-) -> LinearProbe:
-    """A linear probe in closed form: ridge regression on the targets.
-
-    kernel, bias = argmin sum_i ||K^T x_i + b - y_i||^2 + penalty ||K||^2
-
-    Choose the penalty on a validation set, from powers of 10 for example: each costs
-    one solution, not another pass over the features. `jax.vmap` solves for many.
-
-    Args:
-        moments: the moments of features and targets (`probe_moments`).
-        targets: number of targets, such as classes.
-        penalty: the penalty > 0, scikit-learn's `alpha`; the bias has none. A traced
-            value is not checked.
-
-    Returns:
-        The probe.
-
-    >>> x = jnp.array([[0.0], [1.0], [2.0], [3.0]])
-    >>> y = jax.nn.one_hot(jnp.array([0, 0, 1, 1]), 2)
-    >>> probe = ridge_probe(probe_moments(x, y), targets=2, penalty=1e-3)
-    >>> jnp.argmax(x @ probe.kernel + probe.bias, -1)
-    Array([0, 0, 1, 1], dtype=int32)
-
-    References:
-        Hoerl, Kennard: Ridge Regression: Biased Estimation for Nonorthogonal Problems,
-        1970.
-    """
-    caller = "ridge_probe"
-    _checks.instance(caller, FeatureMoments, moments=moments)
-    _checks.positive_int(caller, targets=targets)
-    _checks.positive(caller, penalty=penalty)
-    c = moments.mean.shape[0] - targets
-    if c < 1:
-        wanted = "moments of features and of all targets"
-        got = f"{moments.mean.shape[0]} columns for {targets} targets"
-        do = "Make them with probe_moments."
-        raise _checks.Refusal(_checks.message(caller, wanted, got, do))
-    scatter = moments.scatter
-    ridge = jnp.asarray(penalty, scatter.dtype) * jnp.eye(c, dtype=scatter.dtype)
-    kernel = jax.scipy.linalg.solve(
-        scatter[:c, :c] + ridge, scatter[:c, c:], assume_a="pos"
-    )
-    center = jnp.matmul(moments.mean[:c], kernel, precision=HIGHEST)
-    return LinearProbe(kernel, moments.mean[c:] - center)

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hintjax.losses import merge_moments
-from hintjax.probes import knn_scores, probe_moments, ridge_probe
+from hintjax.probes import knn_scores
+from hintjax.similarity import add_moments, begin_moments, linear_map
 
 pytestmark = [pytest.mark.quick, pytest.mark.usefixtures("strict")]
 
@@ -50,28 +50,22 @@ def test_votes_are_the_formula_at_any_temperature():
                     np.testing.assert_allclose(scores[c], want, rtol=1e-10)
 
 
-@pytest.mark.parametrize("penalty", [1e-3, 1.0, 100.0])
-def test_the_probe_is_the_least_squares_solution(penalty):
+@pytest.mark.parametrize("ridge", [1e-3, 1.0, 100.0])
+def test_a_linear_probe_is_the_least_squares_solution(ridge):
     """A row of sqrt(penalty) for each weight, and a column of ones for the bias."""
     x, y = rows(20, 4), np.eye(3)[np.arange(20) % 3]
+    penalty = ridge * np.square(x - x.mean(0)).sum() / 4
     top = np.hstack([x, np.ones((20, 1))])
     bottom = np.hstack([np.sqrt(penalty) * np.eye(4), np.zeros((4, 1))])
     goal = np.vstack([y, np.zeros((4, 3))])
     want = np.linalg.lstsq(np.vstack([top, bottom]), goal, rcond=None)[0]
     with jax.enable_x64(True):
-        where = np.arange(8) < 6
-        last = [np.vstack([a[14:], np.full((2, a.shape[1]), np.nan)]) for a in (x, y)]
-        moments = merge_moments(
-            probe_moments(jnp.array(x[:14]), jnp.array(y[:14])),
-            probe_moments(*map(jnp.array, last), where=jnp.array(where)),
-        )
-        probe = ridge_probe(moments, targets=3, penalty=penalty)
-        np.testing.assert_allclose(probe.kernel, want[:4], rtol=1e-9, atol=1e-12)
-        np.testing.assert_allclose(probe.bias, want[4], rtol=1e-9)
-    single = probe_moments(jnp.array(x, jnp.float32), jnp.array(y, jnp.float32))
-    solve = jax.vmap(lambda p: ridge_probe(single, targets=3, penalty=p))
-    many = solve(jnp.array([penalty, 2 * penalty], jnp.float32))
-    np.testing.assert_allclose(many.kernel[0], want[:4], atol=1e-5)
+        moments = begin_moments(4, 3)
+        for part in slice(0, 14), slice(14, 20):
+            moments = add_moments(moments, jnp.array(x[part]), jnp.array(y[part]))
+        weights, bias = linear_map(moments, ridge=ridge)
+        np.testing.assert_allclose(weights, want[:4], rtol=1e-6, atol=1e-8)
+        np.testing.assert_allclose(bias, want[4], rtol=1e-6)
 
 
 @pytest.mark.usefixtures("unchecked")
@@ -83,7 +77,3 @@ def test_what_cannot_be_evaluated_is_refused():
         knn_scores(x, x, labels, classes=2, k=1)
     with pytest.raises(ValueError, match=r"knn_scores: expected features \(n, c\)"):
         knn_scores(x, jnp.ones((3, 4)), labels, classes=3, k=1)
-    with pytest.raises(ValueError, match="probe_moments: .*one_hot"):
-        probe_moments(x, jnp.ones(3))
-    with pytest.raises(ValueError, match="4 columns for 5 targets"):
-        ridge_probe(probe_moments(x, x), targets=5, penalty=1.0)

@@ -25,6 +25,7 @@ from hintjax import (
     metrics,
     networks,
     pairing,
+    probes,
     regressors,
     sharding,
     stages,
@@ -211,6 +212,15 @@ VALID = {
         ),
         "head": {"layers": {"pool": VECTOR, "classifier": VECTOR}},
         "linearly_explained": {"fit": (a(4, 3), a(4, 5)), "on": (a(4, 3), a(4, 5))},
+    },
+    probes: {
+        "knn_scores": {
+            "features": a(4, 6),
+            "known": a(4, 6),
+            "labels": LABEL,
+            "classes": 3,
+            "k": 2,
+        }
     },
     regressors: {
         **dict.fromkeys(
