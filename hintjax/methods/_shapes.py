@@ -90,10 +90,10 @@ def places(student: Shape, teacher: Shape) -> tuple[str, str] | None:
 
     See `vectors` for the arguments and the result.
     """
-    if maps(student, teacher) is None:
-        if min(math.prod(student[1:-1]), math.prod(teacher[1:-1])) < 2:
-            do = "With one the loss is constant: name layers before the pooling."
-            return "to have two positions or more", do
+    fewest = min(math.prod(shape[1:-1]) for shape in (student, teacher))
+    if maps(student, teacher) is None and fewest < 2:
+        do = "With one the loss is constant: name layers before the pooling."
+        return "to have two positions or more", do
     return None
 
 
