@@ -226,7 +226,11 @@ def _now(
     if isinstance(weight, Adjustable):
         kept, weight = jnp.asarray(kept, dtype), weight.schedule
         return kept if weight is None else kept * _now(weight, None, step, dtype)
-    return jnp.asarray(weight(step) if callable(weight) else weight, dtype)
+    now = jnp.asarray(weight(step) if callable(weight) else weight, dtype)
+    if now.shape:  # the values of a batch would be weighted one by one
+        wanted = "the schedule of a weight to give one number"
+        raise Refusal(message("objective", wanted, described(now)))
+    return now
 
 
 def _split(terms: dict[str, Weighted]) -> Callable[[dict], dict] | None:

@@ -7,6 +7,7 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec
 
+import hintjax as hj
 from hintjax.method import Context, Method, over_pairs, union
 from hintjax.networks import Features, Wants
 from hintjax.objective import Adjustable, Weighted, objective, task, weighted
@@ -362,3 +363,15 @@ def test_over_pairs_traces_the_loss_once_for_each_shape():
 def test_over_pairs_needs_a_teacher_for_each_student():
     with pytest.raises(ValueError, match="zip"):
         over_pairs(difference)([jnp.ones((2, 3))], [])
+
+
+def test_a_schedule_that_gives_several_weights_is_refused():
+    terms = hj.objective(kd=hj.weighted(hj.kd(), lambda step: jnp.ones(4)))
+    shown = Features(output=jnp.ones((4, 3)))
+    context = Context(jax.random.key(0), jnp.int32(0), True)
+    params, memory = terms.init(jax.random.key(0), shown, shown, None)
+    batch = {"label": jnp.zeros(4, int)}
+    with pytest.raises(hj.Refusal, match=r"one number, got float32 \(4,\)"):
+        jax.eval_shape(
+            lambda: terms.apply(params, memory, shown, shown, batch, context)[0]
+        )

@@ -29,6 +29,7 @@ def compared(
     loss: Callable[..., Float[Array, " batch"]],
     padding: str | None = None,
     fit: Fit = vectors,
+    first: Fit | None = None,
 ) -> Method:
     """The loss of each pair of layers, summed.
 
@@ -41,6 +42,7 @@ def compared(
         padding: the name of the mask of positions in the batch. With it, the mask that
             the loss receives marks the valid positions.
         fit: the shapes of a pair that the loss can work with.
+        first: the shapes of the first batch below which the loss is constant.
 
     Returns:
         The method.
@@ -63,7 +65,7 @@ def compared(
         return total(values), memory, {}
 
     method = Method(student_wants, teacher_wants, nothing, apply)
-    return checked(caller, pairs, method, fit)
+    return checked(caller, pairs, method, fit, first)
 
 
 def outputs(

@@ -1,6 +1,7 @@
 """The shapes of the layers of a pair, checked before any loss is computed."""
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -65,7 +66,55 @@ def alike(student: Shape, teacher: Shape) -> tuple[str, str] | None:
     return vectors(student, teacher)
 
 
-def checked(caller: str, pairs: Pairs, method: Method, fit: Fit = vectors) -> Method:
+def examples(least: int) -> Fit:
+    """Batches of enough examples for a loss that compares them with each other.
+
+    Args:
+        least: the number of examples below which the loss is constant.
+
+    Returns:
+        The fit, for the first batch of a method: a later batch may be smaller.
+    """
+
+    def fit(student: Shape, teacher: Shape) -> tuple[str, str] | None:
+        if vectors(student, teacher) is None and min(student[0], teacher[0]) < least:
+            do = "The loss compares examples: pass a whole batch to the stage's init."
+            return f"to have {least} examples or more", do
+        return None
+
+    return fit
+
+
+def places(student: Shape, teacher: Shape) -> tuple[str, str] | None:
+    """Layers of two positions or more, for a loss that is constant with one.
+
+    See `vectors` for the arguments and the result.
+    """
+    fewest = min(math.prod(shape[1:-1]) for shape in (student, teacher))
+    if maps(student, teacher) is None and fewest < 2:
+        do = "With one the loss is constant: name layers before the pooling."
+        return "to have two positions or more", do
+    return None
+
+
+def directions(student: Shape, teacher: Shape) -> tuple[str, str] | None:
+    """Layers of two channels or more: one channel has a sign, and no direction.
+
+    See `vectors` for the arguments and the result.
+    """
+    if vectors(student, teacher) is None and min(student[-1], teacher[-1]) < 2:
+        do = "With one the loss is constant: use a method that compares sizes."
+        return "to have two channels or more", do
+    return None
+
+
+def checked(
+    caller: str,
+    pairs: Pairs,
+    method: Method,
+    fit: Fit = vectors,
+    first: Fit | None = None,
+) -> Method:
     """The same method, which refuses layers that do not fit before it reads them.
 
     Args:
@@ -73,13 +122,15 @@ def checked(caller: str, pairs: Pairs, method: Method, fit: Fit = vectors) -> Me
         pairs: (guided layer, hint layer) for each pair.
         method: the method.
         fit: the shapes that the method can work with: `vectors`, `maps` or `alike`.
+        first: the shapes with which it can begin. With others its loss is constant,
+            and the student would not move: `examples`, `places` or `directions`.
 
     Returns:
         The method. Its `init` and its `apply` raise a `Refusal` if the layers of a pair
         do not fit, or if their first axis is not the batch.
     """
 
-    def check(student, teacher, batch):
+    def check(student, teacher, batch, fit=fit):
         examples = examples_of(batch)
         for guided, hint in pairs:
             layers = {guided: student.hints[guided]}, {hint: teacher.hints[hint]}
@@ -87,6 +138,8 @@ def checked(caller: str, pairs: Pairs, method: Method, fit: Fit = vectors) -> Me
 
     def init(key, student, teacher, data):
         check(student, teacher, {})
+        if first is not None:
+            check(student, teacher, {}, first)
         return method.init(key, student, teacher, data)
 
     def apply(params, memory, student, teacher, batch, context):

@@ -23,7 +23,7 @@ from hintjax.method import (
     nothing,
     over_pairs,
 )
-from hintjax.methods._shapes import checked, maps
+from hintjax.methods._shapes import checked, maps, places
 from hintjax.methods._tokens import masked
 from hintjax.networks import Features
 
@@ -123,4 +123,4 @@ def attention_transfer(
         apply,
         reduced=reduced if plain else None,
     )
-    return checked(caller, pairs, method, maps)
+    return checked(caller, pairs, method, maps, places)

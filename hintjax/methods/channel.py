@@ -7,7 +7,7 @@ from hintjax._checks import function, positive
 from hintjax.losses import channel_loss
 from hintjax.method import Applied, Batch, Context, Method, Pairs, hints_of, total
 from hintjax.methods import _regressed
-from hintjax.methods._shapes import checked, maps
+from hintjax.methods._shapes import checked, maps, places
 from hintjax.methods._tokens import counted
 from hintjax.networks import Features
 
@@ -66,4 +66,4 @@ def channel_wise(
         return total(values), memory, {}
 
     method = Method(student_wants, teacher_wants, init, apply)
-    return checked("channel_wise", pairs, method, maps)
+    return checked("channel_wise", pairs, method, maps, places)

@@ -12,7 +12,7 @@ from hintjax import regressors
 from hintjax._checks import positive_int
 from hintjax.losses import correlation_loss
 from hintjax.method import Applied, Batch, Context, Data, Method, Pairs, hints_of, total
-from hintjax.methods._shapes import checked
+from hintjax.methods._shapes import checked, examples
 from hintjax.networks import Features
 
 
@@ -89,4 +89,4 @@ def correlation_congruence(pairs: Pairs, *, feature_dim: int = 128) -> Method:
         return total(values), memory, {}
 
     method = Method(student_wants, teacher_wants, init, apply)
-    return checked("correlation_congruence", pairs, method)
+    return checked("correlation_congruence", pairs, method, first=examples(2))

@@ -3,7 +3,7 @@
 from hintjax.losses import cosine_loss
 from hintjax.method import Method, Pairs
 from hintjax.methods._compared import compared
-from hintjax.methods._shapes import alike
+from hintjax.methods._shapes import alike, directions
 
 
 def cosine(pairs: Pairs, *, padding: str | None = None) -> Method:
@@ -32,4 +32,4 @@ def cosine(pairs: Pairs, *, padding: str | None = None) -> Method:
     References:
         Sanh et al. 2019, DistilBERT, a distilled version of BERT.
     """
-    return compared("cosine", pairs, cosine_loss, padding, alike)
+    return compared("cosine", pairs, cosine_loss, padding, alike, directions)

@@ -30,7 +30,7 @@ from hintjax._checks import (
 from hintjax._numerics import either, masked_mean
 from hintjax.losses import contrastive_log_constant, contrastive_scores_loss
 from hintjax.method import Applied, Batch, Context, Data, Method, hints_of
-from hintjax.methods._shapes import checked
+from hintjax.methods._shapes import checked, examples
 from hintjax.networks import Features
 
 HIGHEST = jax.lax.Precision.HIGHEST
@@ -338,7 +338,8 @@ def crd(
         check=None if isinstance(negatives, GivenNegatives) else check,
         limits=None if in_batch else limits,
     )
-    return checked("crd", [pair], method)
+    few = examples(2) if in_batch else None
+    return checked("crd", [pair], method, first=few)
 
 
 def crd_bytes(

@@ -6,6 +6,7 @@ from hintjax._checks import Refusal, instance, message, rank
 from hintjax.losses import patient_loss
 from hintjax.method import Method, Pairs
 from hintjax.methods._compared import compared
+from hintjax.methods._shapes import directions
 
 
 def patient(pairs: Pairs, *, token: int = 0) -> Method:
@@ -42,4 +43,4 @@ def patient(pairs: Pairs, *, token: int = 0) -> Method:
                 raise Refusal(message("patient", f"a token at {token}", got))
         return patient_loss(student[:, token], teacher[:, token], where=where)
 
-    return compared("patient", pairs, loss)
+    return compared("patient", pairs, loss, first=directions)

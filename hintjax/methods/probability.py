@@ -3,6 +3,7 @@
 from hintjax.losses import probability_loss
 from hintjax.method import Method, Pairs
 from hintjax.methods._compared import compared
+from hintjax.methods._shapes import examples
 
 
 def probability_transfer(pairs: Pairs) -> Method:
@@ -27,4 +28,5 @@ def probability_transfer(pairs: Pairs) -> Method:
         Passalis and Tefas 2018, Learning Deep Representations with Probabilistic
         Knowledge Transfer.
     """
-    return compared("probability_transfer", pairs, probability_loss)
+    few = examples(2)
+    return compared("probability_transfer", pairs, probability_loss, first=few)

@@ -13,7 +13,7 @@ from hintjax.method import (
     nothing,
     total,
 )
-from hintjax.methods._shapes import checked
+from hintjax.methods._shapes import checked, examples
 from hintjax.networks import Features
 
 
@@ -68,4 +68,4 @@ def relational(pairs: Pairs, *, distance: float = 25.0, angle: float = 50.0) -> 
         return total(parts), memory, metrics
 
     method = Method(student_wants, teacher_wants, nothing, apply)
-    return checked("relational", pairs, method)
+    return checked("relational", pairs, method, first=examples(3))

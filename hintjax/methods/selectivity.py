@@ -3,7 +3,7 @@
 from hintjax.losses import selectivity_loss
 from hintjax.method import Method, Pairs
 from hintjax.methods._compared import compared
-from hintjax.methods._shapes import maps
+from hintjax.methods._shapes import maps, places
 
 
 def selectivity(pairs: Pairs, *, padding: str | None = None) -> Method:
@@ -30,4 +30,4 @@ def selectivity(pairs: Pairs, *, padding: str | None = None) -> Method:
         Huang and Wang 2017, Like What You Like: Knowledge Distill via Neuron
         Selectivity Transfer.
     """
-    return compared("selectivity", pairs, selectivity_loss, padding, maps)
+    return compared("selectivity", pairs, selectivity_loss, padding, maps, places)

@@ -3,6 +3,7 @@
 from hintjax.losses import similarity_loss
 from hintjax.method import Method, Pairs
 from hintjax.methods._compared import compared
+from hintjax.methods._shapes import examples
 
 
 def similarity_preserving(pairs: Pairs, *, padding: str | None = None) -> Method:
@@ -29,4 +30,5 @@ def similarity_preserving(pairs: Pairs, *, padding: str | None = None) -> Method
     References:
         Tung and Mori 2019, Similarity-Preserving Knowledge Distillation.
     """
-    return compared("similarity_preserving", pairs, similarity_loss, padding)
+    name, few = "similarity_preserving", examples(2)
+    return compared(name, pairs, similarity_loss, padding, first=few)

@@ -223,3 +223,36 @@ def test_attention_transfer_takes_the_codes_signs():
     np.testing.assert_allclose(values, want, rtol=1e-6)
     unsigned = losses.attention_transfer_loss(student, teacher, power=3)
     assert np.all(np.abs(unsigned - want) > 1e-3)
+
+
+@pytest.mark.parametrize("name", ANY)
+def test_too_few_examples_to_compare_are_refused_in_the_first_batch_alone(name):
+    """Their loss is 0 and the student would not move; a last batch may be small."""
+    least = 3 if name == "relational" else 2
+    words = f"{least} examples or more, got"
+    assert words in refused(name, (least - 1, 5), (least - 1, 5))
+    student, teacher = shown((least, 5), (least, 5))
+    params, memory = ALL[name].init(KEY, student, teacher, DATA)
+    small, batch = shown((1, 5), (1, 5)), {"label": jnp.zeros(1, int)}
+    small = small if name != "crd" else (student, teacher)
+    batch = batch if name != "crd" else {"label": jnp.zeros(least, int)}
+    jax.eval_shape(
+        lambda ours, theirs: ALL[name].apply(
+            params, memory, ours, theirs, batch, CONTEXT
+        )[0],
+        *small,
+    )
+
+
+@pytest.mark.parametrize("name", ["attention_transfer", "channel_wise", "selectivity"])
+def test_one_position_is_refused_where_positions_are_compared(name):
+    """A softmax or a normalized map over one position is constant."""
+    for shape in ((2, 1, 5), (2, 1, 1, 5)):
+        assert "two positions or more" in refused(name, shape, shape)
+
+
+def test_one_channel_has_no_direction():
+    assert "two channels or more" in refused("cosine", (2, 4, 1), (2, 4, 1))
+    student, teacher = shown((2, 4, 1), (2, 4, 1))
+    with pytest.raises(hj.Refusal, match="patient: .* two channels or more"):
+        hj.patient(PAIRS).init(KEY, student, teacher, None)
