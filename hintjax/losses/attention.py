@@ -155,7 +155,11 @@ def attention_energy(
     Array([[[3.535534]]], dtype=float32)
     """
     features = as_float("attention_energy", features)
-    _checks.positive_int("attention_energy", power=power)
+    _checks.instance("attention_energy", Sequence, size=size)
+    sizes = {f"size[{axis}]": n for axis, n in enumerate(size)}
+    _checks.positive_int("attention_energy", power=power, **sizes)
+    wanted = "*batch *positions c"
+    _checks.rank("attention_energy", len(size) + 1, wanted, features=features)
     smaller = tuple(map(min, size, features.shape[-1 - len(size) : -1]))
     pooled = adaptive_average_pool(features, smaller)
     energy = jnp.mean(absolute_power(pooled, power), -1, keepdims=True)
