@@ -317,8 +317,10 @@ def crd(
         return {**memory, "bank": bank}
 
     def check(data: Data) -> None:
-        labels = data.labels
-        if on_host(labels) and np.min(labels) == np.max(labels):
+        if not on_host(data.labels):
+            return
+        labels = np.asarray(data.labels)
+        if labels.min() == labels.max():
             got = f"{data.size} labels of one class"
             do = "The negatives of an example are of other classes."
             raise Refusal(message("crd", "labels of several classes", got, do))
