@@ -106,7 +106,10 @@ def key(caller: str, axes: int, *, do: str = "", **keys: Array | np.ndarray) -> 
 
 
 def mask(
-    caller: str, where: Array | None, *shapes: tuple[int, ...], name: str = "where"
+    caller: str,
+    where: Array | np.ndarray | None,
+    *shapes: tuple[int, ...],
+    name: str = "where",
 ) -> None:
     """Raise unless `where` is None, or boolean and of one of the shapes."""
     if where is None:

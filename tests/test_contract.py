@@ -730,12 +730,14 @@ METHODS = {
         methods.attention_transfer(PAIRS),
         Features(hints={"guided": (4, 4, 3)}),
         Features(hints={"hint": (8, 8, 5)}),
+        least=2,
     ),
     "binary_kd": Taught(methods.binary_kd(), *OUTPUTS),
     "channel_wise": Taught(
         methods.channel_wise(PAIRS, regressor=regressors.linear),
         Features(hints={"guided": (4, 4, 3)}),
         Features(hints={"hint": (4, 4, 5)}),
+        least=2,
     ),
     "class_attention": Taught(
         methods.class_attention(("guided", "hint")),
@@ -753,6 +755,7 @@ METHODS = {
         methods.cosine(PAIRS),
         Features(hints={"guided": (4, 6)}),
         Features(hints={"hint": (4, 6)}),
+        least=2,
     ),
     "crd": Taught(
         methods.crd(
@@ -828,6 +831,7 @@ METHODS = {
         methods.patient(PAIRS),
         Features(hints={"guided": (4, 6)}),
         Features(hints={"hint": (4, 6)}),
+        least=2,
     ),
     "probability_transfer": Taught(
         methods.probability_transfer(PAIRS), *UNLIKE, waived=TOGETHER
@@ -848,6 +852,7 @@ METHODS = {
         methods.selectivity(PAIRS),
         Features(hints={"guided": (4, 4, 3)}),
         Features(hints={"hint": (8, 8, 5)}),
+        least=2,
     ),
     "similarity_preserving": Taught(
         methods.similarity_preserving(PAIRS), *UNLIKE, waived=TOGETHER

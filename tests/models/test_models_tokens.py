@@ -76,7 +76,7 @@ def test_the_hint_paths_of_a_vision_transformer(distillation):
     assert parts == 3 * [(n, 2, 16)] + 2 * [(2, n, n)]
     vectors = {path: shape for path, shape in layers.items() if len(shape) == 1}
     aside = {"distillation_token": (32,), "distillation_classifier": (10,)}
-    want = {"token": (32,), "classifier": (10,)}
+    want = {"token": (32,), "classifier": (10,), ":out": (10,)}
     assert vectors == (aside | want if distillation else want)
     structs = {path: images(*shape) for path, shape in layers.items()}
     assert pairing.head(structs) == ("token", "classifier")
