@@ -316,7 +316,7 @@ def step(case: Case, mesh: jax.sharding.Mesh) -> tuple[Any, tuple]:
     if method.teacher == hj.Wants():
         teacher, theirs = None, None
     stage = make(student, teacher, method, optimizer, mesh=mesh)
-    data = hj.Data(jnp.zeros(EXAMPLES, jnp.int32))
+    data = hj.Data(jnp.arange(EXAMPLES, dtype=jnp.int32) % pair.classes)
     state = jax.eval_shape(partial(stage.init, data=data), key, ours, theirs, batch)
     return stage.update, (state, theirs, batch)
 
