@@ -80,7 +80,7 @@ def make(feed: str, examples: int, epochs: int) -> Callable[..., dict[str, Any]]
     dataset = Dataset("noise", 3, *[split] * 3, statistics(split), ("a", "b", "c"))
     student, steps = hj.linen(Net()), epochs * examples // BATCH
     task = hj.task(optax.softmax_cross_entropy_with_integer_labels)
-    terms = hj.objective(task=task, seen=witness(steps))
+    terms = hj.objective(task=task, seen=hj.weighted(witness(steps), 0.0))
     stage = hj.distillation_stage(student, None, terms, optax.sgd(0.01))
     phase = Phase("distillation", program(stage, BATCH, AUGMENT), steps)
     variables = jax.jit(student.init)(jax.random.key(1), image)
