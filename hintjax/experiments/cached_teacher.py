@@ -26,7 +26,7 @@ class CachedTeacher(NamedTuple):
 
     contents: Contents
     rows: Rows
-    on_device: dict[str, Array] | None
+    on_device: Mapping[str, Array | np.ndarray] | None
 
     def serves(self, method: Method) -> bool:
         """Whether a method reads features of the teacher that depend on the inputs."""

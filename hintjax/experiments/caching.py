@@ -123,7 +123,7 @@ def planned_cache(setting: Setting, recipes: Sequence[Recipe]) -> Setting:
     placed = None
     if rows.nbytes <= ON_DEVICE:
         placed = {
-            name: jnp.zeros((total, math.prod(row.shape)), row.dtype)
+            name: np.zeros((total, math.prod(row.shape)), row.dtype)
             for name, row in plan.rows.items()
         }
     return setting._replace(cache=CachedTeacher(plan, rows, placed))
