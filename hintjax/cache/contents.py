@@ -28,7 +28,8 @@ class Place(NamedTuple):
     """The rows of a batch: their numbers, and their arrays if the batch brings them.
 
     Attributes:
-        index: the position of each example in the training split.
+        index: the position of each example in the training split. Rows on the device
+            are read without a check: an index beyond the split reads another row.
         view: the number of the view of each example.
         rows: the arrays of the rows, or None if the teacher's variables hold all rows.
     """
@@ -160,7 +161,15 @@ def contents(
 
     rows = jax.eval_shape(encoded, named)
 
-    def apply(params, state, at, *, wants, train, key=None):
+    def apply(
+        params: PyTree,
+        state: PyTree,
+        at: Any,
+        *,
+        wants: Wants,
+        train: bool,
+        key: Array | None = None,
+    ) -> tuple[Features, PyTree]:
         if isinstance(at, Place):
             read = decoded(_gathered(at, state["rows"], rows, examples))
             leaves = [read[name] for name in named]
@@ -170,10 +179,12 @@ def contents(
         hints = {name: found["hints"][name] for name in wants.hints}
         return features_of("cache", found["output"], hints, params, wants), state
 
-    def init(key, at):
+    def init(key: Array, at: PyTree) -> Variables:
         raise Refusal(message("cache", "the variables of a teacher", "init"))
 
-    def layers(params, state, at):
+    def layers(
+        params: PyTree, state: PyTree, at: PyTree
+    ) -> dict[str, jax.ShapeDtypeStruct]:
         return dict(shown["hints"])
 
     return Contents(
