@@ -60,6 +60,7 @@ from hintjax.methods import (
     variational,
     warm_up,
 )
+from hintjax.methods.task import task
 from hintjax.networks import (
     Features,
     Network,
@@ -71,7 +72,7 @@ from hintjax.networks import (
     linen,
     split,
 )
-from hintjax.objective import Adjustable, Weighted, objective, task, weighted
+from hintjax.objective import Adjustable, Weighted, objective, weighted
 from hintjax.pairing import suggest_pairs
 from hintjax.population import Population, population, reweighted
 from hintjax.sharding import Layout, data_mesh, make_mesh

@@ -24,8 +24,9 @@ import pytest
 
 from hintjax import losses, methods, regressors, sharding, stages
 from hintjax.method import Context, Data, Method, reduced
+from hintjax.methods.task import task
 from hintjax.networks import Features, Network, Variables
-from hintjax.objective import objective, task
+from hintjax.objective import objective
 
 pytestmark = pytest.mark.usefixtures("strict")
 

@@ -24,7 +24,7 @@ ORDER = (
     *("networks", "regressors"),  # models as pure functions
     *("processes", "sharding", "memory"),  # where arrays live
     *("method", "objective", "views", "teachers", "methods"),  # methods
-    *("pairing", "measuring"),  # which layers to match
+    "pairing",  # which layers to match
     *("stages", "population", "export"),  # update steps
     *("models", "weights"),  # networks that are ready to use
     "data",
@@ -54,7 +54,6 @@ OUTSIDE = {
     "teachers": MODELS,
     "methods": MODELS,
     "pairing": MODELS,
-    "measuring": MODELS,
     "stages": UPDATES,
     "population": UPDATES,
     "export": MODELS,

@@ -9,8 +9,9 @@ from jax.sharding import PartitionSpec
 
 import hintjax as hj
 from hintjax.method import Context, Method, over_pairs, union
+from hintjax.methods.task import task
 from hintjax.networks import Features, Wants
-from hintjax.objective import Adjustable, Weighted, objective, task, weighted
+from hintjax.objective import Adjustable, Weighted, objective, weighted
 
 pytestmark = [pytest.mark.quick, pytest.mark.usefixtures("strict")]
 

@@ -18,7 +18,7 @@ SNAPSHOT = Path(__file__).parent / "public_api.txt"
 ROOMS = (
     *("losses", "methods", "regressors", "networks", "stages", "memory", "data"),
     *("cache", "metrics", "models", "weights", "sharding", "export", "population"),
-    *("probes", "training", "similarity", "measuring"),
+    *("probes", "training", "similarity", "pairing"),
 )
 
 

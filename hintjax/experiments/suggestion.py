@@ -17,9 +17,17 @@ from hintjax.experiments.finished import RESULT, evaluation_size, load_student
 from hintjax.experiments.setting import Setting, prepare, taught_by
 from hintjax.experiments.teacher import teacher_of
 from hintjax.experiments.teaching import teacher_variables
-from hintjax.measuring import Seen, alignment, measure
 from hintjax.networks import Variables
-from hintjax.pairing import Choice, Measured, choose, remarks, suggest_pairs
+from hintjax.pairing import (
+    Choice,
+    Measured,
+    Seen,
+    alignment,
+    choose,
+    measure,
+    remarks,
+    suggest_pairs,
+)
 
 _BATCH = 64  # images; the similarity keeps n^2 numbers for each layer
 _COLUMNS = (

@@ -18,8 +18,8 @@ from hintjax.data import targets
 from hintjax.data.targets import IGNORED, Targets
 from hintjax.method import Method
 from hintjax.methods import binary_kd, dense_kd, kd, regression_kd, soft_targets
+from hintjax.methods.task import task
 from hintjax.metrics import Metric, not_ignored
-from hintjax.objective import task
 
 Key = TypeVar("Key", bound=Hashable)
 

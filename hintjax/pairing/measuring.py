@@ -17,7 +17,8 @@ from hintjax._checks import Refusal, message, positive_int
 from hintjax._numerics import as_float, at_smaller_size
 from hintjax.networks import Network, Variables, Wants
 from hintjax.networks.network import read_variables
-from hintjax.pairing import Candidate, Measured, candidates, nearest_in_depth
+from hintjax.pairing.choice import Candidate, Measured
+from hintjax.pairing.layers import candidates, nearest_in_depth
 from hintjax.regressors import fit, to_grid
 from hintjax.similarity import (
     Moments,

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 import hintjax as hj
-from hintjax.measuring import Seen, _compared, _size, alignment, measure
+from hintjax.pairing import Seen, alignment, measure
+from hintjax.pairing.measuring import _compared, _size
 from hintjax.similarity import add_minibatch, begin_minibatch, minibatch_cka
 
 CLASSES, SIZE = 3, 16
