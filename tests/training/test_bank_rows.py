@@ -54,15 +54,15 @@ def test_a_bank_is_the_same_on_any_number_of_devices(before, devices, saved):
 @pytest.mark.parametrize(
     ("like", "words"),
     [
-        (bank_on(1, SIZE + 1), "2 differences"),  # no device needs a row of zeros
-        (bank_on(1, 0), "2 differences"),  # negatives from the batch
-        (bank_on(1, features=5), "2 differences"),
-        (bank_on(1, SIZE - 1), "restore: expected bank/student with 24 rows, and zero"),
+        ({"size": SIZE + 1}, "2 differences"),  # one device needs no row of zeros
+        ({"size": 0}, "2 differences"),  # negatives from the batch
+        ({"features": 5}, "2 differences"),
+        ({"size": 24}, "restore: expected bank/student with 24 rows, and zeros after"),
     ],
 )
 def test_a_bank_of_other_examples_is_refused(like, words, saved):
     with pytest.raises(ValueError, match=words):
-        open_checkpoints(saved / "1").restore(like)
+        open_checkpoints(saved / "1").restore(bank_on(1, **like))
 
 
 def test_rows_are_added_for_devices_alone(tmp_path):
