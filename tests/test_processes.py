@@ -66,11 +66,23 @@ def ended(both):
         ({"processes": 2, "process": 0}, "no coordinator"),
         ({"coordinator": "host", "processes": 2, "process": 0}, "'host'"),
         ({"coordinator": "host:1", "processes": 2, "process": 2}, "process in 0..1"),
+        ({"coordinator": "host:1", "processes": 0, "process": 0}, "an integer >= 1"),
     ],
 )
 def test_what_does_not_go_together_is_refused_before_anything_starts(given, sentence):
     with pytest.raises(ValueError, match=f"processes: expected .*{sentence}"):
         launch.start(**given)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("number", ["-1", "2", "7"])
+def test_the_command_refuses_a_number_that_no_process_has(number, capsys):
+    words = ["--coordinator", "localhost:1", "--processes=2", "--process", number]
+    with pytest.raises(SystemExit) as ending:
+        main(["distill", *words])
+    assert ending.value.code == 2
+    wanted = f"hintjax: processes: expected process in 0..1, got {number}"
+    assert wanted in capsys.readouterr().err
 
 
 @pytest.mark.quick

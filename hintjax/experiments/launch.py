@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 import jax
 
-from hintjax._checks import Refusal, message
+from hintjax._checks import Refusal, message, positive_int
 from hintjax.experiments.ending import watched
 from hintjax.experiments.meeting import meet
 
@@ -63,6 +63,7 @@ def start(
     if not (host and colon and port.isdecimal()):
         wanted = "coordinator as host:port"
         raise Refusal(message("processes", wanted, repr(coordinator)))
+    positive_int("processes", processes=processes)
     if not 0 <= process < processes:
         wanted = f"process in 0..{processes - 1}"
         raise Refusal(message("processes", wanted, f"{process}"))

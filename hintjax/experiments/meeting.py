@@ -12,7 +12,7 @@ The first process sends `["wait" or "end", a sentence]`, or `["go", ""]`.
 
 import contextlib
 import json
-import select
+import selectors
 import socket
 import sys
 import time
@@ -60,14 +60,16 @@ class _Host:
         self._coordinator, self._processes = coordinator, processes
         self._missing = set(range(1, processes))
         self._there: dict[socket.socket, int] = {}
-        self._unknown: set[socket.socket] = set()
+        self._sources = selectors.DefaultSelector()
 
     def wait(self, port: int) -> None:
         """Waits for all others at a port."""
         begun = time.monotonic()
         end, say = begun + SECONDS, begun + _QUIET
         with contextlib.ExitStack() as stack:
+            stack.enter_context(self._sources)
             door = stack.enter_context(_open(self._coordinator, port))
+            self._sources.register(door, selectors.EVENT_READ)
             while self._missing:
                 now = time.monotonic()
                 if now >= end:
@@ -76,13 +78,12 @@ class _Host:
                 if now >= say:
                     say = now + _AGAIN
                     self._tell("wait", _waiting(self._missing, self._coordinator))
-                sources = (door, *self._unknown, *self._there)
-                found, _, _ = select.select(sources, (), (), min(end, say) - now)
-                for source in found:
-                    if source is door:
-                        self._unknown.add(stack.enter_context(door.accept()[0]))
+                for key, _ in self._sources.select(min(end, say) - now):
+                    if key.fileobj is door:
+                        guest = stack.enter_context(door.accept()[0])
+                        self._sources.register(guest, selectors.EVENT_READ)
                     else:
-                        self._hear(source)
+                        self._hear(key.fileobj)
             door.close()  # JAX takes the port
             self._tell("go", "")
 
@@ -95,11 +96,11 @@ class _Host:
         if source in self._there:
             number = self._there.pop(source)
             self._refuse(f"process {number} to wait for the others", "its end")
-        self._unknown.remove(source)
         try:
             number, processes = map(int, json.loads(said))
-        except (TypeError, ValueError):
-            source.close()  # it is no process of a run
+        except (TypeError, ValueError, OverflowError, RecursionError):
+            self._sources.unregister(source)  # it is no process of a run
+            source.close()
             return
         self._there[source] = number
         if processes != self._processes:

@@ -121,7 +121,8 @@ def test_a_number_is_taken_once(coordinator):
 def test_a_stranger_is_not_counted(coordinator):
     with ThreadPoolExecutor(1) as thread:
         all_of_them = thread.submit(met, coordinator, (2, 0))
-        for said in (b"GET / HTTP/1.1\r\n\r\n", b"[1]", b"7", b"\xff\xfe"):
+        odd = (b"[1]", b"7", b"\xff\xfe", b"[Infinity, 2]", b"[" * 4000)
+        for said in (b"GET / HTTP/1.1\r\n\r\n", *odd):
             with guest(coordinator, said) as stranger:
                 stranger.settimeout(30)
                 assert stranger.recv(1) == b""  # it is sent away
