@@ -39,7 +39,7 @@ def fsp(
     regressor: regressors.Sizing | None = None,
     padding: str | None = None,
 ) -> Method:
-    """FSP: what happens between two layers is the same in student and teacher.
+    """FSP: the flow between two layers is the same in student and teacher.
 
     Each flow is first reduced to its FSP matrix. Matrices of one shape are then
     compared at once, by vmap over the pairs, and the losses are summed. The layers may
