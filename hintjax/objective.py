@@ -185,13 +185,15 @@ def _kept(
     if context.train:
         key = jax.random.fold_in(context.key, len(parts))
         drawn = jax.random.bernoulli(key, keep, values.shape)
-        kept = drawn | ~(values < values.max(0))  # a value that is nan is kept, too
+        kept = drawn | ~(
+            values < values.max(0, keepdims=True)
+        )  # a value that is nan is kept, too
     each = masked_mean(kept.sum(0).astype(values.dtype), where)
     shares = {
         f"{name}/kept": masked_mean(one.astype(values.dtype), where)
         for name, one in zip(parts, kept, strict=True)
     }
-    return jnp.where(kept, values, 0).sum(0) / each, shares
+    return jnp.where(kept, values, 0.0).sum(0) / each, shares
 
 
 def _objective(

@@ -29,7 +29,7 @@ def given(name):
 def applied(keep, batch=None, *, train=True, key=0, scale=1.0, **weights):
     terms = {n: hj.weighted(given(n), weights.get(n, 1.0)) for n in LOSSES}
     method = hj.teacher_dropping(keep, **terms)
-    params, memory = method.init(jax.random.key(0), None, None, None)
+    params, memory = method.init(jax.random.key(0), hj.Features(), hj.Features(), None)
     context = hj.Context(jax.random.key(key), jnp.int32(0), train)
     student = hj.Features(output=jnp.full(4, scale))
     values, _, metrics = method.apply(
