@@ -185,9 +185,8 @@ def _kept(
     if context.train:
         key = jax.random.fold_in(context.key, len(parts))
         drawn = jax.random.bernoulli(key, keep, values.shape)
-        kept = drawn | ~(
-            values < values.max(0, keepdims=True)
-        )  # a value that is nan is kept, too
+        worst = values.max(0, keepdims=True)
+        kept = drawn | ~(values < worst)  # so nan is kept, too
     each = masked_mean(kept.sum(0).astype(values.dtype), where)
     shares = {
         f"{name}/kept": masked_mean(one.astype(values.dtype), where)
