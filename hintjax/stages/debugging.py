@@ -23,6 +23,7 @@ from hintjax._checks import Refusal, is_array, message
 from hintjax.method import Context, Method
 from hintjax.metrics import not_ignored
 from hintjax.networks import Features
+from hintjax.stages.compiled import Compiled
 from hintjax.stages.report import by_layer
 from hintjax.stages.stage import Stage
 
@@ -55,8 +56,8 @@ def checked(stage: Stage) -> Stage:
         `stage.step` that `raising` has made.
     """
     return stage._replace(
-        update=raising(inspect.unwrap(stage.update)),
-        evaluate=raising(inspect.unwrap(stage.evaluate)),
+        update=Compiled(raising(inspect.unwrap(stage.update))),
+        evaluate=Compiled(raising(inspect.unwrap(stage.evaluate))),
     )
 
 

@@ -5,7 +5,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Key, PyTree
 
 from hintjax._checks import Refusal, message, on_host
@@ -46,6 +45,7 @@ def init(
     """
     entering.check_key(key)
     variables = entering.student(student), entering.teacher(teacher)
+    entering.check_arrays("the teacher's", variables[1])
     entering.check_batch(batch)
     entering.check_data(data)
     entering.check_carry(carry)
@@ -62,7 +62,7 @@ def init(
         earlier = copied((carry.params["regressors"], carry.memory))
     made: State = fresh(key, variables, theirs, batch, data, earlier)
     if plan.method.limits is not None:
-        check_limits(batch, plan.method.limits(made.memory))
+        entering.check_limits(batch, plan.method.limits(made.memory), on_host)
     # Only the new arrays come out of the jit: the student's are the copies above.
     state = made._replace(
         params={"student": variables.params, **made.params},
@@ -71,29 +71,6 @@ def init(
         norms=() if plan.spikes is None else skipping.begin(),
     )
     return plan.place.begin(state, None if theirs is None else theirs.params)
-
-
-def check_limits(batch: Batch, limits: dict[str, int]) -> None:
-    """Raises if the numbers of a batch are known, and one of them is not in its limits.
-
-    Args:
-        batch: the batch.
-        limits: the number n by name of an entry, whose numbers must be in 0..n - 1.
-
-    Raises:
-        ValueError: if an example that counts has another number.
-    """
-    where = batch.get("where")
-    for name, n in limits.items():
-        if not on_host(batch.get(name)) or not (where is None or on_host(where)):
-            continue
-        numbers = np.asarray(batch[name])
-        numbers = numbers if where is None else numbers[np.asarray(where)]
-        wrong = numbers[(numbers < 0) | (numbers >= n)]
-        if wrong.size:
-            wanted = f"{name!r} in 0..{n - 1}, positions in the training set"
-            do = "Data(labels) holds the labels of the whole training set."
-            raise Refusal(message("batch", wanted, f"{wrong.flat[0]}", do))
 
 
 def fresh(

@@ -42,6 +42,7 @@ from hintjax.stages.accumulation import (
     micro_batch,
     stacked,
 )
+from hintjax.stages.compiled import Compiled
 from hintjax.stages.forward import Plan, features_of_teacher, loss, parts_of
 from hintjax.stages.placement import placement
 from hintjax.stages.report import Report
@@ -372,10 +373,16 @@ def make_stage(
         init=partial(start.init, plan, fresh),
         teach=partial(teach, plan),
         step=partial(step, plan),
-        update=plan.place.jit(partial(update, plan), True),
-        evaluate=plan.place.jit(partial(evaluate, plan), False),
-        report=plan.place.jit(partial(report, plan), False),
+        update=_compiled(plan, update, True),
+        evaluate=_compiled(plan, evaluate, False),
+        report=_compiled(plan, report, False),
     )
+
+
+def _compiled(plan: Plan, function: Callable[..., Any], moves: bool) -> Compiled:
+    """The jit of a function of the plan; only one that moves the state trains."""
+    jitted = plan.place.jit(partial(function, plan), moves)
+    return Compiled(jitted, plan.method.limits if moves else None)
 
 
 def check_kinds(
