@@ -5,8 +5,10 @@ nothing of data, optimizers or modules beyond `Features`. They compose: a weight
 sum of methods is an `objective`, which is a method itself.
 """
 
+import contextlib
+import contextvars
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -30,6 +32,7 @@ PREPARED = "prepared"  # the memory with the parameters that an earlier stage tr
 Pairs = Sequence[tuple[str, str]]  # (guided layer, hint layer), as paths
 Batch = Mapping[str, PyTree]  # of arrays of JAX or NumPy
 Applied = tuple[Array, dict, dict]  # values, memory, metrics
+_apart = contextvars.ContextVar("apart", default=False)
 
 
 class Context(NamedTuple):
@@ -233,6 +236,8 @@ def over_pairs(
     function("over_pairs", loss=loss)
 
     def summed(students: Sequence[Array], teachers: Sequence[Array]) -> Array:
+        if _apart.get():
+            return total(map(loss, students, teachers))
         groups: dict[tuple, list[tuple[Array, Array]]] = {}
         for pair in zip(students, teachers, strict=True):
             groups.setdefault(tuple((a.shape, a.dtype) for a in pair), []).append(pair)
@@ -242,6 +247,20 @@ def over_pairs(
         )
 
     return summed
+
+
+@contextlib.contextmanager
+def pairs_apart() -> Iterator[None]:
+    """While open, `over_pairs` stacks no pairs.
+
+    A traced program then shows which pair reads which layer. It gives the same values,
+    up to rounding.
+    """
+    before = _apart.set(True)
+    try:
+        yield
+    finally:
+        _apart.reset(before)
 
 
 def total(values: Iterable[Float[Array, "..."]]) -> Float[Array, "..."]:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Key, PyTree
 
 from hintjax._checks import Refusal, message
-from hintjax.method import Context
+from hintjax.method import Context, pairs_apart
 from hintjax.networks import Features, Variables
 from hintjax.stages import entering
 from hintjax.stages.dependency import Program, differentiated
@@ -123,14 +123,15 @@ def judged(plan: Plan, parts: Parts, shown: Shown) -> Program:
 
     def losses(moving: Leaves, fixed: dict[str, PyTree]) -> dict[str, Array]:
         parts, features = fixed["parts"], {**moving, **fixed["features"]}
-        values, _, metrics = plan.method.apply(
-            parts.params["regressors"],
-            parts.memory,
-            tree.unflatten(features[name] for name in named),
-            parts.taught,
-            parts.batch,
-            Context(parts.key, parts.step, True),
-        )
+        with pairs_apart():
+            values, _, metrics = plan.method.apply(
+                parts.params["regressors"],
+                parts.memory,
+                tree.unflatten(features[name] for name in named),
+                parts.taught,
+                parts.batch,
+                Context(parts.key, parts.step, True),
+            )
         return _by_term({**metrics, "loss": jnp.sum(values)})
 
     moving, rest = (
