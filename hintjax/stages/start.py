@@ -99,6 +99,7 @@ def fresh(
     told = jax.eval_shape(lambda features: features, taught)
     own, theirs = jax.random.split(key)
     regressors, memory = copied(plan.method.init(theirs, shown.features, told, data))
+    check_micro_batches(plan, theirs, student, teacher, batch, data)
     if earlier is not None:
         regressors, memory = carried((regressors, memory), earlier)
     params = {"student": params, "regressors": regressors}
@@ -113,6 +114,57 @@ def fresh(
         state=None,
         opt_state=optimizer.begun(chosen.transform, params),
     )
+
+
+def check_micro_batches(
+    plan: Plan,
+    key: Key[Array, ""],
+    student: Variables,
+    teacher: Variables | None,
+    batch: Batch,
+    data: Data | None,
+) -> None:
+    """Raises if the method can begin with the batch, and not with a micro-batch of it.
+
+    A loss that compares examples is constant if a micro-batch has too few of them.
+
+    Args:
+        plan: the stage's settings.
+        key: of the method's parameters, or its shape.
+        student: the student's variables, or their shapes.
+        teacher: the teacher's variables, or None.
+        batch: the batch, or its shapes.
+        data: the labels of the training set.
+    """
+    n = jax.tree.leaves(batch)[0].shape[0]
+
+    def begin(few: Batch) -> tuple[dict, dict]:
+        shown = reach.features(plan, student, few, key)
+        return plan.method.init(
+            key, shown, features_of_teacher(plan, teacher, few), data
+        )
+
+    def refusal(count: int) -> Refusal | None:
+        few = jax.tree.map(lambda leaf: leaf[: n // count], batch)
+        try:
+            jax.eval_shape(begin, few)
+        except Refusal as error:
+            return error
+        return None
+
+    # A batch that cannot be divided is refused by the step.
+    counts = [
+        k for k in range(plan.accumulate, 0, -1) if n % (k * plan.place.parts) == 0
+    ]
+    if plan.accumulate == 1 or plan.accumulate not in counts:
+        return
+    error = refusal(plan.accumulate)
+    if error is not None:
+        most = next((count for count in counts if refusal(count) is None), 1)
+        wanted = f"at most {most} micro-batches of a batch of {n} examples"
+        said = str(error).partition(". ")[0]
+        do = f"Each has {n // plan.accumulate} of them. {said}."
+        raise Refusal(message("accumulate", wanted, f"{plan.accumulate}", do))
 
 
 def copied(tree: PyTree) -> PyTree:
