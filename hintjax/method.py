@@ -87,6 +87,8 @@ class Method(NamedTuple):
             set. It is called on the host, before `init`, with the labels themselves.
         limits: `(memory) -> {name: n}`: the entries of a batch whose numbers must be in
             0..n - 1, such as "index".
+        mislabeled: `(memory, batch) -> one bool per example`: whether the label of a
+            training example is not the label of its "index" in the training set.
         silent: the names of the terms, as the metrics have them, whose weight is the
             number 0: an objective only watches them.
         ignored: integer labels that the method leaves out (255 of `task(ignore=255)`),
@@ -104,6 +106,7 @@ class Method(NamedTuple):
     reduced: "Callable[[Features], Reduced] | None" = None
     check: Callable[[Data], None] | None = None
     limits: Callable[[dict], dict[str, int]] | None = None
+    mislabeled: Callable[[dict, Batch], Array] | None = None
     silent: tuple[str, ...] = ()
     ignored: tuple[int, ...] = ()
 

@@ -202,6 +202,7 @@ def objective(**terms: Weighted | Method) -> Method:
         reduced=_reduced(named),
         check=_check(named),
         limits=_limits(named),
+        mislabeled=_mislabeled(named),
         silent=_silent(named),
     )
 
@@ -314,6 +315,19 @@ def _limits(terms: dict[str, Weighted]) -> Callable[[dict], dict[str, int]] | No
         return found
 
     return limits
+
+
+def _mislabeled(terms: dict[str, Weighted]) -> Callable[[dict, Batch], Array] | None:
+    """`Method.mislabeled` of an objective: an example that any term finds."""
+    own = _own(terms, "mislabeled")
+    if not own:
+        return None
+
+    def mislabeled(memory: dict, batch: Batch) -> Array:
+        found = [one(memory[term], batch) for term, one in own.items()]
+        return jnp.any(jnp.stack(found), 0)
+
+    return mislabeled
 
 
 def _silent(terms: dict[str, Weighted]) -> tuple[str, ...]:

@@ -178,7 +178,9 @@ def crd(
         The method. It trains two heads, `student` and `teacher`; remembers the bank
         (`MemoryBank`) and the examples by class; reports `positive`, the mean cosine
         of the positives, and, if there is a bank, `outside`: the fraction of examples
-        whose index is not in the training set. Such examples are not remembered.
+        whose index is not in the training set. Such examples are not remembered. In
+        training, methods that draw negatives also report `mislabeled`: the fraction of
+        examples whose label is not that of their index in `Data(labels)`.
         Batches need "label" and "index"; a stage is initialized with
         `data=Data(labels)`.
 
@@ -307,6 +309,9 @@ def crd(
         metrics = {"positive": masked_mean(by_student[0], where)}
         if outside is not None:
             metrics["outside"] = masked_mean(outside.astype(values.dtype), where)
+        if train and by_index:
+            wrong = mislabeled(memory, batch)
+            metrics["mislabeled"] = masked_mean(wrong.astype(values.dtype), where)
         return values, {**memory, "bank": bank}, metrics
 
     def select(good: Array, memory: dict, before: dict, batch: Batch) -> dict:
@@ -330,6 +335,13 @@ def crd(
         named = [negatives.name] if isinstance(negatives, GivenNegatives) else []
         return {name: size for name in ("index", *named)}
 
+    def mislabeled(memory: dict, batch: Batch) -> Array:
+        classes, index = memory["classes"], _index(batch)
+        known = (index >= 0) & (index < classes.order.shape[0])
+        return known & ~banks.labeled(classes, index, _label(batch))
+
+    # Batches with given negatives need no labels.
+    by_index = isinstance(negatives, AnchorNegatives | SharedNegatives)
     method = Method(
         student_wants,
         teacher_wants,
@@ -339,6 +351,7 @@ def crd(
         select=select,
         check=None if isinstance(negatives, GivenNegatives) else check,
         limits=None if in_batch else limits,
+        mislabeled=mislabeled if by_index else None,
     )
     few = examples(2) if in_batch else None
     return checked("crd", [pair], method, first=few)

@@ -54,6 +54,7 @@ def init(
         wanted = "carry=, the state of the stage before"
         raise Refusal(message("stage", wanted, "None", do))
     ours, theirs, batch = on_automatic((*variables, batch))
+    key, data, carry = on_automatic((key, data, carry))
     if plan.method.check is not None and data is not None:
         plan.method.check(data)
     variables = Variables(*copied(tuple(ours)))

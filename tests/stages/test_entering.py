@@ -392,6 +392,16 @@ def test_texts_that_enter_after_init_are_refused(name, mesh):
     assert "state to be State" in wrong
 
 
+def test_members_of_another_form_and_texts_are_refused_by_a_population():
+    crowd = hj.population(STAGE, 2, together=True)
+    members = first()  # the shapes will do: nothing is computed
+    texts = {**BATCH, "name": np.array(list("abca"))}
+    text = sentence(lambda: crowd.update(members, VARIABLES, texts))
+    assert "'name' to be an array" in text
+    text = sentence(lambda: crowd.update((members, {}), VARIABLES, BATCH))
+    assert "population: expected the members of a population, got tuple of 2" in text
+
+
 @pytest.mark.parametrize("whose", ["student", "teacher"])
 def test_variables_that_are_no_arrays_are_refused(whose):
     given = hj.Variables({"low": {"kernel": "no array"}}, {})
