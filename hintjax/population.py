@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, PyTree, ScalarLike
 
 from hintjax._checks import (
@@ -147,9 +147,11 @@ def population(
             for key, variables in zip(keys, each, strict=True)
         ]
         devices = len(members[0].step.sharding.device_set)
-        # In an outer mesh of `jax.set_mesh`, new arrays are on all its devices.
-        alone = jax.sharding.get_abstract_mesh().empty
-        if mesh is not None and devices > 1 and alone:
+        # New arrays are on all devices of an outer mesh (`jax.set_mesh`), and of the
+        # mesh on which the user has placed an argument.
+        given = jax.tree.leaves((keys, students, teacher, batch))
+        outer = not jax.sharding.get_abstract_mesh().empty
+        if mesh is not None and devices > 1 and not (outer or any(map(_placed, given))):
             do = "Leave out the stage's mesh=: each device trains whole students."
             wanted, got = "a stage on one device", f"one on {devices}"
             raise Refusal(message("population", wanted, got, do))
@@ -197,6 +199,11 @@ def reweighted(state: State, /, **weights: ScalarLike) -> State:
             raise Refusal(message("reweighted", wanted, repr(name), do))
     new = {name: jnp.asarray(x, kept[name].dtype) for name, x in weights.items()}
     return state._replace(memory={**state.memory, ADJUSTABLE: {**kept, **new}})
+
+
+def _placed(leaf: Any) -> bool:
+    """Whether an array is on a mesh."""
+    return isinstance(getattr(leaf, "sharding", None), NamedSharding)
 
 
 def _check_members(given: Any) -> None:

@@ -1,5 +1,6 @@
 """The call of an optimizer, with the arguments that some need beside the gradient."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -67,6 +68,7 @@ def updates(
 
     Raises:
         TypeError: if the optimizer needs another argument, or another type.
+        ValueError: if it leaves a gradient as it is.
     """
 
     def of_all(some: PyTree) -> Float[Array, ""]:
@@ -74,14 +76,40 @@ def updates(
         return value_fn(jax.tree.map(_filled, some, params, is_leaf=_is_masked))
 
     extra = {"value": value, "grad": grads, "value_fn": of_all}
+    call = optax.with_extra_args_support(transform).update
     try:
-        call = optax.with_extra_args_support(transform).update
-        return call(grads, state, params, **extra)
-    except TypeError as error:
+        found = call(grads, state, params, **_accepted(call, extra))
+    except (TypeError, ValueError) as error:
         if isinstance(error, Refusal):
             raise
         wanted = f"an optimizer that needs at most {', '.join(extra)} beside gradients"
-        raise WrongType(message("stage", wanted, f"a TypeError: {error}")) from error
+        got = f"a {type(error).__name__}: {error}"
+        raise WrongType(message("stage", wanted, got)) from error
+    _check_moved(grads, found[0])
+    return found
+
+
+def _accepted(call: Callable[..., Any], extra: dict[str, Any]) -> dict[str, Any]:
+    """The extra arguments that an optimizer takes; most take any."""
+    takes = inspect.signature(call).parameters
+    if any(one.kind is inspect.Parameter.VAR_KEYWORD for one in takes.values()):
+        return extra
+    return {name: value for name, value in extra.items() if name in takes}
+
+
+def _check_moved(grads: PyTree, found: PyTree) -> None:
+    """Raises if an update is the gradient itself, and would climb the loss."""
+    leaves = jax.tree_util.tree_leaves_with_path(grads)
+    for (path, gradient), moved in zip(leaves, jax.tree.leaves(found), strict=True):
+        if moved is gradient:
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            wanted = "an optimizer that makes updates of all gradients"
+            got = f"the gradient of {name!r} itself, which climbs the loss"
+            do = (
+                "optax.masked leaves such gradients: freeze parameters with "
+                "optax.partition and optax.set_to_zero."
+            )
+            raise Refusal(message("stage", wanted, got, do))
 
 
 def _lookaheads(state: optax.OptState) -> list[Any]:

@@ -23,7 +23,6 @@ from jaxtyping import Array, PyTree
 
 from hintjax._checks import (
     Refusal,
-    WrongType,
     accepts,
     instance,
     message,
@@ -400,13 +399,10 @@ def check_kinds(
     do = "Make it one with hintjax.linen, hintjax.nnx or hintjax.function."
     instance(caller, Network, do, student=student)
     instance(caller, (Network, NoneType), do, teacher=teacher)
-    for name, value, kind in (
-        ("method", method, Method),
-        ("optimizer", transform, optax.GradientTransformation),
-    ):
-        if not isinstance(value, kind):
-            wanted = f"{name} to be a {kind.__name__}"
-            raise WrongType(message(caller, wanted, type(value).__name__))
+    instance(caller, Method, method=method)
+    do = "optax.MultiSteps is one after .gradient_transformation()."
+    do = do if isinstance(transform, optax.MultiSteps) else ""
+    instance(caller, optax.GradientTransformation, do, optimizer=transform)
 
 
 def _where(chosen: PyTree, new: PyTree, old: PyTree) -> PyTree:

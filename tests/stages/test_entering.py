@@ -393,8 +393,8 @@ def test_texts_that_enter_after_init_are_refused(name, mesh):
 
 
 def test_members_of_another_form_and_texts_are_refused_by_a_population():
-    crowd = hj.population(STAGE, 2, together=True)
-    members = first()  # the shapes will do: nothing is computed
+    crowd = hj.population(STAGE, 2, together=False)
+    members = first(), first()  # the shapes will do: nothing is computed
     texts = {**BATCH, "name": np.array(list("abca"))}
     text = sentence(lambda: crowd.update(members, VARIABLES, texts))
     assert "'name' to be an array" in text
