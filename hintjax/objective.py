@@ -159,6 +159,7 @@ def objective(**terms: Weighted | Method) -> Method:
         context: Context,
     ) -> Applied:
         parts, metrics = [], {}
+        _check_terms(named, params)
         remembered = {ADJUSTABLE: memory[ADJUSTABLE]} if adjustable else {}
         n = None
         for name, (method, weight) in named.items():
@@ -205,6 +206,14 @@ def objective(**terms: Weighted | Method) -> Method:
         mislabeled=_mislabeled(named),
         silent=_silent(named),
     )
+
+
+def _check_terms(terms: dict[str, Weighted], params: dict) -> None:
+    """Raises if the parameters are those of another objective."""
+    if params.keys() != terms.keys():
+        wanted = f"the state of a stage with the terms {list(terms)}"
+        do = "Pass a state that the init of this stage has made."
+        raise Refusal(message("objective", wanted, f"{list(params)}", do))
 
 
 def _now(

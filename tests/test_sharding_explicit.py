@@ -149,7 +149,7 @@ def test_arrays_on_such_a_mesh_train_a_population_and_a_stage_of_one_device():
         members = crowd.init(keys, variables, variables, batch)
         members, metrics = crowd.update(members, variables, batch)
         assert len(crowd.states(members)) == 2
-        return metrics["loss"][0]
+        return np.asarray(metrics["loss"])[0]
 
     def alone(variables, batch):
         state = stage.init(keys[0], variables, variables, batch)

@@ -1,5 +1,6 @@
 """The compiled functions of a stage, which look at their arguments on the host."""
 
+import contextlib
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -50,9 +51,10 @@ class Compiled:
 
     def __call__(self, state: Any, variables: Given | None, batch: Batch) -> Any:
         """Returns the result of the function."""
-        if self._limits is not None:
-            self._check(state)
-            if isinstance(batch, Mapping):
+        self._check(state)
+        if self._limits is not None and isinstance(batch, Mapping):
+            # A state of another stage, without this memory, is refused later.
+            with contextlib.suppress(KeyError):
                 limits = self._limits(state.memory)
                 entering.check_limits(batch, limits, entering.is_numpy)
         return self._made(self._function, state, variables, batch)
@@ -75,7 +77,6 @@ class Compiled:
                 return function(*arguments)
             except (TypeError, AttributeError) as error:
                 if not isinstance(error, Refusal):
-                    self._check(state)
                     entering.check_arrays("the teacher's", entering.teacher(variables))
                     entering.check_batch(batch)
                 raise

@@ -1,6 +1,5 @@
 """The call of an optimizer, with the arguments that some need beside the gradient."""
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -77,24 +76,25 @@ def updates(
 
     extra = {"value": value, "grad": grads, "value_fn": of_all}
     call = optax.with_extra_args_support(transform).update
-    try:
-        found = call(grads, state, params, **_accepted(call, extra))
-    except (TypeError, ValueError) as error:
-        if isinstance(error, Refusal):
-            raise
-        wanted = f"an optimizer that needs at most {', '.join(extra)} beside gradients"
-        got = f"a {type(error).__name__}: {error}"
-        raise WrongType(message("stage", wanted, got)) from error
-    _check_moved(grads, found[0])
-    return found
-
-
-def _accepted(call: Callable[..., Any], extra: dict[str, Any]) -> dict[str, Any]:
-    """The extra arguments that an optimizer takes; most take any."""
-    takes = inspect.signature(call).parameters
-    if any(one.kind is inspect.Parameter.VAR_KEYWORD for one in takes.values()):
-        return extra
-    return {name: value for name, value in extra.items() if name in takes}
+    errors = []
+    for given in (extra, {}):  # some take no other extra argument than their own
+        try:
+            found = call(grads, state, params, **given)
+        except (TypeError, ValueError, AttributeError) as error:
+            if isinstance(error, Refusal):
+                raise
+            errors.append(error)
+        else:
+            _check_moved(grads, found[0])
+            return found
+    fresh = jax.eval_shape(transform.init, params)
+    if jax.tree.structure(fresh) != jax.tree.structure(state):
+        wanted, got = "the state of this stage's optimizer", "that of another one"
+        do = "Pass a state that the init of this stage has made."
+        raise Refusal(message("stage", wanted, got, do)) from errors[0]
+    wanted = f"an optimizer that needs at most {', '.join(extra)} beside gradients"
+    got = f"a {type(errors[0]).__name__}: {errors[0]}"
+    raise WrongType(message("stage", wanted, got)) from errors[0]
 
 
 def _check_moved(grads: PyTree, found: PyTree) -> None:

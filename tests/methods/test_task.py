@@ -276,7 +276,7 @@ def test_a_loss_that_broadcasts_examples_over_each_other_is_refused():
         return method.apply({}, {}, student, Features(), batch, context)[0]
 
     def crossed(output, label):
-        return jnp.square(output - label).mean(-1)
+        return jnp.square(output - label[None]).mean(-1)
 
     wanted = r"got one that broadcasts output \(4, 1\) over labels \(4,\)\. Drop "
     with pytest.raises(hj.Refusal, match=wanted):

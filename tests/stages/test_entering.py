@@ -392,6 +392,16 @@ def test_texts_that_enter_after_init_are_refused(name, mesh):
     assert "state to be State" in wrong
 
 
+@pytest.mark.parametrize("name", ["update", "evaluate"])
+def test_a_state_of_a_stage_with_other_terms_is_refused(name):
+    term = hj.crd(HINTS[0], negatives=hj.SharedNegatives(4))
+    stage = stage_of(hj.objective(task=task(), crd=term))
+    batch = {**BATCH, "index": LABEL}
+    call = functools.partial(jax.eval_shape, getattr(stage, name))
+    text = sentence(lambda: call(first(), VARIABLES, batch))
+    assert "with the terms ['task', 'crd'], got ['kd', 'task']" in text
+
+
 def test_members_of_another_form_and_texts_are_refused_by_a_population():
     crowd = hj.population(STAGE, 2, together=False)
     members = first(), first()  # the shapes will do: nothing is computed

@@ -112,7 +112,7 @@ def test_a_gradient_that_would_be_added_is_refused(make):
     for optimizer in (optax.identity(), optax.masked(optax.adam(0.1), mask)):
         stage = make(optimizer)
         state = jax.eval_shape(stage.init, KEY, VARIABLES, TEACHER, BATCH)
-        with pytest.raises(hj.Refusal, match="got the gradient of 'student/"):
+        with pytest.raises(hj.Refusal, match="got the gradient of '.*climbs"):
             jax.eval_shape(stage.update, state, TEACHER, BATCH)
     labels = {"student": "frozen", "regressors": "trained"}
     fine = {"frozen": optax.set_to_zero(), "trained": optax.adam(0.1)}
@@ -122,21 +122,23 @@ def test_a_gradient_that_would_be_added_is_refused(make):
 
 
 @pytest.mark.quick
-def test_an_optimizer_gets_the_arguments_that_it_takes():
+def test_an_optimizer_that_takes_no_extra_argument_gets_none():
     adversary = optax.chain(optax.contrib.normalize(), optax.sgd(0.1))
-    for opaque in (False, True):
-        sam = optax.contrib.sam(optax.sgd(0.1), adversary, opaque_mode=opaque)
-        stage = distill(sam)
-        state = jax.eval_shape(stage.init, KEY, VARIABLES, TEACHER, BATCH)
-        if not opaque:
-            jax.eval_shape(stage.update, state, TEACHER, BATCH)
-            continue
-        with pytest.raises(hj.Refusal, match="needs at most value, .* a ValueError: "):
-            jax.eval_shape(stage.update, state, TEACHER, BATCH)
+    stage = distill(optax.contrib.sam(optax.sgd(0.1), adversary))
+    state = jax.eval_shape(stage.init, KEY, VARIABLES, TEACHER, BATCH)
+    jax.eval_shape(stage.update, state, TEACHER, BATCH)
 
 
 @pytest.mark.quick
-def test_optax_multi_steps_is_one_step_from_an_optimizer():
+def test_a_state_of_another_optimizer_is_refused():
+    stage, other = distill(optax.sgd(0.1)), distill(optax.adam(0.1))
+    state = jax.eval_shape(stage.init, KEY, VARIABLES, TEACHER, BATCH)
+    with pytest.raises(hj.Refusal, match="the state of this stage's optimizer, got th"):
+        jax.eval_shape(other.update, state, TEACHER, BATCH)
+
+
+@pytest.mark.quick
+def test_optax_multi_steps_is_one_step_from_an_optimizer(unchecked):
     with pytest.raises(hj.Refusal, match=r"MultiSteps is one after \.gradient_transf"):
         distill(optax.MultiSteps(optax.sgd(0.1), 4))
 
