@@ -82,8 +82,8 @@ class Method(NamedTuple):
             does not depend on parameters (AT's attention maps, FSP's matrices).
         check: `(data) -> None`: raises if the method cannot learn from this training
             set. It is called on the host, before `init`, with the labels themselves.
-        limits: `(memory) -> {name: n}`: the entries of a batch whose numbers must be in
-            0..n - 1, such as "index".
+        limits: `(memory) -> {name: n}`: the entries of a training batch whose numbers
+            must be in 0..n - 1, such as "index".
         silent: the names of the terms, as the metrics have them, whose weight is the
             number 0: an objective only watches them.
         ignored: integer labels that the method leaves out (255 of `task(ignore=255)`),

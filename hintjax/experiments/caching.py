@@ -199,6 +199,7 @@ def contents_of(
         batch,
         coding=config.cache_dtype,
         examples=train.n,
+        views=len(cached_crops(config, train.n)),
     )
 
 

@@ -74,6 +74,7 @@ def planned(coding="float32", method=METHOD):
         batch(np.arange(BATCH), 0),
         coding=coding,
         examples=N,
+        views=VIEWS,
     )
 
 
@@ -86,6 +87,16 @@ def computed(plan):
 
 
 IDENTITY = {"teacher": "t", "total": N * VIEWS, "examples": N}
+
+
+def cached_stage(plan):
+    return hj.distillation_stage(
+        STUDENT,
+        plan.network,
+        plan.reading(METHOD),
+        optax.sgd(0.1),
+        teacher_inputs=plan.inputs,
+    )
 
 
 def trained(stage, teacher, batches, student):
@@ -103,13 +114,7 @@ def test_a_step_from_the_cache_equals_the_step_of_the_live_teacher():
     optimizer = optax.sgd(0.1)
     live = hj.distillation_stage(STUDENT, TEACHER, METHOD, optimizer)
     params, metrics = trained(live, teacher, batches, student)
-    stage = hj.distillation_stage(
-        STUDENT,
-        plan.network,
-        plan.reading(METHOD),
-        optimizer,
-        teacher_inputs=plan.inputs,
-    )
+    stage = cached_stage(plan)
     everything = cache.variables_of(teacher, cache.flat(rows.everything()))
     with_rows = [
         {**b, cache.ROWS: rows.read(np.asarray(b["index"]), np.asarray(b["view"]))}
@@ -120,6 +125,7 @@ def test_a_step_from_the_cache_equals_the_step_of_the_live_teacher():
         (cache.variables_of(teacher, None), with_rows),
     ):
         found, shown = trained(stage, variables, given, student)
+        assert shown.pop("cache/outside") == 0
         jax.tree.map(
             functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6),
             (found, shown),
@@ -220,6 +226,35 @@ def test_a_row_that_does_not_exist_is_refused(index, view):
         rows.read(np.array([index]), view)
 
 
+def test_a_row_on_the_device_that_does_not_exist_is_counted_and_refused():
+    """The step counts it, a checked step refuses it, and so does the host."""
+    batch, student, teacher = parts()
+    plan = planned()
+    rows = cache.in_memory(plan.rows, N * VIEWS, N, computed(plan))
+    stage = cached_stage(plan)
+    checked = hj.checked(stage)
+    variables = cache.variables_of(teacher, cache.flat(rows.everything()))
+    right = batch(np.arange(BATCH), 1)
+    begin = functools.partial(stage.init, jax.random.key(0), student, variables)
+    state = begin(right)
+    for name, wrong, most in (("index", N, N), ("view", VIEWS, VIEWS), ("view", -1, 2)):
+        given = {**right, name: right[name].at[3].set(wrong)}
+        _, metrics = stage.update(jax.tree.map(jnp.copy, state), variables, given)
+        assert metrics["cache/outside"] == 1 / BATCH
+        said = f"'{name}' in 0..{most - 1}.* got {wrong}"
+        with pytest.raises(Refusal, match=f"{said} at example 3"):
+            checked.update(state, variables, given)
+        with pytest.raises(Refusal, match=said):
+            begin({**given, name: np.asarray(given[name])})
+    # Positions in another split are no rows.
+    evaluated = {**right, "index": right["index"] + N}
+    del evaluated["view"]
+    assert "cache/outside" not in checked.evaluate(state, variables, evaluated)
+    few = cache.variables_of(teacher, cache.flat(rows.read(np.arange(N), 0)))
+    with pytest.raises(Refusal, match="rows for 2 views of 24 examples, got .24. rows"):
+        jax.eval_shape(stage.update, state, few, right)
+
+
 def test_half_a_line_in_the_list_of_shards_is_left_out(tmp_path):
     (tmp_path / "shards.jsonl").write_text(json.dumps(["a", 1, 2]) + '\n["b", 1')
     assert shards._listed(tmp_path) == {"a": [1, 2]}
@@ -244,13 +279,7 @@ def test_a_cache_that_makes_no_sense_is_refused(method, coding, words):
 def test_a_batch_without_rows_says_where_they_come_from():
     batch, student, teacher = parts()
     plan = planned()
-    stage = hj.distillation_stage(
-        STUDENT,
-        plan.network,
-        plan.reading(METHOD),
-        optax.sgd(0.1),
-        teacher_inputs=plan.inputs,
-    )
+    stage = cached_stage(plan)
     with pytest.raises(Refusal, match="rows on the device"):
         stage.init(
             jax.random.key(0),
