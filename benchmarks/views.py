@@ -29,7 +29,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import measure
 
 from hintjax.experiments.caching import with_cache
@@ -136,9 +135,8 @@ def table(record: Mapping[str, Any]) -> str:
     """The record as text, in percent."""
     machine, accuracy = record["machine"], record["test_accuracy"]
     lines = [
-        f"{record['dataset']}, {record['images']} images, {record['epochs']} epochs, "
-        f"{record['seeds']} seeds on {machine['device']} ({machine['processor']}), jax "
-        f"{machine['versions']['jax']}",
+        f"{record['dataset']}, {record['images']} images, {record['seeds']} seeds of "
+        + f"{record['epochs']} epochs on {machine['device']} ({machine['processor']})",
         f"teacher {100 * accuracy['teacher']:.2f}",
         "",
         f"{'crops':8}{'mean':>8}{'std':>7}{'minus live':>12}{'95 %':>18}",

@@ -172,6 +172,7 @@ def test_a_cache_is_written_once_and_completed_after_a_kill(tmp_path, monkeypatc
     plan = planned("bfloat16")
     compute, calls = computed(plan), []
     monkeypatch.setattr(shards, "_SHARD", plan.nbytes * 10)
+    monkeypatch.setattr(shards, "_PARTS", 1)
 
     def killed(numbers):
         calls.append(len(numbers))
@@ -183,8 +184,13 @@ def test_a_cache_is_written_once_and_completed_after_a_kill(tmp_path, monkeypatc
         cache.write(tmp_path, IDENTITY, plan.rows, N * VIEWS, killed)
     with pytest.raises(Refusal, match="48 rows"):
         cache.read(tmp_path, IDENTITY)
-    cache.write(tmp_path, IDENTITY, plan.rows, N * VIEWS, killed)
+    assert shards.missing(tmp_path, plan.rows, N * VIEWS) == 28
+    finished = []
+    cache.write(tmp_path, IDENTITY, plan.rows, N * VIEWS, killed, show=finished.append)
     assert calls == [10, 10, 10, 10, 10, 8]  # two shards were kept
+    assert finished == [30, 40, 48]
+    assert shards.missing(tmp_path, plan.rows, N * VIEWS) == 0
+    cache.write(tmp_path, IDENTITY, plan.rows, N * VIEWS, dict)  # computes nothing
     whole = cache.in_memory(plan.rows, N * VIEWS, N, compute)
     for mapped in (False, True):
         found = cache.read(tmp_path, IDENTITY, mapped=mapped)
@@ -206,16 +212,25 @@ def test_a_cache_names_what_differs(tmp_path):
 def test_a_flipped_bit_is_found(tmp_path):
     plan = planned("int8")
     cache.write(tmp_path, IDENTITY, plan.rows, N * VIEWS, computed(plan))
-    file = next(tmp_path.glob("rows-*.npy"))
+    file = min(tmp_path.glob("rows-*.npy"))
     damaged = bytearray(file.read_bytes())
     damaged[-7] ^= 4
     file.write_bytes(damaged)
-    for use in (
-        lambda: cache.read(tmp_path, IDENTITY),
-        lambda: cache.write(tmp_path, IDENTITY, plan.rows, N * VIEWS, dict),
-    ):
-        with pytest.raises(DamageError, match="rows-00000"):
-            use()
+    with pytest.raises(DamageError, match="rows-00000"):
+        cache.read(tmp_path, IDENTITY)
+
+
+def test_a_cache_has_shards_for_several_processes(tmp_path):
+    plan = planned("int8")
+    cache.write(tmp_path, IDENTITY, plan.rows, N * VIEWS, computed(plan))
+    assert len(list(tmp_path.glob("rows-*.npy"))) == shards._PARTS == N * VIEWS / 3
+    half = (tmp_path / "shards.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "shards.jsonl").write_text("".join(half[::2]))
+    (tmp_path / "shards-1.jsonl").write_text("".join(half[1::2]))
+    assert shards.missing(tmp_path, plan.rows, N * VIEWS) == 0
+    assert len(cache.read(tmp_path, IDENTITY).shards) == shards._PARTS
+    with pytest.raises(Refusal, match=r"that all processes share, got no .*/elsewhere"):
+        shards.check_shared(tmp_path / "elsewhere")
 
 
 @pytest.mark.parametrize(("index", "view"), [(N, 0), (-1, 0), (0, VIEWS), (0, -1)])

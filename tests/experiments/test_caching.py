@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from hintjax import cache as caches
+from hintjax.cache import shards
 from hintjax.cli import main
 from hintjax.data import ON_DEVICE
 from hintjax.experiments import caching
@@ -36,7 +37,9 @@ def cached(live, corners, run_dir, *options):
     return run_dir
 
 
-def test_a_cached_run_has_the_bits_of_a_live_run(live, corners, tmp_path, capsys):
+def test_a_cached_run_has_the_bits_of_a_live_run(
+    live, corners, tmp_path, monkeypatch, capsys
+):
     run_dir = cached(live, corners, tmp_path / "cached")
     assert "cache of the teacher: 2 x" in capsys.readouterr().out
     ours, theirs = (fingerprint(load_tree(run / "student")) for run in (run_dir, live))
@@ -47,6 +50,12 @@ def test_a_cached_run_has_the_bits_of_a_live_run(live, corners, tmp_path, capsys
     main(["cache", "verify", str(run_dir)])
     said = capsys.readouterr().out
     assert "largest error 0 " in said and "least cosine 1.0" in said
+    check, checked = shards._check, []
+    monkeypatch.setattr(shards, "_check", lambda *of: (checked.append(of), check(*of)))
+    monkeypatch.setattr(caching, "_seconds", None)  # the teacher is not timed
+    main(["resume", str(run_dir)])
+    assert "on the device; complete" in capsys.readouterr().out
+    assert len(checked) == len(list((run_dir / "cache").glob("rows-*.npy")))
     shard = next((run_dir / "cache").glob("rows-*.npy"))
     damaged = bytearray(shard.read_bytes())
     damaged[-1] ^= 1
