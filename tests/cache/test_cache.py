@@ -142,6 +142,29 @@ def test_a_step_from_the_cache_equals_the_step_of_the_live_teacher():
     )
 
 
+@pytest.mark.parametrize("together", [True, False])
+def test_a_population_reads_one_cache(together):
+    """Students with a cached teacher come to the numbers of a live teacher."""
+    batch, student, teacher = parts()
+    plan = planned()
+    rows = cache.in_memory(plan.rows, N * VIEWS, N, computed(plan))
+    live = hj.distillation_stage(STUDENT, TEACHER, METHOD, optax.sgd(0.1))
+    everything = cache.variables_of(teacher, cache.flat(rows.everything()))
+    found = []
+    for stage, variables in ((live, teacher), (cached_stage(plan), everything)):
+        crowd = hj.population(stage, 2, together=together)
+        keys = jax.random.split(jax.random.key(3), 2)
+        members = crowd.init(keys, student, variables, batch(np.arange(BATCH), 0))
+        for view in range(VIEWS):
+            given = batch(np.arange(BATCH) + BATCH * view, view)
+            members, metrics = crowd.update(members, variables, given)
+        params = [state.params for state in crowd.states(members)]
+        found.append((params, metrics))
+    np.testing.assert_array_equal(found[1][1].pop("cache/outside"), [0, 0])
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
+    jax.tree.map(close, *found)
+
+
 @pytest.mark.parametrize("coding", list(cache.CODINGS))
 def test_stored_features_are_close_to_the_features(coding):
     batch, _, teacher = parts()

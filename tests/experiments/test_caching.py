@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 
@@ -9,7 +10,7 @@ from hintjax import cache as caches
 from hintjax.cache import shards
 from hintjax.cli import main
 from hintjax.data import ON_DEVICE
-from hintjax.experiments import caching
+from hintjax.experiments import caching, setting
 from hintjax.training import fingerprint, load_tree
 
 TINY = (
@@ -104,7 +105,27 @@ def test_a_cache_that_does_not_fit_on_the_disk_names_its_size(
     assert "MB free" in said and "--cache-dtype" in said
 
 
-def test_a_comparison_shares_one_cache(live, corners, tmp_path, capsys):
+@pytest.fixture
+def passes(monkeypatch):
+    """The batch size of each forward pass of the teacher, as the passes happen."""
+    found, network_of = [], setting.teacher_network
+
+    def counted(*arguments):
+        network = network_of(*arguments)
+
+        def apply(params, state, inputs, **how):
+            size = len(inputs)
+            jax.debug.callback(lambda: found.append(size))
+            return network.apply(params, state, inputs, **how)
+
+        return network._replace(apply=apply)
+
+    monkeypatch.setattr(setting, "teacher_network", counted)
+    return found
+
+
+def test_a_comparison_shares_one_cache(live, corners, tmp_path, passes, capsys):
+    """No step of three arms with two seeds runs the teacher."""
     run_dir = tmp_path / "compare"
     main(
         [
@@ -117,6 +138,10 @@ def test_a_comparison_shares_one_cache(live, corners, tmp_path, capsys):
     assert [path.parent for path in run_dir.rglob("cache.json")] == [run_dir / "cache"]
     report = json.loads((run_dir / "report.json").read_text())
     assert all(len(row["seeds"]) == 2 for row in report["rows"])
+    jax.effects_barrier()
+    # Two passes measure the time. Of 16 shards one has rows of both views.
+    assert passes.count(16) == 2 + 16 + 1
+    assert len(list((run_dir / "cache").glob("rows-*.npy"))) == 16
 
 
 def test_equal_features_have_cosine_1():
