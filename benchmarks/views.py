@@ -194,7 +194,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.small:
         options.dataset, options.size, options.limit = "digits", None, 32
-        options.teacher = options.student = "hintjax.models:plain_thin"
+        options.teacher = options.student = "hintjax.models:plain_wide"
         options.views, options.seeds, options.epochs = [2], 2, 2
         options.batch, options.pad = 16, 1
     return options
