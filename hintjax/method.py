@@ -85,8 +85,8 @@ class Method(NamedTuple):
             does not depend on parameters (AT's attention maps, FSP's matrices).
         check: `(data) -> None`: raises if the method cannot learn from this training
             set. It is called on the host, before `init`, with the labels themselves.
-        limits: `(memory) -> {name: n}`: the entries of a batch whose numbers must be in
-            0..n - 1, such as "index".
+        limits: `(memory) -> {name: n}`: the entries of a training batch whose numbers
+            must be in 0..n - 1, such as "index".
         mislabeled: `(memory, batch) -> one bool per example`: whether the label of a
             training example is not the label of its "index" in the training set.
         silent: the names of the terms, as the metrics have them, whose weight is the

@@ -130,7 +130,8 @@ class NetworkOptions:
             no warning. For multi-label, the lowest F1. For regression, the least part
             of the median's error that the teacher removes.
         cache: Whether the teacher runs once per view of an image. Its features are then
-            kept in the run directory, and all runs of a comparison share them.
+            kept in the run directory, and all runs of a comparison share them. If there
+            are several processes, all of them must see the run directory.
         cache_dtype: Type in which these features are stored.
     """
 

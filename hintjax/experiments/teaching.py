@@ -16,7 +16,6 @@ from hintjax.experiments.run import run
 from hintjax.experiments.setting import Setting, prepare, taught_by
 from hintjax.experiments.teacher import teacher_of
 from hintjax.networks import Variables
-from hintjax.processes import told
 from hintjax.training.run_directory import read_json
 
 _JUDGED = 1000  # validation examples on which a teacher is judged, at most
@@ -112,7 +111,7 @@ def _compare_names(config: Config, dataset: Dataset) -> None:
     run_dir = teacher_of(config.teacher).run_dir
     if run_dir is None:
         return
-    theirs = told(lambda: (read_json(run_dir / RESULT) or {}).get("class_names"))
+    theirs = (read_json(run_dir / RESULT) or {}).get("class_names")
     ours = list(dataset.class_names)
     if theirs is not None and len(theirs) == len(ours) and theirs != ours:
         at = next(i for i, name in enumerate(ours) if theirs[i] != name)

@@ -33,8 +33,8 @@ _watching = contextvars.ContextVar("watching", default=False)
 def checked(stage: Stage) -> Stage:
     """Returns the same stage, whose `update` and `evaluate` raise at a wrong value.
 
-    Labels must be among the classes of the outputs, and an "index" that the method
-    reads must be in the training set, where its label must be that of the batch.
+    Labels must be among the classes of the outputs. In training, an "index" that the
+    method reads must be in the training set, where its label must be that of the batch.
     Everything in a batch, parameters, features and outputs of both networks, outputs of
     regressors, the losses of all terms and the gradient must be finite. No example may
     have features that are all 0, since methods that normalize find no direction there.
@@ -129,7 +129,9 @@ def watched(
             check.finite(f"{name!r} in the batch", leaf)
         outputs = (student.output, teacher.output)
         check.labels(batch.get("label"), *outputs, ignored=method.ignored)
-        limits = {} if method.limits is None else method.limits(memory)
+        limits = {}
+        if context.train and method.limits is not None:
+            limits = method.limits(memory)
         for name, n in limits.items():
             if name in batch:
                 check.limited(f"{name!r} in 0..{n - 1}", batch[name], n)

@@ -164,8 +164,8 @@ def check_limits(
             numbers = numbers[np.asarray(where)]
         wrong = numbers[(numbers < 0) | (numbers >= n)]
         if wrong.size:
-            wanted = f"{name!r} in 0..{n - 1}, positions in the training set"
-            do = "Data(labels) holds the labels of the whole training set."
+            wanted = f"{name!r} in 0..{n - 1}, as the method reads it"
+            do = "An index is a position in the training set, whose labels Data holds."
             raise Refusal(message("batch", wanted, f"{wrong.flat[0]}", do))
 
 

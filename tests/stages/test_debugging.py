@@ -191,8 +191,9 @@ def test_what_is_wrong_is_named(stages, case):
     assert "\n" not in str(error.value)
     # The state is not donated: what led to the error can be looked at.
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(arguments[0]))
-    # In evaluation an index is not one of the training set.
-    if case not in ("gradient", "parameter", "other label"):
+    # In evaluation an index is a position in another split.
+    untold = ("gradient", "parameter", "other label", "index", "negative index")
+    if case not in untold:
         with pytest.raises(ValueError, match="step 12: expected"):
             checked.evaluate(*arguments)
 
@@ -220,6 +221,11 @@ def test_a_memory_that_is_split_is_refused_with_a_sentence():
         hj.checked(stage).update(state, theirs, batch())
     assert not debugging.watching()
     stage.update(state, theirs, batch())
+
+
+def test_an_index_of_another_split_may_be_evaluated(stages):
+    _, checked, state, theirs = stages
+    checked.evaluate(*entry("index", 5, 1000)(state, theirs, batch()))
 
 
 def test_what_is_checked_twice_has_the_checks_once():

@@ -425,7 +425,7 @@ def test_an_index_on_the_host_is_checked_at_every_update():
     data = hj.Data(np.arange(9, dtype=np.int32) % 3)
     batch = {**BATCH, "index": np.array([0, 1, 2, 9], np.int32)}
     state = begun(stage, batch={**batch, "index": LABEL}, data=data)
-    wanted = "batch: expected 'index' in 0..8, positions in the training set, got 9."
+    wanted = "batch: expected 'index' in 0..8, as the method reads it, got 9."
     assert wanted in sentence(lambda: stage.update(state, VARIABLES, batch))
     for fine in (
         {**batch, "where": np.arange(4) < 3},
