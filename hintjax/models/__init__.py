@@ -5,6 +5,14 @@ train=False)`. Text encoders take a dict of token ids and their mask instead of 
 The docstring of each module lists the paths that can be hints.
 """
 
+from hintjax.models.efficientnet import (
+    EfficientNetLite,
+    efficientnet_lite0,
+    efficientnet_lite1,
+    efficientnet_lite2,
+    efficientnet_lite3,
+    efficientnet_lite4,
+)
 from hintjax.models.encoder import (
     Encoder,
     encoder_mini,
@@ -57,6 +65,7 @@ from hintjax.models.wrn import (
 )
 
 __all__ = [
+    "EfficientNetLite",
     "Encoder",
     "ImageNetResNet",
     "Maxout",
@@ -65,6 +74,11 @@ __all__ = [
     "ResNet",
     "VisionTransformer",
     "WideResNet",
+    "efficientnet_lite0",
+    "efficientnet_lite1",
+    "efficientnet_lite2",
+    "efficientnet_lite3",
+    "efficientnet_lite4",
     "encoder_mini",
     "encoder_small",
     "encoder_tiny",

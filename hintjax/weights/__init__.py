@@ -40,6 +40,8 @@ class token).
 """
 
 from hintjax.weights.convert import How, Names, Rule, from_torch
+from hintjax.weights.family import family
+from hintjax.weights.mobile import TIMM_EFFICIENTNET_LITE, efficientnet_lite
 from hintjax.weights.names import (
     RESNET,
     TIMM_DEIT,
@@ -48,7 +50,6 @@ from hintjax.weights.names import (
     attention,
     batch_norm,
     conv,
-    family,
     layer_norm,
     linear,
 )
@@ -58,6 +59,7 @@ from hintjax.weights.safetensors import read_safetensors
 __all__ = [
     "RESNET",
     "TIMM_DEIT",
+    "TIMM_EFFICIENTNET_LITE",
     "TIMM_VIT",
     "TORCHVISION_VIT",
     "How",
@@ -66,6 +68,7 @@ __all__ = [
     "attention",
     "batch_norm",
     "conv",
+    "efficientnet_lite",
     "family",
     "from_torch",
     "layer_norm",

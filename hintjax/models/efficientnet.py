@@ -1,0 +1,216 @@
+"""EfficientNet-Lite: inverted bottlenecks without squeeze and excitation."""
+
+import math
+
+from flax import linen as nn
+from jax import Array
+from jaxtyping import Float
+
+from hintjax._checks import Refusal, message
+from hintjax.models.blocks import HE_FAN_OUT, GlobalAveragePool, Sum, batch_norm
+
+STEM, HEAD = 32, 1280  # channels of the stem and of the head, in every size
+# Each group: kernel, stride of the first block, expansion, channels, blocks.
+GROUPS = (
+    (3, 1, 1, 16, 1),
+    (3, 2, 6, 24, 2),
+    (5, 2, 6, 40, 2),
+    (3, 2, 6, 80, 3),
+    (5, 1, 6, 112, 3),
+    (5, 2, 6, 192, 4),
+    (3, 1, 6, 320, 1),
+)
+HE_DEPTHWISE = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
+
+
+class ConvNorm(nn.Module):
+    """Convolution and BatchNorm, then ReLU6 if `active`; padded as in TensorFlow.
+
+    At stride 2 on an even map, the padding is (0, 1) for 3x3 and (1, 2) for 5x5.
+
+    Args:
+        features: number of channels of the result.
+        kernel: side of the kernel.
+        stride: stride along both axes.
+        depthwise: whether every channel has a kernel of its own.
+        active: whether ReLU6, min(max(x, 0), 6), follows.
+    """
+
+    features: int
+    kernel: int = 1
+    stride: int = 1
+    depthwise: bool = False
+    active: bool = True
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "*batch h w channels"], train: bool = False
+    ) -> Float[Array, "*batch h2 w2 features"]:
+        """Returns the maps after BatchNorm, or after ReLU6."""
+        x = nn.Conv(
+            self.features,
+            kernel_size=(self.kernel, self.kernel),
+            strides=(self.stride, self.stride),
+            padding="SAME",
+            feature_group_count=x.shape[-1] if self.depthwise else 1,
+            use_bias=False,
+            kernel_init=HE_DEPTHWISE if self.depthwise else HE_FAN_OUT,
+            name="conv",
+        )(x)
+        x = batch_norm(train, name="norm", momentum=0.99, epsilon=1e-3)(x)
+        return nn.relu6(x) if self.active else x
+
+
+class InvertedBottleneck(nn.Module):
+    """Expansion, depthwise convolution and projection, each with BatchNorm.
+
+    The layers are `expand` (absent if the expansion is 1), `depthwise` and `project`,
+    and `sum` if the block keeps the shape. No activation follows the projection.
+    """
+
+    features: int
+    kernel: int
+    stride: int
+    expansion: int
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "*batch h w channels"], train: bool = False
+    ) -> Float[Array, "*batch h2 w2 features"]:
+        """Returns the projected maps, plus the input if the shape is the same."""
+        wide = self.expansion * x.shape[-1]
+        y = x
+        if self.expansion != 1:
+            y = ConvNorm(wide, name="expand")(y, train)
+        y = ConvNorm(wide, self.kernel, self.stride, True, name="depthwise")(y, train)
+        y = ConvNorm(self.features, active=False, name="project")(y, train)
+        return Sum(name="sum")(x, y) if x.shape == y.shape else y
+
+
+class InvertedGroup(nn.Module):
+    """Inverted bottlenecks of one width; the first block has the stride."""
+
+    features: int
+    blocks: int
+    kernel: int
+    stride: int
+    expansion: int
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "*batch h w channels"], train: bool = False
+    ) -> Float[Array, "*batch h2 w2 features"]:
+        """Returns the maps of the last block."""
+        for number in range(1, self.blocks + 1):
+            x = InvertedBottleneck(
+                self.features,
+                self.kernel,
+                self.stride if number == 1 else 1,
+                self.expansion,
+                name=f"block{number}",
+            )(x, train)
+        return x
+
+
+class EfficientNetLite(nn.Module):
+    """EfficientNet-Lite: a stem, seven groups of inverted bottlenecks and a head.
+
+    Hint paths: `stem`, `group1` ... `group7`, `head` (a 1x1 convolution), `pool` (the
+    pooled vector) and `classifier` (the logits). The maps of `group1` ... `group7` are
+    1/2, 1/4, 1/8, 1/16, 1/16, 1/32 and 1/32 of the image; `group2`, `group3`, `group5`
+    and `group7` are the last of their resolution. `group1/block1` ... are the blocks,
+    and inside each block `expand`, `depthwise` (both after ReLU6), `project` and `sum`.
+
+    The published weights (`hintjax.weights`) want RGB images as (x - 127) / 128, for
+    pixels x from 0 to 255. The published sizes of images are 224, 240, 260, 280 and 300
+    for Lite0 to Lite4. The dropout and the stochastic depth of the paper are not here.
+
+    Args:
+        classes: number of logits.
+        width: factor on the channels of the groups, which are rounded to multiples of
+            8. The stem and the head keep their channels.
+        depth: factor on the number of blocks of `group2` to `group6`, rounded up.
+        stem: number of channels of the stem.
+        head: number of channels of the head.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> model, images = efficientnet_lite0(classes=10), jnp.zeros((2, 64, 64, 3))
+        >>> variables = jax.eval_shape(model.init, jax.random.key(0), images)
+        >>> jax.eval_shape(model.apply, variables, images).shape
+        (2, 10)
+        >>> model.blocks
+        (1, 2, 2, 3, 3, 4, 1)
+
+    References:
+        Tan and Le, EfficientNet: Rethinking Model Scaling for Convolutional Neural
+        Networks, ICML 2019; Lite: tensorflow/tpu, models/official/efficientnet/lite.
+    """
+
+    classes: int
+    width: float = 1.0
+    depth: float = 1.0
+    stem: int = STEM
+    head: int = HEAD
+
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        """Number of blocks of each group."""
+        first, *middle, last = (blocks for *_, blocks in GROUPS)
+        return (first, *(math.ceil(self.depth * blocks) for blocks in middle), last)
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "*batch h w channels"], train: bool = False
+    ) -> Float[Array, "*batch classes"]:
+        """Returns the logits of a batch of images."""
+        if self.width <= 0 or self.depth <= 0:
+            got = f"{self.width} and {self.depth}"
+            raise Refusal(message("EfficientNetLite", "width and depth > 0", got))
+        x = ConvNorm(self.stem, 3, 2, name="stem")(x, train)
+        groups = zip(GROUPS, self.blocks, strict=True)
+        for number, ((kernel, stride, expansion, features, _), blocks) in enumerate(
+            groups, start=1
+        ):
+            features = in_eights(self.width * features)
+            x = InvertedGroup(
+                features, blocks, kernel, stride, expansion, name=f"group{number}"
+            )(x, train)
+        x = ConvNorm(self.head, name="head")(x, train)
+        x = GlobalAveragePool(name="pool")(x)
+        return nn.Dense(self.classes, name="classifier")(x)
+
+
+def in_eights(channels: float) -> int:
+    """The nearest multiple of 8, at least 8, and at least 90 % of the channels.
+
+    >>> [in_eights(n) for n in (3, 17.6, 26.4, 19)]
+    [8, 16, 24, 24]
+    """
+    found = max(8, int(channels + 4) // 8 * 8)
+    return found if found >= 0.9 * channels else found + 8
+
+
+def efficientnet_lite0(classes: int) -> EfficientNetLite:
+    """EfficientNet-Lite0 for images of 224x224, 4.652M parameters for 1000 classes."""
+    return EfficientNetLite(classes)
+
+
+def efficientnet_lite1(classes: int) -> EfficientNetLite:
+    """EfficientNet-Lite1 for images of 240x240, 5.417M parameters for 1000 classes."""
+    return EfficientNetLite(classes, 1.0, 1.1)
+
+
+def efficientnet_lite2(classes: int) -> EfficientNetLite:
+    """EfficientNet-Lite2 for images of 260x260, 6.092M parameters for 1000 classes."""
+    return EfficientNetLite(classes, 1.1, 1.2)
+
+
+def efficientnet_lite3(classes: int) -> EfficientNetLite:
+    """EfficientNet-Lite3 for images of 280x280, 8.197M parameters for 1000 classes."""
+    return EfficientNetLite(classes, 1.2, 1.4)
+
+
+def efficientnet_lite4(classes: int) -> EfficientNetLite:
+    """EfficientNet-Lite4 for images of 300x300, 13.007M parameters for 1000 classes."""
+    return EfficientNetLite(classes, 1.4, 1.8)
