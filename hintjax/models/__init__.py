@@ -29,6 +29,16 @@ from hintjax.models.fitnets import (
     maxout_cifar,
     maxout_mnist,
 )
+from hintjax.models.foundation import (
+    dinov2_vitb14,
+    dinov2_vitb14_reg,
+    dinov2_vitg14,
+    dinov2_vitg14_reg,
+    dinov2_vitl14,
+    dinov2_vitl14_reg,
+    dinov2_vits14,
+    dinov2_vits14_reg,
+)
 from hintjax.models.imagenet import (
     ImageNetResNet,
     imagenet_resnet18,
@@ -49,6 +59,7 @@ from hintjax.models.resnet import (
     resnet56,
     resnet110,
 )
+from hintjax.models.tower import ImageTower
 from hintjax.models.vit import (
     VisionTransformer,
     vit_micro,
@@ -68,12 +79,21 @@ __all__ = [
     "EfficientNetLite",
     "Encoder",
     "ImageNetResNet",
+    "ImageTower",
     "Maxout",
     "MaxoutCNN",
     "PlainCNN",
     "ResNet",
     "VisionTransformer",
     "WideResNet",
+    "dinov2_vitb14",
+    "dinov2_vitb14_reg",
+    "dinov2_vitg14",
+    "dinov2_vitg14_reg",
+    "dinov2_vitl14",
+    "dinov2_vitl14_reg",
+    "dinov2_vits14",
+    "dinov2_vits14_reg",
     "efficientnet_lite0",
     "efficientnet_lite1",
     "efficientnet_lite2",

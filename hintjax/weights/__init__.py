@@ -55,10 +55,20 @@ from hintjax.weights.names import (
 )
 from hintjax.weights.positions import resample_positions
 from hintjax.weights.safetensors import read_safetensors
+from hintjax.weights.towers import (
+    DINOV2,
+    HF_DINOV2,
+    TIMM_DINOV2,
+    TIMM_DINOV2_REGISTERS,
+)
 
 __all__ = [
+    "DINOV2",
+    "HF_DINOV2",
     "RESNET",
     "TIMM_DEIT",
+    "TIMM_DINOV2",
+    "TIMM_DINOV2_REGISTERS",
     "TIMM_EFFICIENTNET_LITE",
     "TIMM_VIT",
     "TORCHVISION_VIT",

@@ -8,11 +8,18 @@ from hintjax.networks import Variables
 from hintjax.weights.convert import Names, paths
 from hintjax.weights.mobile import TIMM_EFFICIENTNET_LITE, efficientnet_lite
 from hintjax.weights.names import RESNET, TIMM_DEIT, TIMM_VIT, TORCHVISION_VIT
+from hintjax.weights.towers import (
+    DINOV2,
+    HF_DINOV2,
+    TIMM_DINOV2,
+    TIMM_DINOV2_REGISTERS,
+)
 
 # Maps, and functions that make the map of a model.
 FAMILIES: tuple[Names | Callable[[Variables], Names], ...] = (
     *(RESNET, TIMM_VIT, TIMM_DEIT, TORCHVISION_VIT),
     *(TIMM_EFFICIENTNET_LITE, efficientnet_lite),
+    *(DINOV2, TIMM_DINOV2, TIMM_DINOV2_REGISTERS, HF_DINOV2),
 )
 
 
