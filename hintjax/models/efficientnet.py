@@ -122,7 +122,8 @@ class EfficientNetLite(nn.Module):
     and inside each block `expand`, `depthwise` (both after ReLU6), `project` and `sum`.
 
     The published weights (`hintjax.weights`) want RGB images as (x - 127) / 128, for
-    pixels x from 0 to 255. The published sizes of images are 224, 240, 260, 280 and 300
+    pixels x from 0 to 255; with `--weights`, the command converts images to this
+    `image_normalization`. The published sizes of images are 224, 240, 260, 280 and 300
     for Lite0 to Lite4. The dropout and the stochastic depth of the paper are not here.
 
     Args:
@@ -158,6 +159,11 @@ class EfficientNetLite(nn.Module):
         """Number of blocks of each group."""
         first, *middle, last = (blocks for *_, blocks in GROUPS)
         return (first, *(math.ceil(self.depth * blocks) for blocks in middle), last)
+
+    @property
+    def image_normalization(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and standard deviation that the weights want, for pixels in 0..1."""
+        return (127 / 255,) * 3, (128 / 255,) * 3
 
     @nn.compact
     def __call__(

@@ -190,7 +190,7 @@ class ImageTower(nn.Module):
     grid: `hintjax.viewed` with `hintjax.regressors.to_grid(drop=class_tokens)`.
 
     The command standardizes images by their dataset. With `--weights`, it converts them
-    to `normalization` for the teacher.
+    to `image_normalization` for the teacher.
 
     Args:
         patch: side of a patch, in pixels; divides both sides of the images.
@@ -206,8 +206,8 @@ class ImageTower(nn.Module):
         rotated: whether rotary positions (RoPE) replace learned ones, as in DINOv3.
         norm_first: whether a LayerNorm follows the embedding, as in CLIP.
         projection: number of channels of the projected embedding; None for none.
-        normalization: mean and standard deviation of the channels, for pixels from 0 to
-            1, of the images that the network was trained on.
+        image_normalization: mean and standard deviation of the channels, for pixels
+            from 0 to 1, of the images that the network was trained on.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -238,12 +238,17 @@ class ImageTower(nn.Module):
     rotated: bool = False
     norm_first: bool = False
     projection: int | None = None
-    normalization: tuple[tuple[float, ...], tuple[float, ...]] = IMAGENET
+    image_normalization: tuple[tuple[float, ...], tuple[float, ...]] = IMAGENET
 
     @property
     def class_tokens(self) -> int:
         """Number of tokens before the tokens of the patches."""
         return int(self.class_token) + self.registers
+
+    @property
+    def has_logits(self) -> bool:
+        """False: labels cannot train this network, so it needs weights."""
+        return False
 
     @nn.compact
     def __call__(
