@@ -5,6 +5,13 @@ train=False)`. Text encoders take a dict of token ids and their mask instead of 
 The docstring of each module lists the paths that can be hints.
 """
 
+from hintjax.models.convnext import (
+    ConvNeXt,
+    convnext_base,
+    convnext_large,
+    convnext_small,
+    convnext_tiny,
+)
 from hintjax.models.efficientnet import (
     EfficientNetLite,
     efficientnet_lite0,
@@ -76,6 +83,7 @@ from hintjax.models.wrn import (
 )
 
 __all__ = [
+    "ConvNeXt",
     "EfficientNetLite",
     "Encoder",
     "ImageNetResNet",
@@ -86,6 +94,10 @@ __all__ = [
     "ResNet",
     "VisionTransformer",
     "WideResNet",
+    "convnext_base",
+    "convnext_large",
+    "convnext_small",
+    "convnext_tiny",
     "dinov2_vitb14",
     "dinov2_vitb14_reg",
     "dinov2_vitg14",

@@ -40,6 +40,11 @@ class token).
 """
 
 from hintjax.weights.convert import How, Names, Rule, from_torch
+from hintjax.weights.convnext import (
+    HF_CONVNEXT,
+    TIMM_CONVNEXT,
+    TORCHVISION_CONVNEXT,
+)
 from hintjax.weights.family import family
 from hintjax.weights.mobile import TIMM_EFFICIENTNET_LITE, efficientnet_lite
 from hintjax.weights.names import (
@@ -57,20 +62,31 @@ from hintjax.weights.positions import resample_positions
 from hintjax.weights.safetensors import read_safetensors
 from hintjax.weights.towers import (
     DINOV2,
+    HF_CLIP,
     HF_DINOV2,
+    HF_DINOV3,
+    HF_SIGLIP,
+    HF_SIGLIP_TOWER,
     TIMM_DINOV2,
     TIMM_DINOV2_REGISTERS,
 )
 
 __all__ = [
     "DINOV2",
+    "HF_CLIP",
+    "HF_CONVNEXT",
     "HF_DINOV2",
+    "HF_DINOV3",
+    "HF_SIGLIP",
+    "HF_SIGLIP_TOWER",
     "RESNET",
+    "TIMM_CONVNEXT",
     "TIMM_DEIT",
     "TIMM_DINOV2",
     "TIMM_DINOV2_REGISTERS",
     "TIMM_EFFICIENTNET_LITE",
     "TIMM_VIT",
+    "TORCHVISION_CONVNEXT",
     "TORCHVISION_VIT",
     "How",
     "Names",

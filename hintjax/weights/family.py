@@ -6,11 +6,20 @@ import numpy as np
 
 from hintjax.networks import Variables
 from hintjax.weights.convert import Names, paths
+from hintjax.weights.convnext import (
+    HF_CONVNEXT,
+    TIMM_CONVNEXT,
+    TORCHVISION_CONVNEXT,
+)
 from hintjax.weights.mobile import TIMM_EFFICIENTNET_LITE, efficientnet_lite
 from hintjax.weights.names import RESNET, TIMM_DEIT, TIMM_VIT, TORCHVISION_VIT
 from hintjax.weights.towers import (
     DINOV2,
+    HF_CLIP,
     HF_DINOV2,
+    HF_DINOV3,
+    HF_SIGLIP,
+    HF_SIGLIP_TOWER,
     TIMM_DINOV2,
     TIMM_DINOV2_REGISTERS,
 )
@@ -19,7 +28,9 @@ from hintjax.weights.towers import (
 FAMILIES: tuple[Names | Callable[[Variables], Names], ...] = (
     *(RESNET, TIMM_VIT, TIMM_DEIT, TORCHVISION_VIT),
     *(TIMM_EFFICIENTNET_LITE, efficientnet_lite),
-    *(DINOV2, TIMM_DINOV2, TIMM_DINOV2_REGISTERS, HF_DINOV2),
+    *(DINOV2, TIMM_DINOV2, TIMM_DINOV2_REGISTERS, HF_DINOV2, HF_DINOV3),
+    *(HF_CLIP, HF_SIGLIP, HF_SIGLIP_TOWER),
+    *(TORCHVISION_CONVNEXT, TIMM_CONVNEXT, HF_CONVNEXT),
 )
 
 

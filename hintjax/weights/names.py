@@ -24,6 +24,7 @@ TOKENS = How(
     lambda tokens, width: tokens * [(1, 1, width)],
     lambda shape, *tokens: np.concatenate(tokens)[:, 0],
 )
+ZEROS = How("features", lambda n: [], lambda shape: np.zeros(shape))  # no bias in torch
 
 # The number of batches that BatchNorm has seen; only torch counts them.
 COUNTED = ("*.num_batches_tracked",)

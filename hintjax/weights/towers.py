@@ -4,9 +4,11 @@ import numpy as np
 
 from hintjax.weights.convert import How, Names, Rule
 from hintjax.weights.names import (
+    LINEAR,
     OUT,
     TOKENS,
     VECTOR,
+    ZEROS,
     attention,
     conv,
     layer_norm,
@@ -22,6 +24,8 @@ PATCHES = How(  # positions of the patches alone; the class token's are in the t
     ),
     lambda got, wanted: positions(0).fits(got, wanted),
 )
+ONE_TOKEN = How("tokens width", lambda n, width: [(width,)], lambda shape, x: x[None])
+NO_KEY_BIAS = How("heads d", lambda heads, d: [], lambda shape: np.zeros(shape))
 REGISTERS = How("tokens width", lambda n, width: [(1, n, width)], lambda shape, x: x[0])
 HEADS = How(  # queries, keys or values, where torch has a linear map for each
     "width heads d",
@@ -31,6 +35,17 @@ HEADS = How(  # queries, keys or values, where torch has a linear map for each
 HEADS_BIAS = How(
     "heads d", lambda heads, d: [(heads * d,)], lambda shape, x: x.reshape(shape)
 )
+
+
+def _table(class_tokens: int) -> How:
+    """Learned positions as an embedding table, (tokens, width)."""
+    whole = positions(class_tokens)
+    return How(
+        "tokens width",
+        lambda n, width: [(n, width)],
+        lambda shape, x: whole.convert(shape, x[None]),
+        lambda got, wanted: len(got) == 2 and whole.fits((1, *got), (1, *wanted)),
+    )
 
 
 def _half(number: int) -> tuple[How, How]:
@@ -114,9 +129,6 @@ TIMM_DINOV2_REGISTERS = Names(
 )
 
 _HF, _INNER = "encoder.layer.<b-1>", "encoder.layer.<b-1>.attention.attention"
-_HF_SCALE = Rule(
-    "params/block<b>/scale<n>/scale", (f"{_HF}.layer_scale<n>.lambda1",), VECTOR
-)
 
 HF_DINOV2 = Names(
     (
@@ -134,7 +146,9 @@ HF_DINOV2 = Names(
             value=f"{_INNER}.value",
             out=f"{_HF}.attention.output.dense",
         ),
-        _HF_SCALE,
+        Rule(
+            "params/block<b>/scale<n>/scale", (f"{_HF}.layer_scale<n>.lambda1",), VECTOR
+        ),
         *linear("block<b>/mlp/hidden", f"{_HF}.mlp.fc1"),
         *linear("block<b>/mlp/out", f"{_HF}.mlp.fc2"),
         *_gated(f"{_HF}.mlp.weights_in", f"{_HF}.mlp.weights_out"),
@@ -142,3 +156,98 @@ HF_DINOV2 = Names(
     ),
     _MASK,
 )
+
+_DINOV3 = "layer.<b-1>"
+
+HF_DINOV3 = Names(
+    (
+        *conv("embed/patches", "embeddings.patch_embeddings", bias=True),
+        Rule("params/embed/tokens", ("embeddings.cls_token",), TOKENS),
+        _registers("embeddings.register_tokens"),
+        *layer_norm("block<b>/norm<n>", f"{_DINOV3}.norm<n>"),
+        Rule("params/block<b>/attention/key/bias", (), NO_KEY_BIAS),
+        *_separate(
+            "block<b>/attention",
+            query=f"{_DINOV3}.attention.q_proj",
+            key=f"{_DINOV3}.attention.k_proj",
+            value=f"{_DINOV3}.attention.v_proj",
+            out=f"{_DINOV3}.attention.o_proj",
+        ),
+        Rule(
+            "params/block<b>/scale<n>/scale",
+            (f"{_DINOV3}.layer_scale<n>.lambda1",),
+            VECTOR,
+        ),
+        *linear("block<b>/mlp/hidden", f"{_DINOV3}.mlp.up_proj"),
+        *linear("block<b>/mlp/out", f"{_DINOV3}.mlp.down_proj"),
+        *linear("block<b>/mlp/gate", f"{_DINOV3}.mlp.gate_proj"),
+        *linear("block<b>/mlp/up", f"{_DINOV3}.mlp.up_proj"),
+        *linear("block<b>/mlp/down", f"{_DINOV3}.mlp.down_proj"),
+        *layer_norm("norm", "norm"),
+    ),
+    _MASK,
+)
+
+
+def _contrastive(prefix: str, class_tokens: int) -> tuple[Rule, ...]:
+    """The parts that the image towers of CLIP and SigLIP share, in transformers."""
+    layer = f"{prefix}encoder.layers.<b-1>"
+    return (
+        Rule(
+            "params/embed/positions",
+            (f"{prefix}embeddings.position_embedding.weight",),
+            _table(class_tokens),
+        ),
+        *layer_norm("block<b>/norm<n>", f"{layer}.layer_norm<n>"),
+        *_separate(
+            "block<b>/attention",
+            query=f"{layer}.self_attn.q_proj",
+            key=f"{layer}.self_attn.k_proj",
+            value=f"{layer}.self_attn.v_proj",
+            out=f"{layer}.self_attn.out_proj",
+        ),
+        *linear("block<b>/mlp/hidden", f"{layer}.mlp.fc1"),
+        *linear("block<b>/mlp/out", f"{layer}.mlp.fc2"),
+        *layer_norm("norm", f"{prefix}post_layernorm"),
+    )
+
+
+# A file of the whole model has the tower of texts too.
+_TEXTS = ("text_model.*", "text_projection.*", "logit_*", "*position_ids")
+_CLIP = "vision_model."
+
+HF_CLIP = Names(
+    (
+        *conv("embed/patches", f"{_CLIP}embeddings.patch_embedding"),
+        Rule("params/embed/patches/bias", (), ZEROS),
+        Rule("params/embed/tokens", (f"{_CLIP}embeddings.class_embedding",), ONE_TOKEN),
+        *layer_norm("embed_norm", f"{_CLIP}pre_layrnorm"),
+        *_contrastive(_CLIP, class_tokens=1),
+        Rule("params/projection/kernel", ("visual_projection.weight",), LINEAR),
+    ),
+    _TEXTS,
+)
+
+
+def _siglip(prefix: str) -> Names:
+    """SigLIP; a file of the tower alone has no prefix since transformers 5."""
+    head = f"{prefix}head"
+    return Names(
+        (
+            *conv("embed/patches", f"{prefix}embeddings.patch_embedding", bias=True),
+            *_contrastive(prefix, class_tokens=0),
+            Rule("params/pool/probe", (f"{head}.probe",), TOKENS),
+            *attention(
+                "pool/attention",
+                f"{head}.attention.in_proj_",
+                f"{head}.attention.out_proj",
+            ),
+            *layer_norm("pool/norm", f"{head}.layernorm"),
+            *linear("pool/mlp/hidden", f"{head}.mlp.fc1"),
+            *linear("pool/mlp/out", f"{head}.mlp.fc2"),
+        ),
+        _TEXTS,
+    )
+
+
+HF_SIGLIP, HF_SIGLIP_TOWER = _siglip("vision_model."), _siglip("")

@@ -49,8 +49,7 @@ def dinov2(classes):
     return models.ImageTower(14, 8, 2, 2, 32, scaled=True)
 
 def ones():
-    import jax
-import jax.numpy as jnp
+    import jax.numpy as jnp
     return jnp.ones((3, 8))
 """
 
@@ -230,7 +229,6 @@ def write_images(side, channels, folder):
     return {"dataset": str(path)}
 
 
-@pytest.mark.quick
 def test_a_teacher_sees_gray_images_in_its_own_normalization(features, tmp_path):
     given = features | write_images(28, 1, tmp_path)
     setting = prepare(Config(**given, devices=1), teach=True)

@@ -16,6 +16,8 @@ import pytest
 
 import hintjax as hj
 from hintjax import models, weights
+from hintjax.models.foundation import TANH_GELU
+from hintjax.models.tower import quick_gelu
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 DRAWN = runpy.run_path(str(FIXTURES / "drawn.py"))
@@ -33,6 +35,15 @@ def dinov2(hidden=32, **kwargs):
     return models.ImageTower(14, 8, 2, 2, hidden, scaled=True, **kwargs)
 
 
+def tower(**kwargs):
+    return models.ImageTower(14, 8, 2, 2, 24, **kwargs)
+
+
+def dinov3(**kwargs):
+    return tower(registers=4, scaled=True, epsilon=1e-5, rotated=True, **kwargs)
+
+
+CONVNEXT = models.ConvNeXt((1, 2, 1, 1), (4, 6, 8, 10), 5)
 LITE = models.EfficientNetLite(5, width=0.2, depth=0.5)
 CASES = {
     "timm_lite": LITE,
@@ -42,6 +53,15 @@ CASES = {
     "timm_dinov2_giant": dinov2(21, registers=4, activation=None),
     "hf_dinov2": dinov2(),
     "hf_dinov2_giant": dinov2(24, registers=4, activation=None),
+    "hf_dinov3": dinov3(),
+    "hf_dinov3_gated": dinov3(activation=None),
+    "hf_clip": tower(
+        activation=quick_gelu, epsilon=1e-5, norm_first=True, projection=6
+    ),
+    "hf_siglip": tower(class_token=False, activation=TANH_GELU),
+    "torchvision_convnext": CONVNEXT,
+    "timm_convnext": CONVNEXT,
+    "hf_convnext": CONVNEXT,
     "hub_dinov2": dinov2(),
     "hub_dinov2_giant": dinov2(24, registers=4, activation=None),
 }
