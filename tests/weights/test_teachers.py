@@ -16,7 +16,7 @@ import pytest
 
 import hintjax as hj
 from hintjax import models, weights
-from hintjax.models.foundation import TANH_GELU
+from hintjax.models.foundation import tanh_gelu
 from hintjax.models.tower import quick_gelu
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
@@ -58,7 +58,7 @@ CASES = {
     "hf_clip": tower(
         activation=quick_gelu, epsilon=1e-5, norm_first=True, projection=6
     ),
-    "hf_siglip": tower(class_token=False, activation=TANH_GELU),
+    "hf_siglip": tower(class_token=False, activation=tanh_gelu),
     "torchvision_convnext": CONVNEXT,
     "timm_convnext": CONVNEXT,
     "hf_convnext": CONVNEXT,
