@@ -64,6 +64,11 @@ from hintjax.models.imagenet import (
     imagenet_resnet50,
 )
 from hintjax.models.maxout import Maxout
+from hintjax.models.mobilenet import (
+    MobileNetV3,
+    mobilenet_v3_large,
+    mobilenet_v3_small,
+)
 from hintjax.models.plain import PlainCNN, plain_thin, plain_thin_he, plain_wide
 from hintjax.models.resnet import (
     ResNet,
@@ -101,6 +106,7 @@ __all__ = [
     "ImageTower",
     "Maxout",
     "MaxoutCNN",
+    "MobileNetV3",
     "PlainCNN",
     "ResNet",
     "VisionTransformer",
@@ -143,6 +149,8 @@ __all__ = [
     "imagenet_resnet50",
     "maxout_cifar",
     "maxout_mnist",
+    "mobilenet_v3_large",
+    "mobilenet_v3_small",
     "plain_thin",
     "plain_thin_he",
     "plain_wide",

@@ -7,7 +7,8 @@ from jax import Array
 from jaxtyping import Float
 
 from hintjax._checks import Refusal, message
-from hintjax.models.blocks import HE_FAN_OUT, GlobalAveragePool, Sum, batch_norm
+from hintjax.models.blocks import GlobalAveragePool
+from hintjax.models.inverted import ConvNorm, InvertedBottleneck, in_eights
 
 STEM, HEAD = 32, 1280  # channels of the stem and of the head, in every size
 # Each group: kernel, stride of the first block, expansion, channels, blocks.
@@ -20,71 +21,6 @@ GROUPS = (
     (5, 2, 6, 192, 4),
     (3, 1, 6, 320, 1),
 )
-HE_DEPTHWISE = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
-
-
-class ConvNorm(nn.Module):
-    """Convolution and BatchNorm, then ReLU6 if `active`; padded as in TensorFlow.
-
-    At stride 2 on an even map, the padding is (0, 1) for 3x3 and (1, 2) for 5x5.
-
-    Args:
-        features: number of channels of the result.
-        kernel: side of the kernel.
-        stride: stride along both axes.
-        depthwise: whether every channel has a kernel of its own.
-        active: whether ReLU6, min(max(x, 0), 6), follows.
-    """
-
-    features: int
-    kernel: int = 1
-    stride: int = 1
-    depthwise: bool = False
-    active: bool = True
-
-    @nn.compact
-    def __call__(
-        self, x: Float[Array, "*batch h w channels"], train: bool = False
-    ) -> Float[Array, "*batch h2 w2 features"]:
-        """Returns the maps after BatchNorm, or after ReLU6."""
-        x = nn.Conv(
-            self.features,
-            kernel_size=(self.kernel, self.kernel),
-            strides=(self.stride, self.stride),
-            padding="SAME",
-            feature_group_count=x.shape[-1] if self.depthwise else 1,
-            use_bias=False,
-            kernel_init=HE_DEPTHWISE if self.depthwise else HE_FAN_OUT,
-            name="conv",
-        )(x)
-        x = batch_norm(train, name="norm", momentum=0.99, epsilon=1e-3)(x)
-        return nn.relu6(x) if self.active else x
-
-
-class InvertedBottleneck(nn.Module):
-    """Expansion, depthwise convolution and projection, each with BatchNorm.
-
-    The layers are `expand` (absent if the expansion is 1), `depthwise` and `project`,
-    and `sum` if the block keeps the shape. No activation follows the projection.
-    """
-
-    features: int
-    kernel: int
-    stride: int
-    expansion: int
-
-    @nn.compact
-    def __call__(
-        self, x: Float[Array, "*batch h w channels"], train: bool = False
-    ) -> Float[Array, "*batch h2 w2 features"]:
-        """Returns the projected maps, plus the input if the shape is the same."""
-        wide = self.expansion * x.shape[-1]
-        y = x
-        if self.expansion != 1:
-            y = ConvNorm(wide, name="expand")(y, train)
-        y = ConvNorm(wide, self.kernel, self.stride, True, name="depthwise")(y, train)
-        y = ConvNorm(self.features, active=False, name="project")(y, train)
-        return Sum(name="sum")(x, y) if x.shape == y.shape else y
 
 
 class InvertedGroup(nn.Module):
@@ -102,12 +38,10 @@ class InvertedGroup(nn.Module):
     ) -> Float[Array, "*batch h2 w2 features"]:
         """Returns the maps of the last block."""
         for number in range(1, self.blocks + 1):
+            stride = self.stride if number == 1 else 1
+            hidden = self.expansion * x.shape[-1]
             x = InvertedBottleneck(
-                self.features,
-                self.kernel,
-                self.stride if number == 1 else 1,
-                self.expansion,
-                name=f"block{number}",
+                self.features, hidden, self.kernel, stride, name=f"block{number}"
             )(x, train)
         return x
 
@@ -185,16 +119,6 @@ class EfficientNetLite(nn.Module):
         x = ConvNorm(self.head, name="head")(x, train)
         x = GlobalAveragePool(name="pool")(x)
         return nn.Dense(self.classes, name="classifier")(x)
-
-
-def in_eights(channels: float) -> int:
-    """The nearest multiple of 8, at least 8, and at least 90 % of the channels.
-
-    >>> [in_eights(n) for n in (3, 17.6, 26.4, 19)]
-    [8, 16, 24, 24]
-    """
-    found = max(8, int(channels + 4) // 8 * 8)
-    return found if found >= 0.9 * channels else found + 8
 
 
 def efficientnet_lite0(classes: int) -> EfficientNetLite:

@@ -46,7 +46,11 @@ from hintjax.weights.convnext import (
     TORCHVISION_CONVNEXT,
 )
 from hintjax.weights.family import family
-from hintjax.weights.mobile import TIMM_EFFICIENTNET_LITE, efficientnet_lite
+from hintjax.weights.mobile import (
+    TIMM_EFFICIENTNET_LITE,
+    efficientnet_lite,
+    torchvision_mobilenet_v3,
+)
 from hintjax.weights.names import (
     RESNET,
     TIMM_DEIT,
@@ -101,4 +105,5 @@ __all__ = [
     "linear",
     "read_safetensors",
     "resample_positions",
+    "torchvision_mobilenet_v3",
 ]

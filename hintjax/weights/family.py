@@ -11,7 +11,11 @@ from hintjax.weights.convnext import (
     TIMM_CONVNEXT,
     TORCHVISION_CONVNEXT,
 )
-from hintjax.weights.mobile import TIMM_EFFICIENTNET_LITE, efficientnet_lite
+from hintjax.weights.mobile import (
+    TIMM_EFFICIENTNET_LITE,
+    efficientnet_lite,
+    torchvision_mobilenet_v3,
+)
 from hintjax.weights.names import RESNET, TIMM_DEIT, TIMM_VIT, TORCHVISION_VIT
 from hintjax.weights.towers import (
     DINOV2,
@@ -27,7 +31,7 @@ from hintjax.weights.towers import (
 # Maps, and functions that make the map of a model.
 FAMILIES: tuple[Names | Callable[[Variables], Names], ...] = (
     *(RESNET, TIMM_VIT, TIMM_DEIT, TORCHVISION_VIT),
-    *(TIMM_EFFICIENTNET_LITE, efficientnet_lite),
+    *(TIMM_EFFICIENTNET_LITE, efficientnet_lite, torchvision_mobilenet_v3),
     *(DINOV2, TIMM_DINOV2, TIMM_DINOV2_REGISTERS, HF_DINOV2, HF_DINOV3),
     *(HF_CLIP, HF_SIGLIP, HF_SIGLIP_TOWER),
     *(TORCHVISION_CONVNEXT, TIMM_CONVNEXT, HF_CONVNEXT),

@@ -57,16 +57,55 @@ def efficientnet_lite(like: Variables) -> Names:
     )
 
 
+def torchvision_mobilenet_v3(like: Variables) -> Names:
+    """The map of names of torchvision's MobileNetV3.
+
+    Args:
+        like: variables of the model, or their shapes; the model says which parts each
+            block has, because torchvision numbers them.
+    """
+    leaves, rules = paths(like), []
+    for number, (group, block) in enumerate(_blocks(like), start=1):
+        flax, torch = f"group{group}/block{block}", f"features.{number}.block"
+        known = [
+            part
+            for part in ("expand", "depthwise", "squeeze", "project")
+            if any(path.startswith(f"params/{flax}/{part}/") for path in leaves)
+        ]
+        for place, part in enumerate(known):
+            name = f"{torch}.{place}"
+            if part == "squeeze":
+                rules += conv(f"{flax}/squeeze/reduce", f"{name}.fc1", bias=True)
+                rules += conv(f"{flax}/squeeze/expand", f"{name}.fc2", bias=True)
+            else:
+                rules += _conv_norm(f"{flax}/{part}", f"{name}.0", f"{name}.1")
+    last = f"features.{len(_blocks(like)) + 1}"
+    return Names(
+        (
+            *_conv_norm("stem", "features.0.0", "features.0.1"),
+            *rules,
+            *_conv_norm("head", f"{last}.0", f"{last}.1"),
+            *linear("hidden", "classifier.0"),
+            *linear("classifier", "classifier.3"),
+        ),
+        COUNTED,
+    )
+
+
 def _numbered(rules: tuple[Rule, ...], like: Variables) -> list[Rule]:
     """The rules of every block of a model; `<n>` is its number through all groups."""
-    found = (re.match(r"params/group(\d+)/block(\d+)/", path) for path in paths(like))
-    blocks = sorted({(int(one[1]), int(one[2])) for one in found if one})
     return [
         Rule(
             rule.flax.replace("<g>", str(group)).replace("<b>", str(block)),
             tuple(name.replace("<n>", str(number)) for name in rule.torch),
             rule.how,
         )
-        for number, (group, block) in enumerate(blocks)
+        for number, (group, block) in enumerate(_blocks(like))
         for rule in rules
     ]
+
+
+def _blocks(like: Variables) -> list[tuple[int, int]]:
+    """The blocks of a model in their order: number of the group, number in it."""
+    found = (re.match(r"params/group(\d+)/block(\d+)/", path) for path in paths(like))
+    return sorted({(int(one[1]), int(one[2])) for one in found if one})

@@ -17,6 +17,7 @@ import pytest
 import hintjax as hj
 from hintjax import models, weights
 from hintjax.models.foundation import tanh_gelu
+from hintjax.models.mobilenet import Mobile
 from hintjax.models.tower import quick_gelu
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
@@ -43,6 +44,10 @@ def dinov3(**kwargs):
     return tower(registers=4, scaled=True, epsilon=1e-5, rotated=True, **kwargs)
 
 
+MOBILENET = (
+    (Mobile(16, 16, 3, 2, False, True), Mobile(16, 24, 3, 1, False, False)),
+    (Mobile(24, 32, 5, 2, True, True), Mobile(24, 40, 3, 1, True, True)),
+)
 CONVNEXT = models.ConvNeXt((1, 2, 1, 1), (4, 6, 8, 10), 5)
 LITE = models.EfficientNetLite(5, width=0.2, depth=0.5)
 CASES = {
@@ -59,6 +64,7 @@ CASES = {
         activation=quick_gelu, epsilon=1e-5, norm_first=True, projection=6
     ),
     "hf_siglip": tower(class_token=False, activation=tanh_gelu),
+    "torchvision_mobilenet": models.MobileNetV3(MOBILENET, 32, 5),
     "torchvision_convnext": CONVNEXT,
     "timm_convnext": CONVNEXT,
     "hf_convnext": CONVNEXT,
