@@ -112,12 +112,12 @@ class InvertedBottleneck(nn.Module):
         depthwise = self.hidden, self.kernel, self.stride, True
         y = ConvNorm(*depthwise, **active, name="depthwise")(y, train)
         if self.squeezed:
-            y = SqueezeExcite(in_eights(self.hidden // 4), name="squeeze")(y)
+            y = SqueezeExcite(in_eights(float(self.hidden // 4)), name="squeeze")(y)
         y = ConvNorm(self.features, activation=None, name="project")(y, train)
         return Sum(name="sum")(x, y) if x.shape == y.shape else y
 
 
-def in_eights(channels: int | float) -> int:
+def in_eights(channels: float) -> int:
     """The nearest multiple of 8, at least 8, and at least 90 % of the channels.
 
     >>> [in_eights(n) for n in (3, 17.6, 26.4, 19)]
