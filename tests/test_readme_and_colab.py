@@ -38,7 +38,7 @@ def test_the_readme_example_is_short_and_runs(tmp_path):
 def test_every_way_to_bring_a_model_runs(tmp_path):
     """The blocks of the page run one after another, with a small file of weights."""
     blocks = examples("hintjax/models/README.md")
-    assert len(blocks) == 7
+    assert len(blocks) == 8
     if importlib.util.find_spec("equinox") is None:
         blocks = [block for block in blocks if "equinox" not in block]
     seen = "\nlosses.append(metrics['loss'])\n"
