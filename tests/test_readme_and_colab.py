@@ -48,7 +48,7 @@ def test_every_way_to_bring_a_model_runs(tmp_path):
     tiny = {"blocks": (2, 1, 1, 1), "widths": (4, 4, 6, 8, 10), "classes": 5}
     given = {"TINY": tiny, "losses": []}
     scope = runpy.run_path(str(tmp_path / "page.py"), init_globals=given)
-    assert len(scope["losses"]) == len(blocks) - 3
+    assert len(scope["losses"]) == len(blocks) - 4
     assert np.isfinite(scope["losses"]).all()
     assert scope["variables"].params["classifier"]["kernel"].shape[-1] == 5
 
