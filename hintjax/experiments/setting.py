@@ -24,6 +24,7 @@ from hintjax.experiments.cached_teacher import CachedTeacher
 from hintjax.experiments.config import Config
 from hintjax.experiments.factories import (
     attribute_of,
+    check_learns,
     check_output,
     layers,
     network,
@@ -96,7 +97,7 @@ def prepare(config: Config, *, teach: bool = False) -> Setting:
     layout = mesh_of(config)
     inputs = jnp.zeros((1, *dataset.train.shape), jnp.float32)
     student = each(lambda: network(config.student, dataset.classes))
-    teacher = teacher_network(config, dataset.classes, inputs) if teach else None
+    teacher = teacher_network(config, dataset, inputs) if teach else None
     factories = [
         config.student,
         *([_factory(config.teacher)] if teach else []),
@@ -105,6 +106,8 @@ def prepare(config: Config, *, teach: bool = False) -> Setting:
     for name, made in zip(factories, (student, teacher), strict=False):
         if made is not None:
             check_output(name, made, inputs)
+            weights = config.weights if made is teacher else None
+            check_learns(name, dataset.classes, weights)
 
     def said(attribute: str, missing: Any) -> tuple[Any, ...]:
         return tuple(
@@ -154,13 +157,13 @@ def mesh_of(config: Config) -> Layout | None:
     return Layout(make_mesh(**shares, devices=devices[:wanted]))
 
 
-def teacher_network(config: Config, classes: int, inputs: jax.Array) -> Network:
+def teacher_network(config: Config, dataset: Dataset, inputs: jax.Array) -> Network:
     """The network of the configured teacher, whether it is trained yet or not.
 
     Args:
         config: config of the run.
-        classes: number of classes of the dataset, for a teacher that is trained first.
-            A teacher from a finished run or a file keeps its own classes.
+        dataset: the dataset. A teacher that is trained first has its classes, and a
+            teacher from a finished run or a file keeps its own.
         inputs: one image of the dataset.
 
     Raises:
@@ -170,9 +173,10 @@ def teacher_network(config: Config, classes: int, inputs: jax.Array) -> Network:
     teacher = teacher_of(config.teacher, config.weights)
     name = config.teacher
     if teacher.weights is not None:
-        return pretrained(name, teacher.weights, classes, inputs)[0]
+        given = dataset.classes, inputs, dataset.standardize
+        return pretrained(name, teacher.weights, *given)[0]
     if teacher.run_dir is None:
-        return each(lambda: network(name, classes))
+        return each(lambda: network(name, dataset.classes))
     made, variables = load_student(teacher.run_dir)
     wanted = jax.eval_shape(made.init, jax.random.key(0), inputs)
     there, here = map(_shapes, (variables, wanted))

@@ -34,8 +34,14 @@ def teacher_variables(setting: Setting, run_dir: Path, **how: Any) -> Variables:
     if teacher.run_dir is not None:
         return load_student(teacher.run_dir)[1]
     if teacher.weights is not None:
-        classes = setting.dataset.classes
-        return pretrained(config.teacher, teacher.weights, classes, setting.inputs)[1]
+        dataset = setting.dataset
+        return pretrained(
+            config.teacher,
+            teacher.weights,
+            dataset.classes,
+            setting.inputs,
+            dataset.standardize,
+        )[1]
     path = run_dir / "teacher"
     if read_json(path / RESULT) is None:
         own = dataclasses.replace(
