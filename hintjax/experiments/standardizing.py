@@ -1,0 +1,69 @@
+"""The standardization of a teacher's features, estimated before training."""
+
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from hintjax.data import order
+from hintjax.experiments import recipes
+from hintjax.experiments.attachment import as_map, last_stage
+from hintjax.experiments.explained import Shown, image_batches
+from hintjax.experiments.recipes import Recipe
+from hintjax.experiments.setting import Setting, taught_by
+from hintjax.losses import (
+    Standardization,
+    feature_moments,
+    merge_moments,
+    phi_standardization,
+)
+from hintjax.networks import Variables, Wants
+from hintjax.processes import told_arrays
+
+_EXAMPLES = 1024  # images, at most, of which each position counts
+
+
+def with_standardizations(
+    setting: Setting, planned: Sequence[Recipe], teacher: Variables
+) -> Setting:
+    """The setting with PHI-S of the hint layers, if one of the recipes needs it.
+
+    A run that resumes reads the transform from its checkpoint.
+
+    Args:
+        setting: setting of the runs.
+        planned: recipes of the runs.
+        teacher: variables of the teacher.
+    """
+    if recipes.PHI_S not in planned:
+        return setting
+    hints = dict.fromkeys(hint for _, hint in last_stage(setting.places))
+    found = {hint: _estimated(setting, hint, teacher) for hint in hints}
+    places = setting.places._replace(standardizations=found)
+    return setting._replace(places=places)
+
+
+def _estimated(setting: Setting, hint: str, teacher: Variables) -> Standardization:
+    """The transform of a layer, of random training images, alike in all processes."""
+    train = setting.dataset.train
+    index = np.asarray(order(jax.random.key(0), train.n))[:_EXAMPLES]
+    features = jax.jit(_layer(setting, hint))
+    moments = None
+    for images, n in image_batches(setting, train, index):
+        part = feature_moments(features(teacher, images)[:n])
+        moments = part if moments is None else merge_moments(moments, part)
+    leaves = [np.asarray(leaf) for leaf in phi_standardization(moments)]
+    kinds = [(leaf.shape, leaf.dtype) for leaf in leaves]
+    return Standardization(*map(jax.numpy.asarray, told_arrays(leaves, kinds)))
+
+
+def _layer(setting: Setting, hint: str) -> Shown:
+    """Makes the function that computes a layer of the teacher, tokens as a map."""
+
+    def shown(variables: Variables, images: jax.Array | np.ndarray) -> jax.Array:
+        wants = Wants(hints=(hint,))
+        network = taught_by(setting)
+        features, _ = network.apply(*variables, images, wants=wants, train=False)
+        return as_map(features.hints[hint], setting.places.class_tokens[1])
+
+    return shown
