@@ -353,8 +353,15 @@ def _made(
     else:
         method = recipe.make(config, places)
     if places.labels is not None:
-        method = method._replace(ignored=(*method.ignored, UNLABELED))
+        method = _unlabeled(method)
     return on_grids(method, places)
+
+
+def _unlabeled(method: Method) -> Method:
+    """The method, which says that examples without a label are right."""
+    if method.prepare is not None:
+        method = method._replace(prepare=_unlabeled(method.prepare))
+    return method._replace(ignored=(*method.ignored, UNLABELED))
 
 
 def _share(config: Config, part: int) -> int:
