@@ -3,8 +3,10 @@
 from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+from hintjax._checks import Refusal, message
 from hintjax.data import order
 from hintjax.experiments import recipes
 from hintjax.experiments.attachment import as_map, last_stage
@@ -12,6 +14,7 @@ from hintjax.experiments.explained import Shown, image_batches
 from hintjax.experiments.recipes import Recipe
 from hintjax.experiments.setting import Setting, taught_by
 from hintjax.losses import (
+    FeatureMoments,
     Standardization,
     feature_moments,
     merge_moments,
@@ -20,6 +23,7 @@ from hintjax.losses import (
 from hintjax.networks import Variables, Wants
 from hintjax.processes import told_arrays
 
+_ROUNDING = 16 * np.finfo(np.float32).eps  # relative error of a mean of features
 _EXAMPLES = 1024  # images, at most, of which each position counts
 
 
@@ -34,6 +38,9 @@ def with_standardizations(
         setting: setting of the runs.
         planned: recipes of the runs.
         teacher: variables of the teacher.
+
+    Raises:
+        Refusal: if the features of a hint layer do not vary.
     """
     if recipes.PHI_S not in planned:
         return setting
@@ -52,9 +59,28 @@ def _estimated(setting: Setting, hint: str, teacher: Variables) -> Standardizati
     for images, n in image_batches(setting, train, index):
         part = feature_moments(features(teacher, images)[:n])
         moments = part if moments is None else merge_moments(moments, part)
+    check_varies(hint, moments)
     leaves = [np.asarray(leaf) for leaf in phi_standardization(moments)]
     kinds = [(leaf.shape, leaf.dtype) for leaf in leaves]
-    return Standardization(*map(jax.numpy.asarray, told_arrays(leaves, kinds)))
+    return Standardization(*map(jnp.asarray, told_arrays(leaves, kinds)))
+
+
+def check_varies(hint: str, moments: FeatureMoments) -> None:
+    """Raises if features are constant up to rounding: a scale would enlarge noise.
+
+    Args:
+        hint: path of the layer.
+        moments: moments of its features.
+    """
+    variance = jnp.trace(moments.scatter) / jnp.maximum(moments.count - 1, 1)
+    deviation = float(jnp.sqrt(variance / moments.mean.shape[0]))
+    size = float(jnp.max(jnp.abs(moments.mean)))
+    if deviation > _ROUNDING * size:
+        return
+    wanted = f"features of the teacher's layer {hint} that vary between images"
+    got = f"a deviation of {deviation:.3g} around {size:.3g}"
+    do = "Train the teacher longer, or name another layer by --pairs."
+    raise Refusal(message("phi_s", wanted, got, do))
 
 
 def _layer(setting: Setting, hint: str) -> Shown:

@@ -25,7 +25,7 @@ from hintjax.experiments.distill import planned, show_costs
 from hintjax.experiments.finished import load_student
 from hintjax.experiments.methods_table import RECIPES
 from hintjax.experiments.setting import prepare
-from hintjax.experiments.standardizing import with_standardizations
+from hintjax.experiments.standardizing import check_varies, with_standardizations
 from hintjax.losses import feature_moments, standardize_features
 from hintjax.method import Context
 from hintjax.models.blocks import GlobalAveragePool
@@ -194,7 +194,7 @@ def test_recipes_without_labels_have_no_task_or_say_that_they_need_labels(corner
             for phase in phases:
                 assert -1 in phase.method.ignored
                 learned = phase.method.student.output or phase.method.student.params
-                assert labels or phase.hints_only or learned
+                assert labels or phase.hints_only or learned or name == "simkd"
         assert refused == (EVERY_LABEL if labels else EVERY_LABEL | {"backprop"})
 
 
@@ -263,6 +263,13 @@ def test_phi_s_standardizes_the_features_of_the_teacher(page):
     (phase,) = plan[0](config, ready.places, 2)
     assert phase.hints_only and phase.epochs == config.epochs
     assert with_standardizations(setting, [recipes.DENSE], teacher) is setting
+
+
+@pytest.mark.parametrize("value", [0.0, 0.007, np.nan])
+def test_constant_features_are_not_standardized(value):
+    moments = feature_moments(jnp.full((99, 4), value))
+    with pytest.raises(Refusal, match="layer conv9 that vary between images, got a"):
+        check_varies("conv9", moments)
 
 
 @pytest.mark.long
