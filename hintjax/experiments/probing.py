@@ -77,8 +77,8 @@ def probe(
         run_dir: run directory of a finished run.
         dataset: labeled dataset to use instead of that of the run, as in distill.
         data_dir: directory with prepared TensorFlow Datasets.
-        student_layer: path of the student's layer to read. By default the pooled
-            vector, or the output of a network without one.
+        student_layer: path of the student's layer to read, averaged over positions. By
+            default the pooled vector, or the last map of a network without one.
         teacher_layer: path of the teacher's layer to read. By default the same.
         k: number of neighbors in k-NN.
     """
@@ -92,14 +92,14 @@ def probe(
     data = _data(setting, dataset, data_dir)
     start = jax.random.split(jax.random.key(config.seed), 3)[0]  # as the run did
     untrained = setting.student.init(start, setting.inputs)
-    ours = student_layer or _layer(setting.places.student)
+    ours = student_layer or layer_of(setting.places.student)
     networks = [
         _Probed("student", *student, ours),
         _Probed("untrained student", setting.student, untrained, ours),
     ]
     teacher = _teacher(setting, path)
     if teacher is not None:
-        theirs = teacher_layer or _layer(setting.places.teacher)
+        theirs = teacher_layer or layer_of(setting.places.teacher)
         networks.insert(1, _Probed("teacher", taught_by(setting), teacher, theirs))
     rows = [row for one in networks for row in _rows(one, data, config, k)]
     result = {
@@ -152,12 +152,23 @@ def _teacher(setting: Setting, run_dir: Path) -> Variables | None:
     return None
 
 
-def _layer(layers: Layers) -> str | None:
-    """The pooled vector of a network; None, its output, if it has no such layer."""
+def layer_of(layers: Layers) -> str | None:
+    """The layer of a network's features, which its head reads.
+
+    The head itself says little: a hint stage does not train it.
+
+    Args:
+        layers: layers of the network.
+
+    Returns:
+        The path of the pooled vector, or else of the last map; None, the output, if
+        there is no map either.
+    """
     try:
         return pairing.head(layers)[0]
     except Refusal:
-        return None
+        maps = [path for path, layer in layers.items() if len(layer.shape) >= 3]
+        return maps[-1] if maps else None
 
 
 def _rows(

@@ -9,6 +9,7 @@ import types
 from pathlib import Path
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -24,6 +25,7 @@ from hintjax.experiments.config import Config
 from hintjax.experiments.distill import planned, show_costs
 from hintjax.experiments.finished import load_student
 from hintjax.experiments.methods_table import RECIPES
+from hintjax.experiments.probing import layer_of
 from hintjax.experiments.setting import prepare
 from hintjax.experiments.standardizing import check_varies, with_standardizations
 from hintjax.losses import feature_moments, standardize_features
@@ -149,6 +151,14 @@ def test_a_probe_shows_student_teacher_and_untrained_student(page, capsys):
         with pytest.raises(SystemExit):
             main(["probe", *options])
         assert re.search(match, capsys.readouterr().err)
+
+
+def test_a_probe_reads_what_the_head_reads():
+    vector, grid = (jax.ShapeDtypeStruct(s, float) for s in ((1, 8), (1, 4, 4, 8)))
+    maps = {"conv1": grid, "conv2": grid}
+    assert layer_of({**maps, "pool": vector, "classifier": vector}) == "pool"
+    assert layer_of({**maps, "classifier": vector}) == "conv2"
+    assert layer_of({"classifier": vector}) is None
 
 
 def test_a_run_does_not_resume_with_other_images(page, capsys):
