@@ -30,6 +30,7 @@ from hintjax.experiments.setting import prepare
 from hintjax.experiments.standardizing import check_varies, with_standardizations
 from hintjax.losses import feature_moments, standardize_features
 from hintjax.method import Context
+from hintjax.models import VisionTransformer
 from hintjax.models.blocks import GlobalAveragePool
 from hintjax.networks import Features, Wants
 
@@ -67,6 +68,7 @@ def folder(tmp_path_factory):
     made = types.ModuleType("small_networks")
     made.resnet8 = lambda classes: Net(3, classes)
     made.resnet20 = lambda classes: Net(8, classes)
+    made.vit = lambda classes: VisionTransformer(4, 8, 2, 2, classes)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "small_networks", made)
         patch.chdir(path)
@@ -223,6 +225,15 @@ def test_the_task_counts_examples_with_a_label_as_a_batch_of_them():
     assert float((term.weight * values).mean()) == pytest.approx(0.5 * want.mean())
     right = output[known].argmax(-1) == label[known]
     assert float(metrics["accuracy"]) == pytest.approx(right.mean())
+
+
+def test_the_student_has_the_outputs_of_a_teacher_from_a_file(folder):
+    np.savez("images.npz", image=np.zeros((40, 12, 12, 3), np.uint8))
+    file = str(PAGE.parents[2] / "tests" / "fixtures" / "timm_vit.safetensors")
+    given = {"dataset": "images.npz", "teacher": "small_networks:vit", "weights": file}
+    setting = prepare(options(method="phi_s", size=None, **given), teach=True)
+    assert setting.dataset.classes == 5 and setting.places.same_outputs
+    assert setting.places.student["classifier"].shape == (1, 5)
 
 
 def test_a_weight_of_the_task_needs_labels(page):
