@@ -38,6 +38,7 @@ from hintjax.stages import debugging
 # The functions of these names hide their modules.
 objective = importlib.import_module("hintjax.objective")
 population = importlib.import_module("hintjax.population")
+task = importlib.import_module("hintjax.methods.task")
 
 SENTENCE = re.compile(r"[\w. ]+: expected .+, got ", re.DOTALL)
 PYTHONS_OWN = re.compile(r"[\w.<>]+\(\) (got an unexpected keyword|missing)")
@@ -202,9 +203,10 @@ VALID = {
     },
     objective: {
         "objective": {"one": METHOD},
-        "task": {"loss": optax.softmax_cross_entropy_with_integer_labels},
+        "teacher_dropping": {"one": METHOD},
         "weighted": {"method": METHOD, "weight": 1.0},
     },
+    task: {"task": {"loss": optax.softmax_cross_entropy_with_integer_labels}},
     pairing: {
         **dict.fromkeys(
             ("first_pair", "stage_pairs", "suggest_pairs"),
@@ -301,9 +303,12 @@ NOT_FUZZED = {
         LATER,
     ),
     networks_nnx: dict.fromkeys(("nnx", "nnx_update"), LATER),
-    pairing: dict.fromkeys(
-        ("candidates", "choose", "nearest_in_depth", "remarks"), MADE_INSIDE
-    ),
+    pairing: {
+        **dict.fromkeys(
+            ("candidates", "choose", "nearest_in_depth", "remarks"), MADE_INSIDE
+        ),
+        **dict.fromkeys(("alignment", "measure"), LATER),
+    },
     population: dict.fromkeys(("population", "reweighted"), LATER),
     sharding: dict.fromkeys(
         (
