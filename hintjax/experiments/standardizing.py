@@ -1,5 +1,6 @@
 """The standardization of a teacher's features, estimated before training."""
 
+import functools
 from collections.abc import Sequence
 
 import jax
@@ -55,10 +56,13 @@ def _estimated(setting: Setting, hint: str, teacher: Variables) -> Standardizati
     train = setting.dataset.train
     index = np.asarray(order(jax.random.key(0), train.n))[:_EXAMPLES]
     features = jax.jit(_layer(setting, hint))
-    moments = None
-    for images, n in image_batches(setting, train, index):
-        part = feature_moments(features(teacher, images)[:n])
-        moments = part if moments is None else merge_moments(moments, part)
+    moments = functools.reduce(
+        merge_moments,
+        (
+            feature_moments(features(teacher, images)[:n])
+            for images, n in image_batches(setting, train, index)
+        ),
+    )
     check_varies(hint, moments)
     leaves = [np.asarray(leaf) for leaf in phi_standardization(moments)]
     kinds = [(leaf.shape, leaf.dtype) for leaf in leaves]
