@@ -51,6 +51,7 @@ def teacher_variables(setting: Setting, run_dir: Path, **how: Any) -> Variables:
             epochs=config.teacher_epochs,
             hint_epochs=None,
             limit=None,
+            labels=None,
             pairs=(),
             weight=None,
             task_weight=None,
@@ -73,10 +74,13 @@ def check_teacher(setting: Setting, variables: Variables) -> float | None:
         variables: variables of the teacher.
 
     Returns:
-        Metric of the teacher; None if it knows other classes, so that only its hints
-        are used.
+        Metric of the teacher; None if there are no labels, or if it knows other
+        classes, so that only its hints are used.
     """
     config, dataset = setting.config, setting.dataset
+    if not dataset.labeled:
+        print(f"teacher {config.teacher}: without labels, it is not judged")
+        return None
     _compare_names(config, dataset)
     if not setting.places.same_outputs:
         print(f"teacher {config.teacher}: it knows other classes, so it is not judged")
