@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from hintjax.export.converters import need
+from hintjax.export.converters import need, quiet
 from hintjax.export.description import without_description
 from hintjax.export.stablehlo import load_stablehlo
 from hintjax.export.standalone import INPUT
@@ -40,8 +40,9 @@ def run_tflite(data: bytes) -> Run:
     need("run_tflite", "ai_edge_litert")
     from ai_edge_litert.interpreter import Interpreter
 
-    interpreter = Interpreter(model_content=data, num_threads=1)
-    interpreter.allocate_tensors()
+    with quiet():
+        interpreter = Interpreter(model_content=data, num_threads=1)
+        interpreter.allocate_tensors()
     (given,) = interpreter.get_input_details()
     (found,) = interpreter.get_output_details()
 
@@ -85,19 +86,16 @@ def arena_bytes(data: bytes) -> int:
         Refusal: if tflite_micro is not installed.
     """
     need("arena_bytes", "tflite_micro")
-    import os
-    from contextlib import redirect_stderr
-
     from tflite_micro.python.tflite_micro import runtime
 
     data = without_description(data)
 
     def fits(size: int) -> bool:
-        with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere):
-            try:
+        try:
+            with quiet():
                 runtime.Interpreter.from_bytes(data, arena_size=size)
-            except RuntimeError:
-                return False
+        except RuntimeError:
+            return False
         return True
 
     low, high = 0, _LARGEST  # low does not fit

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from hintjax._checks import Refusal, message, positive_int
-from hintjax.export.converters import need
+from hintjax.export.converters import need, quiet
 from hintjax.export.description import with_description
 from hintjax.export.standalone import INPUT, Standalone
 
@@ -94,7 +94,7 @@ def layer_errors(
     options = debug.QuantizationDebugOptions(
         layer_direct_compare_metrics={"squared": squared}
     )
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), quiet():
         warnings.simplefilter("ignore")
         debugger = debug.QuantizationDebugger(
             converter=made,
@@ -124,8 +124,9 @@ def _converter(caller: str, model: Standalone, batch: int, dtype: Any) -> Any:
     need(caller, "tensorflow")
     positive_int(caller, batch=batch)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    import tensorflow as tf
-    from jax.experimental import jax2tf
+    with quiet():
+        import tensorflow as tf
+        from jax.experimental import jax2tf
 
     def student(image):  # this name is in the file
         return model.apply(image)
@@ -139,7 +140,8 @@ def _converter(caller: str, model: Standalone, batch: int, dtype: Any) -> Any:
         input_signature=[image],
         autograph=False,
     )
-    concrete = module.student.get_concrete_function()
+    with quiet():
+        concrete = module.student.get_concrete_function()
     return tf.lite.TFLiteConverter.from_concrete_functions([concrete], module)
 
 
@@ -172,7 +174,7 @@ def _converted(caller: str, converter: Any) -> bytes:
     from tensorflow.lite.python.convert import ConverterError
 
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), quiet():
             warnings.simplefilter("ignore")
             return bytes(converter.convert())
     except ConverterError as error:
