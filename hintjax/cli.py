@@ -45,6 +45,7 @@ from hintjax.experiments.exporting import elsewhere, export_run
 from hintjax.experiments.factories import layers, network
 from hintjax.experiments.finished import load_student
 from hintjax.experiments.launch import leaving, start
+from hintjax.experiments.measuring import measure_run
 from hintjax.experiments.suggestion import suggest
 from hintjax.export import NoConverter
 from hintjax.processes import first, told
@@ -198,6 +199,7 @@ def _run(argv: list[str]) -> None:
             "methods": show_methods,
             "cache": cache_command,
             "export": export_command,
+            "measure": _measure_command(),
             "doctor": doctor,
         },
         prog="hintjax",
@@ -313,6 +315,29 @@ def _suggest_command() -> Callable[..., None]:
         suggest(config, run_dir, count=count, images=images, picture=picture)
 
     return suggest_command
+
+
+def _measure_command() -> Callable[..., None]:
+    """The command `measure`."""
+    from tyro.conf import Positional
+
+    def measure_command(
+        run_dir: Path, files: Positional[tuple[Path, ...]] = (), repeats: int = 200
+    ) -> None:
+        """Measures exported files on the test split, each in the program of its format.
+
+        Prints the metric, the agreement with the student in JAX, the size, the latency
+        of one image on one thread, and the memory in TFLite Micro. Writes the same
+        numbers in RUN_DIR/measured.json.
+
+        Args:
+            run_dir: run directory.
+            files: exported files; by default all files in RUN_DIR/exported.
+            repeats: number of times that each file is timed.
+        """
+        measure_run(run_dir, files, repeats)
+
+    return measure_command
 
 
 def _resume_command() -> Callable[..., None]:

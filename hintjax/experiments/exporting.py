@@ -82,8 +82,6 @@ def _c_files(data: bytes, name: str) -> dict[str, bytes]:
 
 def _int8(model: Standalone, batch: int | None, representative: np.ndarray) -> bytes:
     """An int8 network; it takes one image at a time."""
-    if batch not in (None, 1):
-        raise Refusal(message("export", "batch 1 for an int8 network", f"{batch}"))
     return tflite_int8(model, representative)
 
 
@@ -149,6 +147,8 @@ def export_run(
         do = "Leave --batch out."
         raise Refusal(message("export", f"a number of images for {to}", batch, do))
     size = None if batch == "symbolic" else batch
+    if form.int8 and size not in (None, 1):
+        raise Refusal(message("export", "batch 1 for an int8 network", f"{size}"))
     path = run_dir.expanduser().resolve()
     setting, network, variables = shipped(path)
     model = alone(setting, network, variables)

@@ -54,6 +54,15 @@ def run_tflite(data: bytes) -> Run:
     return _by_batch(run, int(given["shape"][0]))
 
 
+def int8_network(data: bytes) -> bool:
+    """Whether a TFLite file takes uint8 and gives int8, as those of `tflite_int8`."""
+    need("int8_network", "ai_edge_litert")
+    from ai_edge_litert.interpreter import Interpreter
+
+    (found,) = Interpreter(model_content=data).get_output_details()
+    return found["dtype"] == np.int8
+
+
 def run_micro(data: bytes) -> Run:
     """A file of `tflite_int8` in TFLite Micro, the runtime of microcontrollers."""
     need("run_micro", "tflite_micro")
