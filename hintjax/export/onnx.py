@@ -1,5 +1,7 @@
 """A network as ONNX, which ONNX Runtime and many compilers read."""
 
+from typing import Any
+
 import jax
 from jax.extend.core import jaxpr_as_fun
 
@@ -44,8 +46,35 @@ def onnx(model: Standalone, batch: int | None = None) -> bytes:
         input_names=[INPUT],
         output_names=[OUTPUT],
     )
+    _pool_in_two_axes(proto.graph)
     del proto.graph.value_info[:]  # shapes before jax2onnx moved the channels
     del proto.metadata_props[:]
     entry = proto.metadata_props.add()
     entry.key, entry.value = ABOUT, described_as(model.about)
     return proto.SerializeToString(deterministic=True)
+
+
+def _pool_in_two_axes(graph: Any) -> None:
+    """Rewrites each max pooling of maps, channels last, as one of height and width.
+
+    jax2onnx pools over all four axes. ONNX Runtime pools over three at most.
+    """
+    made = {name: node for node in graph.node for name in node.output}
+    read = {name: node for node in graph.node for name in node.input}
+    for pool in [node for node in graph.node if node.op_type == "MaxPool"]:
+        numbers = {one.name: one.ints for one in pool.attribute}
+        window = numbers["kernel_shape"]
+        if len(window) != 4 or (window[0], window[3]) != (1, 1):
+            continue
+        inner = made[pool.input[0]]
+        outer, after = made[inner.input[0]], read[pool.output[0]]
+        for ints in numbers.values():
+            if ints:  # the pads are four numbers before, and four after
+                parts = [ints[i : i + 4] for i in range(0, len(ints), 4)]
+                ints[:] = [number for part in parts for number in part[1:3]]
+        for node, order in ((outer, (0, 3, 1, 2)), (after, (0, 2, 3, 1))):
+            node.op_type = "Transpose"
+            del node.input[1:]
+            node.attribute.add(name="perm", ints=order, type=7)
+        pool.input[0] = outer.output[0]
+        graph.node.remove(inner)

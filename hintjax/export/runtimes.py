@@ -3,12 +3,13 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
+import jax.export
 import numpy as np
 from jaxtyping import Float, UInt8
 
 from hintjax.export.converters import need, quiet
 from hintjax.export.description import without_description
-from hintjax.export.stablehlo import load_stablehlo
 from hintjax.export.standalone import INPUT
 
 Images = UInt8[np.ndarray, "n height width channels"]
@@ -18,8 +19,11 @@ Run = Callable[[Images], Logits]
 
 def run_stablehlo(data: bytes) -> Run:
     """A file of `stablehlo` in JAX, on the default device."""
-    call = load_stablehlo(data)
-    return lambda images: np.asarray(call(images))
+    need("run_stablehlo", "flatbuffers")
+    exported = jax.export.deserialize(bytearray(data))
+    call = jax.jit(exported.call)
+    size = exported.in_avals[0].shape[0]
+    return _by_batch(lambda images: np.asarray(call(images)), size)
 
 
 def run_onnx(data: bytes) -> Run:
@@ -32,7 +36,8 @@ def run_onnx(data: bytes) -> Run:
     session = onnxruntime.InferenceSession(
         data, options, providers=["CPUExecutionProvider"]
     )
-    return lambda images: session.run(None, {INPUT: images})[0]
+    size = session.get_inputs()[0].shape[0]
+    return _by_batch(lambda images: session.run(None, {INPUT: images})[0], size)
 
 
 def run_tflite(data: bytes) -> Run:
@@ -51,7 +56,7 @@ def run_tflite(data: bytes) -> Run:
         interpreter.invoke()
         return _real(interpreter.get_tensor(found["index"]), found["quantization"])
 
-    return _by_batch(run, int(given["shape"][0]))
+    return _by_batch(run, given["shape"][0])
 
 
 def int8_network(data: bytes) -> bool:
@@ -122,8 +127,15 @@ def _real(output: np.ndarray, quantization: tuple[float, int]) -> np.ndarray:
     return np.float32(scale) * (output.astype(np.float32) - zero_point)
 
 
-def _by_batch(run: Run, batch: int) -> Run:
-    """A function that takes any number of images, from one of a fixed batch."""
+def _by_batch(run: Run, batch: Any) -> Run:
+    """A function of any number of images, from one of a batch.
+
+    Args:
+        run: the function.
+        batch: number of images that it takes; a name if it takes any number.
+    """
+    if not isinstance(batch, int | np.integer):
+        return run
 
     def several(images: Images) -> Logits:
         missing = -len(images) % batch

@@ -70,7 +70,13 @@ def tflite_int8(
     import tensorflow as tf
 
     made.inference_input_type, made.inference_output_type = tf.uint8, tf.int8
-    return with_description(_converted("tflite_int8", made), model.about)
+    data = _converted("tflite_int8", made)
+    left = _float_operations(data)
+    if left:
+        wanted = "operations that TFLite has in int8"
+        do = "Use tflite, which computes in float32."
+        raise Refusal(message("tflite_int8", wanted, ", ".join(left), do))
+    return with_description(data, model.about)
 
 
 def layer_errors(
@@ -157,6 +163,22 @@ def _int8_converter(caller: str, model: Standalone, representative: np.ndarray) 
     made.representative_dataset = _whole_range(representative)
     made.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS_INT8]
     return made
+
+
+def _float_operations(data: bytes) -> list[str]:
+    """The names of operations that compute in float32, in a TFLite file."""
+    from tensorflow.lite.python import schema_py_generated as schema
+
+    model = schema.ModelT.InitFromPackedBuf(data, 0)
+    kinds = {code: name for name, code in vars(schema.BuiltinOperator).items()}
+    found = set()
+    for graph in model.subgraphs:
+        for operator in graph.operators:
+            code = model.operatorCodes[operator.opcodeIndex]
+            tensors = [graph.tensors[at] for at in operator.outputs]
+            if any(one.type == schema.TensorType.FLOAT32 for one in tensors):
+                found.add(kinds[max(code.builtinCode, code.deprecatedBuiltinCode)])
+    return sorted(found)
 
 
 def _whole_range(images: np.ndarray) -> Callable[[], Iterator[list[np.ndarray]]]:

@@ -10,6 +10,7 @@ from importlib.util import find_spec
 import jax
 import numpy as np
 import pytest
+from flax import linen as nn
 
 import hintjax as hj
 from hintjax import export
@@ -200,3 +201,36 @@ def test_the_c_array_compiles_and_holds_the_network(made, tmp_path):
     assert zipfile.ZipFile(rest).namelist() == ["about.json"]
     assert "resolver.AddConv2D(); resolver.AddDepthwiseConv2D();" in files.header
     assert "resolver.AddFullyConnected();" in files.header
+
+
+@needs("jax2onnx")
+def test_onnx_pools_over_height_and_width():
+    kernel = np.random.default_rng(0).normal(size=(3, 3, 1, 2)).astype(np.float32)
+
+    def apply(params, state, x, train, key):
+        x = jax.lax.conv_general_dilated(
+            x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        x = nn.max_pool(x, (2, 3), (2, 1), ((0, 1), (1, 0)))
+        return x.mean((1, 2)), {}, state
+
+    variables = hj.Variables({}, {})
+    half = np.full(1, 0.5)
+    net = hj.function(apply)
+    model = export.standalone(net, variables, (5, 4, 1), mean=half, std=half)
+    image = np.random.default_rng(1).integers(0, 256, (3, 5, 4, 1), dtype=np.uint8)
+    found = runtimes.run_onnx(export.onnx(model))(image)
+    np.testing.assert_allclose(found, model.apply(image), atol=1e-5)
+
+
+@needs("tensorflow")
+def test_an_operation_without_an_int8_form_is_refused():
+    def apply(params, state, x, train, key):
+        return jax.scipy.special.erfc(x).mean((1, 2)), {}, state
+
+    one, variables = np.ones(1), hj.Variables({}, {})
+    net = hj.function(apply)
+    model = export.standalone(net, variables, (4, 4, 1), mean=one, std=one)
+    image = np.random.default_rng(1).integers(0, 256, (3, 4, 4, 1), dtype=np.uint8)
+    with pytest.raises(hj.Refusal, match="operations that TFLite has in int8, got"):
+        export.tflite_int8(model, image)
