@@ -145,7 +145,7 @@ def export_run(
     integer("export", 1, representative=representative)
     if batch == "symbolic" and not form.any_batch:
         do = "Leave --batch out."
-        raise Refusal(message("export", f"a number of images for {to}", batch, do))
+        raise Refusal(message("export", f"a number of images for {to}", f"{batch}", do))
     size = None if batch == "symbolic" else batch
     if form.int8 and size not in (None, 1):
         raise Refusal(message("export", "batch 1 for an int8 network", f"{size}"))
@@ -170,9 +170,11 @@ def alone(setting: Setting, network: Network, variables: Variables) -> Standalon
     """The network of a run with the standardization and the classes of its data."""
     dataset = setting.dataset
     mean, std = map(np.asarray, dataset.standardize)
-    shape = dataset.train.shape
+    height, width, channels = dataset.train.shape
     names = dataset.class_names
-    return standalone(network, variables, shape, mean=mean, std=std, classes=names)
+    return standalone(
+        network, variables, (height, width, channels), mean=mean, std=std, classes=names
+    )
 
 
 def spread_images(

@@ -1,14 +1,13 @@
 """An int8 network as C: an array with its length, scales, operations and memory."""
 
-from typing import NamedTuple
+from importlib import import_module
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from hintjax._checks import Refusal, message
 from hintjax.export.converters import need
 from hintjax.export.description import without_description
-
-_NAMED = {"2d": "2D", "matmul": "MatMul"}  # words of TFLite Micro's method names
 
 
 class CArray(NamedTuple):
@@ -43,18 +42,17 @@ def c_array(data: bytes, name: str = "student", arena: int | None = None) -> CAr
         Refusal: if ai-edge-litert is not installed, or the name is no name in C.
     """
     need("c_array", "ai_edge_litert")
-    from ai_edge_litert.schema_py_generated import ModelT
-
+    schema = import_module("ai_edge_litert.schema_py_generated")
     if not (name.isascii() and name.isidentifier()):
         raise Refusal(message("c_array", "a name in C", repr(name)))
     data = without_description(data)
-    model = ModelT.InitFromPackedBuf(data, 0)
+    model = schema.ModelT.InitFromPackedBuf(data, 0)
     graph = model.subgraphs[0]
     ends = {
         "INPUT": graph.tensors[graph.inputs[0]],
         "OUTPUT": graph.tensors[graph.outputs[0]],
     }
-    added = [f"resolver.Add{one}();" for one in _operations(model)]
+    added = [f"resolver.Add{one}();" for one in _operations(schema, model)]
     upper = name.upper()
     lines = [f"#define {upper}_OPERATIONS {len(added)}"]
     lines.append(f"#define {upper}_ADD_OPERATIONS(resolver) {' '.join(added)}")
@@ -74,17 +72,20 @@ def c_array(data: bytes, name: str = "student", arena: int | None = None) -> CAr
     return CArray(_source(data, name), _header(name, len(data), lines))
 
 
-def _operations(model: object) -> list[str]:
+def _operations(schema: Any, model: Any) -> list[str]:
     """The operations of a network, as TFLite Micro names them."""
-    from ai_edge_litert.schema_py_generated import BuiltinOperator
-
-    names = {code: name for name, code in vars(BuiltinOperator).items()}
+    names = {code: name for name, code in vars(schema.BuiltinOperator).items()}
     codes = {
         max(code.builtinCode, code.deprecatedBuiltinCode)
-        for code in getattr(model, "operatorCodes", ())
+        for code in model.operatorCodes
     }
     words = [names[code].lower().split("_") for code in sorted(codes)]
-    return ["".join(_NAMED.get(w, w.capitalize()) for w in one) for one in words]
+    return ["".join(_named(word) for word in one) for one in words]
+
+
+def _named(word: str) -> str:
+    """A word of an operation's name, as TFLite Micro writes it."""
+    return "2D" if word == "2d" else word.capitalize()
 
 
 def _source(data: bytes, name: str) -> str:

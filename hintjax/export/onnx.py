@@ -1,5 +1,6 @@
 """A network as ONNX, which ONNX Runtime and many compilers read."""
 
+from importlib import import_module
 from typing import Any
 
 import jax
@@ -29,8 +30,7 @@ def onnx(model: Standalone, batch: int | None = None) -> bytes:
         Refusal: if jax2onnx is not installed.
     """
     need("onnx", "jax2onnx")
-    import jax2onnx
-
+    jax2onnx = import_module("jax2onnx")
     image = image_spec("onnx", model, batch)
     # Traced first: while it converts, jax2onnx replaces functions of JAX and Flax by
     # its own, and BatchNorm would not be folded.

@@ -1,6 +1,7 @@
 """The programs that run exported files; each file becomes a function of images."""
 
 from collections.abc import Callable, Mapping
+from importlib import import_module
 from typing import Any
 
 import jax
@@ -29,8 +30,7 @@ def run_stablehlo(data: bytes) -> Run:
 def run_onnx(data: bytes) -> Run:
     """A file of `onnx` in ONNX Runtime, on one thread of the CPU."""
     need("run_onnx", "onnxruntime")
-    import onnxruntime
-
+    onnxruntime = import_module("onnxruntime")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     session = onnxruntime.InferenceSession(
@@ -43,10 +43,10 @@ def run_onnx(data: bytes) -> Run:
 def run_tflite(data: bytes) -> Run:
     """A file of `tflite` or `tflite_int8` in LiteRT, on one thread of the CPU."""
     need("run_tflite", "ai_edge_litert")
-    from ai_edge_litert.interpreter import Interpreter
+    litert = import_module("ai_edge_litert.interpreter")
 
     with quiet():
-        interpreter = Interpreter(model_content=data, num_threads=1)
+        interpreter = litert.Interpreter(model_content=data, num_threads=1)
         interpreter.allocate_tensors()
     (given,) = interpreter.get_input_details()
     (found,) = interpreter.get_output_details()
@@ -62,16 +62,16 @@ def run_tflite(data: bytes) -> Run:
 def int8_network(data: bytes) -> bool:
     """Whether a TFLite file takes uint8 and gives int8, as those of `tflite_int8`."""
     need("int8_network", "ai_edge_litert")
-    from ai_edge_litert.interpreter import Interpreter
+    litert = import_module("ai_edge_litert.interpreter")
 
-    (found,) = Interpreter(model_content=data).get_output_details()
+    (found,) = litert.Interpreter(model_content=data).get_output_details()
     return found["dtype"] == np.int8
 
 
 def run_micro(data: bytes) -> Run:
     """A file of `tflite_int8` in TFLite Micro, the runtime of microcontrollers."""
     need("run_micro", "tflite_micro")
-    from tflite_micro.python.tflite_micro import runtime
+    runtime = import_module("tflite_micro.python.tflite_micro.runtime")
 
     data = without_description(data)
     interpreter = runtime.Interpreter.from_bytes(data, arena_size=_LARGEST)
@@ -80,9 +80,8 @@ def run_micro(data: bytes) -> Run:
     def run(images: Images) -> Logits:
         interpreter.set_input(images, 0)
         interpreter.invoke()
-        numbers = found["scales"], found["zero_points"]
-        scale = tuple(array.item() if array.size else 0 for array in numbers)
-        return _real(interpreter.get_output(0), scale)
+        scale, zero_point = found["scales"].item(), found["zero_points"].item()
+        return _real(interpreter.get_output(0), (scale, zero_point))
 
     return _by_batch(run, 1)
 
@@ -100,7 +99,7 @@ def arena_bytes(data: bytes) -> int:
         Refusal: if tflite_micro is not installed.
     """
     need("arena_bytes", "tflite_micro")
-    from tflite_micro.python.tflite_micro import runtime
+    runtime = import_module("tflite_micro.python.tflite_micro.runtime")
 
     data = without_description(data)
 

@@ -65,7 +65,7 @@ def standalone(
     """
     sizes("standalone", 3, shape=shape)
     params, state = read_variables("standalone", "the network's", variables)
-    mean, std = np.float64(mean), np.float64(std)
+    mean, std = np.asarray(mean, np.float64), np.asarray(std, np.float64)
     if mean.shape != shape[-1:] or std.shape != shape[-1:]:
         wanted = f"mean and std to have {shape[-1]} numbers, one for each channel"
         raise Refusal(message("standalone", wanted, f"{mean.shape} and {std.shape}"))

@@ -4,6 +4,7 @@ import os
 import re
 import warnings
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -67,7 +68,7 @@ def tflite_int8(
         Refusal: if tensorflow is not installed, or TFLite lacks an operation.
     """
     made = _int8_converter("tflite_int8", model, representative)
-    import tensorflow as tf
+    tf = import_module("tensorflow")
 
     made.inference_input_type, made.inference_output_type = tf.uint8, tf.int8
     data = _converted("tflite_int8", made)
@@ -91,7 +92,7 @@ def layer_errors(
         representative: images, as for `tflite_int8`.
     """
     made = _int8_converter("layer_errors", model, representative)
-    import tensorflow as tf
+    tf = import_module("tensorflow")
 
     def squared(real, quantized, scale, zero_point):
         return np.mean((real / scale + zero_point - quantized) ** 2)
@@ -131,8 +132,8 @@ def _converter(caller: str, model: Standalone, batch: int, dtype: Any) -> Any:
     positive_int(caller, batch=batch)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     with quiet():
-        import tensorflow as tf
-        from jax.experimental import jax2tf
+        tf = import_module("tensorflow")
+        jax2tf = import_module("jax.experimental.jax2tf")
 
     def student(image):  # this name is in the file
         return model.apply(image)
@@ -157,7 +158,7 @@ def _int8_converter(caller: str, model: Standalone, representative: np.ndarray) 
         wanted = f"images of shape {model.shape}"
         raise Refusal(message(caller, wanted, f"{representative.shape}"))
     made = _converter(caller, model, 1, np.float32)
-    import tensorflow as tf
+    tf = import_module("tensorflow")
 
     made.optimizations = [tf.lite.Optimize.DEFAULT]
     made.representative_dataset = _whole_range(representative)
@@ -167,7 +168,7 @@ def _int8_converter(caller: str, model: Standalone, representative: np.ndarray) 
 
 def _float_operations(data: bytes) -> list[str]:
     """The names of operations that compute in float32, in a TFLite file."""
-    from tensorflow.lite.python import schema_py_generated as schema
+    schema = import_module("tensorflow.lite.python.schema_py_generated")
 
     model = schema.ModelT.InitFromPackedBuf(data, 0)
     kinds = {code: name for name, code in vars(schema.BuiltinOperator).items()}
@@ -193,13 +194,13 @@ def _whole_range(images: np.ndarray) -> Callable[[], Iterator[list[np.ndarray]]]
 
 def _converted(caller: str, converter: Any) -> bytes:
     """The result of a converter, or one sentence."""
-    from tensorflow.lite.python.convert import ConverterError
+    errors = import_module("tensorflow.lite.python.convert")
 
     try:
         with warnings.catch_warnings(), quiet():
             warnings.simplefilter("ignore")
             return bytes(converter.convert())
-    except ConverterError as error:
+    except errors.ConverterError as error:
         lines = [line for line in f"{error}".splitlines() if line.strip()]
         got = lines[0] if lines else "an error"
         do = "Use --to stablehlo or --to onnx."
