@@ -160,7 +160,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command.
 
     Args:
-        argv: arguments of the command; by default those of this process.
+        argv: arguments of the command; by default the arguments of this process.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     with leaving():
@@ -219,9 +219,10 @@ def _join(argv: Sequence[str]) -> None:
             given[name.removeprefix("--")] = after
     for name in ("processes", "process"):
         if name in given:
-            if not given[name].isdecimal():
+            try:
+                given[name] = int(given[name])
+            except ValueError:
                 return  # the options are read again, and then refused
-            given[name] = int(given[name])
     start(**given)
     watch()
 
