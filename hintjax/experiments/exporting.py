@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import UInt8
 
-import hintjax
 from hintjax._checks import FileRefusal, Refusal, integer, message
 from hintjax.data import Records, Split, evaluation_batches
 from hintjax.experiments.distill import shipped
@@ -40,7 +39,7 @@ from hintjax.export.runtimes import (
 from hintjax.networks import Network, Variables, Wants
 
 EXPORTED = "exported"  # folder of a run directory
-_ENVIRONMENT = ".venv-export"
+CHECKOUT = Path(__file__).parents[2]
 _SHOWN = 5  # layers
 
 
@@ -293,7 +292,7 @@ def elsewhere(argv: Sequence[str], missing: NoConverter) -> int | None:
     Returns:
         The exit code; None if there is no other environment.
     """
-    folder = Path(hintjax.__file__).parents[1] / _ENVIRONMENT
+    folder = CHECKOUT / ".venv-export"
     python = folder / "bin" / "python"
     if not python.exists() or Path(sys.prefix).resolve() == folder.resolve():
         return None

@@ -65,7 +65,7 @@ class Middle(NamedTuple):
 def middle(numbers: Sequence[float] | np.ndarray) -> Middle:
     """The median of some numbers, with its 95 % interval.
 
-    >>> middle(range(101))
+    >>> middle(np.arange(101.0))
     Middle(median=50.0, low=40.0, high=60.0)
     """
     found = np.sort(np.asarray(numbers, np.float64))

@@ -5,13 +5,11 @@ import os
 import subprocess
 import sys
 from importlib.util import find_spec
-from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import hintjax
 from hintjax import export
 from hintjax.cli import main
 from hintjax.experiments import exporting, measuring
@@ -133,7 +131,7 @@ def without(monkeypatch):
 
     def checkout(path):
         monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-        monkeypatch.setattr(hintjax, "__file__", str(path / "hintjax" / "__init__.py"))
+        monkeypatch.setattr(exporting, "CHECKOUT", path)
 
     return checkout
 
@@ -179,12 +177,9 @@ def test_the_environment_of_the_converters_does_not_call_itself(
     assert exporting.elsewhere([], export.NoConverter("got no onnx.")) is None
 
 
-HERE = Path(hintjax.__file__).parents[1]
-
-
 @pytest.mark.long
 @pytest.mark.skipif(
-    not (HERE / ".venv-export" / "bin" / "python").exists(),
+    not (exporting.CHECKOUT / ".venv-export" / "bin" / "python").exists(),
     reason="no .venv-export; ./setup.sh --export makes it",
 )
 def test_every_format_is_exported_and_measured(finished, capfd):
