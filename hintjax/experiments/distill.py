@@ -34,6 +34,8 @@ from hintjax.experiments.methods_table import CLASSES_ONLY, RECIPES
 from hintjax.experiments.phases import check
 from hintjax.experiments.pretrained import recorded
 from hintjax.experiments.recipes import PlannedPhase, Recipe, backprop
+from hintjax.experiments.report import drawing
+from hintjax.experiments.reporting import arm_facts, report_run, written
 from hintjax.experiments.run import load_deployed, run
 from hintjax.experiments.setting import Setting, prepare
 from hintjax.experiments.teacher import teacher_of
@@ -196,6 +198,7 @@ def _distill(config: Config, run_dir: Path, plan: Plan, resume: bool) -> None:
             runs = setting if teacher is None else cached(teacher)
             fitted, _ = run(runs, run_dir, recipe, **how)
             print(fitted.account())
+            report_run(setting, run_dir, recipe, teacher)
             return
         variables = taught()
         runs = cached(variables)
@@ -205,7 +208,10 @@ def _distill(config: Config, run_dir: Path, plan: Plan, resume: bool) -> None:
     result = table(setting, variables, found, baselines)
     write_text(run_dir / REPORT, json.dumps(result, indent=1))
     show_table(result)
-    print(f"picture: {picture(setting, run_dir, variables, result, found)}")
+    if drawing():
+        print(f"picture: {picture(setting, run_dir, variables, result, found)}")
+    arm_facts(setting, run_dir, arms, variables, found)
+    print(f"report: {written(run_dir)}")
 
 
 def show_costs(config: Config) -> None:
