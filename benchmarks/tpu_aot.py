@@ -266,26 +266,52 @@ def told(case: Case, mesh: jax.sharding.Mesh) -> dict[str, Any]:
     on_tpu = mesh.devices.flat[0].platform == "tpu"
     compiled = lowered.compile(least if on_tpu else None)
     seconds = time.perf_counter() - start
+    row = {"chips": mesh.size, "compile_seconds": seconds}
+    row |= counted(compiled, arguments)
+    return row | modelled(row, CHIPS[case.chip], case.sides)
+
+
+def counted(compiled: jax.stages.Compiled, arguments: tuple) -> dict[str, Any]:
+    """What the compiler says of a program: operations, bytes, memory, collectives."""
     costs, planned = compiled.cost_analysis() or {}, compiled.memory_analysis()
     sizes = {
         name: getattr(planned, f"{name}_size_in_bytes")
         for name in ("argument", "output", "alias", "temp")
     }
     peak = sizes["argument"] + sizes["output"] - sizes["alias"] + sizes["temp"]
-    row = {
-        "chips": mesh.size,
-        "compile_seconds": seconds,
+    return {
         "flops": costs.get("flops"),
         "bytes": costs.get("bytes accessed"),
         "optimal_seconds": costs.get("optimal_seconds"),
         "memory": {**sizes, "peak": peak, "argument_ideal": ideal(compiled, arguments)},
         "collectives": collectives(compiled.as_text()),
     }
-    return row | modelled(row, CHIPS[case.chip], case.sides)
+
+
+class Setting(NamedTuple):
+    """A stage of a case, with its networks and the shapes of a batch."""
+
+    stage: hj.Stage
+    student: hj.Network
+    teacher: hj.Network | None
+    method: hj.Method
+    shapes: tuple[hj.Variables, hj.Variables | None]  # of student and teacher
+    batch: dict[str, jax.ShapeDtypeStruct]
+    data: hj.Data
 
 
 def step(case: Case, mesh: jax.sharding.Mesh) -> tuple[Any, tuple]:
     """The jitted step of a stage, and the shapes of its arguments."""
+    made = setting(case, mesh)
+    ours, theirs = made.shapes
+    key = jax.eval_shape(partial(jax.random.key, 0))
+    init = partial(made.stage.init, data=made.data)
+    state = jax.eval_shape(init, key, ours, theirs, made.batch)
+    return made.stage.update, (state, theirs, made.batch)
+
+
+def setting(case: Case, mesh: jax.sharding.Mesh) -> Setting:
+    """The stage of a case on a mesh."""
     pair = PAIRS[case.pair]
     student = hj.linen(pair.student(classes=pair.classes))
     teacher = hj.linen(pair.teacher(classes=pair.classes))
@@ -311,14 +337,17 @@ def step(case: Case, mesh: jax.sharding.Mesh) -> tuple[Any, tuple]:
         net if dtype == "float32" else computed_in(net, dtype)
         for net, dtype in ((student, case.student), (teacher, case.teacher))
     )
-    optimizer = optax.sgd(0.05, momentum=0.9)
     method = objective(case, mesh)
     if method.teacher == hj.Wants():
         teacher, theirs = None, None
-    stage = make(student, teacher, method, optimizer, mesh=mesh)
+    stage = make(student, teacher, method, optimizer(), mesh=mesh)
     data = hj.Data(jnp.arange(EXAMPLES, dtype=jnp.int32) % pair.classes)
-    state = jax.eval_shape(partial(stage.init, data=data), key, ours, theirs, batch)
-    return stage.update, (state, theirs, batch)
+    return Setting(stage, student, teacher, method, (ours, theirs), batch, data)
+
+
+def optimizer() -> optax.GradientTransformation:
+    """The optimizer of every step."""
+    return optax.sgd(0.05, momentum=0.9)
 
 
 def objective(case: Case, mesh: jax.sharding.Mesh) -> hj.Method:

@@ -152,7 +152,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command.
 
     Args:
-        argv: arguments of the command; by default those of this process.
+        argv: arguments of the command; by default the arguments of this process.
     """
     with leaving():
         try:

@@ -122,7 +122,7 @@ class Reduced(NamedTuple):
 
 
 def reduced(method: Method, student: Features) -> Reduced:
-    """The reduction of a method; a method without one reads what it reads.
+    """The reduction of a method; a method without one is returned unchanged.
 
     Args:
         method: the method.

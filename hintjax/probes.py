@@ -40,7 +40,7 @@ def knn_scores(
     Args:
         features: features to classify. Call the function on batches: it keeps the
             similarities of a batch to all known features.
-        known: features with known classes, such as those of the training set.
+        known: features with known classes, such as features of the training set.
         labels: the class of each known feature, from 0 to classes - 1.
         classes: number of classes.
         k: number of neighbors, at most m. Of equally near ones the first count.

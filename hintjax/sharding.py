@@ -82,7 +82,7 @@ def make_mesh(
     model: int | None = None,
     devices: Sequence[Device] | None = None,
 ) -> Mesh:
-    """A mesh with those of the axes `data`, `fsdp` and `model` that have a size.
+    """A mesh with each of the axes `data`, `fsdp` and `model` that has a size.
 
     Args:
         data: devices along `data`; by default, all devices that the other axes leave.
@@ -159,7 +159,7 @@ def in_automatic_mesh() -> Iterator[None]:
 
 
 def on_automatic(tree: PyTree) -> PyTree:
-    """The same arrays; those on a mesh with Explicit axes are on it with Auto axes.
+    """The same arrays; arrays on a mesh with Explicit axes are on it with Auto axes.
 
     Nothing is copied to another device.
     """

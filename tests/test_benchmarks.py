@@ -3,6 +3,7 @@
 import ast
 import json
 import math
+import sys
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -382,3 +383,42 @@ def test_the_page_of_reliability_says_what_was_found(script):
     assert promised.count("| `tests/") == sum(
         promise.campaign is None for promise in page.PROMISES
     )
+
+
+def test_a_worker_times_the_programs_that_it_is_asked_for(script, tmp_path):
+    served = "import sys; sys.path.insert(0, sys.argv[1]); import worker\n"
+    served += "print('not an answer', file=sys.stderr)\n"
+    served += "worker.serve({'a': lambda n: 2.0 * n, 'b': lambda n: n}, {'here': 1})"
+    other = script("worker").Worker([sys.executable, "-c", served, str(FOLDER)])
+    assert (other.programs, other.about) == (["a", "b"], {"here": 1})
+    assert [other.seconds("a", 3), other.seconds("b", 1)] == [6.0, 1]
+    other.close()
+    with pytest.raises(RuntimeError, match="exit code 3"):
+        script("worker").Worker([sys.executable, "-c", "raise SystemExit(3)"])
+
+
+def test_steps_are_compared_with_the_faster_layout_of_torch(script):
+    against = script("against_torch")
+    over = against.ratios(
+        {
+            "torch: kd, channels last": [1.0] * 6,
+            "torch: kd, default layout": [2.0] * 6,
+            "hintjax on 1 device: kd": [0.9] * 6,
+            "hintjax on 1 device: kd cached": [0.7] * 6,
+        }
+    )
+    live, cached = over.values()
+    assert live["time"]["median"] == 0.9 and live["verdict"] == "within"
+    assert cached["time"]["median"] == 0.7 and cached["verdict"] == "above"
+
+
+def test_the_steps_against_torch_run(script):
+    against = script("against_torch")
+    options = ["--small", "--worker", "1", "--methods", "kd", "--batch", "8"]
+    steps = against._steps(against._options([*options, "--size", "8"]))
+    assert set(steps) == {"kd", "kd cached"}
+    losses = [
+        float(function(state, *rest)[1]["loss"])
+        for function, state, rest in steps.values()
+    ]
+    assert np.isfinite(losses).all() and losses[0] == pytest.approx(losses[1], rel=1e-6)

@@ -632,7 +632,7 @@ def _mean(runs: Sequence[_Curve]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _apart(wanted: Numbers, sizes: Numbers, low: Side, high: Side) -> np.ndarray:
-    """The places nearest to those wanted (ascending) that leave each its size.
+    """The places nearest to the wanted places (ascending) that leave each its size.
 
     Least squares under "each at least so far above the one before": after taking the
     distances off, that is isotonic regression, solved by pooling neighbors.

@@ -20,7 +20,7 @@ def hard_label_loss(
     L = -log q_y,  q = softmax(z_s),  y = argmax_c z_t
 
     Args:
-        student_logits: logits of the student, in DeiT those of the distillation head.
+        student_logits: logits of the student; in DeiT, of its distillation head.
         teacher_logits: logits of the teacher. The first of equal logits is taken.
         batch_dims: number of leading axes over examples.
         where: mask of the examples (shape of the leading axes) or the positions (all

@@ -31,7 +31,7 @@ def factor_transfer(
     rate: float = 0.5,
     loss: Callable[[Array, Array], Float[Array, " batch"]] = factor_loss,
 ) -> Method:
-    """FT: a translator makes of the guided layer what a paraphraser makes of the hint.
+    """FT: a translator of the guided layer imitates a paraphraser of the hint.
 
     Training has two stages. First the paraphraser, an autoencoder of the hint layer, is
     trained on the teacher alone (30 epochs in the CRD benchmark). Then its encoder is

@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -38,7 +39,7 @@ def fsp(
     regressor: regressors.Sizing | None = None,
     padding: str | None = None,
 ) -> Method:
-    """FSP: what happens between two layers is the same in student and teacher.
+    """FSP: the flow between two layers is the same in student and teacher.
 
     Each flow is first reduced to its FSP matrix. Matrices of one shape are then
     compared at once, by vmap over the pairs, and the losses are summed. The layers may
@@ -79,66 +80,18 @@ def fsp(
     function("fsp", matrix=matrix, loss=loss)
     if regressor is not None:
         function("fsp", regressor=regressor)
-    instance("fsp", Sequence, pairs=pairs)
-    for pair in pairs:
-        if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2:
-            wanted = "each pair to be (flow of the student, flow of the teacher)"
-            raise Refusal(
-                message("fsp", wanted, described(pair), "See hintjax.methods.flows.")
-            )
-        hints_of("fsp", pair)
+    _check_flows(pairs)
     matched = list(
         dict.fromkeys(layers for pair in pairs for layers in zip(*pair, strict=True))
     )
     student_wants, teacher_wants = hints_of("fsp", matched)
+    setting = _Setting(pairs, matched, regressor)
     summed = over_pairs(loss)
-    theirs = [(first, second) for _, (first, second) in pairs]
-    named = {flow: f"fsp({', '.join(flow)})" for flow in theirs}
-
-    def sized(
-        sizing: regressors.Sizing, student: Features, teacher: Features
-    ) -> Iterator[tuple[tuple[str, str], str, nn.Module]]:
-        for guided, hint in matched:
-            shape = student.hints[guided].shape[1:]
-            target = (*shape[:-1], teacher.hints[hint].shape[-1])
-            with of_pair(f"{guided}->{hint}"):
-                module = sizing(shape, target)
-            yield (guided, hint), f"{guided}->{hint}", module
 
     def init(
         key: Array, student: Features, teacher: Features, data: Data | None
     ) -> tuple[dict, dict]:
-        if regressor is None:
-            for layers in matched:
-                _same_channels(*layers, student, teacher)
-            return {}, {}
-        params, memory = {}, {}
-        for number, (layers, name, module) in enumerate(
-            sized(regressor, student, teacher)
-        ):
-            one, shape = jax.random.fold_in(key, number), student.hints[layers[0]].shape
-            params[name], memory[name] = regressors.init(module, one, shape)
-        return params, memory
-
-    def of_student(
-        params: dict,
-        memory: dict,
-        student: Features,
-        teacher: Features,
-        of: Callable[..., Array],
-        train: bool,
-    ) -> tuple[list[Array], dict]:
-        maps = {layers: student.hints[layers[0]] for layers in matched}
-        remembered = {}
-        matching = sized(regressor, student, teacher) if regressor else ()
-        for layers, name, module in matching:
-            maps[layers], remembered[name] = regressors.apply(
-                module, params[name], memory[name], maps[layers], train
-            )
-        students = [
-            of(*(maps[layers] for layers in zip(*pair, strict=True))) for pair in pairs
-        ]
-        return students, remembered
+        return _begin(setting, key, student, teacher)
 
     def apply(
         params: dict,
@@ -150,13 +103,119 @@ def fsp(
     ) -> Applied:
         masked = {} if padding is None else {"where": counted("fsp", batch, padding)}
         of = partial(matrix, **masked)
-        students, remembered = of_student(
-            params, memory, student, teacher, of, context.train
+        maps, remembered = _matched(
+            setting, params, memory, student, teacher, context.train
         )
+        students = [
+            of(*(maps[layers] for layers in zip(*pair, strict=True))) for pair in pairs
+        ]
         teachers = [of(*(teacher.hints[path] for path in flow)) for _, flow in pairs]
         return summed(students, teachers), remembered, {}
 
-    def apply_to_matrices(
+    plain = padding is None and matrix in (fsp_matrix, fsp_matrix_paper)
+    method = Method(
+        student_wants,
+        teacher_wants,
+        init,
+        apply,
+        reduced=partial(_reduced, setting, matrix, summed) if plain else None,
+    )
+    return checked("fsp", matched, method, with_positions)
+
+
+class _Setting(NamedTuple):
+    """The flows, the layers that they match, and how regressors are made for these."""
+
+    pairs: Flows
+    matched: list[tuple[str, str]]  # (guided layer, hint layer)
+    regressor: regressors.Sizing | None
+
+
+def _check_flows(pairs: Flows) -> None:
+    """Raises unless the pairs are pairs of flows."""
+    instance("fsp", Sequence, pairs=pairs)
+    for pair in pairs:
+        if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2:
+            wanted = "each pair to be (flow of the student, flow of the teacher)"
+            raise Refusal(
+                message("fsp", wanted, described(pair), "See hintjax.methods.flows.")
+            )
+        hints_of("fsp", pair)
+
+
+def _modules(
+    setting: _Setting, student: Features, teacher: Features
+) -> Iterator[tuple[tuple[str, str], str, nn.Module]]:
+    """Yields matched layers, their name in the parameters, and their regressor."""
+    if setting.regressor is None:
+        return
+    for guided, hint in setting.matched:
+        shape = student.hints[guided].shape[1:]
+        target = (*shape[:-1], teacher.hints[hint].shape[-1])
+        with of_pair(f"{guided}->{hint}"):
+            module = setting.regressor(shape, target)
+        yield (guided, hint), f"{guided}->{hint}", module
+
+
+def _begin(
+    setting: _Setting, key: Array, student: Features, teacher: Features
+) -> tuple[dict, dict]:
+    """`Method.init`: parameters and statistics of the regressors, if there are any."""
+    if setting.regressor is None:
+        for layers in setting.matched:
+            _same_channels(*layers, student, teacher)
+    params, memory = {}, {}
+    modules = _modules(setting, student, teacher)
+    for number, ((guided, _), name, module) in enumerate(modules):
+        one, shape = jax.random.fold_in(key, number), student.hints[guided].shape
+        params[name], memory[name] = regressors.init(module, one, shape)
+    return params, memory
+
+
+def _matched(
+    setting: _Setting,
+    params: dict,
+    memory: dict,
+    student: Features,
+    teacher: Features,
+    train: bool,
+) -> tuple[dict[tuple[str, str], Array], dict]:
+    """The student's maps with the teacher's channels, and the regressors' statistics.
+
+    Of the teacher's features only the shapes are read.
+    """
+    maps = {layers: student.hints[layers[0]] for layers in setting.matched}
+    remembered = {}
+    for layers, name, module in _modules(setting, student, teacher):
+        maps[layers], remembered[name] = regressors.apply(
+            module, params[name], memory[name], maps[layers], train
+        )
+    return maps, remembered
+
+
+def _reduced(
+    setting: _Setting,
+    matrix: Callable[..., Array],
+    summed: Callable[[Sequence[Array], Sequence[Array]], Float[Array, " batch"]],
+    student: Features,
+) -> Reduced:
+    """`Method.reduced`: the teacher's maps are read as their FSP matrices."""
+    theirs = [(first, second) for _, (first, second) in setting.pairs]
+    named = {flow: f"fsp({', '.join(flow)})" for flow in theirs}
+
+    def reduce(teacher: Features) -> Features:
+        hints = {
+            name: matrix(*(teacher.hints[path] for path in flow))
+            for flow, name in named.items()
+        }
+        return Features(teacher.output, hints, teacher.params)
+
+    def init(
+        key: Array, student: Features, teacher: Features, data: Data | None
+    ) -> tuple[dict, dict]:
+        return _begin(setting, key, student, _channels(teacher, named))
+
+    def apply(
         params: dict,
         memory: dict,
         student: Features,
@@ -165,35 +224,19 @@ def fsp(
         context: Context,
     ) -> Applied:
         shapes = _channels(teacher, named)
-        students, remembered = of_student(
-            params, memory, student, shapes, matrix, context.train
+        maps, remembered = _matched(
+            setting, params, memory, student, shapes, context.train
         )
+        students = [
+            matrix(*(maps[layers] for layers in zip(*pair, strict=True)))
+            for pair in setting.pairs
+        ]
         teachers = [teacher.hints[named[flow]] for flow in theirs]
         return summed(students, teachers), remembered, {}
 
-    def reduced(student: Features) -> Reduced:
-        def reduce(teacher: Features) -> Features:
-            hints = {
-                name: matrix(*(teacher.hints[path] for path in flow))
-                for flow, name in named.items()
-            }
-            return Features(teacher.output, hints, teacher.params)
-
-        method = Method(
-            student_wants,
-            Wants(hints=tuple(named.values())),
-            lambda key, ours, theirs, data: init(
-                key, ours, _channels(theirs, named), data
-            ),
-            apply_to_matrices,
-        )
-        return Reduced(reduce, method)
-
-    plain = padding is None and matrix in (fsp_matrix, fsp_matrix_paper)
-    method = Method(
-        student_wants, teacher_wants, init, apply, reduced=reduced if plain else None
-    )
-    return checked("fsp", matched, method, with_positions)
+    student_wants, _ = hints_of("fsp", setting.matched)
+    wants = Wants(hints=tuple(named.values()))
+    return Reduced(reduce, Method(student_wants, wants, init, apply))
 
 
 def _channels(matrices: Features, named: dict[tuple[str, str], str]) -> Features:

@@ -34,9 +34,9 @@ def task(
     integer regression.
 
     Dense labels, such as (batch, h, w) for segmentation, give one value for each label.
-    The value of an example is then the mean over its valid labels, which are those not
-    in `ignore`. An example without valid labels has the value 0, and counts in the mean
-    of the loss over the batch; `where` in the batch leaves it out. The metrics are
+    The value of an example is then the mean over its valid labels (all labels that are
+    not in `ignore`). An example without valid labels has the value 0, and counts in the
+    mean of the loss over the batch; `where` in the batch leaves it out. The metrics are
     means over the examples with valid labels.
 
     Args:

@@ -71,7 +71,7 @@ def dense_kd(
     ignore: int | Sequence[int] = (),
     label: str = "label",
 ) -> Method:
-    """KD at every position, for dense outputs such as those of segmentation.
+    """KD at every position, for dense outputs, as in segmentation.
 
     L = mean_p kd_loss(s_p, t_p), over the positions p of an example whose label is not
     in `ignore`. An example without such positions has the loss 0. The method reads both

@@ -11,7 +11,7 @@ from hintjax.models.blocks import GlobalAveragePool, Sum, batch_norm, conv
 from hintjax.models.resnet import BasicBlock, Group, Stem
 
 WIDTHS = (64, 64, 128, 256, 512)
-EXPANSION = 4  # channels that a bottleneck returns, over those of its 3x3 convolution
+EXPANSION = 4  # channels of a bottleneck, divided by channels of its 3x3 convolution
 
 
 class Bottleneck(nn.Module):

@@ -97,7 +97,7 @@ class VisionTransformer(nn.Module):
     Positions are parameters, so a model takes images of one size only; `from_torch` of
     `hintjax.weights` resamples the positions of a file to the model's size. There is no
     dropout and no stochastic depth, so `train` has no effect. Kernels are initialized
-    as by ViT's authors, except those of the classifiers: they have Flax's default
+    as by ViT's authors, except in the classifiers: they have Flax's default
     initialization, where the authors start from 0.
 
     Args:

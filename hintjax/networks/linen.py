@@ -12,7 +12,7 @@ from hintjax.networks.capture import default_call, watched
 from hintjax.networks.network import Network, Variables, split
 
 _COLLECTION = "intermediates"
-# Flax's errors about variables that are not those of the module.
+# Flax's errors about variables that belong to another module.
 _OTHERS = (
     flax.errors.ApplyScopeInvalidVariablesStructureError,
     flax.errors.ApplyScopeInvalidVariablesTypeError,

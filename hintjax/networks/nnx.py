@@ -110,7 +110,7 @@ def nnx(
 def nnx_update(
     model: flax.nnx.Module, variables: Variables | Mapping[str, PyTree]
 ) -> None:
-    """Writes variables into an NNX model, such as those of a trained student.
+    """Writes variables into an NNX model, for instance of a trained student.
 
     Args:
         model: a model of the same structure as the network of the variables.

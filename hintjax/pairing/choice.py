@@ -51,7 +51,7 @@ class Measured(NamedTuple):
         chance: accuracy of the most frequent label.
         teacher: paths of the teacher's layers in `alike`.
         student: paths of the student's layers in `alike`.
-        alike: CKA of each two layers, those of the teacher first.
+        alike: CKA of each two layers, the layers of the teacher first.
     """
 
     candidates: tuple[Candidate, ...]
@@ -132,7 +132,7 @@ def choose(measured: Measured, *, count: int = 1) -> tuple[Choice, ...]:
        the depth d of the guided layer: the knowledge of the labels in the hint, the
        part of the hint that the student lacks, and the part of the student that the
        hint stage trains. If two are equal, the cheaper one comes first.
-    3. The first `count` are chosen that differ from those before: by another guided
+    3. The first `count` are chosen that differ from the pairs before: by another guided
        layer, and by a hint layer whose CKA to theirs is below 0.98.
 
     The rule is a plain one, which no benchmark has tuned: read the table, too.

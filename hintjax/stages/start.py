@@ -1,4 +1,4 @@
-"""The state that a stage starts from: fresh arrays, and those of an earlier stage."""
+"""The state that a stage starts from: fresh arrays, and arrays of an earlier stage."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -153,7 +153,7 @@ def copied(tree: PyTree) -> PyTree:
 
 
 def carried(fresh: tuple[dict, dict], earlier: tuple[dict, dict]) -> list[dict]:
-    """Returns regressors and memory, those of the earlier stage for common terms.
+    """Returns regressors and memory; common terms have the values of the earlier stage.
 
     Args:
         fresh: regressors and memory of this stage, by term.

@@ -141,7 +141,7 @@ def fit(
             now = Now(dispatch=dispatch or (1 if on_cpu else None))
             state, metrics = begin(phases, feed, key, 0, student), None
         _check_devices(state)
-        # Restored metrics are those that a signal kept from their line.
+        # Restored metrics are metrics that a signal kept from their line.
         written = now.at - (metrics is not None)
         with open_metrics(run_dir, resume=written if resume else None) as lines:
             reports = _Reports(
