@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from hintjax import losses, metrics, regressors
 from hintjax._checks import Refusal
+from hintjax.balance import Balance, rebalanced
 from hintjax.method import Context, Data, Method, over_pairs
 from hintjax.methods import (
     AnchorNegatives,
@@ -97,6 +98,7 @@ from hintjax.views import at_head, viewed
 __all__ = [
     "Adjustable",
     "AnchorNegatives",
+    "Balance",
     "BatchNegatives",
     "Context",
     "Data",
@@ -164,6 +166,7 @@ __all__ = [
     "population",
     "probability_transfer",
     "queue_similarity",
+    "rebalanced",
     "regression_kd",
     "regressors",
     "relational",

@@ -25,7 +25,7 @@ ORDER = (
     *("processes", "sharding", "memory"),  # where arrays live
     *("method", "objective", "views", "teachers", "methods"),  # methods
     "pairing",  # which layers to match
-    *("stages", "population", "export"),  # update steps
+    *("stages", "balance", "population", "export"),  # update steps
     *("models", "weights"),  # networks that are ready to use
     "data",
     *("training", "cache", "experiments", "cli"),  # the application
@@ -55,6 +55,7 @@ OUTSIDE = {
     "methods": MODELS,
     "pairing": MODELS,
     "stages": UPDATES,
+    "balance": MATHEMATICS,
     "population": UPDATES,
     "export": MODELS,
     "models": MODELS,

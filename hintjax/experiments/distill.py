@@ -31,7 +31,7 @@ from hintjax.experiments.ending import training_begins
 from hintjax.experiments.finished import DEPLOYED, evaluation_size, run_config, score
 from hintjax.experiments.forecast import check_memory, show_forecast
 from hintjax.experiments.methods_table import CLASSES_ONLY, RECIPES
-from hintjax.experiments.phases import check
+from hintjax.experiments.phases import check, check_balance
 from hintjax.experiments.pretrained import recorded
 from hintjax.experiments.recipes import PlannedPhase, Recipe, backprop
 from hintjax.experiments.report import drawing
@@ -170,6 +170,7 @@ def _distill(config: Config, run_dir: Path, plan: Plan, resume: bool) -> None:
     setting = prepare(config, teach=config.method != "backprop")
     show_classes(setting)
     phases = [phase for recipe in plan.recipes for phase in check(setting, recipe)]
+    check_balance(config, phases)
     if not resume:
         configs.save(config, run_dir)
     for phase in {phase.name: phase for phase in phases}.values():
@@ -226,6 +227,7 @@ def show_costs(config: Config) -> None:
         raise Refusal(message("distill", "a dry run in one process", got, do))
     setting = prepare(config, teach=config.method != "backprop")
     phases = [phase for recipe in plan.recipes for phase in check(setting, recipe)]
+    check_balance(config, phases)
     for phase in {phase.name: phase for phase in phases}.values():
         _show(phase, setting.places)
     runs = sum(len(arm.rates) for arm in plan.arms) * config.seeds or 1

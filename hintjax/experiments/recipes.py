@@ -13,6 +13,7 @@ import flax.linen as nn
 
 from hintjax import regressors
 from hintjax._checks import Refusal, message
+from hintjax.balance import Balance
 from hintjax.experiments.attachment import (
     Places,
     before_relu,
@@ -75,7 +76,7 @@ from hintjax.methods import (
     warm_up,
 )
 from hintjax.methods.crd import Negatives
-from hintjax.objective import Weight, objective, weighted
+from hintjax.objective import Adjustable, Weight, objective, weighted
 
 
 class PlannedPhase(NamedTuple):
@@ -92,6 +93,7 @@ class PlannedPhase(NamedTuple):
         carry: see `hintjax.training.Phase`.
         rates: see `distillation_stage`.
         note: text for the user, before the phase starts.
+        balance: see `hintjax.training.Phase`.
     """
 
     name: str
@@ -102,6 +104,7 @@ class PlannedPhase(NamedTuple):
     carry: bool = False
     rates: Mapping[str, float] = {}
     note: str = ""
+    balance: Balance | None = None
 
 
 # (config, places, steps in an epoch, epochs) -> the phases of a run.
@@ -193,7 +196,7 @@ class Beside(NamedTuple):
                 TASKS[config.task].method(),
                 _or(config.task_weight, self.task_weight),
             ),
-            name: weighted(method, _or(config.weight, usual)),
+            name: weighted(method, _start(config, _or(config.weight, usual))),
         }
         if config.kd_weight:
             usual = 4.0 if config.temperature is None else config.temperature
@@ -202,11 +205,17 @@ class Beside(NamedTuple):
         whole, note = objective(**terms), self.note(config, places)
         source = (self, rest)  # the schedule of the weight depends on both
         if not before or whole.prepare is None:
-            return [PlannedPhase(name, whole, epochs, source, note=note)]
+            how = {"note": note, "balance": _balance(config, name)}
+            return [PlannedPhase(name, whole, epochs, source, **how)]
         first = f"before {name}"
         return [
             PlannedPhase(first, whole.prepare, before, source, hints_only=True),
-            PlannedPhase(name, whole, rest, source, carry=True, note=note),
+            PlannedPhase(
+                *(name, whole, rest, source),
+                carry=True,
+                note=note,
+                balance=_balance(config, name),
+            ),
         ]
 
 
@@ -316,6 +325,20 @@ def _share(config: Config, part: int) -> int:
 def _or(value: float | None, usual: Weight) -> Weight:
     """The value of the config, or the published value."""
     return usual if value is None else value
+
+
+def _start(config: Config, weight: Weight) -> Weight:
+    """A weight, in the state if the config balances it; a schedule is a factor."""
+    if config.balance is None:
+        return weight
+    return Adjustable(1.0, weight) if callable(weight) else Adjustable(weight)
+
+
+def _balance(config: Config, name: str) -> Balance | None:
+    """The share of a method beside the task, if the config balances it."""
+    if config.balance is None:
+        return None
+    return Balance({name: config.balance}, config.balance_every)
 
 
 # The recipes of the published methods

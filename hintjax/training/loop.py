@@ -24,7 +24,9 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Key
 
 from hintjax._checks import Refusal, message
+from hintjax.balance import rebalanced
 from hintjax.networks import Variables
+from hintjax.objective import ADJUSTABLE
 from hintjax.processes import agree, told
 from hintjax.stages import State, student_variables
 from hintjax.stages.report import not_finite
@@ -36,7 +38,13 @@ from hintjax.training.feeds import Batch, Feed
 from hintjax.training.keeping import Keeper
 from hintjax.training.ledger import Fitted, Now
 from hintjax.training.metrics import MetricsWriter, open_metrics
-from hintjax.training.phase import Phase, begin, template, with_checks
+from hintjax.training.phase import (
+    Phase,
+    begin,
+    placed_as_before,
+    template,
+    with_checks,
+)
 from hintjax.training.run_directory import owned
 from hintjax.training.signals import stoppable
 
@@ -148,7 +156,9 @@ def fit(
                 lines, keeper, feed, validation, every.evaluation, debug, give_up, show
             )
             while now.phase < len(phases):
-                pace = Pace(phases[now.phase], feed, keeper, every, single=debug)
+                balance = phases[now.phase].balance
+                own = every._replace(balance=balance and balance.every)
+                pace = Pace(phases[now.phase], feed, keeper, own, single=debug)
                 state, now = _train(pace, reports, state, now, metrics)
                 now, metrics = now.next_phase(), None
                 if now.phase < len(phases):
@@ -186,6 +196,8 @@ def _train(
             state, now, metrics = pace.stride(state, now)
             keeper.heed(state, now, metrics)
         now, metrics = reports.make(phase, state, now, metrics), None
+        # After the report: what a signal saves during an evaluation is reported again.
+        state = _balanced(phase, state, pace.feed, now)
         at_checkpoint = now.at % pace.every.checkpoint == 0
         if now.over(phase) or at_checkpoint or told(keeper.late):
             now = keeper.save(state, now)
@@ -194,6 +206,16 @@ def _train(
     if 0 < steps == int(state.skipped.total):
         _give_up(phase, state, pace.feed.example, now.at, steps)
     return state, now
+
+
+def _balanced(phase: Phase, state: State, feed: Feed, now: Now) -> State:
+    """The state with moved weights, if that is due before the next step."""
+    balance = phase.balance
+    if balance is None or now.over(phase) or now.at % balance.every:
+        return state
+    batch = feed.upcoming(phase.program, now.at)
+    report = phase.program.stage.report(state, phase.teacher, batch)
+    return placed_as_before(rebalanced(state, report, balance), state)
 
 
 class _Reports(NamedTuple):
@@ -233,7 +255,7 @@ class _Reports(NamedTuple):
             now = now.spend("evaluation", time.perf_counter() - start)
             now = now.validated(found["loss"])
         validated = {f"validation/{name}": value for name, value in found.items()}
-        shown = {**metrics, **validated}
+        shown = {**metrics, **_weights(phase, state), **validated}
         if self.debug:
             chex.assert_tree_all_finite((shown, state.params, state.state))
         self.lines.write(now.at, phase.name, shown)
@@ -255,6 +277,14 @@ class _Reports(NamedTuple):
         for batch in batches:
             self.keeper.heed(state, now, metrics, meet=False)
             yield batch
+
+
+def _weights(phase: Phase, state: State) -> dict[str, ArrayLike]:
+    """The weights that a balanced phase moves, as metrics."""
+    if phase.balance is None:
+        return {}
+    kept = jax.device_get(state.memory[ADJUSTABLE])
+    return {f"{name}/weight": kept[name] for name in phase.balance.target}
 
 
 def _identity(

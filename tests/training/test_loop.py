@@ -250,6 +250,53 @@ def test_streamed_batches_resume_to_the_same_bits(world, tmp_path):
     assert fingerprint(resumed.state) == fingerprint(expected.state)
 
 
+@pytest.fixture(scope="module")
+def adjustable():
+    """A program whose hint has a weight in the state."""
+    method = hj.objective(
+        task=hj.task(optax.softmax_cross_entropy_with_integer_labels),
+        hint=hj.weighted(hj.fitnets([("dense1", "dense1")]), hj.Adjustable(100.0)),
+    )
+    student, teacher = hj.linen(Net(4)), hj.linen(Net(6))
+    stage = hj.distillation_stage(student, teacher, method, optax.adam(1e-2))
+    return program(stage, BATCH, Augment(pad=1))
+
+
+@pytest.mark.parametrize("source", ["on_device", "streamed"])
+def test_a_balanced_run_keeps_the_shares_and_resumes_to_the_same_bits(
+    world, adjustable, tmp_path, source
+):
+    balance = hj.Balance({"hint": 0.5}, every=3)
+    phases = [Phase("both", adjustable, 11, world["teacher"], balance=balance)]
+
+    def run(name, **how):
+        feed = None
+        if source == "streamed":
+            feed = streamed(world["dataset"], BATCH, seed=0, augment=Augment(pad=1))
+        return train(world, tmp_path / name, feed=feed, phases=phases, **how)
+
+    expected = run("whole", checkpoint_seconds=1e-9)
+    lines = read_metrics(tmp_path / "whole")
+    weights = {line["step"]: line["hint/weight"] for line in lines}
+    assert [*weights] == [3, 4, 6, 8, 9, 11]  # reports, and the pauses for the balance
+    # A report comes before the move of its step.
+    assert weights[3] == 100 != weights[4] == weights[6] != weights[8]
+    for at in (4, 8):
+        with pytest.raises(Killed):
+            run(str(at), show=killer(at), checkpoint_seconds=1e-9)
+        resumed = run(str(at), resume=True)
+        assert fingerprint(resumed.state) == fingerprint(expected.state)
+
+
+@pytest.mark.quick
+def test_a_balance_of_a_fixed_weight_is_refused_before_the_first_step(world, tmp_path):
+    balance = hj.Balance({"hint": 0.5})
+    distill = world["programs"]["distillation"]
+    phases = [Phase("both", distill, 4, world["teacher"], balance=balance)]
+    with pytest.raises(hj.Refusal, match="fit: expected terms whose weight is adj"):
+        train(world, tmp_path, phases=phases)
+
+
 def test_evaluation_counts_every_example_once(world):
     stage = world["programs"]["distillation"].stage
     dataset = world["dataset"]
