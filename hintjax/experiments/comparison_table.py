@@ -64,7 +64,7 @@ def table(
                 "runs": arm["runs"],
             }
         )
-    best = task.best({name: _validated(task, found[name]) for name in baselines})
+    best = task.best({name: max_validated(task, found[name]) for name in baselines})
     differences = {
         name: paired(arm["test"], found[best]["test"])._asdict()
         for name, arm in found.items()
@@ -162,7 +162,7 @@ def differences(report: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
     return found
 
 
-def _validated(task: Task, arm: Mapping[str, Any]) -> float:
+def max_validated(task: Task, arm: Mapping[str, Any]) -> float:
     """The metric of an arm on the validation split, at its best rate."""
     rates = arm["validation"]
     return rates[task.best(rates)]

@@ -25,9 +25,11 @@ from hintjax.experiments.caching import (
 )
 from hintjax.experiments.comparison import REPORT, Arm, compare
 from hintjax.experiments.comparison_picture import picture
-from hintjax.experiments.comparison_table import show_table, table
+from hintjax.experiments.comparison_table import max_validated, show_table, table
 from hintjax.experiments.config import Config
+from hintjax.experiments.doubts import doubts_after, doubts_before
 from hintjax.experiments.ending import training_begins
+from hintjax.experiments.facts import Pair, pair_of
 from hintjax.experiments.finished import DEPLOYED, evaluation_size, run_config, score
 from hintjax.experiments.forecast import check_memory, show_forecast
 from hintjax.experiments.methods_table import CLASSES_ONLY, RECIPES
@@ -43,6 +45,7 @@ from hintjax.experiments.teaching import check_teacher, teacher_variables
 from hintjax.networks import Variables
 from hintjax.processes import agree, first
 from hintjax.training import progress
+from hintjax.training.remarks import remark
 from hintjax.training.run_directory import LOCK, inside, owned, write_text
 
 COMPILED = "compiled"  # programs, in the run directory
@@ -182,10 +185,17 @@ def _distill(config: Config, run_dir: Path, plan: Plan, resume: bool) -> None:
         begin = _counting(report)
         training_begins()
 
-        def taught() -> Variables:
+        def taught() -> tuple[Variables, float | None]:
             variables = teacher_variables(setting, run_dir, show=begin("teacher"))
-            check_teacher(setting, variables)
-            return variables
+            return variables, check_teacher(setting, variables)
+
+        def doubted(teacher: Variables | None) -> tuple[Pair | None, float | None]:
+            pair = pair_of(setting, teacher)
+            key = jax.random.key(config.seed)
+            fresh = setting.student.init(key, setting.inputs)
+            said, before = doubts_before(setting, phases, pair, fresh)
+            remark(run_dir, said)
+            return pair, before
 
         def cached(variables: Variables) -> Setting:
             if not config.cache:
@@ -194,14 +204,18 @@ def _distill(config: Config, run_dir: Path, plan: Plan, resume: bool) -> None:
 
         if not plan.arms:
             (recipe,) = plan.recipes
-            teacher = None if setting.teacher is None else taught()
+            teacher, known = (None, None) if setting.teacher is None else taught()
+            pair, before = doubted(teacher)
             how = {"teacher": teacher, "resume": resume, "show": begin("student")}
             runs = setting if teacher is None else cached(teacher)
-            fitted, _ = run(runs, run_dir, recipe, **how)
+            fitted, result = run(runs, run_dir, recipe, **how)
             print(fitted.account())
-            report_run(setting, run_dir, recipe, teacher)
+            own = {phases[-1].name: result[f"validation/{setting.task.name}"]}
+            remark(run_dir, doubts_after(setting, known, own))
+            report_run(setting, run_dir, recipe, teacher, pair, before)
             return
-        variables = taught()
+        variables, known = taught()
+        doubted(variables)
         runs = cached(variables)
         found = compare(runs, run_dir, plan.arms, variables, begin=begin)
     arms = plan.arms
@@ -212,6 +226,8 @@ def _distill(config: Config, run_dir: Path, plan: Plan, resume: bool) -> None:
     if drawing():
         print(f"picture: {picture(setting, run_dir, variables, result, found)}")
     arm_facts(setting, run_dir, arms, variables, found)
+    own = {name: max_validated(setting.task, arm) for name, arm in found.items()}
+    remark(run_dir, doubts_after(setting, known, own))
     print(f"report: {written(run_dir)}")
 
 

@@ -5,12 +5,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from hintjax.experiments.attachment import middle
 from hintjax.experiments.comparison import Arm
 from hintjax.experiments.comparison_picture import attention_picture
-from hintjax.experiments.facts import classes_by, pair_of, write_facts
+from hintjax.experiments.facts import Pair, classes_by, write_facts
 from hintjax.experiments.finished import DEPLOYED, load_student
 from hintjax.experiments.recipes import Recipe
 from hintjax.experiments.report import drawing, write_report
@@ -21,7 +19,12 @@ from hintjax.processes import told
 
 
 def report_run(
-    setting: Setting, run_dir: Path, recipe: Recipe, teacher: Variables | None
+    setting: Setting,
+    run_dir: Path,
+    recipe: Recipe,
+    teacher: Variables | None,
+    pair: Pair | None,
+    before: float | None,
 ) -> None:
     """Writes facts.json, attention.png and report.html of a finished run.
 
@@ -30,19 +33,17 @@ def report_run(
         run_dir: run directory.
         recipe: recipe of the run.
         teacher: variables of the teacher, if the run has one.
+        pair: the pair whose R^2 is reported, if there is one.
+        before: its R^2 for the student before training.
     """
     network, variables = load_deployed(setting, run_dir, recipe)
     judged = classes_by(setting, network)(variables)
     taught, measured = None, None
     if teacher is not None and setting.places.same_outputs:
         taught = classes_by(setting, taught_by(setting))(teacher)
-    pair = pair_of(setting, teacher)
     if pair is not None:
-        key = jax.random.key(setting.config.seed)
-        fresh = setting.student.init(key, setting.inputs)
         student = load_student(run_dir, hints_only=True)[1]
-        measured = {"guided": pair.guided, "hint": pair.hint}
-        measured["before"] = pair.explained(fresh)
+        measured = {"guided": pair.guided, "hint": pair.hint, "before": before}
         measured["after"] = pair.explained(student)
     write_facts(setting, run_dir, teacher, judged, taught, measured)
     if pair is not None and drawing():

@@ -11,6 +11,7 @@ Whatever depends on a clock, a signal or the disk, they decide together
 (`hintjax.processes`). Only the first process writes.
 """
 
+import contextlib
 import os
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -37,7 +38,7 @@ from hintjax.training.evaluation import evaluate
 from hintjax.training.feeds import Batch, Feed
 from hintjax.training.keeping import Keeper
 from hintjax.training.ledger import Fitted, Now
-from hintjax.training.metrics import MetricsWriter, open_metrics
+from hintjax.training.metrics import MetricsWriter, open_metrics, read_metrics
 from hintjax.training.phase import (
     Phase,
     begin,
@@ -45,8 +46,11 @@ from hintjax.training.phase import (
     template,
     with_checks,
 )
+from hintjax.training.remarks import TASK, Stillness, lopsided, remark
 from hintjax.training.run_directory import owned
 from hintjax.training.signals import stoppable
+
+_TASK = f"{TASK}/weighted"
 
 
 class NothingLearned(FloatingPointError):
@@ -74,6 +78,7 @@ def fit(
     dispatch: int | None = None,
     debug: bool = False,
     give_up: int = 20,
+    compare_gradients: bool = False,
     show: Callable[[int, Mapping[str, Any], str], None] | None = None,
 ) -> Fitted:
     """Trains a student through its phases, and leaves everything in the run directory.
@@ -110,6 +115,9 @@ def fit(
         give_up: the number of updates skipped in a row, because a number was not
             finite or for a spike, after which the run ends with an error. It is
             checked at reports.
+        compare_gradients: whether the first report of each phase with a term named
+            "task" also compares the gradients of its terms. It compiles one more
+            program; a term whose gradient is 100 times as long as the task's is told.
         show: `(steps done, metrics, name of the phase)`, called at every report.
 
     Returns:
@@ -153,7 +161,16 @@ def fit(
         written = now.at - (metrics is not None)
         with open_metrics(run_dir, resume=written if resume else None) as lines:
             reports = _Reports(
-                lines, keeper, feed, validation, every.evaluation, debug, give_up, show
+                lines=lines,
+                keeper=keeper,
+                feed=feed,
+                validation=validation,
+                evaluate_every=every.evaluation,
+                debug=debug,
+                give_up=give_up,
+                compare_gradients=compare_gradients,
+                stillness=Stillness(read_metrics(run_dir)),
+                show=show,
             )
             while now.phase < len(phases):
                 balance = phases[now.phase].balance
@@ -190,12 +207,14 @@ def _train(
     Raises:
         NothingLearned: if all updates of the phase were skipped.
     """
-    phase, keeper = pace.phase, pace.keeper
+    phase, keeper, first = pace.phase, pace.keeper, True
     while metrics is not None or not now.over(phase):
         if metrics is None:
             state, now, metrics = pace.stride(state, now)
             keeper.heed(state, now, metrics)
-        now, metrics = reports.make(phase, state, now, metrics), None
+        if first and now.at - now.began <= pace.every.report:
+            reports.weigh(phase, state, now, metrics)
+        now, metrics, first = reports.make(phase, state, now, metrics), None, False
         # After the report: what a signal saves during an evaluation is reported again.
         state = _balanced(phase, state, pace.feed, now)
         at_checkpoint = now.at % pace.every.checkpoint == 0
@@ -230,6 +249,8 @@ class _Reports(NamedTuple):
         evaluate_every: steps between evaluations.
         debug: whether parameters and metrics must be finite.
         give_up: the number of updates skipped in a row that ends the run.
+        compare_gradients: whether the gradients of the terms are compared.
+        stillness: tells terms that do not move.
         show: is called with every report.
     """
 
@@ -240,6 +261,8 @@ class _Reports(NamedTuple):
     evaluate_every: int
     debug: bool
     give_up: int
+    compare_gradients: bool
+    stillness: Stillness
     show: Callable[[int, Mapping[str, Any], str], None] | None
 
     def make(
@@ -259,12 +282,32 @@ class _Reports(NamedTuple):
         if self.debug:
             chex.assert_tree_all_finite((shown, state.params, state.state))
         self.lines.write(now.at, phase.name, shown)
+        self.warn(phase, self.stillness.see(phase.name, metrics))
         in_a_row = int(state.skipped.in_a_row)
         if in_a_row >= self.give_up:
             _give_up(phase, state, self.feed.example, now.at, in_a_row)
         if self.show is not None:
             self.show(now.at, shown, phase.name)
         return now
+
+    def weigh(
+        self, phase: Phase, state: State, now: Now, names: Collection[str]
+    ) -> None:
+        """Compares the gradients of a phase's terms, if that was asked for.
+
+        A device without room for the report goes on without it.
+        """
+        terms = [name for name in names if name.endswith("/weighted")]
+        if not self.compare_gradients or len(terms) < 2 or _TASK not in terms:
+            return
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            batch = self.feed.upcoming(phase.program, now.at)
+            report = phase.program.stage.report(state, phase.teacher, batch)
+            self.warn(phase, lopsided(report))
+
+    def warn(self, phase: Phase, sentences: Sequence[str]) -> None:
+        """Warns once in the life of a run; the run directory keeps the sentences."""
+        remark(self.keeper.run_dir, [f"phase {phase.name}: {one}" for one in sentences])
 
     def _heeded(
         self,

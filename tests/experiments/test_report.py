@@ -170,7 +170,7 @@ def test_finished_runs_are_compared_with_their_intervals(tmp_path, capsys):
         by_hand(tmp_path / "b", "at", accuracy=0.8, learning_rate=0.01),
         by_hand(tmp_path / "more" / "b", "at", accuracy=0.7),
     ]
-    (paths[1] / "remarks.txt").write_text("the term 'kd' does not move.\n")
+    (paths[1] / "warnings.txt").write_text("the term 'kd' does not move.\n")
     output = tmp_path / "all.html"
     main(["report", *map(str, paths), "--output", str(output)])
     assert f"report: {output}" in capsys.readouterr().out

@@ -288,6 +288,22 @@ def test_a_balanced_run_keeps_the_shares_and_resumes_to_the_same_bits(
         assert fingerprint(resumed.state) == fingerprint(expected.state)
 
 
+def test_a_gradient_that_drowns_the_task_is_told_once(
+    world, adjustable, tmp_path, capsys
+):
+    def heavy(state):
+        return hj.reweighted(state, hint=1e6)
+
+    phases = [Phase("both", adjustable, 6, world["teacher"], adjust=heavy)]
+    how = {"phases": phases, "report_every": 2, "compare_gradients": True}
+    with pytest.raises(Killed):
+        train(world, tmp_path, show=killer(4), checkpoint_seconds=1e-9, **how)
+    train(world, tmp_path, resume=True, **how)
+    (said,) = (tmp_path / "warnings.txt").read_text().splitlines()
+    assert said.startswith("phase both: The gradient of the term 'hint' is ")
+    assert capsys.readouterr().err.count(said) == 1
+
+
 @pytest.mark.quick
 def test_a_balance_of_a_fixed_weight_is_refused_before_the_first_step(world, tmp_path):
     balance = hj.Balance({"hint": 0.5})
