@@ -73,7 +73,13 @@ from hintjax.networks import (
     linen,
     split,
 )
-from hintjax.objective import Adjustable, Weighted, objective, weighted
+from hintjax.objective import (
+    Adjustable,
+    Weighted,
+    objective,
+    teacher_dropping,
+    weighted,
+)
 from hintjax.pairing import suggest_pairs
 from hintjax.population import Population, population, reweighted
 from hintjax.sharding import Layout, data_mesh, make_mesh
@@ -184,6 +190,7 @@ __all__ = [
     "student_variables",
     "suggest_pairs",
     "task",
+    "teacher_dropping",
     "tinybert",
     "together",
     "token_gram",

@@ -204,9 +204,10 @@ def _join(argv: Sequence[str]) -> None:
             given[name.removeprefix("--")] = after
     for name in ("processes", "process"):
         if name in given:
-            if not given[name].isdecimal():
+            try:
+                given[name] = int(given[name])
+            except ValueError:
                 return  # the options are read again, and then refused
-            given[name] = int(given[name])
     start(**given)
     watch()
 

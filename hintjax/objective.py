@@ -2,7 +2,8 @@
 
 import math
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -115,7 +116,90 @@ def objective(**terms: Weighted | Method) -> Method:
     >>> objective(task=weighted(term, 0.5), again=term).student
     Wants(output=True, hints=(), params=())
     """
-    instance("objective", (Method, Weighted), **terms)
+    return _objective("objective", terms, _summed)
+
+
+def teacher_dropping(keep: float = 0.5, /, **terms: Weighted | Method) -> Method:
+    """Several teachers, of which each example listens to some, and to the worst always.
+
+    A student of several teachers learns the easy ones and neglects the others. So each
+    example keeps the term of its largest (weighted) value, and every other term with
+    the probability `keep`::
+
+        L = sum_i sum_t k_it w_t L_it / sum_i sum_t k_it      k_it in {0, 1}
+
+    over the examples i of the batch and the terms t, usually one term for each teacher
+    (see `from_teacher`). In evaluation all terms count, and L is their mean.
+
+    Args:
+        keep: the probability, in [0, 1]. With 1 nothing is dropped.
+        **terms: the terms by name; a method without a weight has weight 1.
+
+    Returns:
+        The method, as `objective` returns it. It also reports `name/kept`, the fraction
+        of examples that kept the term.
+
+    Raises:
+        ValueError: if the probability is not in [0, 1], if a weight is 0, or as
+            `objective` raises.
+
+    Convention:
+        The factor is 1 against the code of UNIC, which drops teachers by the mean of
+        their two losses: pass one term for each teacher, an `objective` of both.
+
+    References:
+        Sariyildiz et al., UNIC: Universal Classification Models via Multi-teacher
+        Distillation, 2024. https://github.com/naver/unic
+    """
+    scalar("teacher_dropping", "in [0, 1]", lambda p: 0 <= p <= 1, keep=keep)
+    for name, term in terms.items():
+        if isinstance(term, Weighted) and term.weight == 0:
+            wanted, do = "weights > 0", "Watch this term in an objective around it."
+            got = f"weight 0 of {name!r}"
+            raise Refusal(message("teacher_dropping", wanted, got, do))
+    return _objective("teacher_dropping", terms, partial(_kept, keep))
+
+
+Combine = Callable[
+    [Mapping[str, Array], Context, Array | None], tuple[Array, dict[str, Array]]
+]
+
+
+def _summed(
+    parts: Mapping[str, Array], context: Context, where: Array | None
+) -> tuple[Array, dict[str, Array]]:
+    """The sum of the weighted terms, one value per example."""
+    return total(parts.values()), {}
+
+
+def _kept(
+    keep: float, parts: Mapping[str, Array], context: Context, where: Array | None
+) -> tuple[Array, dict[str, Array]]:
+    """The weighted terms that each example keeps; their mean over all that are kept.
+
+    The mean of the values over the valid examples is the sum of the kept terms, divided
+    by the number of kept terms.
+    """
+    values = jnp.stack([*parts.values()])
+    kept = jnp.ones(values.shape, bool)
+    if context.train:
+        key = jax.random.fold_in(context.key, len(parts))
+        drawn = jax.random.bernoulli(key, keep, values.shape)
+        worst = values.max(0, keepdims=True)
+        kept = drawn | ~(values < worst)  # so nan is kept, too
+    each = masked_mean(kept.sum(0).astype(values.dtype), where)
+    shares = {
+        f"{name}/kept": masked_mean(one.astype(values.dtype), where)
+        for name, one in zip(parts, kept, strict=True)
+    }
+    return jnp.where(kept, values, 0.0).sum(0) / each, shares
+
+
+def _objective(
+    caller: str, terms: Mapping[str, Weighted | Method], combine: Combine
+) -> Method:
+    """An objective that combines the weighted values of its terms."""
+    instance(caller, (Method, Weighted), **terms)
     named = {
         name: term if isinstance(term, Weighted) else Weighted(term, 1.0)
         for name, term in terms.items()
@@ -125,7 +209,7 @@ def objective(**terms: Weighted | Method) -> Method:
     if named.keys() & {*taken}:
         do = "Give the term another name."
         wanted = f"no term with a name among {taken}"
-        raise Refusal(message("objective", wanted, f"{list(named)}", do))
+        raise Refusal(message(caller, wanted, f"{list(named)}", do))
     adjustable = {
         name: term.weight.start
         for name, term in named.items()
@@ -133,7 +217,7 @@ def objective(**terms: Weighted | Method) -> Method:
     }
     if all(term.weight == 0 for term in named.values()):
         got = f"the terms {list(named)} with weight 0" if named else "no terms"
-        raise Refusal(message("objective", "a term with a weight > 0", got))
+        raise Refusal(message(caller, "a term with a weight > 0", got))
 
     def init(
         key: Array, student: Features, teacher: Features, data: Data | None
@@ -158,7 +242,7 @@ def objective(**terms: Weighted | Method) -> Method:
         batch: Batch,
         context: Context,
     ) -> Applied:
-        parts, metrics = [], {}
+        parts, metrics = {}, {}
         remembered = {ADJUSTABLE: memory[ADJUSTABLE]} if adjustable else {}
         n = None
         for name, (method, weight) in named.items():
@@ -170,15 +254,16 @@ def objective(**terms: Weighted | Method) -> Method:
                 batch,
                 context._replace(key=_fold(context.key, name)),
             )
-            one_per_example("objective", f"the term {name!r}", values, n)
+            one_per_example(caller, f"the term {name!r}", values, n)
             n = values.shape[0]
             kept = memory[ADJUSTABLE][name] if name in adjustable else None
             scaled = values * _now(weight, kept, context.step, values.dtype)
-            parts.append(scaled)
+            parts[name] = scaled
             metrics[name] = masked_mean(values, batch.get("where"))
             metrics[f"{name}/weighted"] = masked_mean(scaled, batch.get("where"))
             metrics |= {f"{name}/{key}": value for key, value in own.items()}
-        values = total(parts)
+        values, more = combine(parts, context, batch.get("where"))
+        metrics |= more
         metrics["loss"] = masked_mean(values, batch.get("where"))
         return values, remembered, metrics
 
@@ -199,7 +284,7 @@ def objective(**terms: Weighted | Method) -> Method:
         ignored=tuple(
             dict.fromkeys(i for term in named.values() for i in term.method.ignored)
         ),
-        reduced=_reduced(named),
+        reduced=_reduced(caller, named, combine),
         check=_check(named),
         limits=_limits(named),
         silent=_silent(named),
@@ -259,7 +344,9 @@ def _select(terms: dict[str, Weighted]) -> Callable[..., dict] | None:
     return select
 
 
-def _reduced(terms: dict[str, Weighted]) -> Callable[[Features], Reduced] | None:
+def _reduced(
+    caller: str, terms: dict[str, Weighted], combine: Combine
+) -> Callable[[Features], Reduced] | None:
     """`Method.reduced` of an objective, from that of each term."""
     if not _own(terms, "reduced"):
         return None
@@ -274,15 +361,11 @@ def _reduced(terms: dict[str, Weighted]) -> Callable[[Features], Reduced] | None
                 hints |= found[name].reduce(teacher._replace(hints=own)).hints
             return teacher._replace(hints=hints)
 
-        return Reduced(
-            reduce,
-            objective(
-                **{
-                    name: Weighted(found[name].method, term.weight)
-                    for name, term in terms.items()
-                }
-            ),
-        )
+        read = {
+            name: Weighted(found[name].method, term.weight)
+            for name, term in terms.items()
+        }
+        return Reduced(reduce, _objective(caller, read, combine))
 
     return made
 

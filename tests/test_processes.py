@@ -66,11 +66,23 @@ def ended(both):
         ({"processes": 2, "process": 0}, "no coordinator"),
         ({"coordinator": "host", "processes": 2, "process": 0}, "'host'"),
         ({"coordinator": "host:1", "processes": 2, "process": 2}, "process in 0..1"),
+        ({"coordinator": "host:1", "processes": 0, "process": 0}, "an integer >= 1"),
     ],
 )
 def test_what_does_not_go_together_is_refused_before_anything_starts(given, sentence):
     with pytest.raises(ValueError, match=f"processes: expected .*{sentence}"):
         launch.start(**given)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("number", ["-1", "2", "7"])
+def test_the_command_refuses_a_number_that_no_process_has(number, capsys):
+    words = ["--coordinator", "localhost:1", "--processes=2", "--process", number]
+    with pytest.raises(SystemExit) as ending:
+        main(["distill", *words])
+    assert ending.value.code == 2
+    wanted = f"hintjax: processes: expected process in 0..1, got {number}"
+    assert wanted in capsys.readouterr().err
 
 
 @pytest.mark.quick
@@ -114,24 +126,64 @@ def test_after_an_error_nobody_is_waited_for_long(error, code, monkeypatch, caps
 
 
 @pytest.mark.quick
-def test_a_start_says_what_it_waits_for_and_compares_devices(monkeypatch, capsys):
+def test_a_start_meets_connects_and_compares_devices(monkeypatch):
     seen = []
 
     def initialize(*args, **how):
         seen.append((args, signal.getsignal(signal.SIGINT)))
         assert how["heartbeat_timeout_seconds"] < 60
-        time.sleep(0.2)
 
     devices = [types.SimpleNamespace(process_index=i) for i in (0, 1, 1)]
+    monkeypatch.setattr(launch, "meet", lambda *args: seen.append(args))
     monkeypatch.setattr("jax.distributed.initialize", initialize)
     monkeypatch.setattr("jax.devices", lambda: devices)
-    monkeypatch.setattr("hintjax.experiments.launch._QUIET", 0.01)
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(ValueError, match=r"as many devices in each .*0: 1, 1: 2"):
         launch.start("host:1", 2, 1)
-    assert seen == [(("host:1", 2, 1), signal.SIG_DFL)]  # the wait is not in Python
+    # The wait inside JAX is not in Python.
+    assert seen == [("host:1", 2, 1), (("host:1", 2, 1), signal.SIG_DFL)]
     assert signal.getsignal(signal.SIGINT) is before
-    assert "waiting for all 2 at host:1; this is process 1" in capsys.readouterr().err
+
+
+@pytest.mark.quick
+def test_a_connection_without_an_end_is_given_up(monkeypatch, capsys):
+    codes, left = [], threading.Event()
+
+    def leave(code):
+        codes.append(code)
+        left.set()
+
+    monkeypatch.setattr(launch, "meet", lambda *args: None)
+    monkeypatch.setattr(launch, "_CONNECTING", 0.05)
+    monkeypatch.setattr("os._exit", leave)
+    monkeypatch.setattr("jax.distributed.initialize", lambda *_, **__: left.wait(60))
+    launch.start("host:1", 2, 1)
+    assert codes == [2]
+    wanted = "hintjax: processes: expected all 2 at host:1 to connect, got no answer"
+    assert wanted in capsys.readouterr().err
+
+
+def test_a_process_that_is_killed_while_it_waits_ends_the_others(tmp_path):
+    """Of three processes one is never started, and one is killed: the third ends."""
+    port = free_port()
+    command = ("-m", "hintjax.cli", "distill", "--processes", "3")
+    first, second = (
+        spawn((*command, f"--process={i}", "--coordinator"), port, cwd=tmp_path)
+        for i in range(2)
+    )
+    said = [first.stdout.readline() for _ in range(1)]
+    while "waiting for process 2 at" not in said[-1]:
+        said.append(first.stdout.readline())
+        assert said[-1], said
+    second.kill()
+    begun = time.monotonic()
+    (rest, _), codes = ended([first, second])
+    assert time.monotonic() - begun < 20
+    assert codes == [2, -signal.SIGKILL], rest
+    wanted = (
+        "hintjax: processes: expected process 1 to wait for the others, got its end"
+    )
+    assert wanted in rest and "Traceback" not in rest
 
 
 # A user's own loop, on data that Grain reads.

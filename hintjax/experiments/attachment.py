@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
+from jax.sharding import Mesh
 
 from hintjax import pairing, regressors
 from hintjax._checks import Refusal, message
@@ -19,7 +20,7 @@ Layers = Mapping[str, jax.ShapeDtypeStruct]
 
 
 class Places(NamedTuple):
-    """The layers of both networks, and the number of training examples.
+    """The layers of both networks, the number of training examples, and the mesh.
 
     Attributes:
         student: layers of the student.
@@ -32,6 +33,8 @@ class Places(NamedTuple):
         examples: number of training examples.
         same_outputs: whether the outputs of both networks have one shape, so that they
             can be compared. They differ if the teacher was trained on other classes.
+        mesh: mesh on which the run trains, over which a method may shard its memory;
+            None for a single device.
     """
 
     student: Layers
@@ -42,6 +45,7 @@ class Places(NamedTuple):
     class_tokens: tuple[int, int] = (0, 0)
     examples: int = 0
     same_outputs: bool = True
+    mesh: Mesh | None = None
 
 
 def outputs(places: Places) -> Pairs:

@@ -75,8 +75,9 @@ from hintjax.methods import (
     variational,
     warm_up,
 )
-from hintjax.methods.crd import Negatives
+from hintjax.methods._negatives import Negatives
 from hintjax.objective import Adjustable, Weight, objective, weighted
+from hintjax.sharding import shares
 
 
 class PlannedPhase(NamedTuple):
@@ -86,9 +87,9 @@ class PlannedPhase(NamedTuple):
         name: name of the phase, in the metrics.
         method: method that is trained.
         epochs: length of the phase.
-        source: everything from which `method` was made, besides config and networks.
-            Methods are closures, which cannot be compared. So equal sources say that
-            two phases can share a compiled program.
+        source: everything from which `method` was made, besides the config, the
+            networks and the mesh. Methods are closures, which cannot be compared. So
+            equal sources say that two phases can share a compiled program.
         hints_only: whether it is a hint stage.
         carry: see `hintjax.training.Phase`.
         rates: see `distillation_stage`.
@@ -388,13 +389,20 @@ def _contrastive(name: str, negatives: Callable[[int], Negatives]) -> Beside:
         return negatives(min(config.negatives, places.examples))
 
     def make(config: Config, places: Places) -> Method:
-        return crd(one(pooled(places)), negatives=kind(config, places))
+        drawn = kind(config, places)
+        mesh = None if isinstance(drawn, BatchNegatives) else places.mesh
+        return crd(one(pooled(places)), negatives=drawn, mesh=mesh)
 
     def note(config: Config, places: Places) -> str:
         size, drawn = places.examples, kind(config, places)
         needs = crd_bytes(drawn, size=size, batch=config.batch_size)
         bank, step = (needs[part] / 2**20 for part in ("bank", "step"))
-        return f"{name}: {bank:.1f} MiB for the memory bank, {step:.1f} MiB in a step"
+        if places.mesh is None:
+            needed = f"{bank:.1f} MiB for the memory bank, {step:.1f} MiB in a step"
+        else:
+            bank /= shares(places.mesh)
+            needed = f"{bank:.1f} MiB for the memory bank on each device"
+        return f"{name}: {needed}"
 
     return Beside(crd, pooled, 0.8, make, note=note, name=name)
 

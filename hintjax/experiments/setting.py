@@ -122,6 +122,7 @@ def prepare(config: Config, *, teach: bool = False) -> Setting:
         examples=dataset.train.n,
         same_outputs=teacher is None
         or output_shape(student, inputs) == output_shape(teacher, inputs),
+        mesh=layout and layout.mesh,
     )
     return Setting(config, dataset, inputs, student, teacher, places, layout, {})
 

@@ -26,7 +26,7 @@ def test_a_new_bank_is_of_norm_one_on_average_and_has_no_constants():
     assert not np.allclose(bank.student, bank.teacher)
 
 
-def test_an_update_mixes_and_normalises_what_stands_in_the_batch():
+def test_an_update_mixes_and_normalizes_what_stands_in_the_batch():
     bank = memory.init(KEY, 6, 4)
     index, s, t = jnp.array([4, 1]), vectors(0, 2), vectors(1, 2)
     got = jax.jit(lambda *a: memory.update(*a, momentum=0.75))(bank, index, s, t)

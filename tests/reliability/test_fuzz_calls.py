@@ -38,6 +38,7 @@ from hintjax.stages import debugging
 # The functions of these names hide their modules.
 objective = importlib.import_module("hintjax.objective")
 population = importlib.import_module("hintjax.population")
+task = importlib.import_module("hintjax.methods.task")
 
 SENTENCE = re.compile(r"[\w. ]+: expected .+, got ", re.DOTALL)
 PYTHONS_OWN = re.compile(r"[\w.<>]+\(\) (got an unexpected keyword|missing)")
@@ -202,9 +203,10 @@ VALID = {
     },
     objective: {
         "objective": {"one": METHOD},
-        "task": {"loss": optax.softmax_cross_entropy_with_integer_labels},
+        "teacher_dropping": {"one": METHOD},
         "weighted": {"method": METHOD, "weight": 1.0},
     },
+    task: {"task": {"loss": optax.softmax_cross_entropy_with_integer_labels}},
     pairing: {
         **dict.fromkeys(
             ("first_pair", "stage_pairs", "suggest_pairs"),
@@ -258,7 +260,7 @@ VALID = {
     },
 }
 MADE_INSIDE = "takes what the library itself has made and checked"
-LATER = "takes functions and trees, and sees what they are when a stage is initialised"
+LATER = "takes functions and trees, and sees what they are when a stage is initialized"
 PLACES = "takes meshes and devices, which are JAX's and say themselves what they miss"
 NOT_FUZZED = {
     methods: dict.fromkeys(("hard_labels", "regression_kd"), "they take no arguments"),
@@ -295,9 +297,12 @@ NOT_FUZZED = {
         LATER,
     ),
     networks_nnx: dict.fromkeys(("nnx", "nnx_update"), LATER),
-    pairing: dict.fromkeys(
-        ("candidates", "choose", "nearest_in_depth", "remarks"), MADE_INSIDE
-    ),
+    pairing: {
+        **dict.fromkeys(
+            ("candidates", "choose", "nearest_in_depth", "remarks"), MADE_INSIDE
+        ),
+        **dict.fromkeys(("alignment", "measure"), LATER),
+    },
     population: dict.fromkeys(("population", "reweighted"), LATER),
     sharding: dict.fromkeys(
         (

@@ -443,7 +443,7 @@ def test_a_phase_whose_updates_were_all_skipped_is_a_failure(world, tmp_path):
 # Dying well
 
 
-def signalled(at, number):
+def signaled(at, number):
     """A `show` that sends a signal when the run is there."""
 
     def show(step, metrics, phase):
@@ -510,7 +510,7 @@ def test_sigterm_in_an_evaluation_saves_and_evaluates_on_resume(
 def test_sigterm_from_outside_the_step_saves_and_resumes(world, whole, tmp_path, at):
     run_dir = tmp_path / "run"
     with pytest.raises(SystemExit):
-        train(world, run_dir, report_every=2, show=signalled(at, signal.SIGTERM))
+        train(world, run_dir, report_every=2, show=signaled(at, signal.SIGTERM))
     assert saved(run_dir) == at and lines_of(run_dir)[-1][0] == at
     again = train(world, run_dir, report_every=2, resume=True)
     assert fingerprint(again.state) == fingerprint(whole[1].state)
