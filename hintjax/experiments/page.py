@@ -20,9 +20,9 @@ _PAGE = string.Template("""\
 <title>$title</title>
 <style>
 :root { color-scheme: light dark; --ink: #1c1c1c; --paper: #ffffff; --line: #d6d6d6;
-  --soft: #f3f3f3; --grey: #5f5f5f; --mark: 0 114 178; --doubt: #9a4a00; }
+  --soft: #f3f3f3; --gray: #5f5f5f; --mark: 0 114 178; --doubt: #9a4a00; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e6e6e6; --paper: #161616;
-  --line: #3d3d3d; --soft: #222222; --grey: #a6a6a6; --mark: 86 180 233;
+  --line: #3d3d3d; --soft: #222222; --gray: #a6a6a6; --mark: 86 180 233;
   --doubt: #f0b060; } }
 * { box-sizing: border-box; }
 body { margin: 0 auto; max-width: 72rem; padding: 0.75rem; background: var(--paper);
@@ -31,7 +31,7 @@ h1 { font-size: 1.4rem; line-height: 1.25; margin: 0.5rem 0; }
 h2 { font-size: 1.1rem; margin: 2rem 0 0.5rem; border-bottom: 1px solid var(--line); }
 p, ul { margin: 0.5rem 0; }
 ul { padding-left: 1.2rem; }
-.note, caption { color: var(--grey); font-size: 0.875rem; }
+.note, caption { color: var(--gray); font-size: 0.875rem; }
 caption { text-align: left; padding: 0.25rem 0; }
 .doubt { color: var(--doubt); }
 .box { overflow-x: auto; max-width: 100%; }
@@ -41,7 +41,7 @@ th, td { padding: 0.2rem 0.6rem; border-bottom: 1px solid var(--line);
   text-align: right; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; }
 td.words { text-align: left; }
-th { color: var(--grey); font-weight: 600; }
+th { color: var(--gray); font-weight: 600; }
 table.matrix td { text-align: center; min-width: 2rem;
   background: rgb(var(--mark) / calc(var(--part, 0) * 0.6)); }
 .pictures { display: grid; gap: 0.75rem; align-items: start;

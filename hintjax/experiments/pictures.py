@@ -203,7 +203,7 @@ def curves(
         axes.yaxis.set_major_formatter(FuncFormatter(_general))
         axes.yaxis.set_minor_formatter(NullFormatter())
     for at in boundaries:
-        axes.axvline(float(at), color=_GREY, linewidth=1, linestyle=(0, (4, 3)))
+        axes.axvline(float(at), color=_GRAY, linewidth=1, linestyle=(0, (4, 3)))
     axes.margins(x=0.02)
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     _legend(figure, min(2, len(lines)))
