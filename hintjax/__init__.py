@@ -99,6 +99,7 @@ from hintjax.teachers import (
     self_taught,
     together,
 )
+from hintjax.uncertainty import uncertain
 from hintjax.views import at_head, viewed
 
 __all__ = [
@@ -194,6 +195,7 @@ __all__ = [
     "tinybert",
     "together",
     "token_gram",
+    "uncertain",
     "variational",
     "viewed",
     "warm_up",

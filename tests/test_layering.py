@@ -23,7 +23,7 @@ ORDER = (
     *("probes", "similarity"),  # how good features are, and how alike
     *("networks", "regressors"),  # models as pure functions
     *("processes", "sharding", "memory"),  # where arrays live
-    *("method", "objective", "views", "teachers", "methods"),  # methods
+    *("method", "objective", "views", "uncertainty", "teachers", "methods"),  # methods
     "pairing",  # which layers to match
     *("stages", "balance", "population", "export"),  # update steps
     *("models", "weights"),  # networks that are ready to use
@@ -51,6 +51,7 @@ OUTSIDE = {
     "method": MODELS,
     "objective": MODELS,
     "views": MODELS,
+    "uncertainty": MATHEMATICS,
     "teachers": MODELS,
     "methods": MODELS,
     "pairing": MODELS,

@@ -189,13 +189,11 @@ def _distill(config: Config, run_dir: Path, plan: Plan, resume: bool) -> None:
             variables = teacher_variables(setting, run_dir, show=begin("teacher"))
             return variables, check_teacher(setting, variables)
 
-        def doubted(teacher: Variables | None) -> tuple[Pair | None, float | None]:
-            pair = pair_of(setting, teacher)
-            key = jax.random.key(config.seed)
-            fresh = setting.student.init(key, setting.inputs)
-            said, before = doubts_before(setting, phases, pair, fresh)
-            remark(run_dir, said)
-            return pair, before
+        def doubted(teacher: Variables | None) -> Pair | None:
+            hints = any(phase.method.student.hints for phase in phases)
+            pair = None if resume or not hints else pair_of(setting, teacher)
+            remark(run_dir, doubts_before(setting, phases, pair))
+            return pair
 
         def cached(variables: Variables) -> Setting:
             if not config.cache:
@@ -205,14 +203,14 @@ def _distill(config: Config, run_dir: Path, plan: Plan, resume: bool) -> None:
         if not plan.arms:
             (recipe,) = plan.recipes
             teacher, known = (None, None) if setting.teacher is None else taught()
-            pair, before = doubted(teacher)
+            pair = doubted(teacher)
             how = {"teacher": teacher, "resume": resume, "show": begin("student")}
             runs = setting if teacher is None else cached(teacher)
             fitted, result = run(runs, run_dir, recipe, **how)
             print(fitted.account())
             own = {phases[-1].name: result[f"validation/{setting.task.name}"]}
             remark(run_dir, doubts_after(setting, known, own))
-            report_run(setting, run_dir, recipe, teacher, pair, before)
+            report_run(setting, run_dir, recipe, teacher, pair)
             return
         variables, known = taught()
         doubted(variables)

@@ -11,7 +11,6 @@ from hintjax.experiments.finished import RESULT
 from hintjax.experiments.recipes import PlannedPhase
 from hintjax.experiments.setting import Setting
 from hintjax.experiments.teacher import teacher_of
-from hintjax.networks import Variables
 from hintjax.pairing import depth_of, doubts_of_depth, doubts_of_explained
 from hintjax.training.run_directory import read_json
 
@@ -22,24 +21,19 @@ def doubts_before(
     setting: Setting,
     phases: Sequence[PlannedPhase],
     pair: Pair | None,
-    fresh: Variables,
-) -> tuple[list[str], float | None]:
-    """The doubts before training, and R^2 of the pair for the untrained student.
+) -> list[str]:
+    """The doubts before training.
 
     Args:
         setting: setting of the run.
         phases: phases of the run, or of all runs of a comparison.
-        pair: the pair of the run.
-        fresh: variables of an untrained student.
+        pair: the pair of the run, if it was measured.
     """
-    explained = None if pair is None else pair.explained(fresh)
     said = [*_too_deep(setting, phases), *_other_images(setting)]
-    if pair is not None and explained is not None:
-        hints = any(phase.method.student.hints for phase in phases)
-        name = f"{pair.guided}={pair.hint}"
-        found = doubts_of_explained(explained) if hints else []
-        said += [f"{name}: {doubt}" for doubt in found]
-    return said, explained
+    if pair is not None:
+        found = doubts_of_explained(pair.before)
+        said += [f"{pair.guided}={pair.hint}: {doubt}" for doubt in found]
+    return said
 
 
 def _too_deep(setting: Setting, phases: Sequence[PlannedPhase]) -> list[str]:

@@ -33,11 +33,19 @@ _POSITIONS = 2**16  # of the maps from which R^2 is computed
 
 
 class Pair(NamedTuple):
-    """A pair of layers, and the function that computes R^2 of a student's variables."""
+    """A pair of layers, and how much of the hint the guided layer explains.
+
+    Attributes:
+        guided: path of the guided layer.
+        hint: path of the hint layer.
+        explained: computes R^2 for a student's variables.
+        before: R^2 for a student before training.
+    """
 
     guided: str
     hint: str
     explained: Callable[[Variables], float]
+    before: float
 
 
 def pair_of(setting: Setting, teacher: Variables | None) -> Pair | None:
@@ -51,9 +59,12 @@ def pair_of(setting: Setting, teacher: Variables | None) -> Pair | None:
         return None
     try:
         guided, hint = middle(setting.places)[-1]
-        return Pair(guided, hint, explained_by(setting, teacher, _POSITIONS))
+        explained = explained_by(setting, teacher, _POSITIONS)
     except Refusal:  # a network without feature maps has no such pair
         return None
+    key = jax.random.key(setting.config.seed)
+    fresh = setting.student.init(key, setting.inputs)
+    return Pair(guided, hint, explained, explained(fresh))
 
 
 def classes_by(

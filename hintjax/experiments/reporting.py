@@ -8,7 +8,7 @@ from typing import Any
 from hintjax.experiments.attachment import middle
 from hintjax.experiments.comparison import Arm
 from hintjax.experiments.comparison_picture import attention_picture
-from hintjax.experiments.facts import Pair, classes_by, write_facts
+from hintjax.experiments.facts import Pair, classes_by, pair_of, write_facts
 from hintjax.experiments.finished import DEPLOYED, load_student
 from hintjax.experiments.recipes import Recipe
 from hintjax.experiments.report import drawing, write_report
@@ -24,7 +24,6 @@ def report_run(
     recipe: Recipe,
     teacher: Variables | None,
     pair: Pair | None,
-    before: float | None,
 ) -> None:
     """Writes facts.json, attention.png and report.html of a finished run.
 
@@ -33,17 +32,17 @@ def report_run(
         run_dir: run directory.
         recipe: recipe of the run.
         teacher: variables of the teacher, if the run has one.
-        pair: the pair whose R^2 is reported, if there is one.
-        before: its R^2 for the student before training.
+        pair: the pair whose R^2 is reported, if it was measured before the run.
     """
     network, variables = load_deployed(setting, run_dir, recipe)
     judged = classes_by(setting, network)(variables)
     taught, measured = None, None
     if teacher is not None and setting.places.same_outputs:
         taught = classes_by(setting, taught_by(setting))(teacher)
+    pair = pair or pair_of(setting, teacher)
     if pair is not None:
         student = load_student(run_dir, hints_only=True)[1]
-        measured = {"guided": pair.guided, "hint": pair.hint, "before": before}
+        measured = {"guided": pair.guided, "hint": pair.hint, "before": pair.before}
         measured["after"] = pair.explained(student)
     write_facts(setting, run_dir, teacher, judged, taught, measured)
     if pair is not None and drawing():
