@@ -61,6 +61,7 @@ from hintjax.methods import (
     warm_up,
 )
 from hintjax.methods.task import task
+from hintjax.methods.uncertainty import uncertain
 from hintjax.networks import (
     Features,
     Network,
@@ -92,6 +93,7 @@ from hintjax.stages import (
     silent_terms,
     student_variables,
 )
+from hintjax.stages.balance import Balance, rebalanced
 from hintjax.teachers import (
     from_teacher,
     moving_average,
@@ -104,6 +106,7 @@ from hintjax.views import at_head, viewed
 __all__ = [
     "Adjustable",
     "AnchorNegatives",
+    "Balance",
     "BatchNegatives",
     "Context",
     "Data",
@@ -171,6 +174,7 @@ __all__ = [
     "population",
     "probability_transfer",
     "queue_similarity",
+    "rebalanced",
     "regression_kd",
     "regressors",
     "relational",
@@ -193,6 +197,7 @@ __all__ = [
     "tinybert",
     "together",
     "token_gram",
+    "uncertain",
     "variational",
     "viewed",
     "warm_up",
