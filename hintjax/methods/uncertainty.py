@@ -1,5 +1,7 @@
 """Uncertainty weighting: a weight that is trained beside the student."""
 
+from collections.abc import Callable
+
 import jax.numpy as jnp
 from jaxtyping import Array
 
@@ -68,15 +70,6 @@ def uncertain(method: Method) -> Method:
         metrics = {**metrics, "before": before, "weight": weight}
         return weight * values + log_variance / 2, memory, metrics
 
-    shipped = method.deploy
-    deploy = None
-    if shipped is not None:
-
-        def deploy(
-            params: dict, memory: dict, student: Features, teacher: Features
-        ) -> Array:
-            return shipped(params["method"], memory, student, teacher)
-
     def reduction(shapes: Features) -> Reduced:
         found = reduced(method, shapes)
         return Reduced(found.reduce, uncertain(found.method))
@@ -84,6 +77,20 @@ def uncertain(method: Method) -> Method:
     return method._replace(
         init=init,
         apply=apply,
-        deploy=deploy,
+        deploy=_deployed(method),
         reduced=None if method.reduced is None else reduction,
     )
+
+
+def _deployed(method: Method) -> Callable[..., Array] | None:
+    """`Method.deploy` with the parameters of the method inside."""
+    shipped = method.deploy
+    if shipped is None:
+        return None
+
+    def deploy(
+        params: dict, memory: dict, student: Features, teacher: Features
+    ) -> Array:
+        return shipped(params["method"], memory, student, teacher)
+
+    return deploy
