@@ -86,6 +86,7 @@ def prepare(config: Config, *, teach: bool = False) -> Setting:
             config.dataset,
             config.data_dir,
             limit=config.limit,
+            labels=config.labels,
             size=config.size,
             range=config.range,
             targets=TASKS[config.task].targets,
@@ -96,8 +97,8 @@ def prepare(config: Config, *, teach: bool = False) -> Setting:
     steps_per_epoch(dataset.train.n, config.batch_size)  # raises
     layout = mesh_of(config)
     inputs = jnp.zeros((1, *dataset.train.shape), jnp.float32)
+    dataset, teacher = _taught(config, dataset, inputs, teach)
     student = each(lambda: network(config.student, dataset.classes))
-    teacher = teacher_network(config, dataset, inputs) if teach else None
     factories = [
         config.student,
         *([_factory(config.teacher)] if teach else []),
@@ -123,11 +124,34 @@ def prepare(config: Config, *, teach: bool = False) -> Setting:
         norms=said("norms", {})[-1],
         class_tokens=said("class_tokens", 0),
         examples=dataset.train.n,
+        labels=config.labels if dataset.labeled else 0,
         same_outputs=teacher is None
         or output_shape(student, inputs) == output_shape(teacher, inputs),
         mesh=layout and layout.mesh,
     )
     return Setting(config, dataset, inputs, student, teacher, places, layout, {})
+
+
+def _taught(
+    config: Config, dataset: Dataset, inputs: jax.Array, teach: bool
+) -> tuple[Dataset, Network | None]:
+    """The dataset and the network of the teacher, if one is needed.
+
+    Without labels, the student has as many outputs as the teacher.
+    """
+    if dataset.labeled:
+        teacher = teacher_network(config, dataset, inputs) if teach else None
+        return dataset, teacher
+    if teach and teacher_of(config.teacher, config.weights).trained_here:
+        wanted = f"labels in {config.dataset}, to train the teacher {config.teacher}"
+        do = "Name a trained teacher: --teacher RUN_DIR, or --weights FILE."
+        raise Refusal(message("distill", wanted, "none", do))
+    if not teach:
+        wanted = f"labels in {config.dataset}, to train without a teacher"
+        raise Refusal(message("distill", wanted, "none"))
+    teacher = teacher_network(config, dataset._replace(classes=1), inputs)
+    check_output(config.teacher, teacher, inputs)
+    return dataset._replace(classes=output_shape(teacher, inputs)[-1]), teacher
 
 
 def mesh_of(config: Config) -> Layout | None:
