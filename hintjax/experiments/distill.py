@@ -45,7 +45,7 @@ from hintjax.experiments.setting import Setting, prepare
 from hintjax.experiments.standardizing import with_standardizations
 from hintjax.experiments.teacher import teacher_of
 from hintjax.experiments.teaching import check_teacher, teacher_variables
-from hintjax.networks import Variables
+from hintjax.networks import Network, Variables
 from hintjax.processes import agree, first
 from hintjax.training import progress
 from hintjax.training.run_directory import LOCK, inside, owned, read_json, write_text
@@ -349,22 +349,15 @@ def evaluate_run(run_dir: Path) -> None:
     if (path / REPORT).exists():
         show_table(json.loads((path / REPORT).read_text()))
         return
-    config = configs.load(path)
     result = read_json(path / RESULT) or {}
     if result.get("class_names") == []:
         _show_losses(result)
         return
-    if config.method is None:
-        do = f"Finish it with `hintjax resume {run_dir}`."
-        raise Refusal(message("evaluate", "a finished comparison", f"{path}", do))
-    recipe = _recipe(config.method, config.task)
-    here = dataclasses.replace(config, devices=1, fsdp=1)  # any machine can evaluate
-    setting = prepare(here, teach=(path / DEPLOYED).exists())
-    student, variables = load_deployed(setting, path, recipe)
+    setting, student, variables = shipped(path)
     dataset = setting.dataset
     for name in ("validation", "test"):
         split = getattr(dataset, name)
-        size = evaluation_size(split, config)
+        size = evaluation_size(split, setting.config)
         where = (split, dataset.standardize, size, setting.task)
         found = score(student, variables, *where)
         print(f"{name} {setting.task.name}: {found:.4f}")
@@ -376,6 +369,33 @@ def _show_losses(result: Mapping[str, Any]) -> None:
         of, slash, metric = name.partition("/")
         if slash and not metric.endswith("/weighted"):
             print(f"{of} {metric}: {value:.4g}")
+
+
+def shipped(run_dir: Path) -> tuple[Setting, Network, Variables]:
+    """The network that a finished run deploys, on one device.
+
+    Args:
+        run_dir: run directory.
+
+    Returns:
+        The setting of the run, the network and its variables.
+
+    Raises:
+        Refusal: if it is not the directory of a finished run of one method.
+    """
+    config = configs.load(run_dir)
+    if config.method is None:
+        wanted, do = (
+            "a finished comparison",
+            f"Finish it with `hintjax resume {run_dir}`.",
+        )
+        if (run_dir / REPORT).exists():
+            wanted, do = "a run of one method", "Name a directory in it that has a run."
+        raise Refusal(message("evaluate", wanted, f"{run_dir}", do))
+    recipe = _recipe(config.method, config.task)
+    here = dataclasses.replace(config, devices=1, fsdp=1)  # any machine can evaluate
+    setting = prepare(here, teach=(run_dir / DEPLOYED).exists())
+    return setting, *load_deployed(setting, run_dir, recipe)
 
 
 def verify_cache(run_dir: Path) -> None:
