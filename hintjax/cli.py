@@ -1,9 +1,9 @@
 """The command `hintjax`: distill, suggest, resume, eval, layers, methods, and others.
 
-The others are cache, export, measure and doctor. Its exit codes: 0 after success; 2 if
-it refuses the input; 3 if a run learned nothing (its updates were skipped, because
-numbers were not finite); 130 after Ctrl-C and 143 after SIGTERM, both once the run is
-saved; 1 after a defect, with a traceback.
+The others are probe, export, measure, cache and doctor. Its exit codes: 0 after
+success; 2 if it refuses the input; 3 if a run learned nothing (its updates were
+skipped, because numbers were not finite); 130 after Ctrl-C and 143 after SIGTERM, both
+once the run is saved; 1 after a defect, with a traceback.
 """
 
 import dataclasses
@@ -46,6 +46,7 @@ from hintjax.experiments.factories import layers, network
 from hintjax.experiments.finished import load_student
 from hintjax.experiments.launch import leaving, start
 from hintjax.experiments.measuring import measure_run
+from hintjax.experiments.probing import probe
 from hintjax.experiments.suggestion import suggest
 from hintjax.export import NoConverter
 from hintjax.processes import first, told
@@ -194,6 +195,7 @@ def _run(argv: list[str]) -> None:
             "distill": _distill_command(default),
             "resume": _resume_command(),
             "eval": evaluate_run,
+            "probe": probe,
             "layers": show_layers,
             "suggest": _suggest_command(),
             "methods": show_methods,

@@ -20,7 +20,7 @@ PACKAGE = Path(__file__).parent.parent / "hintjax"
 # files may import each other (Python itself refuses a circle).
 ORDER = (
     *("_checks", "_numerics", "losses", "metrics"),  # mathematics
-    *("probes", "similarity"),  # how good features are, and how alike
+    *("similarity", "probes"),  # how alike features are, and how good
     *("networks", "regressors"),  # models as pure functions
     *("processes", "sharding", "memory"),  # where arrays live
     *("method", "objective", "views", "teachers", "methods"),  # methods
