@@ -225,7 +225,8 @@ def _distill(config: Config, run_dir: Path, plan: Plan, resume: bool) -> None:
             runs = setting if teacher is None else cached(teacher)
             fitted, result = run(runs, run_dir, recipe, **how)
             print(fitted.account())
-            own = {phases[-1].name: result[f"validation/{setting.task.name}"]}
+            metric = f"validation/{setting.task.name}"
+            own = {phases[-1].name: result[metric]} if metric in result else {}
             remark(run_dir, doubts_after(setting, known, own))
             report_run(setting, run_dir, recipe, teacher, pair)
             return

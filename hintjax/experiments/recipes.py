@@ -243,15 +243,16 @@ class Beside(NamedTuple):
             terms["logits"] = weighted(term, config.kd_weight)
         whole, note = objective(**terms), self.note(config, places)
         source = (self, rest)  # the schedule of the weight depends on both
-        phase = PlannedPhase(name, whole, epochs, source, note=note)
+        balance = _balance(config, name) if len(terms) > 1 else None
+        phase = PlannedPhase(name, whole, epochs, source, note=note, balance=balance)
         if places.labels == 0 and not (whole.student.output or whole.student.params):
             phase = phase._replace(hints_only=True)
         if not before or whole.prepare is None:
-            return [phase._replace(balance=_balance(config, name))]
+            return [phase]
         first = f"before {name}"
         return [
             PlannedPhase(first, whole.prepare, before, source, hints_only=True),
-            phase._replace(epochs=rest, carry=True, balance=_balance(config, name)),
+            phase._replace(epochs=rest, carry=True),
         ]
 
 
