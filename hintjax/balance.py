@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, ScalarLike
+from jaxtyping import Array
 
 from hintjax._checks import Refusal, instance, message, nearest, positive_int, scalar
 from hintjax.objective import ADJUSTABLE
@@ -25,9 +25,9 @@ class Balance(NamedTuple):
             first moves keep less: none, then 1/2, then 2/3.
     """
 
-    target: Mapping[str, ScalarLike]
+    target: Mapping[str, float | int]
     every: int = 100
-    decay: ScalarLike = 0.9
+    decay: float | int = 0.9
 
 
 def check_balance(caller: str, balance: Balance, state: State) -> None:

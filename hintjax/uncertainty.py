@@ -1,5 +1,7 @@
 """Uncertainty weighting: a weight that is trained beside the student."""
 
+from collections.abc import Callable
+
 import jax.numpy as jnp
 from jaxtyping import Array
 
@@ -68,10 +70,7 @@ def uncertain(method: Method) -> Method:
         metrics = {**metrics, "before": before, "weight": weight}
         return weight * values + log_variance / 2, memory, metrics
 
-    def deploy(
-        params: dict, memory: dict, student: Features, teacher: Features
-    ) -> Array:
-        return method.deploy(params["method"], memory, student, teacher)
+    shipped = method.deploy
 
     def reduction(shapes: Features) -> Reduced:
         found = reduced(method, shapes)
@@ -80,6 +79,17 @@ def uncertain(method: Method) -> Method:
     return method._replace(
         init=init,
         apply=apply,
-        deploy=None if method.deploy is None else deploy,
+        deploy=None if shipped is None else _deployed(shipped),
         reduced=None if method.reduced is None else reduction,
     )
+
+
+def _deployed(shipped: Callable[..., Array]) -> Callable[..., Array]:
+    """`Method.deploy` of a method with a trained weight, which is not shipped."""
+
+    def deploy(
+        params: dict, memory: dict, student: Features, teacher: Features
+    ) -> Array:
+        return shipped(params["method"], memory, student, teacher)
+
+    return deploy

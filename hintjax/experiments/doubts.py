@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from hintjax.data.images import AnyArray
 from hintjax.experiments.config import Config
 from hintjax.experiments.facts import Pair
 from hintjax.experiments.finished import RESULT
@@ -42,12 +43,11 @@ def _too_deep(setting: Setting, phases: Sequence[PlannedPhase]) -> list[str]:
         return []
     said = []
     for guided, hint in setting.places.pairs:
-        depths = (
-            depth_of(setting.places.student, guided),
-            depth_of(setting.places.teacher, hint),
-        )
-        if None not in depths:
-            said += [f"{guided}={hint}: {doubt}" for doubt in doubts_of_depth(*depths)]
+        ours = depth_of(setting.places.student, guided)
+        theirs = depth_of(setting.places.teacher, hint)
+        if ours is not None and theirs is not None:
+            found = doubts_of_depth(ours, theirs)
+            said += [f"{guided}={hint}: {doubt}" for doubt in found]
     return said
 
 
@@ -114,5 +114,5 @@ def doubts_after(
     return [said]
 
 
-def _list(values: np.ndarray) -> str:
+def _list(values: AnyArray) -> str:
     return " ".join(f"{float(value):.3g}" for value in np.ravel(values))

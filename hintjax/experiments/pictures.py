@@ -230,9 +230,10 @@ def sizes(
     figure, axes = _small(title, "parameters", len(points))
     marks = "osD^vP*X"
     for number, (name, (parameters, value)) in enumerate(points.items()):
-        style = {"color": _color(number), "marker": marks[number % len(marks)]}
+        style: dict[str, Any] = {"marker": marks[number % len(marks)]}
         label = f" {name}: {_number(float(value), percent)}{' %' if percent else ''}"
         style |= {"linestyle": "", "markersize": 7, "label": label, "alpha": 0.85}
+        style["color"] = _color(number)
         axes.plot([float(parameters)], [float(value)], **style)
     axes.set_xscale("log")
     axes.margins(0.12)

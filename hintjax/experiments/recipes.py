@@ -330,7 +330,7 @@ def _or(value: float | None, usual: Weight) -> Weight:
 
 def _start(config: Config, weight: Weight) -> Weight:
     """A weight, in the state if the config balances it; a schedule is a factor."""
-    if config.balance is None:
+    if config.balance is None or isinstance(weight, Adjustable):
         return weight
     return Adjustable(1.0, weight) if callable(weight) else Adjustable(weight)
 

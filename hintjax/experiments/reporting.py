@@ -45,7 +45,7 @@ def report_run(
         measured = {"guided": pair.guided, "hint": pair.hint, "before": pair.before}
         measured["after"] = pair.explained(student)
     write_facts(setting, run_dir, teacher, judged, taught, measured)
-    if pair is not None and drawing():
+    if pair is not None and teacher is not None and drawing():
         attention_picture(setting, run_dir, teacher, pair.guided, pair.hint)
     print(f"report: {written(run_dir)}")
 
