@@ -1,5 +1,6 @@
 """One run in several processes, each with two devices."""
 
+import functools
 import json
 import os
 import runpy
@@ -594,6 +595,67 @@ def test_a_signal_to_one_process_before_training_ends_all_at_once(
     assert time.monotonic() - begun < 20  # JAX takes longer to miss a process
     for text in said:
         assert f"hintjax: process {stopped} was stopped by {number.name}" in text
+
+
+# The command, with rows of the cache on the device or, if the first word is "disk",
+# read from the disk for each batch.
+CACHED = """
+import sys
+from hintjax.cli import main
+from hintjax.experiments import caching
+
+if sys.argv.pop(1) == "disk":
+    caching.ON_DEVICE, caching.IN_MEMORY = 1, 2
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("home", ["device", "disk"])
+def test_two_processes_write_and_read_one_cache(home, cached_alone, corners, tmp_path):
+    """Each writes a part of the shards; the bytes are those of one process."""
+    alone, options = cached_alone
+    script, run_dir, port = tmp_path / "script.py", tmp_path / "run", free_port()
+    script.write_text(CACHED)
+    options = (*options, "--teacher", alone / "teacher", "--dataset", corners)
+
+    def one(process):
+        where = ("--run-dir", run_dir if process == 0 else tmp_path / "other")
+        several = ("--processes", "2", "--process", process, "--coordinator")
+        return spawn((script, home, "distill", *where, *options, *several), port)
+
+    said, codes = ended([one(process) for process in range(2)])
+    assert codes == [0, 0], said
+    assert ("on disk" if home == "disk" else "on the device") in said[0]
+    ours, theirs = run_dir / "cache", alone / "cache"
+    names = sorted(file.name for file in theirs.glob("rows-*.npy"))
+    for name in names:
+        assert (ours / name).read_bytes() == (theirs / name).read_bytes()
+    lists = [ours / "shards.jsonl", ours / "shards-1.jsonl"]
+    wrote = [
+        [json.loads(line)[0] for line in file.read_text().splitlines()]
+        for file in lists
+    ]
+    assert wrote == [names[::2], names[1::2]] and len(names) > 8
+    assert not (tmp_path / "other").exists()
+    students = [load_tree(path / "student") for path in (run_dir, alone)]
+    if home == "device":  # streamed batches have another order
+        close = functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-3)
+        jax.tree.map(close, *students)
+
+
+@pytest.fixture(scope="module")
+def cached_alone(corners, tmp_path_factory):
+    """A run with a cache in one process, and its options."""
+    run_dir = tmp_path_factory.mktemp("cached") / "run"
+    options = (
+        *("--method", "kd", "--student", "hintjax.models:plain_wide", "--cache"),
+        *("--batch-size", "16", "--epochs", "3", "--teacher-epochs", "1"),
+        *("--teacher-at-least", "0", "--optimizer", "sgd", "--learning-rate", "0.01"),
+        *("--pad", "1", "--views", "2"),
+    )
+    more = ("--dataset", corners, "--devices", "4", "--run-dir", str(run_dir))
+    main(["distill", *options, *more])
+    return run_dir, options
 
 
 def test_a_comparison_is_the_same_in_two_processes(corners, tmp_path):

@@ -91,7 +91,7 @@ def classes_by(
         return chances.argmax(-1), chances.max(-1)
 
     def judged(variables: Variables) -> dict[str, Any] | None:
-        if setting.task.targets is not None:
+        if setting.task.targets is not None or not setting.dataset.labeled:
             return None
         test, standardize = setting.dataset.test, setting.dataset.standardize
         size = evaluation_size(test, setting.config)

@@ -82,7 +82,7 @@ class _Host:
                     if key.fileobj is door:
                         guest = stack.enter_context(door.accept()[0])
                         self._sources.register(guest, selectors.EVENT_READ)
-                    else:
+                    elif isinstance(key.fileobj, socket.socket):
                         self._hear(key.fileobj)
             door.close()  # JAX takes the port
             self._tell("go", "")

@@ -67,8 +67,8 @@ class Ran(NamedTuple):
 
     @property
     def score(self) -> float:
-        """The metric of the task on the test split."""
-        return self.result[f"test/{self.task.name}"]
+        """The metric of the task on the test split; nan without labels."""
+        return self.result.get(f"test/{self.task.name}", math.nan)
 
 
 def write_report(run_dir: Path) -> Path:
@@ -207,7 +207,7 @@ def _of_runs(runs: Sequence[Ran]) -> str:
     points = {
         run.name: (run.facts["parameters"]["student"], run.score)
         for run in runs
-        if run.facts
+        if run.facts and not math.isnan(run.score)
     }
     metric = {run.name: _validated(run) for run in runs}
     words = f"Validation {_words(task)} over the steps."
@@ -279,7 +279,7 @@ def _results(run: Ran) -> Html:
     found: dict[str, object] = {
         f"test {_words(task)}": f"{_shown(task, run.score)}{_interval(classes)}",
         f"validation {_words(task)}": _shown(
-            task, run.result[f"validation/{task.name}"]
+            task, run.result.get(f"validation/{task.name}", math.nan)
         ),
     }
     if classes:
@@ -365,7 +365,7 @@ def _rows(runs: Sequence[Ran]) -> list[Html]:
                 run.config.method,
                 run.config.student,
                 "" if size is None else f"{size:,}",
-                task.shown(run.score),
+                "no labels" if math.isnan(run.score) else task.shown(run.score),
                 _interval(classes).strip(),
                 f"{classes['ece']:.3f}" if classes else "",
                 f"{pair['after']:.2f}" if pair and pair["after"] is not None else "",
@@ -516,7 +516,7 @@ def _points(run: Ran) -> Points:
     if teacher:
         right = teacher["right"] / max(teacher["examples"], 1)
         points["teacher"] = (sizes["teacher"], right)
-    if sizes:
+    if sizes and not math.isnan(run.score):
         points["student"] = (sizes["student"], run.score)
     return points
 
@@ -653,6 +653,8 @@ def _words(task: Task) -> str:
 
 
 def _shown(task: Task, value: float) -> str:
+    if math.isnan(value):
+        return "no labels"
     return f"{task.shown(value)}{' %' if task.larger else ''}"
 
 

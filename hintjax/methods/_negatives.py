@@ -101,6 +101,7 @@ class BatchNegatives:
     """
 
 
+Drawing = AnchorNegatives | SharedNegatives | GivenNegatives
 Negatives = AnchorNegatives | SharedNegatives | GivenNegatives | BatchNegatives
 KINDS = typing.get_args(Negatives)
 PAPER = AnchorNegatives()

@@ -61,14 +61,20 @@ def within(
 
 
 def with_bank(
-    embedded: Embedded, bank: MemoryBank, drawn: Drawn, train: bool, mesh: Mesh | None
+    embedded: Embedded,
+    bank: MemoryBank,
+    drawn: Drawn,
+    positives: Int[Array, " batch"],
+    train: bool,
+    mesh: Mesh | None,
 ) -> Scored:
     """The scores with rows of the bank.
 
     Args:
         embedded: the embeddings of the batch.
         bank: the bank.
-        drawn: the negatives and the positives, as rows of the bank.
+        drawn: the negatives, as rows of the bank.
+        positives: the positives, as rows of the bank.
         train: whether the positives are in the bank. In evaluation the examples of the
             batch are not in the bank: the positives are the embeddings of the batch.
         mesh: the mesh over which the rows of the bank are sharded, if any.
@@ -76,12 +82,12 @@ def with_bank(
     (s, t), index = embedded, drawn.index
     own, others = embedded, (bank.student, bank.teacher)
     if train and mesh is not None and index.ndim == 2:
-        index = jnp.concatenate([drawn.positive[:, None], index], 1)
+        index = jnp.concatenate([positives[:, None], index], 1)
         by_student = _of_rows(s, others[1], index, mesh)
         by_teacher = _of_rows(t, others[0], index, mesh)
         return Scored(by_student, by_teacher, drawn.valid)
     if train:
-        own = banks.batch_rows(bank, drawn.positive, mesh=mesh)
+        own = banks.batch_rows(bank, positives, mesh=mesh)
     if index.ndim == 1:
         others = banks.shared_rows(bank, index, mesh=mesh)
     by_student = _of_candidates(s, own[1], others[1], index, mesh)

@@ -1,13 +1,14 @@
 """CRD: contrastive representation distillation (Tian et al. 2020)."""
 
+from functools import partial
 from types import NoneType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Array, Bool, Float, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from hintjax import memory as banks
 from hintjax import regressors
@@ -27,7 +28,9 @@ from hintjax.method import Applied, Batch, Context, Data, Method, hints_of
 from hintjax.methods._negatives import (
     KINDS,
     PAPER,
+    AnchorNegatives,
     BatchNegatives,
+    Drawing,
     Drawn,
     GivenNegatives,
     Negatives,
@@ -40,8 +43,6 @@ from hintjax.methods._negatives import (
 from hintjax.methods._scores import Embedded, Scored, all_scored, with_bank, within
 from hintjax.methods._shapes import checked, examples
 from hintjax.networks import Features
-
-Seen = Array | jax.ShapeDtypeStruct
 
 
 def crd(
@@ -93,7 +94,9 @@ def crd(
         The method. It trains two heads, `student` and `teacher`; remembers the bank
         (`MemoryBank`) and the examples by class; reports `positive`, the mean cosine
         of the positives, and, if there is a bank, `outside`: the fraction of examples
-        whose index is not in the training set. Such examples are not remembered.
+        whose index is not in the training set. Such examples are not remembered. In
+        training, methods that draw negatives also report `mislabeled`: the fraction of
+        examples whose label is not that of their index in `Data(labels)`.
         Batches need "label" and "index"; a stage is initialized with
         `data=Data(labels)`.
 
@@ -114,10 +117,11 @@ def crd(
         *wants,
         made.init,
         made.apply,
-        split=None if mesh is None else made.split,
+        split=None if mesh is None else partial(_split, mesh),
         select=made.select,
         check=None if given else _check_classes,
         limits=None if made.in_batch else made.limits,
+        mislabeled=made.mislabeled if made.by_index else None,
     )
     few = examples(2) if made.in_batch else None
     return checked("crd", [pair], method, first=few)
@@ -148,6 +152,11 @@ class _Crd(NamedTuple):
     def in_batch(self) -> bool:
         """Whether the negatives are in the batch, so that there is no bank."""
         return isinstance(self.negatives, BatchNegatives)
+
+    @property
+    def by_index(self) -> bool:
+        """Whether negatives are drawn by the labels; given negatives need no labels."""
+        return isinstance(self.negatives, AnchorNegatives | SharedNegatives)
 
     def init(
         self, key: Array, student: Features, teacher: Features, data: Data | None
@@ -180,11 +189,12 @@ class _Crd(NamedTuple):
         """`Method.apply`: embed, draw, score, lose, remember."""
         bank, where, train = memory["bank"], batch.get("where"), context.train
         embedded, unknown = self._embed(params, student, teacher, train), None
-        if self.in_batch:
+        if isinstance(self.negatives, BatchNegatives):
             scored = within(embedded, label_of(batch), where)
         else:
-            drawn, unknown = self._draw(memory, batch, context.key)
-            scored = with_bank(embedded, bank, drawn, train, self.mesh)
+            unknown = outside(batch, self.limits(memory))
+            drawn, positives = self._draw(self.negatives, memory, batch, context.key)
+            scored = with_bank(embedded, bank, drawn, positives, train, self.mesh)
         values, constants = self._lose(scored, bank, _size(memory), where)
         if train:
             if unknown is not None:
@@ -193,12 +203,10 @@ class _Crd(NamedTuple):
         metrics = {"positive": masked_mean(scored.by_student[0], where)}
         if unknown is not None:
             metrics["outside"] = masked_mean(unknown.astype(values.dtype), where)
+        if train and self.by_index:
+            wrong = self.mislabeled(memory, batch)
+            metrics["mislabeled"] = masked_mean(wrong.astype(values.dtype), where)
         return values, {**memory, "bank": bank}, metrics
-
-    def split(self, memory: dict) -> dict:
-        """`Method.split`: the rows of the bank are sharded over the mesh."""
-        rows = banks.split_rows(memory["bank"], self.mesh)
-        return {"bank": rows, "classes": PartitionSpec()}
 
     def select(self, good: Array, memory: dict, before: dict, batch: Batch) -> dict:
         """`Method.select`: a step that does not count leaves the bank as it was."""
@@ -210,11 +218,17 @@ class _Crd(NamedTuple):
 
     def limits(self, memory: dict) -> dict[str, int]:
         """`Method.limits`: all numbers of a batch are places in the training set."""
-        given = isinstance(self.negatives, GivenNegatives)
-        named = [self.negatives.name] if given else []
+        kind = self.negatives
+        named = [kind.name] if isinstance(kind, GivenNegatives) else []
         return {name: _size(memory) for name in ("index", *named)}
 
-    def _seen(self, student: Features, teacher: Features) -> tuple[Seen, Seen]:
+    def mislabeled(self, memory: dict, batch: Batch) -> Bool[Array, " batch"]:
+        """`Method.mislabeled`: labels that are not those of their index."""
+        index, label = index_of(batch), label_of(batch)
+        known = (index >= 0) & (index < _size(memory))
+        return known & ~banks.labeled(memory["classes"], index, label)
+
+    def _seen(self, student: Features, teacher: Features) -> tuple[Any, Any]:
         """The values of the guided layer and of the hint layer, or their shapes."""
         guided, hint = self.pair
         return student.hints[guided], teacher.hints[hint]
@@ -229,21 +243,17 @@ class _Crd(NamedTuple):
         return Embedded(s, t)
 
     def _draw(
-        self, memory: dict, batch: Batch, key: Key[Array, ""]
-    ) -> tuple[Drawn, Bool[Array, " batch"]]:
-        """The candidates of a batch, and whether an example is outside of the data."""
-        classes = memory["classes"]
+        self, negatives: Drawing, memory: dict, batch: Batch, key: Key[Array, ""]
+    ) -> tuple[Drawn, Int[Array, " batch"]]:
+        """The candidates of a batch, and its positives, as rows of the bank."""
         draws, positives = jax.random.split(key)
-        drawn = self.negatives.draw(classes, draws, batch)
-        unknown = outside(batch, self.limits(memory))
+        drawn = negatives.draw(memory["classes"], draws, batch)
         if self.relax:
             keys = keys_of(positives, index_of(batch))
-            return drawn._replace(
-                positive=banks.draw_same(classes, keys, label_of(batch))
-            ), unknown
-        if drawn.positive is None:
-            drawn = drawn._replace(positive=index_of(batch))
-        return drawn, unknown
+            return drawn, banks.draw_same(memory["classes"], keys, label_of(batch))
+        if drawn.positive is not None:
+            return drawn, drawn.positive
+        return drawn, index_of(batch)
 
     def _lose(
         self,
@@ -293,6 +303,12 @@ class _Crd(NamedTuple):
             where=known if where is None else known & where,
             mesh=self.mesh,
         )
+
+
+def _split(mesh: Mesh, memory: dict) -> dict:
+    """`Method.split`: the rows of the bank are sharded over the mesh."""
+    rows = banks.split_rows(memory["bank"], mesh)
+    return {"bank": rows, "classes": PartitionSpec()}
 
 
 def _size(memory: dict) -> int:

@@ -14,6 +14,7 @@ Whatever depends on a clock, a signal or the disk, they decide together
 import contextlib
 import os
 import time
+import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -30,7 +31,7 @@ from hintjax.networks import Variables
 from hintjax.objective import ADJUSTABLE
 from hintjax.processes import agree, told
 from hintjax.stages import State, student_variables
-from hintjax.stages.report import not_finite
+from hintjax.stages.report import not_finite, silent_terms
 from hintjax.training.arrays import fingerprint
 from hintjax.training.checkpoints import open_checkpoints
 from hintjax.training.dispatch import Every, Pace
@@ -46,7 +47,7 @@ from hintjax.training.phase import (
     template,
     with_checks,
 )
-from hintjax.training.remarks import TASK, Stillness, lopsided, remark
+from hintjax.training.remarks import TASK, Stillness, kept, lopsided, remark
 from hintjax.training.run_directory import owned
 from hintjax.training.signals import stoppable
 
@@ -212,6 +213,8 @@ def _train(
         if metrics is None:
             state, now, metrics = pace.stride(state, now)
             keeper.heed(state, now, metrics)
+        if first:
+            reports.doubt(phase, metrics)
         if first and now.at - now.began <= pace.every.report:
             reports.weigh(phase, state, now, metrics)
         now, metrics, first = reports.make(phase, state, now, metrics), None, False
@@ -289,6 +292,15 @@ class _Reports(NamedTuple):
         if self.show is not None:
             self.show(now.at, shown, phase.name)
         return now
+
+    def doubt(self, phase: Phase, metrics: Mapping[str, ArrayLike]) -> None:
+        """Warns, once in a phase, of terms that seem to teach nothing.
+
+        The sentences are also kept in warnings.txt of the run directory.
+        """
+        said = [f"phase {phase.name}: {one}" for one in silent_terms(metrics)]
+        for one in kept(self.keeper.run_dir, said):
+            warnings.warn(one, stacklevel=4)
 
     def weigh(
         self, phase: Phase, state: State, now: Now, names: Collection[str]

@@ -92,6 +92,16 @@ def test_relaxed_positives_are_drawn_evenly_from_the_class():
     assert_uniform(index, np.flatnonzero(LABELS == 2))
 
 
+@pytest.mark.parametrize("size", [1, 2, 7, 50])
+def test_a_label_is_compared_with_that_of_the_index(size):
+    classes = memory.by_class(jnp.array(LABELS[:size]))
+    index, label = np.meshgrid(np.arange(-2, size + 2), np.arange(-1, 5))
+    got = memory.labeled(classes, jnp.array(index.ravel()), jnp.array(label.ravel()))
+    inside = (index >= 0) & (index < size)
+    wanted = inside & (LABELS[np.clip(index, 0, size - 1)] == label)
+    np.testing.assert_array_equal(got, wanted.ravel())
+
+
 def test_draws_do_not_depend_on_the_place_in_the_batch():
     turned = [2, 0, 1]
     index, _ = memory.draw_others(CLASSES, KEYS, jnp.array(ANCHORS), 9)

@@ -222,7 +222,13 @@ VALID = {
             "labels": LABEL,
             "classes": 3,
             "k": 2,
-        }
+        },
+        "linear_scores": {
+            "features": a(4, 6),
+            "known": a(4, 6),
+            "labels": LABEL,
+            "classes": 3,
+        },
     },
     regressors: {
         **dict.fromkeys(

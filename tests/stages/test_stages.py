@@ -1075,6 +1075,29 @@ def test_a_report_names_what_is_not_finite():
 
 
 @pytest.mark.quick
+def test_metrics_tell_which_terms_teach_nothing():
+    good = {"loss": 1.0, "kd": 0.5, "kd/weighted": 0.0, "task": 1.0}
+    good |= {"task/weighted": 1.0, "crd/outside": 0.0, "task/accuracy": 0.0}
+    assert hj.silent_terms(good) == []
+    assert hj.silent_terms(jax.tree.map(jnp.float32, good)) == []
+    (said,) = hj.silent_terms({**good, "kd": jnp.float32(0)})
+    assert said.startswith(
+        "The loss of the term 'kd' is exactly 0: it teaches nothing."
+    )
+    (said,) = hj.silent_terms({**good, "task": jnp.nan, "norm": 1.0})
+    assert said.startswith("The loss of the term 'task' is not finite: the step is sk")
+    (said,) = hj.silent_terms({**good, "norm": 0.0})
+    assert said.startswith("The gradient is exactly 0: the student does not move.")
+    outside, wrong = hj.silent_terms(
+        {**good, "crd/outside": 0.25, "crd/mislabeled": 0.5}
+    )
+    assert outside.startswith('25% of the examples have an "index" outside of the tr')
+    assert wrong.startswith('50% of the examples have another "label" than Data(labels')
+    (said,) = hj.silent_terms({"loss": 0.0, "r2": 1.0, "skipped": 0.0})
+    assert said.startswith("The loss of the method is exactly 0")
+
+
+@pytest.mark.quick
 def test_norms_of_a_report_do_not_overflow():
     """Gradients of 8e37, whose square is no float32, are finite."""
     report = reported(line(-1e37, 1))
