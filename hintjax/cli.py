@@ -145,7 +145,8 @@ def export_command(
     images is inside. The file is run on the test split and compared with the student.
 
     Args:
-        run_dir: run directory.
+        run_dir: run directory. Of a comparison, the run that is best on the validation
+            split is exported.
         to: format of the file. stablehlo is read by jax.export. tflite-int8 computes in
             int8: its input is uint8, its output int8. c-array is the same network as C,
             for a microcontroller.
@@ -355,8 +356,10 @@ def _measure_command() -> Callable[..., None]:
         numbers in RUN_DIR/measured.json.
 
         Args:
-            run_dir: run directory.
-            files: exported files; by default all files in RUN_DIR/exported.
+            run_dir: run directory. Of a comparison, the run that is best on the
+                validation split is the student.
+            files: exported files; by default all files in RUN_DIR/exported, largest
+                first. Ratios are to the first file.
             repeats: number of times that each file is timed.
         """
         measure_run(run_dir, files, repeats)

@@ -407,18 +407,24 @@ def shipped(run_dir: Path) -> tuple[Setting, Network, Variables]:
         Refusal: if it is not the directory of a finished run of one method.
     """
     config = configs.load(run_dir)
-    if config.method is None:
-        wanted, do = (
-            "a finished comparison",
-            f"Finish it with `hintjax resume {run_dir}`.",
-        )
-        if (run_dir / REPORT).exists():
-            wanted, do = "a run of one method", "Name a directory in it that has a run."
-        raise Refusal(message("evaluate", wanted, f"{run_dir}", do))
-    recipe = _recipe(config.method, config.task)
+    if config.method is not None:
+        recipe = _recipe(config.method, config.task)
+    else:
+        recipe = _recipe_of_arm(config, run_dir)
     here = dataclasses.replace(config, devices=1, fsdp=1)  # any machine can evaluate
     setting = prepare(here, teach=(run_dir / DEPLOYED).exists())
     return setting, *load_deployed(setting, run_dir, recipe)
+
+
+def _recipe_of_arm(config: Config, run_dir: Path) -> Recipe:
+    """The recipe of a run in a comparison, whose directory is named after its arm."""
+    arms = {arm.name: arm.recipe for arm in planned(config).arms}
+    if (run_dir / RESULT).exists() and run_dir.parent.name in arms:
+        return arms[run_dir.parent.name]
+    wanted, do = "a finished comparison", f"Finish it with `hintjax resume {run_dir}`."
+    if (run_dir / REPORT).exists():
+        wanted, do = "a run of one method", "Name a directory in it that has a run."
+    raise Refusal(message("evaluate", wanted, f"{run_dir}", do))
 
 
 def verify_cache(run_dir: Path) -> None:
