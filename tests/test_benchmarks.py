@@ -6,6 +6,7 @@ import math
 import sys
 from functools import partial
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 import jax
@@ -15,8 +16,11 @@ import pytest
 
 import hintjax as hj
 from hintjax import methods
+from hintjax.experiments.config import Config
+from hintjax.experiments.distill import claim, distill
 
 PROGRAMS = ("alone", "step")
+MICRO = find_spec("tflite_micro") is not None
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 
 
@@ -289,6 +293,69 @@ def test_gathering_as_published_gives_what_crd_gives(script):
         np.testing.assert_allclose(after[side]["bank"], bank, rtol=1e-5)
         z = np.exp(getattr(moved["bank"], f"{side}_constant"))
         np.testing.assert_allclose(after[side]["z"], z, rtol=1e-5)
+
+
+EDGE = [  # arm, file, bytes, accuracies, the aims that are missed
+    ("teacher", "float", 1000, [0.98], []),
+    ("teacher", "int8", 250, [0.976], ["int8"]),
+    ("kd", "float", 101, [0.962, 0.98], ["smaller"]),
+    ("kd", "int8", 100, [0.962, 0.982], []),
+    ("fitnets", "float", 100, [0.96, 0.979], ["lost"]),
+    ("fitnets", "int8", 50, [0.95, 0.98], ["lost", "int8"]),
+]
+
+
+def test_rows_of_the_edge_table_name_the_aims_that_they_miss(script):
+    names = ("arm", "file", "bytes", "accuracy")
+    rows = [dict(zip(names, one, strict=False)) for one in EDGE]
+    judged = script("edge_table").judged(rows)
+    assert [row["misses"] for row in judged] == [one[-1] for one in EDGE]
+    whole, last = judged[0], judged[-1]
+    assert [whole["smaller"], whole["lost"]] == [1, 0]
+    assert whole["int8"] is None and whole["std"] is None
+    assert last["smaller"] == 20 and last["mean"] == pytest.approx(0.965)
+    assert last["std"] == pytest.approx(0.03 / math.sqrt(2))
+    assert [last["lost"], last["int8"]] == pytest.approx([1.5, 0.45])
+
+
+@pytest.mark.skipif(
+    not (find_spec("tensorflow") and find_spec("ai_edge_litert")),
+    reason="no converters; ./setup.sh --export installs them",
+)
+@pytest.mark.filterwarnings("ignore")  # TensorFlow warns of its own future
+def test_the_edge_table_measures_the_files_of_a_comparison(script, tmp_path):
+    edge_table = script("edge_table")
+    run, file = tmp_path / "run", tmp_path / "results.json"
+    config = Config(
+        compare=("kd",),
+        limit=64,
+        epochs=1,
+        teacher_epochs=1,
+        seeds=2,
+        teacher="hintjax.models:plain_thin",
+        teacher_at_least=0.0,
+    )
+    distill(config, claim(run, config))
+    options = ["--rounds", "6", "--steps", "1", "--out", str(file)]
+    record = edge_table.main([str(run), *options])
+    (data,) = json.loads(file.read_text())["data"]
+    assert data["images"] == 359 and "data_dir" not in data["config"]
+    found = {(row["arm"], row["file"]): row for row in data["rows"]}
+    assert list(found) == [
+        (arm, form) for arm in ("teacher", "kd") for form in ("float", "int8")
+    ]
+    for (arm, form), row in found.items():
+        assert positive(row["over_teacher"]) and row["parameters"] == 11266
+        assert len(row["accuracy"]) == (1 if arm == "teacher" else 2)
+        assert min(row["agreement"]) > (0.5 if form == "int8" else 0.99)
+        assert (row["arena"] is None) == (form == "float" or not MICRO)
+    accuracy = [
+        json.loads((path / "result.json").read_text())["test/accuracy"]
+        for path in sorted((run / "kd").iterdir())
+    ]
+    assert found["kd", "float"]["accuracy"] == pytest.approx(accuracy, abs=1e-4)
+    assert found["kd", "int8"]["bytes"] < found["kd", "float"]["bytes"]
+    assert len(edge_table.markdown(record).splitlines()) == 2 + len(found)
 
 
 def test_interval_is_that_of_order_statistics(script):
