@@ -1,5 +1,6 @@
 """The README's example and the notebook run, and the README's tables are measured."""
 
+import importlib
 import importlib.util
 import json
 import re
@@ -183,6 +184,20 @@ def test_the_readme_tables_of_step_times_are_the_committed_results():
         memory = record["programs"][f"{kind}, alone"]["temp_bytes"] / 1e6
         shown = f"{memory:,.0f}" if memory > 1 else f"{memory:.1f}"
         assert f"| {title} | {time} | {shown} |" in text
+
+
+@pytest.mark.quick
+def test_the_readme_table_of_students_for_devices_is_the_committed_results(monkeypatch):
+    text = (ROOT / "README.md").read_text()
+    record = json.loads((RESULTS / "edge_table.json").read_text())
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    edge_table = importlib.import_module("edge_table")
+    assert edge_table.markdown(record) in text
+    for data in record["data"]:
+        again = edge_table.judged(data["rows"])
+        assert [row["misses"] for row in again] == [
+            row["misses"] for row in data["rows"]
+        ]
 
 
 @pytest.mark.quick
