@@ -5,9 +5,10 @@ r"""What a student for a device keeps of its teacher: bytes, accuracy, latency, 
         --out benchmarks/results/edge_table.json
 
 Each RUN_DIR is a finished comparison of `hintjax distill`, such as those of
-benchmarks/results/README.md. Device: a CPU; the committed numbers are from a busy
-machine of two cores. Minutes: 4. Expected: a student with a tenth of the teacher's
-parameters has a file of int8 at least 10 times smaller than the teacher's float file.
+benchmarks/results/README.md. Results of other data that the file of --out already has
+stay in it. Device: a CPU; the committed numbers are from a busy machine of two cores.
+Minutes: 4. Expected: a student with a tenth of the teacher's parameters has a file of
+int8 at least 10 times smaller than the teacher's float file.
 
 The teacher and the chosen runs of every arm, with all seeds, are exported as TFLite in
 float and in int8 ("int8": weights and activations, from 256 training images). LiteRT
@@ -102,18 +103,16 @@ class File(NamedTuple):
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Measures, prints the table, and returns the record that `--out` writes."""
     options = _options(arguments)
-    machine = measure.machine()
-    for name in _PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            machine["versions"][name] = importlib.metadata.version(name)
+    data = [_measured(path, options) for path in options.runs]
+    if options.out and options.out.exists():
+        fresh = {named(one["config"]) for one in data}
+        before = read_json(options.out)["data"]
+        data = [one for one in before if named(one["config"]) not in fresh] + data
     record = {
         "benchmark": "edge_table",
-        "machine": machine,
         "aims": {"smaller": SMALLER, "lost": LOST, "int8": INT8},
         "representative": _REPRESENTATIVE,
-        "rounds": options.rounds,
-        "steps": options.steps,
-        "data": [_measured(path, options) for path in options.runs],
+        "data": data,
     }
     print(table(record))
     if options.out:
@@ -123,6 +122,10 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
 
 def _measured(run_dir: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Measures the files of one comparison."""
+    machine = measure.machine()
+    for name in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            machine["versions"][name] = importlib.metadata.version(name)
     report = read_json(run_dir / REPORT)
     arms = {TEACHER: [run_dir / TEACHER]}
     for row in report["rows"]:
@@ -153,6 +156,9 @@ def _measured(run_dir: Path, options: argparse.Namespace) -> dict[str, Any]:
         )
     config = configs.load(run_dir)
     return {
+        "machine": machine,
+        "rounds": options.rounds,
+        "steps": options.steps,
         "config": {name: getattr(config, name) for name in _TOLD},
         "images": files[0].images,
         "rows": judged(rows),
@@ -294,17 +300,15 @@ def named(config: Mapping[str, Any]) -> str:
 
 def table(record: Mapping[str, Any]) -> str:
     """The record as text."""
-    machine = record["machine"]
-    versions = machine["versions"]
-    setting = (
-        f"{machine['device']} ({machine['processor']}), load {machine['load']}, LiteRT "
-        f"{versions.get('ai-edge-litert')}, {record['rounds']} rounds of "
-        f"{record['steps']} images"
-    )
-    lines = [setting]
+    lines = []
     for data in record["data"]:
+        machine = data["machine"]
         told = [f"{name} {value}" for name, value in data["config"].items() if value]
         lines.append(f"{', '.join(told)}; {data['images']:,} test images")
+        lines.append(
+            f"  on {machine['device']} ({machine['processor']}), load "
+            f"{machine['load']}, {data['rounds']} rounds of {data['steps']} images"
+        )
     rows = [HEAD, *cells(record)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
@@ -327,7 +331,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("runs", type=Path, nargs="+", help="directories of finished comparisons")
     add("--rounds", type=int, default=30, help="rounds to measure")
     add("--steps", type=int, default=50, help="images in a round")
-    add("--out", type=Path, help="JSON file to write the results to")
+    add("--out", type=Path, help="JSON file of the results; others in it stay")
     return parser.parse_args(arguments)
 
 
