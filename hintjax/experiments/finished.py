@@ -12,7 +12,7 @@ from hintjax._checks import Refusal, message
 from hintjax.data import Records, Split, Standardize, evaluation_batches
 from hintjax.experiments import config as configs
 from hintjax.experiments.config import Config
-from hintjax.experiments.factories import network
+from hintjax.experiments.factories import student_network
 from hintjax.experiments.tasks import Task
 from hintjax.networks import Network, Variables, Wants, split
 from hintjax.processes import told
@@ -50,7 +50,7 @@ def load_student(
             raise Refusal(message("teacher", wanted, got))
         return json.loads((path / RESULT).read_text())["classes"]
 
-    made = network(config.student, told(classes))
+    made = student_network(config, told(classes))
     return made, split(load_tree(path / "student"))
 
 

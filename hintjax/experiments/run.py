@@ -51,7 +51,7 @@ _ELSEWHERE = (
     *("teacher", "teacher_at_least", "teacher_epochs", "weights", "weights_sha256"),
 )
 # Fields that runs of an earlier version did not have, with the value that they had.
-_LATER = {"task": Config.task}
+_LATER = {"task": Config.task, "quantize": Config.quantize}
 # Fields that may change when a run resumes.
 _HARMLESS = (
     *("checkpoint_every", "checkpoint_seconds"),

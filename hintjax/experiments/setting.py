@@ -28,6 +28,7 @@ from hintjax.experiments.factories import (
     layers,
     network,
     output_shape,
+    student_network,
 )
 from hintjax.experiments.finished import evaluation_size, load_student, run_config
 from hintjax.experiments.pretrained import pretrained
@@ -95,7 +96,7 @@ def prepare(config: Config, *, teach: bool = False) -> Setting:
     steps_per_epoch(dataset.train.n, config.batch_size)  # raises
     layout = mesh_of(config)
     inputs = jnp.zeros((1, *dataset.train.shape), jnp.float32)
-    student = each(lambda: network(config.student, dataset.classes))
+    student = each(lambda: student_network(config, dataset.classes))
     teacher = teacher_network(config, dataset.classes, inputs) if teach else None
     factories = [
         config.student,

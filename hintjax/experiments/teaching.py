@@ -50,6 +50,7 @@ def teacher_variables(setting: Setting, run_dir: Path, **how: Any) -> Variables:
             weight=None,
             task_weight=None,
             cosine=False,
+            quantize=False,
         )
         run(prepare(own), path, backprop, resume=True, **how)
     return load_student(path)[1]
