@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
 # quickstart.sh and test.sh source this file for its functions. Run as a program, it
-# makes .venv with everything that the command needs.
+# makes .venv with everything that the command needs. With --export it makes .venv-export
+# with the converters of `hintjax export`.
 #
 #   find_python any|VERSION          prints a Python, 3.11 or newer, or VERSION
 #   set_up DIRECTORY PYTHON EXTRAS   makes a virtual environment there, with hintjax
+#   set_up_export PYTHON EXTRAS      makes .venv-export
 #
 # HINTJAX_ACCELERATOR=cpu|cuda12|cuda13|tpu chooses the build of jax. If it is not set,
 # the accelerator of the machine decides.
@@ -120,7 +122,28 @@ set_up() {
   printf '%s\n' "$made_for" "$project" "$extras" > "$stamp"
 }
 
+# jax2onnx asks for an older orbax-checkpoint than hintjax, but works with a new one. So
+# it is installed without its requirements, which are among the extras. TFLite Micro has
+# no release yet, and hintjax works without it.
+set_up_export() {
+  local directory="$hintjax_root/.venv-export"
+  set_up "$directory" "$1" "cli,data,stablehlo,tflite,onnx${2:+,$2}"
+  if [ ! -f "$directory/converters.stamp" ] ||
+    [ "$directory/hintjax.stamp" -nt "$directory/converters.stamp" ]; then
+    "$directory/bin/python" -m pip install -qq --disable-pip-version-check --no-deps \
+      "jax2onnx>=0.17.1"
+    "$directory/bin/python" -m pip install -qq --disable-pip-version-check --no-deps \
+      --pre tflite-micro ||
+      echo "TFLite Micro has no package for this machine. Arenas stay unknown." >&2
+    touch "$directory/converters.stamp"
+  fi
+}
+
 if [ "${BASH_SOURCE[0]}" = "$0" ]; then
   set -euo pipefail
-  set_up "$hintjax_root/.venv" "$(find_python any || true)" cli,data,viz
+  if [ "${1:-}" = --export ]; then
+    set_up_export "$(find_python any || true)" ""
+  else
+    set_up "$hintjax_root/.venv" "$(find_python any || true)" cli,data,viz
+  fi
 fi

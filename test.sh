@@ -2,7 +2,8 @@
 # Makes .venv, then checks and tests everything.
 #
 #   ./test.sh                        ruff, pytest, and a quick subset on Python 3.13
-#   ./test.sh --long                 the long campaigns too
+#   ./test.sh --long                 the long campaigns too, and the files for devices
+#                                    in .venv-export
 #   ./test.sh tests/losses/test_kd.py -x   arguments for pytest; no quick subset
 set -euo pipefail
 
@@ -38,4 +39,10 @@ if [ ${#arguments[@]} -eq 0 ] && ! usable_python "$bin/python" 3.13 &&
   python="$(find_python 3.13)"; then
   set_up "$hintjax_root/.venv-3.13" "$python" "$extras"
   "$hintjax_root/.venv-3.13/bin/python" -m pytest "${parallel[@]}" -m "quick and not long"
+fi
+
+# The converters of `hintjax export` need an environment of their own.
+if [ ${#arguments[@]} -eq 0 ] && [ "$marks" != "not long" ]; then
+  set_up_export "$(find_python any || true)" test
+  "$hintjax_root/.venv-export/bin/python" -m pytest tests/export
 fi

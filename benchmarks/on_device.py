@@ -117,7 +117,7 @@ def _against_peaks(
     sides = [max(axis) - min(axis) + 1 for axis in coordinates]
     known = {"chips": mesh.size, "flops": row["flops"], "bytes": row["bytes"]}
     known["collectives"] = row["collectives"]
-    model = tpu_aot.modelled(known, chip, sides)
+    model = tpu_aot.modeled(known, chip, sides)
     seconds = row["step_seconds"]["median"]
     return {
         "flops_utilization": (row["flops"] or math.nan) / seconds / chip.flops,

@@ -268,7 +268,7 @@ def told(case: Case, mesh: jax.sharding.Mesh) -> dict[str, Any]:
     seconds = time.perf_counter() - start
     row = {"chips": mesh.size, "compile_seconds": seconds}
     row |= counted(compiled, arguments)
-    return row | modelled(row, CHIPS[case.chip], case.sides)
+    return row | modeled(row, CHIPS[case.chip], case.sides)
 
 
 def counted(compiled: jax.stages.Compiled, arguments: tuple) -> dict[str, Any]:
@@ -433,9 +433,7 @@ def ideal(compiled: jax.stages.Compiled, arguments: tuple) -> int:
     )
 
 
-def modelled(
-    row: Mapping[str, Any], chip: Chip, sides: Sequence[int]
-) -> dict[str, Any]:
+def modeled(row: Mapping[str, Any], chip: Chip, sides: Sequence[int]) -> dict[str, Any]:
     """Seconds of a step, by the model at the top of this file."""
     n, diameter = row["chips"], sum(side - 1 for side in sides)
     sent = crossed = 0.0

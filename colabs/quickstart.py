@@ -130,15 +130,15 @@ state, first = train(hint, fresh, taught)
 loss = hj.objective(
     task=hj.weighted(task, 0.1), kd=hj.weighted(hj.kd(temperature=4.0), 0.9)
 )
-distil = hj.distillation_stage(student, teacher, loss, adam, mesh=mesh)
-state, second = train(distil, hj.student_variables(state), taught)
+distill = hj.distillation_stage(student, teacher, loss, adam, mesh=mesh)
+state, second = train(distill, hj.student_variables(state), taught)
 hinted = accuracy(student, hj.student_variables(state))
 
 # %% [markdown]
 # The same student without the hint stage, with the same total number of steps:
 
 # %%
-state, _ = train(distil, fresh, taught, steps=2 * STEPS)
+state, _ = train(distill, fresh, taught, steps=2 * STEPS)
 unhinted = accuracy(student, hj.student_variables(state))
 print(f"with hints {hinted:.3f}, with KD alone {unhinted:.3f}")
 

@@ -91,6 +91,7 @@ from hintjax.stages import (
     checked,
     distillation_stage,
     hint_stage,
+    silent_terms,
     student_variables,
 )
 from hintjax.teachers import (
@@ -183,6 +184,7 @@ __all__ = [
     "seeing",
     "selectivity",
     "self_taught",
+    "silent_terms",
     "similarity_preserving",
     "simkd",
     "soft_targets",

@@ -1,9 +1,9 @@
 """The command `hintjax`: distill, suggest, resume, eval, layers, methods, and others.
 
-The others are cache and doctor. Its exit codes: 0 after success; 2 if it refuses the
-input; 3 if a run learned nothing (its updates were skipped, because numbers were not
-finite); 130 after Ctrl-C and 143 after SIGTERM, both once the run is saved; 1 after a
-defect, with a traceback.
+The others are probe, export, measure, cache and doctor. Its exit codes: 0 after
+success; 2 if it refuses the input; 3 if a run learned nothing (its updates were
+skipped, because numbers were not finite); 130 after Ctrl-C and 143 after SIGTERM, both
+once the run is saved; 1 after a defect, with a traceback.
 """
 
 import dataclasses
@@ -41,10 +41,14 @@ from hintjax.experiments.distill import (
     verify_cache,
 )
 from hintjax.experiments.ending import watch
+from hintjax.experiments.exporting import elsewhere, export_run
 from hintjax.experiments.factories import layers, network
 from hintjax.experiments.finished import load_student
 from hintjax.experiments.launch import leaving, start
+from hintjax.experiments.measuring import measure_run
+from hintjax.experiments.probing import probe
 from hintjax.experiments.suggestion import suggest
+from hintjax.export import NoConverter
 from hintjax.processes import first, told
 from hintjax.training import NothingLearned
 
@@ -108,6 +112,31 @@ def cache_command(action: Literal["verify"], run_dir: Path) -> None:
     verify_cache(run_dir)
 
 
+def export_command(
+    run_dir: Path,
+    to: Literal["stablehlo", "onnx", "tflite", "tflite-int8", "c-array"] = "stablehlo",
+    batch: int | Literal["symbolic"] | None = None,
+    output: Path | None = None,
+    representative: int = 256,
+) -> None:
+    """Exports the student of a finished run, alone, in a file for a device.
+
+    The file takes pixels (uint8, 0..255) and gives logits; the standardization of the
+    images is inside. The file is run on the test split and compared with the student.
+
+    Args:
+        run_dir: run directory.
+        to: format of the file. stablehlo is read by jax.export. tflite-int8 computes in
+            int8: its input is uint8, its output int8. c-array is the same network as C,
+            for a microcontroller.
+        batch: number of images in a batch, or symbolic for any number. The default is
+            symbolic for stablehlo and onnx, and 1 for the others.
+        output: file that is written; by default a file in RUN_DIR/exported.
+        representative: number of training images that set the ranges of int8.
+    """
+    export_run(run_dir, to, batch, output, representative)
+
+
 def doctor() -> None:
     """Prints versions, devices and disk space, for the report of a problem."""
     print(f"python       {platform.python_version()} on {platform.platform()}")
@@ -134,12 +163,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     Args:
         argv: arguments of the command; by default the arguments of this process.
     """
+    argv = list(sys.argv[1:] if argv is None else argv)
     with leaving():
         try:
-            _run(list(sys.argv[1:] if argv is None else argv))
+            _run(argv)
         except KeyboardInterrupt as stopped:
             print(f"hintjax: stopped. {stopped}".rstrip(), file=sys.stderr)
             raise SystemExit(130) from stopped
+        except NoConverter as error:
+            code = elsewhere(argv, error)
+            if code is None:
+                print(f"hintjax: {error}", file=sys.stderr)
+            raise SystemExit(2 if code is None else code) from error
         except Refusal as error:
             # Every other error is a defect, whose traceback helps to mend it.
             print(f"hintjax: {error}", file=sys.stderr)
@@ -160,10 +195,13 @@ def _run(argv: list[str]) -> None:
             "distill": _distill_command(default),
             "resume": _resume_command(),
             "eval": evaluate_run,
+            "probe": probe,
             "layers": show_layers,
             "suggest": _suggest_command(),
             "methods": show_methods,
             "cache": cache_command,
+            "export": export_command,
+            "measure": _measure_command(),
             "doctor": doctor,
         },
         prog="hintjax",
@@ -183,9 +221,10 @@ def _join(argv: Sequence[str]) -> None:
             given[name.removeprefix("--")] = after
     for name in ("processes", "process"):
         if name in given:
-            if not given[name].isdecimal():
+            try:
+                given[name] = int(given[name])
+            except ValueError:
                 return  # the options are read again, and then refused
-            given[name] = int(given[name])
     start(**given)
     watch()
 
@@ -279,6 +318,29 @@ def _suggest_command() -> Callable[..., None]:
         suggest(config, run_dir, count=count, images=images, picture=picture)
 
     return suggest_command
+
+
+def _measure_command() -> Callable[..., None]:
+    """The command `measure`."""
+    from tyro.conf import Positional
+
+    def measure_command(
+        run_dir: Path, files: Positional[tuple[Path, ...]] = (), repeats: int = 200
+    ) -> None:
+        """Measures exported files on the test split, each in the program of its format.
+
+        Prints the metric, the agreement with the student in JAX, the size, the latency
+        of one image on one thread, and the memory in TFLite Micro. Writes the same
+        numbers in RUN_DIR/measured.json.
+
+        Args:
+            run_dir: run directory.
+            files: exported files; by default all files in RUN_DIR/exported.
+            repeats: number of times that each file is timed.
+        """
+        measure_run(run_dir, files, repeats)
+
+    return measure_command
 
 
 def _resume_command() -> Callable[..., None]:

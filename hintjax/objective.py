@@ -112,6 +112,7 @@ def objective(**terms: Weighted | Method) -> Method:
             `deploy`, or if the name of a term is reserved.
 
     >>> import optax
+    >>> from hintjax.methods import task
     >>> term = task(optax.softmax_cross_entropy_with_integer_labels)
     >>> objective(task=weighted(term, 0.5), again=term).student
     Wants(output=True, hints=(), params=())
@@ -243,6 +244,7 @@ def _objective(
         context: Context,
     ) -> Applied:
         parts, metrics = {}, {}
+        _check_terms(named, params)
         remembered = {ADJUSTABLE: memory[ADJUSTABLE]} if adjustable else {}
         n = None
         for name, (method, weight) in named.items():
@@ -287,8 +289,17 @@ def _objective(
         reduced=_reduced(caller, named, combine),
         check=_check(named),
         limits=_limits(named),
+        mislabeled=_mislabeled(named),
         silent=_silent(named),
     )
+
+
+def _check_terms(terms: dict[str, Weighted], params: dict) -> None:
+    """Raises if the parameters are those of another objective."""
+    if params.keys() != terms.keys():
+        wanted = f"the state of a stage with the terms {list(terms)}"
+        do = "Pass a state that the init of this stage has made."
+        raise Refusal(message("objective", wanted, f"{list(params)}", do))
 
 
 def _now(
@@ -397,6 +408,19 @@ def _limits(terms: dict[str, Weighted]) -> Callable[[dict], dict[str, int]] | No
         return found
 
     return limits
+
+
+def _mislabeled(terms: dict[str, Weighted]) -> Callable[[dict, Batch], Array] | None:
+    """`Method.mislabeled` of an objective: an example that any term finds."""
+    own = _own(terms, "mislabeled")
+    if not own:
+        return None
+
+    def mislabeled(memory: dict, batch: Batch) -> Array:
+        found = [one(memory[term], batch) for term, one in own.items()]
+        return jnp.any(jnp.stack(found), 0)
+
+    return mislabeled
 
 
 def _silent(terms: dict[str, Weighted]) -> tuple[str, ...]:

@@ -6,22 +6,33 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, PyTree, ScalarLike
 
-from hintjax._checks import Refusal, instance, message, nearest, positive_int
+from hintjax._checks import (
+    Refusal,
+    WrongType,
+    form,
+    instance,
+    message,
+    nearest,
+    positive_int,
+)
 from hintjax._checks import key as check_key
 from hintjax.networks import Variables
 from hintjax.objective import ADJUSTABLE, check_weight
 from hintjax.sharding import (
     automatic,
     check_batch,
+    in_automatic_mesh,
+    on_automatic,
     over_batch,
     replicated,
     shares,
     spread,
 )
 from hintjax.stages import Stage, State
+from hintjax.stages.compiled import Compiled
 
 Members = State | tuple[State, ...]
 
@@ -117,7 +128,9 @@ def population(
     mesh = mesh and automatic(mesh)
     stacked = together or mesh is not None
 
+    @in_automatic_mesh()
     def init(keys, students, teacher, batch, data=None, adjust=None):
+        keys = on_automatic(keys)
         if not isinstance(keys, list | tuple):
             check_key(
                 "population", 1, do=f"Pass jax.random.split(key, {n}).", keys=keys
@@ -134,7 +147,11 @@ def population(
             for key, variables in zip(keys, each, strict=True)
         ]
         devices = len(members[0].step.sharding.device_set)
-        if mesh is not None and devices > 1:
+        # New arrays are on all devices of an outer mesh (`jax.set_mesh`), and of the
+        # mesh on which the user has placed an argument.
+        given = jax.tree.leaves((keys, students, teacher, batch))
+        outer = not jax.sharding.get_abstract_mesh().empty
+        if mesh is not None and devices > 1 and not (outer or any(map(_placed, given))):
             do = "Leave out the stage's mesh=: each device trains whole students."
             wanted, got = "a stage on one device", f"one on {devices}"
             raise Refusal(message("population", wanted, got, do))
@@ -145,6 +162,7 @@ def population(
         members = jax.tree.map(_stacked, *members)
         return members if mesh is None else spread(members, over_batch(mesh))
 
+    @in_automatic_mesh()
     def states(members):
         return _unstacked(members, n) if stacked else list(members)
 
@@ -152,7 +170,8 @@ def population(
         update = _on_mesh(stage, mesh, together)
     else:
         update = _together(stage) if together else _in_turn(stage)
-    return Population(init, update, states)
+    home = None if mesh is None else replicated(mesh)
+    return Population(init, Compiled(update, check=_check_members, home=home), states)
 
 
 def reweighted(state: State, /, **weights: ScalarLike) -> State:
@@ -180,6 +199,20 @@ def reweighted(state: State, /, **weights: ScalarLike) -> State:
             raise Refusal(message("reweighted", wanted, repr(name), do))
     new = {name: jnp.asarray(x, kept[name].dtype) for name, x in weights.items()}
     return state._replace(memory={**state.memory, ADJUSTABLE: {**kept, **new}})
+
+
+def _placed(leaf: Any) -> bool:
+    """Whether an array is on a mesh."""
+    return isinstance(getattr(leaf, "sharding", None), NamedSharding)
+
+
+def _check_members(given: Any) -> None:
+    """Raises unless it is a state of all students, or a tuple of their states."""
+    each = given if type(given) is tuple and given else (given,)
+    if not all(isinstance(one, State) for one in each):
+        do = "Pass the result of init, or the first result of update."
+        wanted = "the members of a population"
+        raise WrongType(message("population", wanted, form(given), do))
 
 
 def _together(stage: Stage) -> Callable:

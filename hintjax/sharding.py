@@ -165,15 +165,20 @@ def on_automatic(tree: PyTree) -> PyTree:
     """
 
     def one(leaf: Any) -> Any:
-        sharding = getattr(leaf, "sharding", None)
-        if isinstance(leaf, Tracer) or not isinstance(sharding, NamedSharding):
+        if not is_explicit(leaf):
             return leaf
-        mesh = sharding.mesh
-        if not isinstance(mesh, Mesh) or automatic(mesh) is mesh:
-            return leaf
-        return jax.device_put(leaf, NamedSharding(automatic(mesh), sharding.spec))
+        there = NamedSharding(automatic(leaf.sharding.mesh), leaf.sharding.spec)
+        return jax.device_put(leaf, there)
 
     return jax.tree.map(one, tree)
+
+
+def is_explicit(leaf: Any) -> bool:
+    """Whether an array is on a mesh with Explicit axes."""
+    if isinstance(leaf, Tracer) or not isinstance(leaf, jax.Array):
+        return False
+    mesh = getattr(leaf.sharding, "mesh", None)
+    return isinstance(mesh, Mesh) and automatic(mesh) is not mesh
 
 
 def batch_axes(mesh: Mesh) -> tuple[str, ...]:

@@ -39,7 +39,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, ScalarLike
 
 from hintjax import _checks
 from hintjax._numerics import as_float, deviations, keep, masked_mean
@@ -345,7 +345,7 @@ def debiased_cka(moments: Moments) -> Float[Array, "layers layers"]:
 
 
 def linear_map(
-    moments: Moments, *, ridge: float = 0.0
+    moments: Moments, *, ridge: ScalarLike = 0.0
 ) -> tuple[Float[Array, "p q"], Float[Array, " q"]]:
     """The linear map from a first layer to a second: least squares, or ridge.
 

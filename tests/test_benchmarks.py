@@ -217,6 +217,22 @@ def test_cached_teachers_are_measured_against_the_student_alone(script, tmp_path
     assert {*cache.METHODS} - {"hint_stage"} <= {*terms}
 
 
+def test_fixed_views_are_compared_with_new_crops(script, tmp_path, monkeypatch):
+    views = script("views")
+    file = tmp_path / "results.json"
+    arguments = ["--small", "--work", str(tmp_path / "work"), "--out", str(file)]
+    record = views.main(arguments)
+    arms, accuracy = record["arms"], record["test_accuracy"]
+    assert set(arms) == {"none", "live", "2"}
+    assert set(accuracy) == {*arms, "teacher"}
+    for name, one in arms.items():
+        assert one["mean"] == pytest.approx(sum(accuracy[name]) / 2)
+    assert arms["live"]["minus_live"]["mean"] == 0
+    assert json.loads(file.read_text())["minutes"] > 0
+    monkeypatch.setattr(views, "run", None)  # finished runs are not run again
+    assert views.main(arguments)["test_accuracy"] == accuracy
+
+
 def test_crd_negatives_are_measured_against_none(script, tmp_path):
     crd_negatives = script("crd_negatives")
     file = tmp_path / "results.json"

@@ -103,7 +103,7 @@ SQUARE = {
 }
 
 
-def labelled(student, teacher, *, batch_dims=1, where=None):
+def labeled(student, teacher, *, batch_dims=1, where=None):
     """Decoupled KD with the same label for all examples."""
     label = jnp.full(student.shape[:-1], 1, jnp.int32)
     return losses.decoupled_kd_loss(
@@ -173,7 +173,7 @@ LOSSES = {
     "cosine_loss": Loss(losses.cosine_loss, **FEATURES),
     "cosine_smooth_l1_loss": Loss(losses.cosine_smooth_l1_loss, **FEATURES),
     "cosine_smooth_l1_map_loss": Loss(losses.cosine_smooth_l1_map_loss, **FEATURES),
-    "decoupled_kd_loss": Loss(labelled, **LOGITS, least=2),
+    "decoupled_kd_loss": Loss(labeled, **LOGITS, least=2),
     "dist_loss": Loss(
         losses.dist_loss, (4, 10), positions=1, coupled=True, waived=PEARSON
     ),

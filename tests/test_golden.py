@@ -304,7 +304,7 @@ def rotated(c):
 
 
 def voted(c):
-    """The accuracy of 20 neighbors, in per cent."""
+    """The accuracy of 20 neighbors, in percent."""
     known = c["in.train"], c["int.train_labels"]
     scores = probes.knn_scores(c["in.test"], *known, classes=7)
     return 100 * jnp.mean(jnp.argmax(scores, -1) == c["int.test_labels"])

@@ -20,7 +20,7 @@ PACKAGE = Path(__file__).parent.parent / "hintjax"
 # files may import each other (Python itself refuses a circle).
 ORDER = (
     *("_checks", "_numerics", "losses", "metrics"),  # mathematics
-    *("probes", "similarity"),  # how good features are, and how alike
+    *("similarity", "probes"),  # how alike features are, and how good
     *("networks", "regressors"),  # models as pure functions
     *("processes", "sharding", "memory"),  # where arrays live
     *("method", "objective", "views", "teachers", "methods"),  # methods
@@ -35,6 +35,9 @@ APPLICATION = ("training", "cache", "experiments", "cli")
 MATHEMATICS = {"jax", "jaxtyping"}
 MODELS = MATHEMATICS | {"flax", "numpy"}
 UPDATES = MODELS | {"optax"}
+# The packages that write and run files for devices; none is installed with hintjax.
+WRITERS = {"jax2onnx", "tensorflow"}
+RUNNERS = {"ai_edge_litert", "onnxruntime", "tflite_micro"}
 # The packages that each room of the library may import, besides Python's own.
 OUTSIDE = {
     "_checks": MATHEMATICS | {"numpy"},
@@ -56,7 +59,7 @@ OUTSIDE = {
     "pairing": MODELS,
     "stages": UPDATES,
     "population": UPDATES,
-    "export": MODELS,
+    "export": MODELS | WRITERS | RUNNERS,
     "models": MODELS,
     "weights": MODELS,
 }
@@ -67,7 +70,12 @@ ONLY_IN = {
     "matplotlib": ("experiments.pictures",),
     "matplotlib.pyplot": (),  # its state is global
     "orbax": ("training.checkpoints", "training.sealed"),
-    "tensorflow": (),  # it is not installed with hintjax
+    "tensorflow": ("export.tflite",),
+    "jax.experimental.jax2tf": ("export.tflite",),
+    "jax2onnx": ("export.onnx",),
+    "onnxruntime": ("export.runtimes",),
+    "tflite_micro": ("export.runtimes",),
+    "ai_edge_litert": ("export.runtimes", "export.c_array"),
 }
 
 
@@ -178,6 +186,8 @@ def test_the_table_of_contents_imports_only_hintjax():
         ("hintjax.stages.update", "import orbax.checkpoint as ocp"),
         ("hintjax.training.loop", "import orbax.checkpoint as ocp"),
         ("hintjax.data.records", "import tensorflow as tf"),
+        ("hintjax.export.onnx", "def f():\n    from jax.experimental import jax2tf"),
+        ("hintjax.cli", "import onnxruntime"),
         ("hintjax.cli", "from matplotlib.figure import Figure"),
         ("hintjax.experiments.pictures", "import matplotlib.pyplot as plt"),
         ("hintjax.networks.linen", "from flax import nnx"),
@@ -211,7 +221,8 @@ def test_an_import_that_keeps_the_rules_is_let_through(module, line):
 # Packages that take seconds to import, or that a plain installation does not have.
 HEAVY = (
     *("tensorflow", "tensorflow_datasets", "orbax", "grain", "matplotlib", "flax.nnx"),
-    *("PIL", "sklearn", "tensorboardX", "tyro", "pandas", "torch"),
+    *("PIL", "sklearn", "tensorboardX", "tyro", "pandas", "torch", "flatbuffers"),
+    *("jax2onnx", "ai_edge_litert", "onnxruntime", "tflite_micro"),
 )
 
 

@@ -189,7 +189,7 @@ def test_a_key_depends_on_the_name_of_its_term_alone():
     assert draws(jax.random.key(1), mask=seen()) != alone
 
 
-def test_initialisation_depends_on_the_name_of_the_term_alone():
+def test_initialization_depends_on_the_name_of_the_term_alone():
     def made(**terms):
         return objective(**terms).init(KEY, NOTHING, NOTHING, None)[0]
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hintjax.probes import knn_scores
+from hintjax.probes import knn_scores, linear_scores
 from hintjax.similarity import add_moments, begin_moments, linear_map
 
 pytestmark = [pytest.mark.quick, pytest.mark.usefixtures("strict")]
@@ -66,6 +66,12 @@ def test_a_linear_probe_is_the_least_squares_solution(ridge):
         weights, bias = linear_map(moments, ridge=ridge)
         np.testing.assert_allclose(weights, want[:4], rtol=1e-6, atol=1e-8)
         np.testing.assert_allclose(bias, want[4], rtol=1e-6)
+        # Rows that do not count change nothing.
+        known, labels = np.vstack([x, 9 * rows(2, 4)]), np.arange(22) % 3
+        arrays = map(jnp.array, (x, known, labels))
+        where = jnp.arange(22) < 20
+        scores = linear_scores(*arrays, classes=3, ridge=ridge, where=where)
+        np.testing.assert_allclose(scores, x @ want[:4] + want[4], rtol=1e-6)
 
 
 @pytest.mark.usefixtures("unchecked")
@@ -77,3 +83,7 @@ def test_what_cannot_be_evaluated_is_refused():
         knn_scores(x, x, labels, classes=2, k=1)
     with pytest.raises(ValueError, match=r"knn_scores: expected features \(n, c\)"):
         knn_scores(x, jnp.ones((3, 4)), labels, classes=3, k=1)
+    with pytest.raises(ValueError, match=r"linear_scores: expected features \(n, c\)"):
+        linear_scores(x, jnp.ones((3, 4)), labels, classes=3)
+    with pytest.raises(ValueError, match="ridge to be >= 0, got -1"):
+        linear_scores(x, x, labels, classes=3, ridge=-1)

@@ -1,5 +1,6 @@
 """One run in several processes, each with two devices."""
 
+import functools
 import json
 import os
 import runpy
@@ -66,11 +67,23 @@ def ended(both):
         ({"processes": 2, "process": 0}, "no coordinator"),
         ({"coordinator": "host", "processes": 2, "process": 0}, "'host'"),
         ({"coordinator": "host:1", "processes": 2, "process": 2}, "process in 0..1"),
+        ({"coordinator": "host:1", "processes": 0, "process": 0}, "an integer >= 1"),
     ],
 )
 def test_what_does_not_go_together_is_refused_before_anything_starts(given, sentence):
     with pytest.raises(ValueError, match=f"processes: expected .*{sentence}"):
         launch.start(**given)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("number", ["-1", "2", "7"])
+def test_the_command_refuses_a_number_that_no_process_has(number, capsys):
+    words = ["--coordinator", "localhost:1", "--processes=2", "--process", number]
+    with pytest.raises(SystemExit) as ending:
+        main(["distill", *words])
+    assert ending.value.code == 2
+    wanted = f"hintjax: processes: expected process in 0..1, got {number}"
+    assert wanted in capsys.readouterr().err
 
 
 @pytest.mark.quick
@@ -114,24 +127,64 @@ def test_after_an_error_nobody_is_waited_for_long(error, code, monkeypatch, caps
 
 
 @pytest.mark.quick
-def test_a_start_says_what_it_waits_for_and_compares_devices(monkeypatch, capsys):
+def test_a_start_meets_connects_and_compares_devices(monkeypatch):
     seen = []
 
     def initialize(*args, **how):
         seen.append((args, signal.getsignal(signal.SIGINT)))
         assert how["heartbeat_timeout_seconds"] < 60
-        time.sleep(0.2)
 
     devices = [types.SimpleNamespace(process_index=i) for i in (0, 1, 1)]
+    monkeypatch.setattr(launch, "meet", lambda *args: seen.append(args))
     monkeypatch.setattr("jax.distributed.initialize", initialize)
     monkeypatch.setattr("jax.devices", lambda: devices)
-    monkeypatch.setattr("hintjax.experiments.launch._QUIET", 0.01)
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(ValueError, match=r"as many devices in each .*0: 1, 1: 2"):
         launch.start("host:1", 2, 1)
-    assert seen == [(("host:1", 2, 1), signal.SIG_DFL)]  # the wait is not in Python
+    # The wait inside JAX is not in Python.
+    assert seen == [("host:1", 2, 1), (("host:1", 2, 1), signal.SIG_DFL)]
     assert signal.getsignal(signal.SIGINT) is before
-    assert "waiting for all 2 at host:1; this is process 1" in capsys.readouterr().err
+
+
+@pytest.mark.quick
+def test_a_connection_without_an_end_is_given_up(monkeypatch, capsys):
+    codes, left = [], threading.Event()
+
+    def leave(code):
+        codes.append(code)
+        left.set()
+
+    monkeypatch.setattr(launch, "meet", lambda *args: None)
+    monkeypatch.setattr(launch, "_CONNECTING", 0.05)
+    monkeypatch.setattr("os._exit", leave)
+    monkeypatch.setattr("jax.distributed.initialize", lambda *_, **__: left.wait(60))
+    launch.start("host:1", 2, 1)
+    assert codes == [2]
+    wanted = "hintjax: processes: expected all 2 at host:1 to connect, got no answer"
+    assert wanted in capsys.readouterr().err
+
+
+def test_a_process_that_is_killed_while_it_waits_ends_the_others(tmp_path):
+    """Of three processes one is never started, and one is killed: the third ends."""
+    port = free_port()
+    command = ("-m", "hintjax.cli", "distill", "--processes", "3")
+    first, second = (
+        spawn((*command, f"--process={i}", "--coordinator"), port, cwd=tmp_path)
+        for i in range(2)
+    )
+    said = [first.stdout.readline() for _ in range(1)]
+    while "waiting for process 2 at" not in said[-1]:
+        said.append(first.stdout.readline())
+        assert said[-1], said
+    second.kill()
+    begun = time.monotonic()
+    (rest, _), codes = ended([first, second])
+    assert time.monotonic() - begun < 20
+    assert codes == [2, -signal.SIGKILL], rest
+    wanted = (
+        "hintjax: processes: expected process 1 to wait for the others, got its end"
+    )
+    assert wanted in rest and "Traceback" not in rest
 
 
 # A user's own loop, on data that Grain reads.
@@ -542,6 +595,67 @@ def test_a_signal_to_one_process_before_training_ends_all_at_once(
     assert time.monotonic() - begun < 20  # JAX takes longer to miss a process
     for text in said:
         assert f"hintjax: process {stopped} was stopped by {number.name}" in text
+
+
+# The command, with rows of the cache on the device or, if the first word is "disk",
+# read from the disk for each batch.
+CACHED = """
+import sys
+from hintjax.cli import main
+from hintjax.experiments import caching
+
+if sys.argv.pop(1) == "disk":
+    caching.ON_DEVICE, caching.IN_MEMORY = 1, 2
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("home", ["device", "disk"])
+def test_two_processes_write_and_read_one_cache(home, cached_alone, corners, tmp_path):
+    """Each writes a part of the shards; the bytes are those of one process."""
+    alone, options = cached_alone
+    script, run_dir, port = tmp_path / "script.py", tmp_path / "run", free_port()
+    script.write_text(CACHED)
+    options = (*options, "--teacher", alone / "teacher", "--dataset", corners)
+
+    def one(process):
+        where = ("--run-dir", run_dir if process == 0 else tmp_path / "other")
+        several = ("--processes", "2", "--process", process, "--coordinator")
+        return spawn((script, home, "distill", *where, *options, *several), port)
+
+    said, codes = ended([one(process) for process in range(2)])
+    assert codes == [0, 0], said
+    assert ("on disk" if home == "disk" else "on the device") in said[0]
+    ours, theirs = run_dir / "cache", alone / "cache"
+    names = sorted(file.name for file in theirs.glob("rows-*.npy"))
+    for name in names:
+        assert (ours / name).read_bytes() == (theirs / name).read_bytes()
+    lists = [ours / "shards.jsonl", ours / "shards-1.jsonl"]
+    wrote = [
+        [json.loads(line)[0] for line in file.read_text().splitlines()]
+        for file in lists
+    ]
+    assert wrote == [names[::2], names[1::2]] and len(names) > 8
+    assert not (tmp_path / "other").exists()
+    students = [load_tree(path / "student") for path in (run_dir, alone)]
+    if home == "device":  # streamed batches have another order
+        close = functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-3)
+        jax.tree.map(close, *students)
+
+
+@pytest.fixture(scope="module")
+def cached_alone(corners, tmp_path_factory):
+    """A run with a cache in one process, and its options."""
+    run_dir = tmp_path_factory.mktemp("cached") / "run"
+    options = (
+        *("--method", "kd", "--student", "hintjax.models:plain_wide", "--cache"),
+        *("--batch-size", "16", "--epochs", "3", "--teacher-epochs", "1"),
+        *("--teacher-at-least", "0", "--optimizer", "sgd", "--learning-rate", "0.01"),
+        *("--pad", "1", "--views", "2"),
+    )
+    more = ("--dataset", corners, "--devices", "4", "--run-dir", str(run_dir))
+    main(["distill", *options, *more])
+    return run_dir, options
 
 
 def test_a_comparison_is_the_same_in_two_processes(corners, tmp_path):

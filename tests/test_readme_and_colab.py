@@ -38,7 +38,7 @@ def test_the_readme_example_is_short_and_runs(tmp_path):
 def test_every_way_to_bring_a_model_runs(tmp_path):
     """The blocks of the page run one after another, with a small file of weights."""
     blocks = examples("hintjax/models/README.md")
-    assert len(blocks) == 7
+    assert len(blocks) == 8
     if importlib.util.find_spec("equinox") is None:
         blocks = [block for block in blocks if "equinox" not in block]
     seen = "\nlosses.append(metrics['loss'])\n"
@@ -48,7 +48,7 @@ def test_every_way_to_bring_a_model_runs(tmp_path):
     tiny = {"blocks": (2, 1, 1, 1), "widths": (4, 4, 6, 8, 10), "classes": 5}
     given = {"TINY": tiny, "losses": []}
     scope = runpy.run_path(str(tmp_path / "page.py"), init_globals=given)
-    assert len(scope["losses"]) == len(blocks) - 3
+    assert len(scope["losses"]) == len(blocks) - 4
     assert np.isfinite(scope["losses"]).all()
     assert scope["variables"].params["classifier"]["kernel"].shape[-1] == 5
 

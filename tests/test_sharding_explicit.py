@@ -138,6 +138,34 @@ def test_a_population_is_divided_over_such_a_mesh():
     assert re.search("shard", texts[0])
 
 
+def test_arrays_on_such_a_mesh_train_a_population_and_a_stage_of_one_device():
+    mesh, keys = explicit(data=2), list(jax.random.split(KEY, 2))
+    there = jax.device_put(VARIABLES, NamedSharding(mesh, PartitionSpec()))
+    placed = jax.device_put(BATCH, NamedSharding(mesh, PartitionSpec("data")))
+    stage = hj.hint_stage(NETWORK, NETWORK, hj.fitnets([PAIR]), optax.sgd(0.1))
+    crowd, found = hj.population(stage, 2, mesh=mesh, together=False), []
+
+    def crowded(variables, batch):
+        members = crowd.init(keys, variables, variables, batch)
+        members, metrics = crowd.update(members, variables, batch)
+        assert len(crowd.states(members)) == 2
+        return np.asarray(metrics["loss"])[0]
+
+    def alone(variables, batch):
+        state = stage.init(keys[0], variables, variables, batch)
+        stage.evaluate(state, variables, batch)
+        return stage.update(state, variables, batch)[1]["loss"]
+
+    for trained in (alone, crowded):
+        found.append(trained(VARIABLES, BATCH))
+        found.append(trained(there, placed))
+        with jax.set_mesh(mesh):
+            found.append(trained(there, placed))
+            keys[0] = jax.random.split(KEY, 2)[0]
+            found.append(trained(VARIABLES, BATCH))
+    np.testing.assert_allclose(found, found[0], rtol=1e-6)
+
+
 @pytest.mark.quick
 def test_a_bank_is_split_over_such_a_mesh():
     mesh = explicit(data=2)

@@ -148,7 +148,7 @@ def test_rules_that_cannot_be_followed(rules, complaint):
     "optimizer",
     [optax.adamw(1e-3), optax.chain(optax.clip(1.0), optax.sgd(0.1, momentum=0.9))],
 )
-def test_the_optimisers_state_lives_where_its_parameters_do(optimizer):
+def test_the_optimizers_state_lives_where_its_parameters_do(optimizer):
     mesh = make_mesh(data=2, fsdp=4)
     shardings = stored(Layout(mesh, at_least=200), PARAMS)
     state = jax.eval_shape(optimizer.init, PARAMS)

@@ -53,7 +53,7 @@ def test_collectives_are_counted_with_what_they_give(tpu_aot):
 
 
 @pytest.mark.quick
-def test_time_is_modelled_from_constants(tpu_aot):
+def test_time_is_modeled_from_constants(tpu_aot):
     chip = tpu_aot.Chip(flops=1e12, hbm=1e11, port=1e9, ports=4, options={})
     row = {
         "chips": 4,
@@ -66,13 +66,13 @@ def test_time_is_modelled_from_constants(tpu_aot):
             "collective-permute": {"count": 4, "bytes": 2_000_000},
         },
     }
-    got = tpu_aot.modelled(row, chip, (2, 2))
+    got = tpu_aot.modeled(row, chip, (2, 2))
     assert got["compute_seconds"] == pytest.approx(2e-3) and got["bound"] == "FLOPs"
     # 2 x 8 MB x 3/4, 4 MB x 3/4, 1 MB x 3 and 2 MB, over two ports.
     assert got["bandwidth_seconds"] == pytest.approx((12e6 + 3e6 + 3e6 + 2e6) / 2e9)
     # 2 links: there and back for each sum, once for the others; one in a ring.
     assert got["hop_seconds"] == pytest.approx((2 * 4 + 2 + 2 + 4) * 1e-6)
-    assert tpu_aot.modelled(row | {"bytes": 1e9}, chip, (2, 2))["bound"] == "HBM"
+    assert tpu_aot.modeled(row | {"bytes": 1e9}, chip, (2, 2))["bound"] == "HBM"
 
 
 @pytest.mark.quick

@@ -93,7 +93,7 @@ def test_what_is_deployed_sees_its_hints_through_the_views():
 
 
 @pytest.mark.quick
-def test_tokens_that_form_no_grid_are_refused_when_a_stage_is_initialised():
+def test_tokens_that_form_no_grid_are_refused_when_a_stage_is_initialized():
     method = hj.viewed(hj.fitnets([("block2", "group2")]), student=regressors.to_grid)
     student, teacher = jax.eval_shape(lambda: (STUDENT, TEACHER))
     with pytest.raises(

@@ -13,9 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int32, PyTree
 
-from hintjax._checks import Refusal, instance, message
+from hintjax._checks import Refusal, instance, message, positive_int
+from hintjax._numerics import masked_mean
 from hintjax.cache.coding import CODINGS
-from hintjax.method import Method, reduced, union
+from hintjax.method import Applied, Context, Method, reduced, union
 from hintjax.networks import Features, Network, Variables, Wants
 from hintjax.networks.capture import features_of
 from hintjax.stages import image
@@ -29,7 +30,9 @@ class Place(NamedTuple):
 
     Attributes:
         index: the position of each example in the training split. Rows on the device
-            are read without a check: an index beyond the split reads another row.
+            are read without a check: an index beyond the split reads another row. The
+            metric "cache/outside" counts such examples, and `hintjax.checked` refuses
+            them.
         view: the number of the view of each example.
         rows: the arrays of the rows, or None if the teacher's variables hold all rows.
     """
@@ -50,7 +53,9 @@ class Contents(NamedTuple):
         network: a teacher that reads rows. Batches without "view" (such as those of
             evaluation) run the live teacher.
         inputs: `teacher_inputs` of a stage with this teacher.
-        reading: `(method) -> method` that reads the rows, for each of the methods.
+        reading: `(method) -> method` that reads the rows, for each of the methods. It
+            adds the metric "cache/outside": the part of the examples of a batch whose
+            row does not exist.
         rows: shape and dtype of each array of one row, by name.
         description: plain values that name the contents: coding, features, shapes.
     """
@@ -80,6 +85,7 @@ def contents(
     *,
     coding: str = "float32",
     examples: int,
+    views: int = 1,
     inputs: Callable[[Batch], PyTree] = image,
     teacher_inputs: Callable[[Batch], PyTree] = image,
 ) -> Contents:
@@ -94,6 +100,7 @@ def contents(
         batch: one batch, or its shapes.
         coding: "float32", "bfloat16" or "int8"; see `CODINGS`.
         examples: the number of examples of the training split.
+        views: the number of views of each example.
         inputs: `(batch) -> inputs` of the student.
         teacher_inputs: `(batch) -> inputs` of the teacher.
 
@@ -106,6 +113,7 @@ def contents(
     """
     if coding not in CODINGS:
         raise Refusal(message("cache", f"a coding among {list(CODINGS)}", repr(coding)))
+    positive_int("cache", examples=examples, views=views)
     methods = (methods,) if isinstance(methods, Method) else tuple(methods)
     instance("cache", Method, **{f"method {i}": m for i, m in enumerate(methods)})
     wants = union(*(method.teacher for method in methods))
@@ -122,7 +130,8 @@ def contents(
     reductions = [reduced(method, shapes) for method in methods]
 
     def reading(method: Method) -> Method:
-        return reduced(method, shapes).method
+        limits = {"index": examples, "view": views}
+        return _counting(reduced(method, shapes).method, limits)
 
     def live(params: PyTree, state: PyTree, at: PyTree) -> dict[str, PyTree]:
         """The features before they are stored, by name."""
@@ -171,7 +180,7 @@ def contents(
         key: Array | None = None,
     ) -> tuple[Features, PyTree]:
         if isinstance(at, Place):
-            read = decoded(_gathered(at, state["rows"], rows, examples))
+            read = decoded(_gathered(at, state["rows"], rows, (views, examples)))
             leaves = [read[name] for name in named]
             found = jax.tree.unflatten(jax.tree.structure(shown), leaves)
         else:
@@ -234,7 +243,7 @@ def _gathered(
     at: Place,
     everything: dict[str, Array] | None,
     rows: dict[str, jax.ShapeDtypeStruct],
-    examples: int,
+    count: tuple[int, int],
 ) -> dict[str, Array]:
     """The rows of a batch, from the batch itself or from all rows on the device."""
     found = at.rows
@@ -243,6 +252,11 @@ def _gathered(
             wanted = f"the rows on the device, or {ROWS!r} in the batch"
             do = "Pass variables_of(teacher, rows), or add read(...) to the batch."
             raise Refusal(message("cache", wanted, "neither", do))
+        views, examples = count
+        held = {stored.shape[0] for stored in everything.values()}
+        if held != {views * examples}:
+            wanted = f"rows for {views} views of {examples} examples"
+            raise Refusal(message("cache", wanted, f"{sorted(held)} rows"))
         numbers = at.view * examples + at.index
         found = {name: stored[numbers] for name, stored in everything.items()}
     return {
@@ -256,6 +270,43 @@ def _place(batch: Batch, live: Callable[[Batch], PyTree]) -> Any:
     if "view" not in batch:
         return live(batch)
     return Place(batch["index"], batch["view"], batch.get(ROWS))
+
+
+def _counting(method: Method, limits: Mapping[str, int]) -> Method:
+    """The method, which counts the examples whose row does not exist.
+
+    The features of these examples stay as they are: to mark them would change the
+    arithmetic of the loss, and so its last bit.
+
+    Args:
+        method: a method that reads rows.
+        limits: the number n by name of an entry of a batch of views, whose numbers must
+            be in 0..n - 1.
+    """
+
+    def apply(
+        params: dict,
+        memory: dict,
+        student: Features,
+        teacher: Features,
+        batch: Batch,
+        context: Context,
+    ) -> Applied:
+        given = params, memory, student, teacher, batch, context
+        values, memory, metrics = method.apply(*given)
+        if "view" in batch:
+            outside = jnp.zeros(values.shape, bool)
+            for name, n in limits.items():
+                outside |= (batch[name] < 0) | (batch[name] >= n)
+            part = masked_mean(outside.astype(values.dtype), batch.get("where"))
+            metrics = {**metrics, "cache/outside": part}
+        return values, memory, metrics
+
+    def limited(memory: dict) -> dict[str, int]:
+        own = {} if method.limits is None else method.limits(memory)
+        return own | {name: min(n, own.get(name, n)) for name, n in limits.items()}
+
+    return method._replace(apply=apply, limits=limited)
 
 
 def _part(features: Features, wants: Wants) -> Features:

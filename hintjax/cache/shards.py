@@ -2,10 +2,15 @@
 
     cache.json             the identity of the cache
     shards.jsonl           one line per finished shard: name, bytes, checksum
+    shards-1.jsonl         the same, for shards that process 1 has written
     rows-00000.npy         rows of one shard, one record per row
 
 A shard is written beside its name, moved there, and then listed. Only listed shards
 count, so a process that is killed loses at most one shard.
+
+Several processes of one run share the missing shards: each computes and writes its own
+part. So the directory must be on a file system that all of them see, at the same path.
+A run reads any example on any process, so every process reads all shards.
 """
 
 import contextlib
@@ -21,12 +26,13 @@ import numpy as np
 from jaxtyping import Integer
 
 from hintjax._checks import Refusal, message
+from hintjax.processes import each, told
 from hintjax.training.run_directory import owned, read_json, unwritten, write_text
 from hintjax.training.sealed import DamageError
 
 IDENTITY = "cache.json"
-_LISTED = "shards.jsonl"
 _SHARD = 2**26  # bytes of a shard, at most (but at least one row)
+_PARTS = 16  # shards of a cache, at least, so that several processes share the work
 _BLOCK = 2**20  # bytes in memory while a checksum is computed
 
 Compute = Callable[[np.ndarray], Mapping[str, np.ndarray]]
@@ -154,8 +160,9 @@ def write(
 ) -> None:
     """Computes the rows that a directory lacks, and writes them there.
 
-    A directory whose writing was interrupted is completed. Two processes never write
-    one directory.
+    A directory whose writing was interrupted is completed. Two runs never write one
+    directory. The processes of one run write it together. Shards that are there are not
+    checked; `read` checks them.
 
     Args:
         directory: a new directory, or one with the same identity.
@@ -164,26 +171,48 @@ def write(
         rows: shape and dtype of each array of a row, by name.
         total: the number of rows.
         compute: `numbers of rows -> arrays of these rows`, by name.
-        show: is called with the number of finished rows.
+        show: is called after each shard, with the number of rows that this process has
+            finished and the rows that were there.
 
     Raises:
-        ValueError: if the directory holds a cache with another identity, if a shard is
-            damaged, or if another process writes there.
+        ValueError: if the directory holds a cache with another identity, if another run
+            writes there, or if a process does not see the directory.
         OSError: if the disk is full.
     """
-    path = Path(directory).expanduser()
+    path = _same(directory)
     kind = record_type(rows)
     with owned(path):
         if read_json(path / IDENTITY) is None:
             write_text(path / IDENTITY, _text(identity))
         check_identity(path, identity)
-        done = _listed(path)
-        for name, numbers in _parts(total, kind):
-            if name in done:
-                _check(path / name, done[name])
-            else:
+        each(lambda: check_shared(path))
+        lacking = _lacking(path, total, kind)
+        done = total - sum(len(numbers) for _, numbers in lacking)
+
+        def complete() -> None:
+            finished = done
+            for name, numbers in lacking[jax.process_index() :: jax.process_count()]:
                 _add(path / name, _filled(kind, numbers, compute))
-            show(int(numbers[-1]) + 1)
+                finished += len(numbers)
+                show(finished)
+
+        each(complete)
+
+
+def missing(
+    directory: str | os.PathLike[str],
+    rows: Mapping[str, jax.ShapeDtypeStruct],
+    total: int,
+) -> int:
+    """The number of rows that a directory lacks.
+
+    Args:
+        directory: a directory of `write`, or one that does not exist yet.
+        rows: shape and dtype of each array of a row, by name.
+        total: the number of rows of the whole cache.
+    """
+    lacking = _lacking(_same(directory), total, record_type(rows))
+    return sum(len(numbers) for _, numbers in lacking)
 
 
 def read(
@@ -192,7 +221,9 @@ def read(
     *,
     mapped: bool = False,
 ) -> Rows:
-    """Reads a complete cache, and checks every byte.
+    """Reads a complete cache, and checks every byte once.
+
+    Of several processes each checks its part, and reads all rows.
 
     Args:
         directory: a directory that `write` has completed.
@@ -205,16 +236,23 @@ def read(
     Raises:
         ValueError: if the cache has another identity, is damaged or incomplete.
     """
-    path = Path(directory).expanduser()
+    path = _same(directory)
     found = check_identity(path, identity)
-    listed = _listed(path)
+    listed = told(lambda: _listed(path))
     names = sorted(listed)
-    for name in names:
-        _check(path / name, listed[name])
-    mode = "r" if mapped else None
-    shards = [
-        np.load(path / name, mmap_mode=mode, allow_pickle=False) for name in names
-    ]
+
+    def check() -> None:
+        for name in names[jax.process_index() :: jax.process_count()]:
+            _check(path / name, listed[name])
+
+    def load() -> list[np.ndarray]:
+        mode = "r" if mapped else None
+        return [
+            np.load(path / name, mmap_mode=mode, allow_pickle=False) for name in names
+        ]
+
+    each(check)
+    shards = each(load)
     held = sum(map(len, shards))
     if held != found["total"]:
         wanted = f"{found['total']} rows in {path}"
@@ -245,9 +283,36 @@ def check_identity(path: Path, identity: Mapping[str, Any] | None) -> dict[str, 
     return found
 
 
+def check_shared(path: Path) -> None:
+    """Raises if this process does not see the directory of a cache.
+
+    Args:
+        path: the directory, in which process 0 has written the identity.
+
+    Raises:
+        ValueError: if the identity is not there.
+    """
+    if not (path / IDENTITY).exists():
+        got = f"no {path} in process {jax.process_index()}"
+        do = "Use a directory on a file system of all hosts, or train without a cache."
+        wanted = "a directory that all processes share"
+        raise Refusal(message("cache", wanted, got, do))
+
+
+def _same(directory: str | os.PathLike[str]) -> Path:
+    """The path of a directory in process 0, which all processes use."""
+    return Path(told(lambda: str(Path(directory).expanduser().absolute())))
+
+
+def _lacking(path: Path, total: int, kind: np.dtype) -> list[tuple[str, np.ndarray]]:
+    """The shards that a directory lacks: name, and numbers of the rows."""
+    done = told(lambda: _listed(path))
+    return [part for part in _parts(total, kind) if part[0] not in done]
+
+
 def _parts(total: int, kind: np.dtype) -> Iterator[tuple[str, np.ndarray]]:
     """The name of each shard, and the numbers of its rows."""
-    size = max(1, _SHARD // max(1, kind.itemsize))
+    size = max(1, min(_SHARD // max(1, kind.itemsize), -(-total // _PARTS)))
     for number, start in enumerate(range(0, total, size)):
         yield f"rows-{number:05}.npy", np.arange(start, min(start + size, total))
 
@@ -270,7 +335,9 @@ def _add(path: Path, filled: np.ndarray) -> None:
             os.fsync(file.fileno())
         seal = [path.name, *_sum(staging)]
         staging.replace(path)
-        with (path.parent / _LISTED).open("a", encoding="utf-8") as file:
+        process = jax.process_index()
+        list_of = f"shards-{process}.jsonl" if process else "shards.jsonl"
+        with (path.parent / list_of).open("a", encoding="utf-8") as file:
             file.write(json.dumps(seal) + "\n")
             file.flush()
             os.fsync(file.fileno())
@@ -283,13 +350,12 @@ def _add(path: Path, filled: np.ndarray) -> None:
 def _listed(path: Path) -> dict[str, list[int]]:
     """The finished shards: bytes and checksum by name."""
     found = {}
-    listed = path / _LISTED
-    text = listed.read_text(encoding="utf-8") if listed.exists() else ""
-    for line in text.splitlines():
-        # A killed process may have left half a line.
-        with contextlib.suppress(ValueError):
-            name, *seal = json.loads(line)
-            found[name] = seal
+    for listed in sorted(path.glob("shards*.jsonl")):
+        for line in listed.read_text(encoding="utf-8").splitlines():
+            # A killed process may have left half a line.
+            with contextlib.suppress(ValueError):
+                name, *seal = json.loads(line)
+                found[name] = seal
     return found
 
 

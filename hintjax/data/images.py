@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float32, Integer, Num, UInt8
 
 AnyArray = Array | np.ndarray
+UNLABELED = -1  # label of an example whose class is not known
 
 
 class Split(NamedTuple):

@@ -134,13 +134,29 @@ def records(
     return Records(name, split, builder_of(name, data_dir), size)
 
 
+def _data_dir(data_dir: str | os.PathLike[str] | None) -> Path:
+    """The directory with prepared sets."""
+    default = os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
+    return Path(data_dir or default).expanduser()
+
+
+def folder_of(name: str, data_dir: str | os.PathLike[str] | None) -> Path | None:
+    """The folder of images that a name means; None for the name of a prepared set."""
+    path = Path(name).expanduser()
+    prepared = _data_dir(data_dir) / name.partition(":")[0]
+    sets = any(path.glob("*/features.json")) or any(path.glob("*/*/features.json"))
+    a_path = path.is_absolute() or name.startswith(".")
+    if not path.is_dir() or sets or (prepared.is_dir() and not a_path):
+        return None
+    return path
+
+
 def builder_of(name: str, data_dir: str | os.PathLike[str] | None) -> Any:
     """The TFDS builder of a dataset that is prepared on disk."""
     # tfds.builder(name) may ask the network about a set that is not prepared,
     # and insists on its own version of a prepared one: here the disk decides.
     tfds = importlib.import_module("tensorflow_datasets")
-    default = os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
-    data_dir = Path(data_dir or default).expanduser()
+    data_dir = _data_dir(data_dir)
     base, _, version = name.partition(":")
     versions = {
         tuple(map(int, path.parent.name.split("."))): path.parent

@@ -9,13 +9,15 @@ from typing import NamedTuple
 import numpy as np
 
 from hintjax._checks import Refusal, message
-from hintjax.data.images import Split, Standardize
+from hintjax.data.folder import image_folder
+from hintjax.data.images import UNLABELED, Split, Standardize
 from hintjax.data.records import (
     MODES,
     ONE_SHAPE,
     Records,
     builder_of,
     cropped,
+    folder_of,
     optional_module,
     pillow,
     records,
@@ -31,7 +33,10 @@ _SAVE = "Write it with numpy.savez(path, image=..., label=...)."
 
 
 class Dataset(NamedTuple):
-    """An image classification set in three disjoint splits, decoded or on disk."""
+    """An image classification set in three disjoint splits, decoded or on disk.
+
+    Without labels there are no classes, and every label is -1.
+    """
 
     name: str
     classes: int
@@ -41,6 +46,11 @@ class Dataset(NamedTuple):
     standardize: Standardize
     class_names: tuple[str, ...]
 
+    @property
+    def labeled(self) -> bool:
+        """Whether there are labels."""
+        return bool(self.class_names)
+
 
 def load(
     name: str,
@@ -48,6 +58,7 @@ def load(
     *,
     validation: float = 0.1,
     limit: int | None = None,
+    labels: int | None = None,
     size: int | None = None,
     range: Range | None = None,
     targets: Targets | None = None,
@@ -61,18 +72,23 @@ def load(
     split. Splits are cut by class.
 
     Args:
-      name: "digits" (scikit-learn's, embedded), a path that ends in .npz, or a set of
-        TensorFlow Datasets prepared as array_record: "mnist", "emnist/letters",
-        "cifar10:3.0.2". An .npz file holds `image` (uint8, [n h w] or [n h w c]) and
-        `label` (integers), and may hold `image_test`, `label_test` and `class_names`.
-        Without `class_names`, the classes are the labels that occur, in their order:
-        the labels 3, 10 and 57 become 0, 1 and 2, and the names "3", "10" and "57".
+      name: "digits" (scikit-learn's, embedded), a path that ends in .npz, a folder of
+        images (see `image_folder`), or a set of TensorFlow Datasets prepared as
+        array_record: "mnist", "emnist/letters", "cifar10:3.0.2". An .npz file holds
+        `image` (uint8, [n h w] or [n h w c]) and `label` (integers), and may hold
+        `image_test`, `label_test` and `class_names`. Without `class_names`, the classes
+        are the labels that occur, in their order: the labels 3, 10 and 57 become 0, 1
+        and 2, and the names "3", "10" and "57". An .npz file of images alone has no
+        labels.
       data_dir: where prepared sets are; by default TFDS_DATA_DIR, or
         ~/tensorflow_datasets.
       validation: fraction of "train" that becomes the validation split, in (0, 1).
       limit: number of training examples to keep; a smaller limit keeps a subset of
         what a larger limit keeps. Validation, test and `standardize` do not depend on
         it.
+      labels: number of training examples that keep their labels. The others stay
+        without a label, which then is -1. They are the examples that an equal `limit`
+        keeps, and a smaller number keeps a subset. Validation and test keep all labels.
       size: images are scaled and cropped at the center to size x size. None keeps them.
       range: the range of pixels that are not uint8, in an .npz file: "0..1" or
         "0..255". They are converted to uint8, rounded to the nearest of 256 values.
@@ -100,10 +116,13 @@ def load(
         splits, names = _digits()
     elif name.endswith(".npz"):
         splits, names = _npz(Path(name).expanduser(), range, targets)
+    elif (folder := folder_of(name, data_dir)) is not None:
+        splits, names = image_folder(folder, size, IN_MEMORY)
     else:
         stored, names = _tfds(name, data_dir, size)
         if sum(map(_nbytes, stored.values())) > IN_MEMORY:
-            return _on_disk(stored, names, data_dir, size, validation, limit)
+            kept = limit if labels is None else labels
+            return _on_disk(stored, names, data_dir, size, validation, kept)
         splits = {k: split.read(np.arange(split.n)) for k, split in stored.items()}
     if size is not None:
         splits = {key: _resized(split, size) for key, split in splits.items()}
@@ -120,6 +139,8 @@ def load(
             wanted = f"limit in 1..{train.n}, the size of train of {name!r}"
             raise Refusal(message("load", wanted, str(limit), "Lower it."))
         train = train.read(stratified(train.label, limit, seed))
+    if labels is not None:
+        train = _few_labels(name, train, labels, names, seed)
     for key, split in {**splits, "train": train}.items():
         if split.shape != train.shape:
             got = f"{train.shape} in train and {split.shape} in {key} of {name!r}"
@@ -128,6 +149,22 @@ def load(
     return Dataset(
         name, len(names), train, validation_split, test, standardize, tuple(names)
     )
+
+
+def _few_labels(
+    name: str, train: Split, labels: int, names: Sequence[str], seed: int
+) -> Split:
+    """The split with so many labels; the other examples have none."""
+    if not names:
+        wanted = f"labels of {name!r}, some of which are kept"
+        raise Refusal(message("load", wanted, "none", "Leave out labels= (--labels)."))
+    if not 0 < labels <= train.n:
+        wanted = f"labels in 1..{train.n}, the training examples of {name!r}"
+        raise Refusal(message("load", wanted, str(labels), "Lower it."))
+    kept = stratified(train.label, labels, seed)
+    label = np.full_like(train.label, UNLABELED)
+    label[kept] = train.label[kept]
+    return train._replace(label=label)
 
 
 def _digits() -> tuple[dict[str, Split], Sequence[str]]:
@@ -166,6 +203,8 @@ def _npz(
     pairs = {"train": ("image", "label")}
     if "image_test" in arrays or "label_test" in arrays:
         pairs["test"] = ("image_test", "label_test")
+    if set(found) in ({"image"}, {"image", "image_test"}) and targets is None:
+        return _without_labels(path.name, arrays, range), []
     missing = sorted({key for pair in pairs.values() for key in pair} - set(arrays))
     if missing:
         wanted = f"{path} to hold {' and '.join(missing)}"
@@ -192,6 +231,20 @@ def _npz(
         do = "With one class there is nothing to learn."
         raise Refusal(message("load", wanted, f"only {names[0]}", do))
     return splits, names
+
+
+def _without_labels(
+    name: str, arrays: Mapping[str, np.ndarray], range: Range | None
+) -> dict[str, Split]:
+    """The splits of an .npz file of images alone."""
+    splits = {}
+    for key, image in (("train", "image"), ("test", "image_test")):
+        if image in arrays:
+            n = len(arrays[image]) if arrays[image].ndim else 0
+            label = np.zeros(n, np.int32)
+            split = checked_split(f"{image} of {name}", arrays[image], label, 1, range)
+            splits[key] = split._replace(label=label + UNLABELED)
+    return splits
 
 
 def _with_targets(

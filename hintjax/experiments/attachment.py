@@ -4,13 +4,16 @@ Every function takes `Places` and returns pairs (guided layer, hint layer): the 
 the user, or else the pairs of the method's authors. Only shapes are read.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
+from jax.sharding import Mesh
 
 from hintjax import pairing, regressors
 from hintjax._checks import Refusal, message
+from hintjax.losses import Standardization
 from hintjax.method import Method, Pairs
 from hintjax.networks.paths import OUTPUT
 from hintjax.views import viewed
@@ -19,7 +22,7 @@ Layers = Mapping[str, jax.ShapeDtypeStruct]
 
 
 class Places(NamedTuple):
-    """The layers of both networks, and the number of training examples.
+    """The layers of both networks, the number of training examples, and the mesh.
 
     Attributes:
         student: layers of the student.
@@ -30,8 +33,14 @@ class Places(NamedTuple):
         norms: BatchNorm before the ReLU, by the path of the teacher's layer.
         class_tokens: for student and teacher, the number of tokens before the patches.
         examples: number of training examples.
+        labels: number of training examples with a label; None if all have one.
+        standardizations: transforms of hint layers, by path, for methods that predict
+            standardized features; a layer without one keeps its features until the
+            teacher is there.
         same_outputs: whether the outputs of both networks have one shape, so that they
             can be compared. They differ if the teacher was trained on other classes.
+        mesh: mesh on which the run trains, over which a method may shard its memory;
+            None for a single device.
     """
 
     student: Layers
@@ -41,7 +50,10 @@ class Places(NamedTuple):
     norms: Mapping[str, str] = {}
     class_tokens: tuple[int, int] = (0, 0)
     examples: int = 0
+    labels: int | None = None
+    standardizations: Mapping[str, Standardization] = {}
     same_outputs: bool = True
+    mesh: Mesh | None = None
 
 
 def outputs(places: Places) -> Pairs:
@@ -186,6 +198,17 @@ def one(pairs: Pairs) -> tuple[str, str]:
     return pairs[0]
 
 
+def without_class_tokens(method: Method, places: Places) -> Method:
+    """Shows the tokens of both networks as maps, without their class tokens."""
+    ours, theirs = (functools.partial(as_map, drop=n) for n in places.class_tokens)
+    return viewed(method, student=ours, teacher=theirs)
+
+
+def as_map(x: jax.Array, drop: int) -> jax.Array:
+    """Tokens as a map, without the first `drop` tokens; maps stay as they are."""
+    return regressors.to_grid(x, drop=drop) if x.ndim == 3 else x
+
+
 def on_grids(method: Method, places: Places) -> Method:
     """Shows the tokens of one network as maps where the other network has maps."""
     networks = (places.student, places.teacher)
@@ -201,7 +224,7 @@ def on_grids(method: Method, places: Places) -> Method:
     ) -> Callable[[jax.Array], jax.Array] | None:
         if not (3 in ours and 4 in theirs):
             return None
-        return lambda x: regressors.to_grid(x, drop=drop) if x.ndim == 3 else x
+        return functools.partial(as_map, drop=drop)
 
     return viewed(
         method,

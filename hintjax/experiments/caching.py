@@ -17,7 +17,7 @@ from jaxtyping import Array
 from hintjax import cache as caches
 from hintjax._checks import Refusal, message
 from hintjax.cache import Contents, Rows, contents, flat
-from hintjax.cache.shards import record_type
+from hintjax.cache.shards import missing, record_type
 from hintjax.data import (
     IN_MEMORY,
     ON_DEVICE,
@@ -33,6 +33,7 @@ from hintjax.experiments.recipes import Recipe
 from hintjax.experiments.setting import Setting, seen, taught_by
 from hintjax.method import Method
 from hintjax.networks import Variables
+from hintjax.processes import told
 from hintjax.sharding import replicated, spread
 from hintjax.training import fingerprint
 
@@ -54,11 +55,8 @@ def with_cache(
 
     Raises:
         Refusal: if the cache does not fit on the disk, if the directory holds another
-            cache, or if there are several processes.
+            cache, or if one of several processes does not see the directory.
     """
-    if jax.process_count() > 1:
-        got, do = f"{jax.process_count()}", "Leave --cache out."
-        raise Refusal(message("cache", "one process", got, do))
     methods = methods_of(setting, recipes)
     if not methods:
         return setting
@@ -69,24 +67,19 @@ def with_cache(
     def encoded(teacher: Variables, batch: Mapping[str, Any]) -> dict[str, Array]:
         return plan.encode(plan.features(teacher, batch))
 
-    compute, seconds = _compute(setting, encoded, teacher)
-    path.mkdir(parents=True, exist_ok=True)
-    nbytes = total * plan.nbytes
-    free = shutil.disk_usage(path).free
+    compute = _compute(setting, encoded, teacher)
+    nbytes, lacking = total * plan.nbytes, missing(path, plan.rows, total)
     said = f"{identity['views']} x {identity['examples']} images, {plan.nbytes} bytes "
     said += f"each ({setting.config.cache_dtype}), together {nbytes / 1e6:.1f} MB"
-    there = sum(file.stat().st_size for file in path.glob("rows-*.npy"))
-    if nbytes - there > _FREE * free:
-        wanted = f"a cache that fits on the disk, which has {free / 1e6:.1f} MB free"
-        do = (
-            "Store it in --cache-dtype bfloat16 or int8, use fewer --views, or choose "
-            "a method or pairs with smaller features."
-        )
-        raise Refusal(message("cache", wanted, said, do))
+    told(lambda: _check_room(path, lacking * plan.nbytes, said))
     home = "on the device" if nbytes <= ON_DEVICE else "in the memory of the host"
     mapped = nbytes > IN_MEMORY
     home = "on disk" if mapped else home
-    print(f"cache of the teacher: {said}, {home}; about {total * seconds:.0f} s")
+    spent = "complete"
+    if lacking:
+        seconds = lacking * _seconds(compute, setting.config.batch_size)
+        spent = f"about {seconds / jax.process_count():.0f} s"
+    print(f"cache of the teacher: {said}, {home}; {spent}")
     caches.write(path, identity, plan.rows, total, compute)
     rows = caches.read(path, identity, mapped=mapped)
     placed = None
@@ -99,6 +92,19 @@ def with_cache(
             else spread(everything, replicated(mesh))
         )
     return setting._replace(cache=CachedTeacher(plan, rows, placed))
+
+
+def _check_room(path: Path, nbytes: int, said: str) -> None:
+    """Raises unless the disk has room for the rows that a cache lacks."""
+    path.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(path).free
+    if nbytes > _FREE * free:
+        wanted = f"a cache that fits on the disk, which has {free / 1e6:.1f} MB free"
+        do = (
+            "Store it in --cache-dtype bfloat16 or int8, use fewer --views, or choose "
+            "a method or pairs with smaller features."
+        )
+        raise Refusal(message("cache", wanted, said, do))
 
 
 def planned_cache(setting: Setting, recipes: Sequence[Recipe]) -> Setting:
@@ -148,7 +154,7 @@ def verify(path: Path, setting: Setting, plan: Contents, teacher: Variables) -> 
     some = np.random.default_rng().permutation(total)[:_VERIFIED]
     numbers = np.sort(some)
     index, view = numbers % rows.examples, numbers // rows.examples
-    compute, _ = _compute(setting, plan.features, teacher)
+    compute = _compute(setting, plan.features, teacher)
     stored = plan.decode(rows.read(index, view))
     live = {name: jnp.asarray(x) for name, x in compute(numbers).items()}
     print(f"{len(numbers)} of {total} rows, computed again")
@@ -199,6 +205,7 @@ def contents_of(
         batch,
         coding=config.cache_dtype,
         examples=train.n,
+        views=len(cached_crops(config, train.n)),
     )
 
 
@@ -224,8 +231,8 @@ def _compute(
     setting: Setting,
     function: Callable[[Variables, Mapping[str, Any]], dict[str, Array]],
     teacher: Variables,
-) -> tuple[caches.Compute, float]:
-    """Makes `numbers of rows -> arrays`, and measures the seconds per row.
+) -> caches.Compute:
+    """Makes `numbers of rows -> arrays`.
 
     Args:
         setting: setting of the runs.
@@ -251,10 +258,13 @@ def _compute(
         shown = View(crops[view][index], np.asarray(view, np.int32))
         return train.read(index), dataset.standardize, shown
 
-    first = batch_of(np.arange(size), 0)
-    jax.block_until_ready(encode(teacher, *first))
-    start = time.perf_counter()
-    jax.block_until_ready(encode(teacher, *first))
-    seconds = (time.perf_counter() - start) / size
     one = functools.partial(encode, teacher)
-    return caches.by_batches(lambda b: one(*b), batch_of, size, train.n), seconds
+    return caches.by_batches(lambda b: one(*b), batch_of, size, train.n)
+
+
+def _seconds(compute: caches.Compute, size: int) -> float:
+    """The seconds per row, measured on one batch."""
+    compute(np.arange(size))  # compiles
+    start = time.perf_counter()
+    compute(np.arange(size))
+    return (time.perf_counter() - start) / size

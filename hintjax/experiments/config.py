@@ -81,14 +81,17 @@ class DataOptions:
 
     Attributes:
         dataset: Name of the dataset: digits, a .npz file with the arrays image and
-            label, or a name of TensorFlow Datasets.
+            label, a folder of images (with one folder for each class, or without
+            labels), or a name of TensorFlow Datasets.
         task: Kind of the labels: classes; one yes or no; one for each class; numbers; a
             class for each position (dense). All but classification need a .npz file.
         data_dir: Directory with prepared TensorFlow Datasets. By default their usual
             directory.
         limit: Number of training examples to keep. By default all examples.
-        size: Height and width to which images are scaled, in pixels. By default images
-            keep their size.
+        labels: Number of training examples that keep their labels; all images are
+            used. By default all labels are kept.
+        size: Height and width to which images are scaled and cropped at the center, in
+            pixels. By default images keep their size.
         range: Range of the pixels in a .npz file that are not uint8, such as floats.
             They are converted to uint8.
         pad: Number of pixels by which training images are padded before a random crop.
@@ -105,6 +108,7 @@ class DataOptions:
     )
     data_dir: str | None = None
     limit: int | None = None
+    labels: int | None = None
     size: int | None = None
     range: Literal["0..1", "0..255"] | None = None
     pad: int = 0
@@ -130,7 +134,8 @@ class NetworkOptions:
             no warning. For multi-label, the lowest F1. For regression, the least part
             of the median's error that the teacher removes.
         cache: Whether the teacher runs once per view of an image. Its features are then
-            kept in the run directory, and all runs of a comparison share them.
+            kept in the run directory, and all runs of a comparison share them. If there
+            are several processes, all of them must see the run directory.
         cache_dtype: Type in which these features are stored.
         quantize: Whether the student rounds as an int8 file will, in training and in
             evaluation. Its parameters stay in floating point.
@@ -287,7 +292,7 @@ def check(config: Config) -> Config:
         *("evaluate_every", "checkpoint_every", "negatives", "fsdp"),
     ):
         positive_int("config", **{name: getattr(config, name)})
-    for name in ("limit", "size", "views", "patience", "dispatch", "devices"):
+    for name in ("limit", "labels", "size", "views", "patience", "dispatch", "devices"):
         if getattr(config, name) is not None:
             positive_int("config", **{name: getattr(config, name)})
     for name in (
@@ -325,6 +330,9 @@ def check(config: Config) -> Config:
 def _check_task(config: Config) -> None:
     """Refuses options that have no meaning for the task."""
     task = TASKS[config.task]
+    if config.labels is not None and task.targets is not None:
+        wanted = f"no labels option for {config.task}, which needs every label"
+        raise Refusal(message("config", wanted, f"{config.labels}"))
     if config.temperature is not None and not task.tempered:
         wanted = f"no temperature for {config.task}, whose KD has none"
         raise Refusal(message("config", wanted, f"{config.temperature}"))

@@ -6,7 +6,7 @@ import datetime
 import importlib.metadata
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +28,13 @@ from hintjax.experiments.comparison_picture import picture
 from hintjax.experiments.comparison_table import show_table, table
 from hintjax.experiments.config import Config
 from hintjax.experiments.ending import training_begins
-from hintjax.experiments.finished import DEPLOYED, evaluation_size, run_config, score
+from hintjax.experiments.finished import (
+    DEPLOYED,
+    RESULT,
+    evaluation_size,
+    run_config,
+    score,
+)
 from hintjax.experiments.forecast import check_memory, show_forecast
 from hintjax.experiments.methods_table import CLASSES_ONLY, RECIPES
 from hintjax.experiments.phases import check
@@ -36,12 +42,13 @@ from hintjax.experiments.pretrained import recorded
 from hintjax.experiments.recipes import PlannedPhase, Recipe, backprop
 from hintjax.experiments.run import load_deployed, run
 from hintjax.experiments.setting import Setting, prepare
+from hintjax.experiments.standardizing import with_standardizations
 from hintjax.experiments.teacher import teacher_of
 from hintjax.experiments.teaching import check_teacher, teacher_variables
-from hintjax.networks import Variables
+from hintjax.networks import Network, Variables
 from hintjax.processes import agree, first
 from hintjax.training import progress
-from hintjax.training.run_directory import LOCK, inside, owned, write_text
+from hintjax.training.run_directory import LOCK, inside, owned, read_json, write_text
 
 COMPILED = "compiled"  # programs, in the run directory
 
@@ -162,11 +169,20 @@ def keep_compiled(folder: Path) -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 
+def _check_comparison(setting: Setting, plan: Plan) -> None:
+    """Raises for a comparison without labels, which have the measure of comparison."""
+    if plan.arms and not setting.dataset.labeled:
+        wanted = f"labels in {setting.config.dataset}, to compare methods"
+        do = "Name one method, e.g. --method dense_matching."
+        raise Refusal(message("distill", wanted, "none", do))
+
+
 def _distill(config: Config, run_dir: Path, plan: Plan, resume: bool) -> None:
     """Checks and runs a plan in a run directory that is owned."""
     config = recorded(config)
     setting = prepare(config, teach=config.method != "backprop")
     show_classes(setting)
+    _check_comparison(setting, plan)
     phases = [phase for recipe in plan.recipes for phase in check(setting, recipe)]
     if not resume:
         configs.save(config, run_dir)
@@ -185,9 +201,10 @@ def _distill(config: Config, run_dir: Path, plan: Plan, resume: bool) -> None:
             return variables
 
         def cached(variables: Variables) -> Setting:
+            ready = with_standardizations(setting, plan.recipes, variables)
             if not config.cache:
-                return setting
-            return with_cache(setting, run_dir / CACHE, plan.recipes, variables)
+                return ready
+            return with_cache(ready, run_dir / CACHE, plan.recipes, variables)
 
         if not plan.arms:
             (recipe,) = plan.recipes
@@ -219,6 +236,7 @@ def show_costs(config: Config) -> None:
         got, do = f"{jax.process_count()}", "Leave --dry-run out."
         raise Refusal(message("distill", "a dry run in one process", got, do))
     setting = prepare(config, teach=config.method != "backprop")
+    _check_comparison(setting, plan)
     phases = [phase for recipe in plan.recipes for phase in check(setting, recipe)]
     for phase in {phase.name: phase for phase in phases}.values():
         _show(phase, setting.places)
@@ -322,6 +340,8 @@ def resume(run_dir: Path, devices: int | None = None, fsdp: int | None = None) -
 def evaluate_run(run_dir: Path) -> None:
     """Prints the metric of a finished run's student, or the table of a comparison.
 
+    Of a run without labels, it prints the losses and R^2 that were measured at its end.
+
     Args:
         run_dir: run directory.
     """
@@ -329,21 +349,59 @@ def evaluate_run(run_dir: Path) -> None:
     if (path / REPORT).exists():
         show_table(json.loads((path / REPORT).read_text()))
         return
-    config = configs.load(path)
-    if config.method is None:
-        do = f"Finish it with `hintjax resume {run_dir}`."
-        raise Refusal(message("evaluate", "a finished comparison", f"{path}", do))
-    recipe = _recipe(config.method, config.task)
-    here = dataclasses.replace(config, devices=1, fsdp=1)  # any machine can evaluate
-    setting = prepare(here, teach=(path / DEPLOYED).exists())
-    student, variables = load_deployed(setting, path, recipe)
+    result = read_json(path / RESULT) or {}
+    if result.get("class_names") == []:
+        _show_losses(result)
+        return
+    setting, student, variables = shipped(path)
     dataset = setting.dataset
     for name in ("validation", "test"):
         split = getattr(dataset, name)
-        size = evaluation_size(split, config)
+        size = evaluation_size(split, setting.config)
         where = (split, dataset.standardize, size, setting.task)
         found = score(student, variables, *where)
         print(f"{name} {setting.task.name}: {found:.4f}")
+
+
+def _show_losses(result: Mapping[str, Any]) -> None:
+    """Prints the losses and R^2 of a run without labels, measured at its end."""
+    for name, value in result.items():
+        of, slash, metric = name.partition("/")
+        if slash and not metric.endswith("/weighted"):
+            print(f"{of} {metric}: {value:.4g}")
+
+
+def shipped(
+    run_dir: Path, *, rounding: bool = True
+) -> tuple[Setting, Network, Variables]:
+    """The network that a finished run deploys, on one device.
+
+    Args:
+        run_dir: run directory.
+        rounding: whether a student that was trained with --quantize rounds. A file has
+            its parameters, and rounds them itself.
+
+    Returns:
+        The setting of the run, the network and its variables.
+
+    Raises:
+        Refusal: if it is not the directory of a finished run of one method.
+    """
+    config = configs.load(run_dir)
+    if config.method is None:
+        wanted, do = (
+            "a finished comparison",
+            f"Finish it with `hintjax resume {run_dir}`.",
+        )
+        if (run_dir / REPORT).exists():
+            wanted, do = "a run of one method", "Name a directory in it that has a run."
+        raise Refusal(message("evaluate", wanted, f"{run_dir}", do))
+    recipe = _recipe(config.method, config.task)
+    # Any machine can evaluate.
+    quantize = config.quantize and rounding
+    here = dataclasses.replace(config, devices=1, fsdp=1, quantize=quantize)
+    setting = prepare(here, teach=(run_dir / DEPLOYED).exists())
+    return setting, *load_deployed(setting, run_dir, recipe)
 
 
 def verify_cache(run_dir: Path) -> None:

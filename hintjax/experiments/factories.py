@@ -146,6 +146,23 @@ def check_output(name: str, network: Network, inputs: jax.Array) -> None:
         raise Refusal(message("model", wanted, f"the shape {found.shape}", do))
 
 
+def check_learns(name: str, classes: int, weights: str | None) -> None:
+    """Raises if a network without logits has no weights: labels cannot train it.
+
+    Args:
+        name: name of the factory of the network.
+        classes: number of classes of the dataset.
+        weights: file of the weights of the network; None if it is trained.
+
+    Raises:
+        Refusal: if the module says that it has no logits, by `has_logits`.
+    """
+    if weights is None and not attribute_of(name, classes, "has_logits", True):
+        do = "As a teacher, give it weights: --weights FILE.safetensors."
+        wanted = f"{name} to make a model with logits, which labels can train"
+        raise Refusal(message("model", wanted, "features alone", do))
+
+
 def layers(network: Network, inputs: jax.Array) -> dict[str, jax.ShapeDtypeStruct]:
     """The layers of a network for such inputs, found on shapes alone."""
     variables = jax.eval_shape(network.init, jax.random.key(0), inputs)

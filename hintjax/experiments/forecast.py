@@ -197,17 +197,19 @@ def show_forecast(setting: Setting, recipes: Sequence[Recipe], runs: int) -> Non
         seconds = _timed(step, feed)
         per_epoch = feed.per_epoch * seconds
         parts = 1 if setting.layout is None else shares(setting.layout.mesh)
+        steps = _count(feed.per_epoch, "step")
+        epochs = _count(step.phase.steps // feed.per_epoch, "epoch")
         each = None if step.flops is None else parts * step.flops / config.batch_size
         print(
             f"{step.phase.name}: {_flops(each)} per image in a step, {_mb(step.nbytes)}"
             f" of memory, {1e3 * seconds:.3g} ms per step, {per_epoch:.3g} s per epoch "
-            f"of {feed.per_epoch} steps, {step.phase.steps // feed.per_epoch} epochs"
+            f"of {steps}, {epochs}"
         )
     there = available()
     known = "unknown" if there is None else _mb(there)
     print(f"memory of a device: {_mb(largest)} needed, {known} available")
     disk = runs * _KEPT * saved
-    print(f"checkpoints: {_mb(disk)} on disk, at most, for {runs} runs")
+    print(f"checkpoints: {_mb(disk)} on disk, at most, for {_count(runs, 'run')}")
 
 
 def _network(network: Network, inputs: jax.Array) -> str:
@@ -244,6 +246,11 @@ def _made(function: Callable[..., Any], *arguments: Any) -> Any:
 
 def _nbytes(tree: PyTree) -> int:
     return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+
+
+def _count(n: int, noun: str) -> str:
+    """A number with its noun, such as "1 run" or "2 runs"."""
+    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
 
 
 def _mb(nbytes: int | None) -> str:

@@ -13,13 +13,14 @@ from collections.abc import Iterator
 
 import jax
 
-from hintjax._checks import Refusal, message
+from hintjax._checks import Refusal, message, positive_int
 from hintjax.experiments.ending import watched
+from hintjax.experiments.meeting import meet
 
 # Seconds until a silent process counts as lost (the default of JAX, 100 s, is costly,
-# and JAX's own threads report that a process lives); until a message names the wait;
-# until the start gives up on other processes; and until an error gives up on them.
-_LOST, _QUIET, _STARTING, _LEAVING = 30, 5, 300, 10
+# and JAX's own threads report that a process lives); until the connection gives up on
+# processes that have met; and until an error gives up on other processes.
+_LOST, _CONNECTING, _LEAVING = 30, 60, 10
 
 
 def start(
@@ -32,7 +33,9 @@ def start(
     On the hosts of a Cloud TPU no argument is needed. A single process on such a host,
     and any process elsewhere without arguments, stays alone.
 
-    If a process is lost later, JAX ends the others within half a minute and names it.
+    The processes meet first (`meeting`): after a few seconds a sentence names those
+    that are missing, and if a process ends, all end. If a process is lost later, JAX
+    ends the others within half a minute and names it.
 
     Args:
         coordinator: host:port of the first process; the same in all processes.
@@ -41,8 +44,8 @@ def start(
 
     Raises:
         Refusal: if only some of the three are given, or do not fit together; if
-            something was computed before; or if processes differ in their number of
-            devices.
+            something was computed before; if a process is missing or ends; or if
+            processes differ in their number of devices.
     """
     given = {"coordinator": coordinator, "processes": processes, "process": process}
     missing = [name for name, value in given.items() if value is None]
@@ -60,21 +63,25 @@ def start(
     if not (host and colon and port.isdecimal()):
         wanted = "coordinator as host:port"
         raise Refusal(message("processes", wanted, repr(coordinator)))
+    positive_int("processes", processes=processes)
     if not 0 <= process < processes:
         wanted = f"process in 0..{processes - 1}"
         raise Refusal(message("processes", wanted, f"{process}"))
-    with _waiting(f"all {processes} at {coordinator}; this is process {process}"):
+    once = "to start, once and before anything is computed"
+    if jax.distributed.is_initialized():
+        raise Refusal(message("processes", once, "a second start"))
+    meet(coordinator, processes, process)
+    with _connecting(f"all {processes} at {coordinator}"):
         try:
             jax.distributed.initialize(
                 coordinator,
                 processes,
                 process,
-                initialization_timeout=_STARTING,
+                initialization_timeout=2 * _CONNECTING,
                 heartbeat_timeout_seconds=_LOST,
             )
         except RuntimeError as error:
-            wanted = "to start, once and before anything is computed"
-            raise Refusal(message("processes", wanted, f"{error}")) from error
+            raise Refusal(message("processes", once, f"{error}")) from error
     counts = collections.Counter(device.process_index for device in jax.devices())
     if len(set(counts.values())) > 1:
         got = f"{dict(sorted(counts.items()))}"
@@ -83,18 +90,25 @@ def start(
 
 
 @contextlib.contextmanager
-def _waiting(what: str) -> Iterator[None]:
-    """Prints the reason of a long wait, and lets Ctrl-C end the wait."""
+def _connecting(whom: str) -> Iterator[None]:
+    """Ends this process if the block takes too long, and lets Ctrl-C end it.
 
-    def say() -> None:
-        text = f"processes: waiting for {what}. After {_STARTING} s it gives up."
-        print(text, file=sys.stderr, flush=True)
+    A process that is killed inside the block leaves the others in JAX's wait, which is
+    outside Python, and which JAX itself ends by an abort.
+    """
 
-    timer = threading.Timer(_QUIET, say)
+    def give_up() -> None:
+        wanted, got = f"{whom} to connect", f"no answer within {_CONNECTING} s"
+        do = "Look for the error of the process that ended."
+        print(f"hintjax: {message('processes', wanted, got, do)}", file=sys.stderr)
+        sys.stderr.flush()
+        os._exit(2)
+
+    timer = threading.Timer(_CONNECTING, give_up)
     timer.daemon = True
     timer.start()
     main = threading.current_thread() is threading.main_thread()
-    # The wait is outside Python, whose own handler would run only after the wait.
+    # Python's own handler would run only after the wait.
     before = signal.signal(signal.SIGINT, signal.SIG_DFL) if main else None
     try:
         yield

@@ -96,6 +96,15 @@ METHODS: dict[str, Named] = {
         "Shu et al. 2021, Channel-wise Knowledge Distillation for Dense Prediction",
         _PER_PAIR,
     ),
+    "dense_matching": Named(
+        recipes.DENSE,
+        "Dense matching, lightly's second version",
+        "a linear map of the student's last map predicts the teacher's features at "
+        "every position; no labels",
+        "Ranzinger et al. 2024, AM-RADIO: Agglomerative Vision Foundation Model Reduce "
+        "All Domains Into One; lightly-train, code (distillationv2.py)",
+        _PER_PAIR,
+    ),
     "dist": Named(
         recipes.DIST,
         "DIST",
@@ -190,6 +199,24 @@ METHODS: dict[str, Named] = {
         "Heo et al. 2019, A Comprehensive Overhaul of Feature Distillation",
         _PER_PAIR,
     ),
+    "orthogonal_projection": Named(
+        recipes.VKD,
+        "VkD",
+        "the student's pooled features, rotated, predict the teacher's normalized "
+        "pooled features; no labels",
+        "Miles, Elezi, Deng 2024, VkD: Improving Knowledge Distillation using "
+        "Orthogonal Projections",
+        "one orthogonal matrix per pair",
+    ),
+    "phi_s": Named(
+        recipes.PHI_S,
+        "PHI-S",
+        "dense matching of features that are standardized: all channels have variance "
+        "1; no labels",
+        "Ranzinger et al. 2024, PHI-S: Distribution Balancing for Label-Free "
+        "Multi-Teacher Distillation",
+        _PER_PAIR,
+    ),
     "pkd": Named(
         recipes.PKD,
         "PKD",
@@ -202,6 +229,15 @@ METHODS: dict[str, Named] = {
         "each example has the neighbors that it has for the teacher",
         "Passalis and Tefas 2018, Learning Deep Representations with Probabilistic "
         "Knowledge Transfer",
+    ),
+    "queue_similarity": Named(
+        recipes.QUEUE,
+        "SEED, lightly's first version",
+        "each example is as near to earlier examples as it is for the teacher; no "
+        "labels",
+        "Fang et al. 2021, SEED: Self-supervised Distillation for Visual "
+        "Representation; lightly-train, code (distillation.py)",
+        "one head",
     ),
     "review": Named(
         recipes.REVIEW,

@@ -30,7 +30,7 @@ _COLORS = (
 )
 _STYLES = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)))
 _DPI = 100
-_INK, _GREY, _PALE = "#222222", "#777777", "#DDDDDD"
+_INK, _GRAY, _PALE = "#222222", "#777777", "#DDDDDD"
 _SMALL, _TITLE = 9, 11  # font sizes, in points
 _POINTS = "(dot: one seed, tick: mean, bar: its 95 % interval)"
 _LARGEST = 180  # the side of an attention map, in pixels
@@ -147,7 +147,7 @@ def heat_map(
     )
     axes.set_yticks(range(len(rows)), names[0], parse_math=False)
     axes.set_xticks(range(len(columns)), names[1], parse_math=False, rotation=90)
-    axes.tick_params(labelsize=_SMALL, color=_GREY, labelcolor=_INK)
+    axes.tick_params(labelsize=_SMALL, color=_GRAY, labelcolor=_INK)
     axes.set_ylabel("teacher", fontsize=_SMALL, color=_INK)
     axes.set_xlabel("student", fontsize=_SMALL, color=_INK)
     for row, column in marked:
@@ -176,7 +176,7 @@ def _draw_curves(
     axes = _axes(figure, _inside(figure, box, 62, 52, right, 50))
     _heading(figure, box, f"Validation {metric} (thin: each seed, thick: their mean)")
     if chance is not None:
-        axes.axhline(chance, color=_GREY, linewidth=1, linestyle=":", zorder=1)
+        axes.axhline(chance, color=_GRAY, linewidth=1, linestyle=":", zorder=1)
     ends = {}
     for number, (arm, runs) in enumerate(histories.items()):
         curves = [_finite(run) for run in runs]
@@ -492,8 +492,8 @@ def _apart(wanted: Numbers, sizes: Numbers, low: Side, high: Side) -> np.ndarray
 def _axes(figure: Figure, box: Box) -> Axes:
     axes = figure.add_axes(box)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(_GREY)
-    axes.tick_params(labelsize=_SMALL, color=_GREY, labelcolor=_INK)
+    axes.spines[["left", "bottom"]].set_color(_GRAY)
+    axes.tick_params(labelsize=_SMALL, color=_GRAY, labelcolor=_INK)
     axes.set_axisbelow(True)
     return axes
 

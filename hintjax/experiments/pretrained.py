@@ -1,7 +1,6 @@
 """Teachers that were trained elsewhere: safetensors files with the weights of torch."""
 
 import dataclasses
-import functools
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,13 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from hintjax._checks import FileRefusal, Refusal, message
+from hintjax.data import Standardize
 from hintjax.experiments.config import Config
 from hintjax.experiments.factories import attribute_of, network
-from hintjax.networks import Network, Variables, join
+from hintjax.networks import Network, Variables, join, renormalized
 from hintjax.processes import told, told_arrays
 from hintjax.weights import Names, family, from_torch, read_safetensors
 
 TORCH_NAMES = "torch_names"  # attribute of a module with a map of names of its own
+IMAGES = "image_normalization"  # attribute: mean and std of the images of the weights
 
 
 def recorded(config: Config) -> Config:
@@ -48,12 +49,17 @@ def _sha256(path: Path) -> str:
 
 
 def pretrained(
-    factory: str, weights: Path, classes: int, inputs: jax.Array
+    factory: str,
+    weights: Path,
+    classes: int,
+    inputs: jax.Array,
+    standardize: Standardize,
 ) -> tuple[Network, Variables]:
     """The network of a factory, with the weights of a file.
 
     The map of names is the map of `hintjax.weights` that fits the file best, or the
-    attribute `torch_names` of the module.
+    attribute `torch_names` of the module. If the module has the attribute
+    `image_normalization`, the network converts the images of the dataset to it.
 
     Args:
         factory: factory of the network, as package.module:factory.
@@ -61,12 +67,18 @@ def pretrained(
         classes: number of classes of the dataset. The network has the number of
             classes of the file.
         inputs: one image, which gives the shapes.
+        standardize: mean and standard deviation of the images of the dataset.
 
     Raises:
         Refusal: if the file and the network do not match one to one.
     """
-    made = functools.partial(network, factory)
     own = attribute_of(factory, classes, TORCH_NAMES, None)
+    wanted = attribute_of(factory, classes, IMAGES, None)
+
+    def made(classes: int) -> Network:
+        plain = network(factory, classes)
+        return plain if wanted is None else renormalized(plain, standardize, wanted)
+
     shapes = [_shapes(made(n), inputs) for n in (classes, classes + 1)]
     read: list[np.ndarray] = []
 

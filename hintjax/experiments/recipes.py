@@ -10,9 +10,12 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import NamedTuple
 
 import flax.linen as nn
+import jax
+import jax.numpy as jnp
 
 from hintjax import regressors
 from hintjax._checks import Refusal, message
+from hintjax.data.images import UNLABELED
 from hintjax.experiments.attachment import (
     Places,
     before_relu,
@@ -32,9 +35,12 @@ from hintjax.experiments.attachment import (
     pooled,
     stages,
     stages_and_pooled,
+    without_class_tokens,
 )
 from hintjax.experiments.config import Config
 from hintjax.experiments.tasks import TASKS
+from hintjax.losses import Standardization
+from hintjax.losses.feature_standardization import hadamard_matrix
 from hintjax.method import Method, Pairs
 from hintjax.methods import (
     AnchorNegatives,
@@ -49,6 +55,7 @@ from hintjax.methods import (
     crd,
     crd_bytes,
     decoupled_kd,
+    dense_matching,
     dist,
     factor_transfer,
     fitnets,
@@ -59,9 +66,11 @@ from hintjax.methods import (
     lambda_decay,
     masked_generation,
     minilm,
+    orthogonal_projection,
     overhaul,
     patient,
     probability_transfer,
+    queue_similarity,
     relational,
     review,
     selectivity,
@@ -74,8 +83,9 @@ from hintjax.methods import (
     variational,
     warm_up,
 )
-from hintjax.methods.crd import Negatives
-from hintjax.objective import Weight, objective, weighted
+from hintjax.methods._negatives import Negatives
+from hintjax.objective import Weight, Weighted, objective, weighted
+from hintjax.sharding import shares
 
 
 class PlannedPhase(NamedTuple):
@@ -85,9 +95,9 @@ class PlannedPhase(NamedTuple):
         name: name of the phase, in the metrics.
         method: method that is trained.
         epochs: length of the phase.
-        source: everything from which `method` was made, besides config and networks.
-            Methods are closures, which cannot be compared. So equal sources say that
-            two phases can share a compiled program.
+        source: everything from which `method` was made, besides the config, the
+            networks and the mesh. Methods are closures, which cannot be compared. So
+            equal sources say that two phases can share a compiled program.
         hints_only: whether it is a hint stage.
         carry: see `hintjax.training.Phase`.
         rates: see `distillation_stage`.
@@ -112,12 +122,39 @@ Make = Callable[[Config, Places], Method]
 
 # The three ways to train
 
+_EVERY_LABEL = (crd, decoupled_kd)  # methods that read the label of every example
+
+
+def _task(config: Config, places: Places, weight: float = 1.0) -> Weighted:
+    """The task with its weight; only examples with a label count.
+
+    The loss of an example without a label is 0, so the weight makes the expected loss
+    of a batch that of the examples with labels.
+    """
+    task = TASKS[config.task]
+    if places.labels is None:
+        return weighted(task.method(), weight)
+    few = task._replace(ignore=(UNLABELED,)).method()
+    return weighted(few, weight * places.examples / places.labels)
+
+
+def _check_labels(name: str, places: Places, *, every: bool = False) -> None:
+    """Raises if a method needs labels, or every label, and they are not there."""
+    if places.labels is None or (places.labels and not every):
+        return
+    of = "all training examples" if every else "training examples"
+    wanted = f"labels of {of}, which {name} needs"
+    got = f"{places.labels} of {places.examples}" if places.labels else "none"
+    do = "Methods such as fitnets, at, kd and dense_matching learn without labels."
+    raise Refusal(message("distill", wanted, got, do))
+
 
 def backprop(
     config: Config, places: Places, per_epoch: int, epochs: int | None = None
 ) -> list[PlannedPhase]:
     """The recipe of the task alone; also how a teacher is trained."""
-    method = objective(task=TASKS[config.task].method())
+    _check_labels("backprop", places)
+    method = objective(task=_task(config, places))
     return [PlannedPhase("backprop", method, epochs or config.epochs, backprop)]
 
 
@@ -188,30 +225,37 @@ class Beside(NamedTuple):
         if isinstance(usual, Grown | Falling):
             usual = usual(rest, per_epoch)
         name = self.name or self.method.__name__
-        terms = {
-            "task": weighted(
-                TASKS[config.task].method(),
-                _or(config.task_weight, self.task_weight),
-            ),
-            name: weighted(method, _or(config.weight, usual)),
-        }
+        terms = {name: weighted(method, _or(config.weight, usual))}
+        if places.labels == 0:
+            if config.task_weight:
+                _check_labels("the task (--task-weight)", places)
+        else:
+            task_weight = self.task_weight
+            if config.task_weight is not None:
+                task_weight = config.task_weight
+            terms = {"task": _task(config, places, task_weight), **terms}
         if config.kd_weight:
             usual = 4.0 if config.temperature is None else config.temperature
             term = TASKS[config.task].kd(usual)
             terms["logits"] = weighted(term, config.kd_weight)
         whole, note = objective(**terms), self.note(config, places)
         source = (self, rest)  # the schedule of the weight depends on both
+        phase = PlannedPhase(name, whole, epochs, source, note=note)
+        if places.labels == 0 and not (whole.student.output or whole.student.params):
+            phase = phase._replace(hints_only=True)
         if not before or whole.prepare is None:
-            return [PlannedPhase(name, whole, epochs, source, note=note)]
+            return [phase]
         first = f"before {name}"
         return [
             PlannedPhase(first, whole.prepare, before, source, hints_only=True),
-            PlannedPhase(name, whole, rest, source, carry=True, note=note),
+            phase._replace(epochs=rest, carry=True),
         ]
 
 
 class BeforeTask(NamedTuple):
     """The recipe of a hint stage with the method alone, then another recipe.
+
+    Without labels the task cannot follow, and the hint stage has all epochs.
 
     Attributes:
         method: see `Beside`.
@@ -236,14 +280,20 @@ class BeforeTask(NamedTuple):
         epochs: int | None = None,
     ) -> list[PlannedPhase]:
         """The phases of the recipe."""
-        before = _share(config, self.part)
         name = self.method.__name__
         method = objective(**{name: _made(self, config, places)})
+        source = (self.method, self.where, self.make)  # the same for every `after`
+        if places.labels == 0 and (self.after is backprop or not places.same_outputs):
+            whole = epochs or config.epochs
+            note = f"{name}: there are no labels, so the hint stage has all epochs"
+            return [
+                PlannedPhase(name, method, whole, source, hints_only=True, note=note)
+            ]
+        before = _share(config, self.part)
         rates = {}
         if config.hinted_rate != 1:
             rates = {path: config.hinted_rate for path in method.student.hints}
         rest = (epochs or config.epochs) - before
-        source = (self.method, self.where, self.make)  # the same for every `after`
         return [
             PlannedPhase(name, method, before, source, hints_only=True),
             *(
@@ -297,11 +347,22 @@ def _made(
     recipe: "Beside | BeforeTask | Alone", config: Config, places: Places
 ) -> Method:
     """The method of a recipe, attached to both networks."""
+    if recipe.method in _EVERY_LABEL:
+        _check_labels(recipe.method.__name__, places, every=True)
     if recipe.make is None:
         method = recipe.method(recipe.where(places))
     else:
         method = recipe.make(config, places)
+    if places.labels is not None:
+        method = _unlabeled(method)
     return on_grids(method, places)
+
+
+def _unlabeled(method: Method) -> Method:
+    """The method, which says that examples without a label are right."""
+    if method.prepare is not None:
+        method = method._replace(prepare=_unlabeled(method.prepare))
+    return method._replace(ignored=(*method.ignored, UNLABELED))
 
 
 def _share(config: Config, part: int) -> int:
@@ -365,13 +426,20 @@ def _contrastive(name: str, negatives: Callable[[int], Negatives]) -> Beside:
         return negatives(min(config.negatives, places.examples))
 
     def make(config: Config, places: Places) -> Method:
-        return crd(one(pooled(places)), negatives=kind(config, places))
+        drawn = kind(config, places)
+        mesh = None if isinstance(drawn, BatchNegatives) else places.mesh
+        return crd(one(pooled(places)), negatives=drawn, mesh=mesh)
 
     def note(config: Config, places: Places) -> str:
         size, drawn = places.examples, kind(config, places)
         needs = crd_bytes(drawn, size=size, batch=config.batch_size)
         bank, step = (needs[part] / 2**20 for part in ("bank", "step"))
-        return f"{name}: {bank:.1f} MiB for the memory bank, {step:.1f} MiB in a step"
+        if places.mesh is None:
+            needed = f"{bank:.1f} MiB for the memory bank, {step:.1f} MiB in a step"
+        else:
+            bank /= shares(places.mesh)
+            needed = f"{bank:.1f} MiB for the memory bank on each device"
+        return f"{name}: {needed}"
 
     return Beside(crd, pooled, 0.8, make, note=note, name=name)
 
@@ -411,6 +479,31 @@ def _channels(config: Config, places: Places) -> Method:
     return channel_wise(last_stage(places), regressor=regressors.fit)
 
 
+def _dense(config: Config, places: Places) -> Method:
+    return without_class_tokens(dense_matching(last_stage(places)), places)
+
+
+def _phi_s(config: Config, places: Places) -> Method:
+    pairs = last_stage(places)
+
+    def of(hint: str) -> Standardization:
+        if hint in places.standardizations:
+            return places.standardizations[hint]
+        channels = places.teacher[hint].shape[-1]
+        jax.eval_shape(lambda: hadamard_matrix(channels))  # raises
+        eye = jnp.eye(channels)
+        return Standardization(jnp.zeros(channels), eye, eye)
+
+    transforms = [of(hint) for _, hint in pairs]
+    return without_class_tokens(
+        dense_matching(pairs, standardization=transforms), places
+    )
+
+
+def _queue(config: Config, places: Places) -> Method:
+    return queue_similarity(one(pooled(places)))
+
+
 SOFT = Beside(soft_targets, outputs, Falling(4.0, 1.0), _soft_targets)
 FITNETS = BeforeTask(fitnets, middle, after=soft_or_task, part=2)
 HINTS_THEN_TASK = BeforeTask(fitnets, middle, part=2)
@@ -445,4 +538,8 @@ MINILM = BeforeTask(minilm, last_relations, _minilm, part=2)
 PKD = Beside(patient, but_last, 250.0)  # 500 in all: a plain network has two such ends
 COSINE = Beside(cosine, last_stage, 1.0)
 GRAM = Beside(token_gram, stages, 1.0)
+DENSE = BeforeTask(dense_matching, last_stage, _dense, part=2)
+PHI_S = BeforeTask(dense_matching, last_stage, _phi_s, part=2)
+QUEUE = BeforeTask(queue_similarity, pooled, _queue, part=2)
+VKD = BeforeTask(orthogonal_projection, pooled, part=2)
 CWD = Beside(channel_wise, last_stage, 5.0, _channels)

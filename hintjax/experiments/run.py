@@ -24,7 +24,7 @@ from hintjax.experiments.config import Config
 from hintjax.experiments.finished import DEPLOYED, RESULT, load_student
 from hintjax.experiments.phases import compiled_phase
 from hintjax.experiments.recipes import PlannedPhase, Recipe
-from hintjax.experiments.setting import Setting, batches_of
+from hintjax.experiments.setting import Setting, batches_of, seen
 from hintjax.export import deployed, deployed_variables
 from hintjax.method import Method
 from hintjax.networks import Network, Variables, join
@@ -51,7 +51,7 @@ _ELSEWHERE = (
     *("teacher", "teacher_at_least", "teacher_epochs", "weights", "weights_sha256"),
 )
 # Fields that runs of an earlier version did not have, with the value that they had.
-_LATER = {"task": Config.task, "quantize": Config.quantize}
+_LATER = {name: getattr(Config, name) for name in ("task", "labels", "quantize")}
 # Fields that may change when a run resumes.
 _HARMLESS = (
     *("checkpoint_every", "checkpoint_seconds"),
@@ -71,7 +71,7 @@ def load_deployed(
     """
     path = Path(run_dir).expanduser()
     if not (path / DEPLOYED).exists():
-        return load_student(path)
+        return load_student(path, rounding=setting.config.quantize)
     per_epoch = steps_per_epoch(setting.dataset.train.n, setting.config.batch_size)
     method = recipe(setting.config, setting.places, per_epoch)[-1].method
     variables = Variables(**load_tree(path / DEPLOYED))
@@ -152,7 +152,8 @@ def _run(
             name: value
             for name, value in dataclasses.asdict(config).items()
             if name not in _ELSEWHERE and (name, value) not in _LATER.items()
-        },
+        }
+        | _images(setting),
         harmless=_HARMLESS,
         dispatch=config.dispatch,
         debug=config.debug,
@@ -216,6 +217,15 @@ def feed_of(setting: Setting, config: Config, key: Key[Array, ""]) -> Feed:
     )
 
 
+def _images(setting: Setting) -> dict[str, Any]:
+    """The images, for the resume check: files of a folder change more easily."""
+    dataset = setting.dataset
+    folder = Path(setting.config.dataset).expanduser().is_dir()
+    if dataset.labeled and not folder:
+        return {}  # as in runs of an earlier version
+    return {"images": seen(dataset)["train"]}
+
+
 def _validation(setting: Setting) -> Callable[[], Iterable[Any]]:
     """Makes the validation batches anew; they stay on the device if they fit."""
     split = setting.dataset.validation
@@ -228,7 +238,10 @@ def _validation(setting: Setting) -> Callable[[], Iterable[Any]]:
 def _result(
     setting: Setting, stage: Stage, fitted: Fitted, teacher: Variables | None
 ) -> dict[str, Any]:
-    """The contents of result.json: time, steps, and metrics of the last stage."""
+    """The contents of result.json: time, steps, and metrics of the last stage.
+
+    Without labels, these are the losses and the R^2 of the hints.
+    """
     dataset = setting.dataset
     result = {"steps": fitted.steps, "seconds": round(fitted.seconds, 2)}
     result["spent"] = {name: round(s, 2) for name, s in fitted.spent.items()}
@@ -237,8 +250,12 @@ def _result(
     for name in ("validation", "test"):
         batches = batches_of(setting, getattr(dataset, name))
         found = evaluate(stage, fitted.state, teacher, batches)
-        result |= {f"{name}/{key}": value for key, value in found.items()}
         metric = setting.task.name
+        if not dataset.labeled:
+            found = {k: v for k, v in found.items() if not k.endswith(f"/{metric}")}
+        result |= {f"{name}/{key}": value for key, value in found.items()}
+        if not dataset.labeled:
+            continue
         result[f"{name}/{metric}"] = next(
             value for key, value in found.items() if key.endswith(f"/{metric}")
         )

@@ -24,6 +24,7 @@ from hintjax.experiments.cached_teacher import CachedTeacher
 from hintjax.experiments.config import Config
 from hintjax.experiments.factories import (
     attribute_of,
+    check_learns,
     check_output,
     layers,
     network,
@@ -86,6 +87,7 @@ def prepare(config: Config, *, teach: bool = False) -> Setting:
             config.dataset,
             config.data_dir,
             limit=config.limit,
+            labels=config.labels,
             size=config.size,
             range=config.range,
             targets=TASKS[config.task].targets,
@@ -96,8 +98,8 @@ def prepare(config: Config, *, teach: bool = False) -> Setting:
     steps_per_epoch(dataset.train.n, config.batch_size)  # raises
     layout = mesh_of(config)
     inputs = jnp.zeros((1, *dataset.train.shape), jnp.float32)
+    dataset, teacher = _taught(config, dataset, inputs, teach)
     student = each(lambda: student_network(config, dataset.classes))
-    teacher = teacher_network(config, dataset.classes, inputs) if teach else None
     factories = [
         config.student,
         *([_factory(config.teacher)] if teach else []),
@@ -106,6 +108,8 @@ def prepare(config: Config, *, teach: bool = False) -> Setting:
     for name, made in zip(factories, (student, teacher), strict=False):
         if made is not None:
             check_output(name, made, inputs)
+            weights = config.weights if made is teacher else None
+            check_learns(name, dataset.classes, weights)
 
     def said(attribute: str, missing: Any) -> tuple[Any, ...]:
         return tuple(
@@ -121,10 +125,34 @@ def prepare(config: Config, *, teach: bool = False) -> Setting:
         norms=said("norms", {})[-1],
         class_tokens=said("class_tokens", 0),
         examples=dataset.train.n,
+        labels=config.labels if dataset.labeled else 0,
         same_outputs=teacher is None
         or output_shape(student, inputs) == output_shape(teacher, inputs),
+        mesh=layout and layout.mesh,
     )
     return Setting(config, dataset, inputs, student, teacher, places, layout, {})
+
+
+def _taught(
+    config: Config, dataset: Dataset, inputs: jax.Array, teach: bool
+) -> tuple[Dataset, Network | None]:
+    """The dataset and the network of the teacher, if one is needed.
+
+    Without labels, the student has as many outputs as the teacher.
+    """
+    if dataset.labeled:
+        teacher = teacher_network(config, dataset, inputs) if teach else None
+        return dataset, teacher
+    if teach and teacher_of(config.teacher, config.weights).trained_here:
+        wanted = f"labels in {config.dataset}, to train the teacher {config.teacher}"
+        do = "Name a trained teacher: --teacher RUN_DIR, or --weights FILE."
+        raise Refusal(message("distill", wanted, "none", do))
+    if not teach:
+        wanted = f"labels in {config.dataset}, to train without a teacher"
+        raise Refusal(message("distill", wanted, "none"))
+    teacher = teacher_network(config, dataset._replace(classes=1), inputs)
+    check_output(config.teacher, teacher, inputs)
+    return dataset._replace(classes=output_shape(teacher, inputs)[-1]), teacher
 
 
 def mesh_of(config: Config) -> Layout | None:
@@ -154,13 +182,13 @@ def mesh_of(config: Config) -> Layout | None:
     return Layout(make_mesh(**shares, devices=devices[:wanted]))
 
 
-def teacher_network(config: Config, classes: int, inputs: jax.Array) -> Network:
+def teacher_network(config: Config, dataset: Dataset, inputs: jax.Array) -> Network:
     """The network of the configured teacher, whether it is trained yet or not.
 
     Args:
         config: config of the run.
-        classes: number of classes of the dataset, for a teacher that is trained first.
-            A teacher from a finished run or a file keeps its own classes.
+        dataset: the dataset. A teacher that is trained first has its classes, and a
+            teacher from a finished run or a file keeps its own.
         inputs: one image of the dataset.
 
     Raises:
@@ -170,9 +198,10 @@ def teacher_network(config: Config, classes: int, inputs: jax.Array) -> Network:
     teacher = teacher_of(config.teacher, config.weights)
     name = config.teacher
     if teacher.weights is not None:
-        return pretrained(name, teacher.weights, classes, inputs)[0]
+        given = dataset.classes, inputs, dataset.standardize
+        return pretrained(name, teacher.weights, *given)[0]
     if teacher.run_dir is None:
-        return each(lambda: network(name, classes))
+        return each(lambda: network(name, dataset.classes))
     made, variables = load_student(teacher.run_dir)
     wanted = jax.eval_shape(made.init, jax.random.key(0), inputs)
     there, here = map(_shapes, (variables, wanted))

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from hintjax._checks import FileRefusal, message, positive_int
+from hintjax._checks import FileRefusal, Refusal, message, positive_int
 from hintjax.data import evaluation_batches, order
 from hintjax.experiments.attachment import middle
 from hintjax.experiments.config import Config
@@ -65,13 +65,19 @@ def suggest(
         The measurements.
 
     Raises:
-        Refusal: if there are fewer than 8 images, or the picture cannot be written.
+        Refusal: if there are no labels or fewer than 8 images, or if the picture cannot
+            be written.
     """
     positive_int("suggest", count=count, images=images)
     _check_picture(picture)
     path = None if run_dir is None else run_dir.expanduser().resolve()
-    here = dataclasses.replace(config, devices=1, fsdp=1)  # any machine can measure
+    # Any machine can measure, and with all labels.
+    here = dataclasses.replace(config, devices=1, fsdp=1, labels=None)
     setting = prepare(here, teach=True)
+    if not setting.dataset.labeled:
+        wanted = f"labels in {config.dataset}, by which layers are judged"
+        do = "Name other data by --dataset, or name the layers by --pairs."
+        raise Refusal(message("suggest", wanted, "none", do))
     key = jax.random.key(config.seed)
     teacher, trained = _teacher(setting, path)
     if not trained:

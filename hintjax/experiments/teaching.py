@@ -16,7 +16,6 @@ from hintjax.experiments.run import run
 from hintjax.experiments.setting import Setting, prepare, taught_by
 from hintjax.experiments.teacher import teacher_of
 from hintjax.networks import Variables
-from hintjax.processes import told
 from hintjax.training.run_directory import read_json
 
 _JUDGED = 1000  # validation examples on which a teacher is judged, at most
@@ -35,8 +34,14 @@ def teacher_variables(setting: Setting, run_dir: Path, **how: Any) -> Variables:
     if teacher.run_dir is not None:
         return load_student(teacher.run_dir)[1]
     if teacher.weights is not None:
-        classes = setting.dataset.classes
-        return pretrained(config.teacher, teacher.weights, classes, setting.inputs)[1]
+        dataset = setting.dataset
+        return pretrained(
+            config.teacher,
+            teacher.weights,
+            dataset.classes,
+            setting.inputs,
+            dataset.standardize,
+        )[1]
     path = run_dir / "teacher"
     if read_json(path / RESULT) is None:
         own = dataclasses.replace(
@@ -46,6 +51,7 @@ def teacher_variables(setting: Setting, run_dir: Path, **how: Any) -> Variables:
             epochs=config.teacher_epochs,
             hint_epochs=None,
             limit=None,
+            labels=None,
             pairs=(),
             weight=None,
             task_weight=None,
@@ -69,10 +75,13 @@ def check_teacher(setting: Setting, variables: Variables) -> float | None:
         variables: variables of the teacher.
 
     Returns:
-        Metric of the teacher; None if it knows other classes, so that only its hints
-        are used.
+        Metric of the teacher; None if there are no labels, or if it knows other
+        classes, so that only its hints are used.
     """
     config, dataset = setting.config, setting.dataset
+    if not dataset.labeled:
+        print(f"teacher {config.teacher}: without labels, it is not judged")
+        return None
     _compare_names(config, dataset)
     if not setting.places.same_outputs:
         print(f"teacher {config.teacher}: it knows other classes, so it is not judged")
@@ -113,7 +122,7 @@ def _compare_names(config: Config, dataset: Dataset) -> None:
     run_dir = teacher_of(config.teacher).run_dir
     if run_dir is None:
         return
-    theirs = told(lambda: (read_json(run_dir / RESULT) or {}).get("class_names"))
+    theirs = (read_json(run_dir / RESULT) or {}).get("class_names")
     ours = list(dataset.class_names)
     if theirs is not None and len(theirs) == len(ours) and theirs != ours:
         at = next(i for i, name in enumerate(ours) if theirs[i] != name)

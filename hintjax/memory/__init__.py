@@ -2,6 +2,7 @@
 
 The bank holds one embedding per training example and network. `init`, `update` and
 `select` make and change a bank; `draw_*` choose positive and negative examples;
+`labeled` compares labels with those of the training set;
 `batch_rows`, `shared_rows` and `scores_by_rows` read the rows, on one device or split
 over a mesh.
 
@@ -10,7 +11,14 @@ the embeddings of the examples seen last.
 """
 
 from hintjax.memory.bank import init, select, set_once, update
-from hintjax.memory.draws import Classes, by_class, draw_others, draw_same, draw_shared
+from hintjax.memory.draws import (
+    Classes,
+    by_class,
+    draw_others,
+    draw_same,
+    draw_shared,
+    labeled,
+)
 from hintjax.memory.queue import enqueue
 from hintjax.memory.rows import (
     HIGHEST,
@@ -32,6 +40,7 @@ __all__ = [
     "draw_shared",
     "enqueue",
     "init",
+    "labeled",
     "scores_by_rows",
     "select",
     "set_once",

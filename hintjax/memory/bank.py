@@ -39,7 +39,8 @@ def init(
         size: number of training examples; 0 for none.
         features: size of an embedding.
         mesh: rows of zeros, which are never read, are appended until the devices of
-            this mesh can share the rows evenly.
+            this mesh can share the rows evenly. A checkpoint of the bank is restored
+            with the number of rows that its new mesh needs.
 
     Returns:
         The bank; its constants are not set yet.

@@ -110,6 +110,40 @@ def draw_same(
     return jax.vmap(draw)(keys, start, own)
 
 
+def labeled(
+    classes: Classes, index: Int[Array, " batch"], label: Int[Array, " batch"]
+) -> Bool[Array, " batch"]:
+    """Whether the training example at each index has this label.
+
+    Args:
+        classes: the training examples by class.
+        index: positions of examples in the training set.
+        label: labels, one for each index.
+
+    Returns:
+        One bool for each index; False for an index that is not in the training set.
+
+    >>> classes = by_class(jnp.array([1, 0, 1]))
+    >>> labeled(classes, jnp.array([0, 1, 2, 3]), jnp.array([1, 1, 1, 1])).tolist()
+    [True, False, True, False]
+    """
+    _check_draw("labeled", classes, label)
+    _checks.labels("labeled", label.shape, index=index)
+    start, own = _range(classes, label)
+    last = classes.order.shape[0] - 1
+
+    def halved(_, bounds):
+        low, high = bounds
+        middle = (low + high) // 2
+        before = (low < high) & (classes.order[jnp.minimum(middle, last)] < index)
+        return jnp.where(before, middle + 1, low), jnp.where(before, high, middle)
+
+    # The order is sorted by label, and by position within a class: a binary search.
+    bounds = (start, start + own)
+    low, _ = jax.lax.fori_loop(0, (last + 1).bit_length(), halved, bounds)
+    return (low < start + own) & (classes.order[jnp.minimum(low, last)] == index)
+
+
 def _check_draw(caller: str, classes: Any, label: Any) -> None:
     """Raises unless the arguments are `Classes` and labels."""
     _checks.instance(caller, Classes, classes=classes)

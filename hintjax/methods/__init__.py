@@ -1,19 +1,18 @@
 """The published methods, one file each: features, trained parameters, loss."""
 
+from hintjax.methods._negatives import (
+    AnchorNegatives,
+    BatchNegatives,
+    GivenNegatives,
+    SharedNegatives,
+)
 from hintjax.methods.attention_transfer import attention_transfer
 from hintjax.methods.boundary import activation_boundary
 from hintjax.methods.channel import channel_wise
 from hintjax.methods.class_attention import class_attention
 from hintjax.methods.correlation import correlation_congruence
 from hintjax.methods.cosine import cosine
-from hintjax.methods.crd import (
-    AnchorNegatives,
-    BatchNegatives,
-    GivenNegatives,
-    SharedNegatives,
-    crd,
-    crd_bytes,
-)
+from hintjax.methods.crd import crd, crd_bytes
 from hintjax.methods.decoupled_kd import decoupled_kd
 from hintjax.methods.dense_matching import dense_matching
 from hintjax.methods.dist import dist

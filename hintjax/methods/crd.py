@@ -1,11 +1,8 @@
 """CRD: contrastive representation distillation (Tian et al. 2020)."""
 
-import typing
-from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import partial
 from types import NoneType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,11 +14,8 @@ from hintjax import memory as banks
 from hintjax import regressors
 from hintjax._checks import (
     Refusal,
-    described,
     instance,
-    labels,
     message,
-    needed,
     on_host,
     positive,
     positive_int,
@@ -29,104 +23,26 @@ from hintjax._checks import (
 )
 from hintjax._numerics import either, masked_mean
 from hintjax.losses import contrastive_log_constant, contrastive_scores_loss
+from hintjax.memory import MemoryBank
 from hintjax.method import Applied, Batch, Context, Data, Method, hints_of
+from hintjax.methods._negatives import (
+    KINDS,
+    PAPER,
+    AnchorNegatives,
+    BatchNegatives,
+    Drawing,
+    Drawn,
+    GivenNegatives,
+    Negatives,
+    SharedNegatives,
+    index_of,
+    keys_of,
+    label_of,
+    outside,
+)
+from hintjax.methods._scores import Embedded, Scored, all_scored, with_bank, within
 from hintjax.methods._shapes import checked, examples
 from hintjax.networks import Features
-
-HIGHEST = jax.lax.Precision.HIGHEST
-_INDEX = "It is the place of each example in the labels of hintjax.Data."
-Scores = tuple[Array, Array]  # (batch,) of the positives, (batch, K) of the negatives
-
-
-class Drawn(NamedTuple):
-    """Candidates from the bank, as rows of the bank.
-
-    Attributes:
-        index: the negatives, for each anchor or shared by all anchors.
-        valid: True for a negative of another class than its anchor; None if all are.
-        positive: the positives, if they were given with the negatives.
-    """
-
-    index: Int[Array, "batch k"] | Int[Array, " k"]
-    valid: Bool[Array, "batch k"] | None
-    positive: Int[Array, " batch"] | None = None
-
-
-# Dataclasses, because tuples of different kinds with equal entries are equal.
-@dataclass(frozen=True)
-class AnchorNegatives:
-    """The paper's negatives: each anchor draws its own from the other classes.
-
-    Attributes:
-        number: K, the number of negatives per anchor.
-    """
-
-    number: int = 16384
-
-    def draw(
-        self, classes: banks.Classes, key: Key[Array, ""], batch: Mapping[str, Array]
-    ) -> Drawn:
-        """Draws indices (batch, K)."""
-        keys = _keys(key, _index(batch))
-        return Drawn(*banks.draw_others(classes, keys, _label(batch), self.number))
-
-
-@dataclass(frozen=True)
-class SharedNegatives:
-    """All anchors of a batch share one draw; an anchor's own class is left out.
-
-    The scores are one matrix product with K embeddings; `AnchorNegatives` gathers
-    batch x K embeddings. For each anchor, K (in its constant c) is the number of
-    negatives that are valid for this anchor.
-
-    Attributes:
-        number: the number of negatives that are drawn.
-    """
-
-    number: int = 16384
-
-    def draw(
-        self, classes: banks.Classes, key: Key[Array, ""], batch: Mapping[str, Array]
-    ) -> Drawn:
-        """Draws indices (K,)."""
-        return Drawn(*banks.draw_shared(classes, key, _label(batch), self.number))
-
-
-@dataclass(frozen=True)
-class GivenNegatives:
-    """Candidates that are given in the batch, as in the published loader.
-
-    Attributes:
-        name: the name of the candidates in the batch, int (batch, 1 + K): the
-            positive, then the negatives.
-    """
-
-    name: str = "candidates"
-
-    def draw(
-        self, classes: banks.Classes, key: Key[Array, ""], batch: Mapping[str, Array]
-    ) -> Drawn:
-        """Returns the given indices (batch, K), and the positives."""
-        do = "Name the candidates with GivenNegatives(name)."
-        given = needed("crd", batch, self.name, do)
-        if given.ndim != 2 or not jnp.issubdtype(given.dtype, jnp.integer):
-            wanted = f"{self.name} to be integer (batch, 1 + K)"
-            raise Refusal(message("crd", wanted, described(given)))
-        return Drawn(given[:, 1:], None, given[:, 0])
-
-
-@dataclass(frozen=True)
-class BatchNegatives:
-    """The negatives are the batch's own examples of other classes; there is no bank.
-
-    Both embeddings of a pair are computed in this step, so both heads learn from each
-    score.
-    """
-
-
-Negatives = AnchorNegatives | SharedNegatives | GivenNegatives | BatchNegatives
-KINDS = typing.get_args(Negatives)
-PAPER = AnchorNegatives()
 
 
 def crd(
@@ -178,7 +94,9 @@ def crd(
         The method. It trains two heads, `student` and `teacher`; remembers the bank
         (`MemoryBank`) and the examples by class; reports `positive`, the mean cosine
         of the positives, and, if there is a bank, `outside`: the fraction of examples
-        whose index is not in the training set. Such examples are not remembered.
+        whose index is not in the training set. Such examples are not remembered. In
+        training, methods that draw negatives also report `mislabeled`: the fraction of
+        examples whose label is not that of their index in `Data(labels)`.
         Batches need "label" and "index"; a stage is initialized with
         `data=Data(labels)`.
 
@@ -190,42 +108,77 @@ def crd(
     References:
         Tian, Krishnan, Isola 2020, Contrastive Representation Distillation.
     """
-    positive("crd", temperature=temperature)
-    positive_int("crd", feature_dim=feature_dim)
-    scalar("crd", "in [0, 1]", lambda m: 0 <= m <= 1, momentum=momentum)
-    instance("crd", KINDS, negatives=negatives)
-    instance("crd", bool, relax=relax)
-    instance("crd", (Mesh, NoneType), mesh=mesh)
-    in_batch = isinstance(negatives, BatchNegatives)
-    if relax and isinstance(negatives, BatchNegatives | GivenNegatives):
-        do = "Draw negatives from the bank."
-        wanted = "relax=True only with AnchorNegatives or SharedNegatives"
-        raise Refusal(message("crd", wanted, f"{negatives}", do))
-    if in_batch and mesh is not None:
-        wanted = "mesh only with negatives that use the bank"
-        raise Refusal(message("crd", wanted, f"{negatives}", "Leave out mesh=."))
-    student_wants, teacher_wants = hints_of("crd", [pair])
-    guided, hint = pair
+    _check_options(negatives, temperature, momentum, feature_dim, relax, mesh)
+    wants = hints_of("crd", [pair])
     head = regressors.Embedding(feature_dim)
+    made = _Crd(pair, negatives, temperature, momentum, head, relax, mesh)
+    given = isinstance(negatives, GivenNegatives)
+    method = Method(
+        *wants,
+        made.init,
+        made.apply,
+        split=None if mesh is None else partial(_split, mesh),
+        select=made.select,
+        check=None if given else _check_classes,
+        limits=None if made.in_batch else made.limits,
+        mislabeled=made.mislabeled if made.by_index else None,
+    )
+    few = examples(2) if made.in_batch else None
+    return checked("crd", [pair], method, first=few)
+
+
+class _Crd(NamedTuple):
+    """The functions of the method; the attributes are arguments of `crd`.
+
+    Attributes:
+        pair: (guided layer, hint layer).
+        negatives: the kind of negatives.
+        temperature: temperature of the scores.
+        momentum: the fraction of a row that an update keeps.
+        head: the module of both heads.
+        relax: whether the positive is drawn from the anchor's class.
+        mesh: the mesh over which the rows of the bank are sharded, if any.
+    """
+
+    pair: tuple[str, str]
+    negatives: Negatives
+    temperature: float
+    momentum: float
+    head: regressors.Embedding
+    relax: bool
+    mesh: Mesh | None
+
+    @property
+    def in_batch(self) -> bool:
+        """Whether the negatives are in the batch, so that there is no bank."""
+        return isinstance(self.negatives, BatchNegatives)
+
+    @property
+    def by_index(self) -> bool:
+        """Whether negatives are drawn by the labels; given negatives need no labels."""
+        return isinstance(self.negatives, AnchorNegatives | SharedNegatives)
 
     def init(
-        key: Array, student: Features, teacher: Features, data: Data | None
+        self, key: Array, student: Features, teacher: Features, data: Data | None
     ) -> tuple[dict, dict]:
+        """`Method.init`: both heads, the bank, and the examples by class."""
         if data is None:
             do = "Pass data=hintjax.Data(labels) to the stage's init."
             wanted = "the training set's labels"
             raise Refusal(message("crd", wanted, "no data", do))
         ours, theirs, bank = jax.random.split(key, 3)
+        seen, size = self._seen(student, teacher), 0 if self.in_batch else data.size
         params = {
-            "student": regressors.init(head, ours, student.hints[guided].shape)[0],
-            "teacher": regressors.init(head, theirs, teacher.hints[hint].shape)[0],
+            "student": regressors.init(self.head, ours, seen[0].shape)[0],
+            "teacher": regressors.init(self.head, theirs, seen[1].shape)[0],
         }
         return params, {
-            "bank": banks.init(bank, 0 if in_batch else data.size, feature_dim, mesh),
+            "bank": banks.init(bank, size, self.head.features, self.mesh),
             "classes": banks.by_class(jnp.asarray(data.labels)),
         }
 
     def apply(
+        self,
         params: dict,
         memory: dict,
         student: Features,
@@ -233,115 +186,169 @@ def crd(
         batch: Batch,
         context: Context,
     ) -> Applied:
-        bank, classes = memory["bank"], memory["classes"]
-        where, train = batch.get("where"), context.train
-        outside = None
-        seen = (student.hints[guided], teacher.hints[hint])
-        s, _ = regressors.apply(head, params["student"], {}, seen[0], train)
-        t, _ = regressors.apply(head, params["teacher"], {}, seen[1], train)
-        if isinstance(negatives, BatchNegatives):
-            by_student, by_teacher, valid = _within(s, t, _label(batch), where)
+        """`Method.apply`: embed, draw, score, lose, remember."""
+        bank, where, train = memory["bank"], batch.get("where"), context.train
+        embedded, unknown = self._embed(params, student, teacher, train), None
+        if isinstance(self.negatives, BatchNegatives):
+            scored = within(embedded, label_of(batch), where)
         else:
-            draws, positives = jax.random.split(context.key)
-            drawn = negatives.draw(classes, draws, batch)
-            outside = _outside(batch, limits(memory))
-            mine = drawn.positive
-            if relax:
-                keys = _keys(positives, _index(batch))
-                mine = banks.draw_same(classes, keys, _label(batch))
-            elif mine is None:
-                mine = _index(batch)
-            valid = drawn.valid
-            # In evaluation the examples are not in the bank: the positives are the
-            # embeddings of this batch.
-            own, others = (s, t), (bank.student, bank.teacher)
-            index = drawn.index
-            if train and mesh is not None and index.ndim == 2:
-                index = jnp.concatenate([mine[:, None], index], 1)
-                by_student = _scores_of_rows(s, others[1], index, mesh)
-                by_teacher = _scores_of_rows(t, others[0], index, mesh)
-            else:
-                if train:
-                    own = banks.batch_rows(bank, mine, mesh=mesh)
-                if index.ndim == 1:
-                    others = banks.shared_rows(bank, index, mesh=mesh)
-                by_student = _scores(s, own[1], others[1], index, mesh)
-                by_teacher = _scores(t, own[0], others[0], index, mesh)
-
-        values, constants = 0.0, []
-        setting = {
-            "size": classes.order.shape[0],
-            "temperature": temperature,
-            "valid": valid,
-            "where": where,
-        }
-        for scores, stored in (
-            (by_student, bank.student_constant),
-            (by_teacher, bank.teacher_constant),
-        ):
-            estimate = contrastive_log_constant(*scores, **setting)
-            constant = banks.set_once(stored, estimate)
-            constants.append(constant)
-            values = values + contrastive_scores_loss(
-                *scores, log_constant=constant, **setting
-            )
+            unknown = outside(batch, self.limits(memory))
+            drawn, positives = self._draw(self.negatives, memory, batch, context.key)
+            scored = with_bank(embedded, bank, drawn, positives, train, self.mesh)
+        values, constants = self._lose(scored, bank, _size(memory), where)
         if train:
-            if outside is not None:
-                # The bank does not store embeddings whose loss is not finite. Since
-                # this mask depends on the scores, XLA writes the bank after it has read
-                # it, in place and without a copy.
-                known = jnp.isfinite(values) & ~outside
-                known = known if where is None else known & where
-                bank = banks.update(
-                    bank,
-                    _index(batch),
-                    s,
-                    t,
-                    momentum=momentum,
-                    where=known,
-                    mesh=mesh,
-                )
-            bank = bank._replace(
-                student_constant=constants[0], teacher_constant=constants[1]
-            )
-        metrics = {"positive": masked_mean(by_student[0], where)}
-        if outside is not None:
-            metrics["outside"] = masked_mean(outside.astype(values.dtype), where)
+            if unknown is not None:
+                bank = self._remember(bank, embedded, batch, values, unknown)
+            bank = MemoryBank(bank.student, bank.teacher, *constants)
+        metrics = {"positive": masked_mean(scored.by_student[0], where)}
+        if unknown is not None:
+            metrics["outside"] = masked_mean(unknown.astype(values.dtype), where)
+        if train and self.by_index:
+            wrong = self.mislabeled(memory, batch)
+            metrics["mislabeled"] = masked_mean(wrong.astype(values.dtype), where)
         return values, {**memory, "bank": bank}, metrics
 
-    def select(good: Array, memory: dict, before: dict, batch: Batch) -> dict:
-        if in_batch:
+    def select(self, good: Array, memory: dict, before: dict, batch: Batch) -> dict:
+        """`Method.select`: a step that does not count leaves the bank as it was."""
+        if self.in_batch:
             return either(good, memory, before)
-        bank, index = memory["bank"], _index(batch)
-        bank = banks.select(good, bank, before["bank"], index, mesh=mesh)
+        bank, index = memory["bank"], index_of(batch)
+        bank = banks.select(good, bank, before["bank"], index, mesh=self.mesh)
         return {**memory, "bank": bank}
 
-    def check(data: Data) -> None:
-        if not on_host(data.labels):
-            return
-        labels = np.asarray(data.labels)
-        if labels.min() == labels.max():
-            got = f"{data.size} labels of one class"
-            do = "The negatives of an example are of other classes."
-            raise Refusal(message("crd", "labels of several classes", got, do))
+    def limits(self, memory: dict) -> dict[str, int]:
+        """`Method.limits`: all numbers of a batch are places in the training set."""
+        kind = self.negatives
+        named = [kind.name] if isinstance(kind, GivenNegatives) else []
+        return {name: _size(memory) for name in ("index", *named)}
 
-    def limits(memory: dict) -> dict[str, int]:
-        size = memory["classes"].order.shape[0]
-        named = [negatives.name] if isinstance(negatives, GivenNegatives) else []
-        return {name: size for name in ("index", *named)}
+    def mislabeled(self, memory: dict, batch: Batch) -> Bool[Array, " batch"]:
+        """`Method.mislabeled`: labels that are not those of their index."""
+        index, label = index_of(batch), label_of(batch)
+        known = (index >= 0) & (index < _size(memory))
+        return known & ~banks.labeled(memory["classes"], index, label)
 
-    method = Method(
-        student_wants,
-        teacher_wants,
-        init,
-        apply,
-        split=None if mesh is None else partial(_split, mesh),
-        select=select,
-        check=None if isinstance(negatives, GivenNegatives) else check,
-        limits=None if in_batch else limits,
-    )
-    few = examples(2) if in_batch else None
-    return checked("crd", [pair], method, first=few)
+    def _seen(self, student: Features, teacher: Features) -> tuple[Any, Any]:
+        """The values of the guided layer and of the hint layer, or their shapes."""
+        guided, hint = self.pair
+        return student.hints[guided], teacher.hints[hint]
+
+    def _embed(
+        self, params: dict, student: Features, teacher: Features, train: bool
+    ) -> Embedded:
+        """The embeddings of a batch."""
+        ours, theirs = self._seen(student, teacher)
+        s, _ = regressors.apply(self.head, params["student"], {}, ours, train)
+        t, _ = regressors.apply(self.head, params["teacher"], {}, theirs, train)
+        return Embedded(s, t)
+
+    def _draw(
+        self, negatives: Drawing, memory: dict, batch: Batch, key: Key[Array, ""]
+    ) -> tuple[Drawn, Int[Array, " batch"]]:
+        """The candidates of a batch, and its positives, as rows of the bank."""
+        draws, positives = jax.random.split(key)
+        drawn = negatives.draw(memory["classes"], draws, batch)
+        if self.relax:
+            keys = keys_of(positives, index_of(batch))
+            return drawn, banks.draw_same(memory["classes"], keys, label_of(batch))
+        if drawn.positive is not None:
+            return drawn, drawn.positive
+        return drawn, index_of(batch)
+
+    def _lose(
+        self,
+        scored: Scored,
+        bank: MemoryBank,
+        size: int,
+        where: Bool[Array, " batch"] | None,
+    ) -> tuple[Float[Array, " batch"], list[Float[Array, ""]]]:
+        """The loss of each example, and the constants of both directions."""
+        setting = {
+            "size": size,
+            "temperature": self.temperature,
+            "valid": scored.valid,
+            "where": where,
+        }
+        values, constants = 0.0, []
+        for scores, stored in (
+            (scored.by_student, bank.student_constant),
+            (scored.by_teacher, bank.teacher_constant),
+        ):
+            estimate = contrastive_log_constant(*scores, **setting)
+            constants.append(banks.set_once(stored, estimate))
+            values = values + contrastive_scores_loss(
+                *scores, log_constant=constants[-1], **setting
+            )
+        return values, constants
+
+    def _remember(
+        self,
+        bank: MemoryBank,
+        embedded: Embedded,
+        batch: Batch,
+        values: Float[Array, " batch"],
+        unknown: Bool[Array, " batch"],
+    ) -> MemoryBank:
+        """The bank with the embeddings of a batch.
+
+        Embeddings whose loss is not finite are not stored. Since this mask depends on
+        the scores, XLA writes the bank after it has read it, in place, without a copy.
+        """
+        known, where = jnp.isfinite(values) & ~unknown, batch.get("where")
+        return banks.update(
+            bank,
+            index_of(batch),
+            *embedded,
+            momentum=self.momentum,
+            where=known if where is None else known & where,
+            mesh=self.mesh,
+        )
+
+
+def _split(mesh: Mesh, memory: dict) -> dict:
+    """`Method.split`: the rows of the bank are sharded over the mesh."""
+    rows = banks.split_rows(memory["bank"], mesh)
+    return {"bank": rows, "classes": PartitionSpec()}
+
+
+def _size(memory: dict) -> int:
+    """The number of training examples."""
+    return memory["classes"].order.shape[0]
+
+
+def _check_classes(data: Data) -> None:
+    """`Method.check`: raises if all labels are of one class."""
+    if not on_host(data.labels):
+        return
+    labels = np.asarray(data.labels)
+    if labels.min() == labels.max():
+        got = f"{data.size} labels of one class"
+        do = "The negatives of an example are of other classes."
+        raise Refusal(message("crd", "labels of several classes", got, do))
+
+
+def _check_options(
+    negatives: Negatives,
+    temperature: float,
+    momentum: float,
+    feature_dim: int,
+    relax: bool,
+    mesh: Mesh | None,
+) -> None:
+    """Raises if an argument of `crd` is wrong, or two arguments contradict."""
+    positive("crd", temperature=temperature)
+    positive_int("crd", feature_dim=feature_dim)
+    scalar("crd", "in [0, 1]", lambda m: 0 <= m <= 1, momentum=momentum)
+    instance("crd", KINDS, negatives=negatives)
+    instance("crd", bool, relax=relax)
+    instance("crd", (Mesh, NoneType), mesh=mesh)
+    if relax and isinstance(negatives, BatchNegatives | GivenNegatives):
+        do = "Draw negatives from the bank."
+        wanted = "relax=True only with AnchorNegatives or SharedNegatives"
+        raise Refusal(message("crd", wanted, f"{negatives}", do))
+    if isinstance(negatives, BatchNegatives) and mesh is not None:
+        wanted = "mesh only with negatives that use the bank"
+        raise Refusal(message("crd", wanted, f"{negatives}", "Leave out mesh=."))
 
 
 def crd_bytes(
@@ -372,109 +379,8 @@ def crd_bytes(
     count = getattr(negatives, "number", PAPER.number)
     if isinstance(negatives, SharedNegatives):
         gathered = count * feature_dim
-    elif _all_scored(size, count):
+    elif all_scored(size, count):
         gathered = batch * size
     else:
         gathered = batch * count * feature_dim
     return {"bank": 8 * size * feature_dim, "step": 8 * (gathered + batch * count)}
-
-
-def _split(mesh: Mesh, memory: dict) -> dict:
-    """`Method.split`: the rows of the bank are sharded over the mesh."""
-    rows = banks.split_rows(memory["bank"], mesh)
-    return {"bank": rows, "classes": PartitionSpec()}
-
-
-def _outside(
-    batch: Mapping[str, Array], limits: Mapping[str, int]
-) -> Bool[Array, " batch"]:
-    """Whether an example has a number outside of the limits."""
-    found = [
-        jnp.any((x < 0) | (x >= n), tuple(range(1, x.ndim)))
-        for x, n in (
-            (needed("crd", batch, name, _INDEX), n) for name, n in limits.items()
-        )
-    ]
-    return jnp.any(jnp.stack(found), 0)
-
-
-def _index(batch: Mapping[str, Array]) -> Int[Array, " batch"]:
-    """The place of each example in the training set."""
-    index = needed("crd", batch, "index", _INDEX)
-    labels("crd", None, index=index)
-    return index
-
-
-def _label(batch: Mapping[str, Array]) -> Int[Array, " batch"]:
-    """The class of each example."""
-    label = needed("crd", batch, "label", "It is the class of each example.")
-    labels("crd", None, label=label)
-    return label
-
-
-def _keys(key: Array, index: Array) -> Array:
-    """A key per example that does not depend on its place in the batch."""
-    return jax.vmap(lambda i: jax.random.fold_in(key, i))(index)
-
-
-def _within(
-    student: Float[Array, "batch d"],
-    teacher: Float[Array, "batch d"],
-    label: Int[Array, " batch"],
-    where: Bool[Array, " batch"] | None,
-) -> tuple[Scores, Scores, Bool[Array, "batch batch"]]:
-    """Scores of both directions within the batch, and the mask of valid negatives."""
-    labels("crd", (len(student),), label=label)
-    scores = jnp.matmul(student, teacher.T, precision=HIGHEST)
-    valid = label[:, None] != label[None, :]
-    if where is not None:
-        valid &= where[None, :]
-    own = jnp.diagonal(scores)
-    return (own, scores), (own, scores.T), valid
-
-
-def _scores_of_rows(
-    anchors: Float[Array, "batch d"],
-    bank: Float[Array, "n d"],
-    index: Int[Array, "batch k"],
-    mesh: Mesh,
-) -> Scores:
-    """`_scores` where the positives are the first candidates of a sharded bank."""
-    vectors = bank.astype(anchors.dtype)
-    scores = banks.scores_by_rows(anchors, vectors, index, mesh=mesh)
-    return scores[:, 0], scores[:, 1:]
-
-
-def _scores(
-    anchors: Float[Array, "batch d"],
-    positives: Float[Array, "batch d"],
-    vectors: Float[Array, "n d"],
-    index: Int[Array, "batch k"] | Int[Array, " k"],
-    mesh: Mesh | None,
-) -> Scores:
-    """Scores of anchors with the other network's embeddings.
-
-    Args:
-        anchors: one network's embeddings.
-        positives: the other network's embedding for each anchor.
-        vectors: the other network's embeddings: the shared negatives, or the whole
-            bank.
-        index: (K,) for shared negatives; (batch, K), rows of the bank, otherwise.
-        mesh: the mesh over which the rows of the bank are sharded, if any.
-    """
-    vectors = vectors.astype(anchors.dtype)
-    own = jnp.sum(anchors * positives.astype(anchors.dtype), -1)
-    if index.ndim == 1:
-        return own, jnp.matmul(anchors, vectors.T, precision=HIGHEST)
-    if mesh is not None:
-        return own, banks.scores_by_rows(anchors, vectors, index, mesh=mesh)
-    if _all_scored(vectors.shape[0], index.shape[1]):
-        scores = jnp.matmul(anchors, vectors.T, precision=HIGHEST)
-        return own, jnp.take_along_axis(scores, index, 1)
-    gathered = vectors[index]
-    return own, jnp.einsum("bd,bkd->bk", anchors, gathered, precision=HIGHEST)
-
-
-def _all_scored(size: int, count: int) -> bool:
-    """Whether it is cheaper to score the whole bank than to gather candidates."""
-    return size <= 4 * count

@@ -151,9 +151,33 @@ def _values(
         got = f"{values.shape} for output {output.shape} and labels {labels.shape}"
         do = "Take no mean inside a loss: the objective divides by the valid examples."
         raise Refusal(message("task", f"{wanted}, {shown}", got, do))
+    _check_rows(loss, output, asked)
     if values.ndim == 1 and valid is None:
         return values
     return masked_mean(values, valid, batch_dims=1)
+
+
+def _check_rows(
+    loss: Callable[[Array, Array], Array], output: Array, labels: Array
+) -> None:
+    """Raises if the loss broadcasts examples over each other, which no shape tells.
+
+    Outputs (n, 1) and labels (n,) make (n, n) differences, whose mean over the last
+    axis is again (n,). Such a loss also takes one example more than there are labels.
+    """
+    if output.shape == labels.shape or output.shape[1:] != (1,):
+        return
+    more = jax.ShapeDtypeStruct((output.shape[0] + 1, 1), output.dtype)
+    try:
+        program = jax.make_jaxpr(loss)(more, labels).jaxpr
+    except (TypeError, ValueError):
+        return
+    # A loss that reads no labels takes any number of them.
+    if any(one is program.invars[1] for eqn in program.eqns for one in eqn.invars):
+        wanted = "a loss that compares each example with its own label"
+        got = f"one that broadcasts output {output.shape} over labels {labels.shape}"
+        do = "Drop the last axis of the output in the loss: output[:, 0]."
+        raise Refusal(message("task", wanted, got, do))
 
 
 def _metric(

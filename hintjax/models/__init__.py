@@ -5,6 +5,21 @@ train=False)`. Text encoders take a dict of token ids and their mask instead of 
 The docstring of each module lists the paths that can be hints.
 """
 
+from hintjax.models.convnext import (
+    ConvNeXt,
+    convnext_base,
+    convnext_large,
+    convnext_small,
+    convnext_tiny,
+)
+from hintjax.models.efficientnet import (
+    EfficientNetLite,
+    efficientnet_lite0,
+    efficientnet_lite1,
+    efficientnet_lite2,
+    efficientnet_lite3,
+    efficientnet_lite4,
+)
 from hintjax.models.encoder import (
     Encoder,
     encoder_mini,
@@ -21,6 +36,27 @@ from hintjax.models.fitnets import (
     maxout_cifar,
     maxout_mnist,
 )
+from hintjax.models.foundation import (
+    clip_vitb16,
+    clip_vitb32,
+    clip_vitl14,
+    dinov2_vitb14,
+    dinov2_vitb14_reg,
+    dinov2_vitg14,
+    dinov2_vitg14_reg,
+    dinov2_vitl14,
+    dinov2_vitl14_reg,
+    dinov2_vits14,
+    dinov2_vits14_reg,
+    dinov3_vitb16,
+    dinov3_vith16plus,
+    dinov3_vitl16,
+    dinov3_vits16,
+    dinov3_vits16plus,
+    siglip_so400m14,
+    siglip_vitb16,
+    siglip_vitl16,
+)
 from hintjax.models.imagenet import (
     ImageNetResNet,
     imagenet_resnet18,
@@ -28,6 +64,11 @@ from hintjax.models.imagenet import (
     imagenet_resnet50,
 )
 from hintjax.models.maxout import Maxout
+from hintjax.models.mobilenet import (
+    MobileNetV3,
+    mobilenet_v3_large,
+    mobilenet_v3_small,
+)
 from hintjax.models.plain import PlainCNN, plain_thin, plain_thin_he, plain_wide
 from hintjax.models.resnet import (
     ResNet,
@@ -41,6 +82,7 @@ from hintjax.models.resnet import (
     resnet56,
     resnet110,
 )
+from hintjax.models.tower import ImageTower
 from hintjax.models.vit import (
     VisionTransformer,
     vit_micro,
@@ -57,14 +99,43 @@ from hintjax.models.wrn import (
 )
 
 __all__ = [
+    "ConvNeXt",
+    "EfficientNetLite",
     "Encoder",
     "ImageNetResNet",
+    "ImageTower",
     "Maxout",
     "MaxoutCNN",
+    "MobileNetV3",
     "PlainCNN",
     "ResNet",
     "VisionTransformer",
     "WideResNet",
+    "clip_vitb16",
+    "clip_vitb32",
+    "clip_vitl14",
+    "convnext_base",
+    "convnext_large",
+    "convnext_small",
+    "convnext_tiny",
+    "dinov2_vitb14",
+    "dinov2_vitb14_reg",
+    "dinov2_vitg14",
+    "dinov2_vitg14_reg",
+    "dinov2_vitl14",
+    "dinov2_vitl14_reg",
+    "dinov2_vits14",
+    "dinov2_vits14_reg",
+    "dinov3_vitb16",
+    "dinov3_vith16plus",
+    "dinov3_vitl16",
+    "dinov3_vits16",
+    "dinov3_vits16plus",
+    "efficientnet_lite0",
+    "efficientnet_lite1",
+    "efficientnet_lite2",
+    "efficientnet_lite3",
+    "efficientnet_lite4",
     "encoder_mini",
     "encoder_small",
     "encoder_tiny",
@@ -78,6 +149,8 @@ __all__ = [
     "imagenet_resnet50",
     "maxout_cifar",
     "maxout_mnist",
+    "mobilenet_v3_large",
+    "mobilenet_v3_small",
     "plain_thin",
     "plain_thin_he",
     "plain_wide",
@@ -90,6 +163,9 @@ __all__ = [
     "resnet44",
     "resnet56",
     "resnet110",
+    "siglip_so400m14",
+    "siglip_vitb16",
+    "siglip_vitl16",
     "vit_micro",
     "vit_mini",
     "vit_small",

@@ -48,8 +48,10 @@ def conv(features: int, *, name: str, kernel: int = 3, stride: int = 1) -> nn.Co
     )
 
 
-def batch_norm(train: bool, *, name: str) -> nn.BatchNorm:
-    """BatchNorm with torch's constants (its momentum 0.1 is 0.9 here).
+def batch_norm(
+    train: bool, *, name: str, momentum: float = 0.9, epsilon: float = 1e-5
+) -> nn.BatchNorm:
+    """BatchNorm with torch's constants by default (its momentum 0.1 is 0.9 here).
 
     The variance is computed the slow, exact way: E[x^2] - E[x]^2 cancels when the mean
     is large. The running variance is biased, as in Flax; torch stores n / (n - 1)
@@ -57,8 +59,8 @@ def batch_norm(train: bool, *, name: str) -> nn.BatchNorm:
     """
     return nn.BatchNorm(
         use_running_average=not train,
-        momentum=0.9,
-        epsilon=1e-5,
+        momentum=momentum,
+        epsilon=epsilon,
         use_fast_variance=False,
         name=name,
     )

@@ -9,6 +9,8 @@ from jaxtyping import Bool, Float
 
 from hintjax._checks import Refusal, message
 
+Rotation = tuple[Float[Array, "m d"], Float[Array, "m d"]]  # cosines and sines
+
 
 class Scores(nn.Module):
     """Scaled products of queries and keys, <q_i, k_j> / sqrt(d), before the softmax.
@@ -19,9 +21,9 @@ class Scores(nn.Module):
     @nn.compact
     def __call__(
         self,
-        query: Float[Array, "*batch n heads d"],
+        query: Float[Array, "*batch q heads d"],
         key: Float[Array, "*batch n heads d"],
-    ) -> Float[Array, "*batch heads n n"]:
+    ) -> Float[Array, "*batch heads q n"]:
         """Returns the scores of every query (row) for every key (column)."""
         return jnp.einsum("...ihd,...jhd->...hij", query / query.shape[-1] ** 0.5, key)
 
@@ -32,9 +34,9 @@ class Distribution(nn.Module):
     @nn.compact
     def __call__(
         self,
-        scores: Float[Array, "*batch heads n n"],
+        scores: Float[Array, "*batch heads q n"],
         where: Bool[Array, "*batch n"] | None = None,
-    ) -> Float[Array, "*batch heads n n"]:
+    ) -> Float[Array, "*batch heads q n"]:
         """Returns the attention weights; each row sums to 1."""
         if where is not None:
             # Not -inf: with all keys hidden, -inf gives nan and this is uniform.
@@ -49,6 +51,10 @@ class SelfAttention(nn.Module):
     Hint paths inside it: `query`, `key`, `value` (*batch n heads d), `scores` and
     `distribution` (*batch heads n n), and `out`, its output.
 
+    Rotary positions (RoPE) turn queries and keys before the scores: the channels u and
+    v, d / 2 apart, become u cos - v sin and v cos + u sin. The hints `query` and `key`
+    come before the turn.
+
     Args:
         heads: number of heads; divides the width.
         kernel_init: initializer of the four linear maps.
@@ -62,8 +68,18 @@ class SelfAttention(nn.Module):
         self,
         x: Float[Array, "*batch n width"],
         where: Bool[Array, "*batch n"] | None = None,
-    ) -> Float[Array, "*batch n width"]:
-        """Returns the attended tokens; `where` is True where a token counts."""
+        *,
+        rotation: Rotation | None = None,
+        queries: Float[Array, "*batch q width"] | None = None,
+    ) -> Float[Array, "*batch q width"]:
+        """Returns the attended tokens; `where` is True where a token counts.
+
+        Args:
+            x: the tokens that are attended to.
+            where: True where a token counts.
+            rotation: cosines and sines of the last m tokens.
+            queries: the tokens that attend, instead of `x`.
+        """
         width = x.shape[-1]
         if width % self.heads:
             wanted = f"heads to divide the width {width}"
@@ -71,13 +87,30 @@ class SelfAttention(nn.Module):
             raise Refusal(message("SelfAttention", wanted, f"{self.heads}", do))
         linear = partial(nn.DenseGeneral, kernel_init=self.kernel_init)
         query, key, value = (
-            linear((self.heads, width // self.heads), name=name)(x)
-            for name in ("query", "key", "value")
+            linear((self.heads, width // self.heads), name=name)(tokens)
+            for name, tokens in zip(
+                ("query", "key", "value"),
+                (x if queries is None else queries, x, x),
+                strict=True,
+            )
         )
+        if rotation is not None:
+            query, key = rotated(query, rotation), rotated(key, rotation)
         scores = Scores(name="scores")(query, key)
         distribution = Distribution(name="distribution")(scores, where)
         together = jnp.einsum("...hij,...jhd->...ihd", distribution, value)
         return linear(width, axis=(-2, -1), name="out")(together)
+
+
+def rotated(
+    x: Float[Array, "*batch n heads d"], rotation: Rotation
+) -> Float[Array, "*batch n heads d"]:
+    """The channels of the last m tokens, turned; the first tokens stay as they are."""
+    cosines, sines = (turn[:, None, :].astype(x.dtype) for turn in rotation)
+    first, last = jnp.split(x, [x.shape[-3] - len(cosines)], axis=-3)
+    u, v = jnp.split(last, 2, axis=-1)
+    last = last * cosines + jnp.concatenate([-v, u], axis=-1) * sines
+    return jnp.concatenate([first, last], axis=-3)
 
 
 class Perceptron(nn.Module):

@@ -19,6 +19,7 @@ from hintjax.networks import Network, Variables, Wants
 from hintjax.networks.network import read_variables
 from hintjax.pairing.choice import Candidate, Measured
 from hintjax.pairing.layers import candidates, nearest_in_depth
+from hintjax.probes import linear_scores
 from hintjax.regressors import fit, to_grid
 from hintjax.similarity import (
     Moments,
@@ -27,7 +28,6 @@ from hintjax.similarity import (
     begin_minibatch,
     begin_moments,
     by_position,
-    linear_map,
     minibatch_cka,
     pooled,
     regression_score,
@@ -219,12 +219,9 @@ def _probes(
     ) -> Float[Array, ""]:
         (label, where), (new_label, new_where) = fit_on, judge_on
         rows, new_rows = sets
-        targets = jax.nn.one_hot(label, classes)
-        moments = add_moments(
-            begin_moments(rows.shape[1], classes), rows, targets, where=where
-        )
-        weights, bias = linear_map(moments, ridge=_RIDGE)
-        hit = (new_rows @ weights + bias).argmax(-1) == new_label
+        how = {"classes": classes, "ridge": _RIDGE, "where": where}
+        scores = linear_scores(new_rows, rows, label, **how)
+        hit = scores.argmax(-1) == new_label
         return jnp.sum(hit & new_where) / jnp.maximum(jnp.sum(new_where), 1)
 
     halves = [batches[start::2] for start in (0, 1)]

@@ -14,7 +14,7 @@ step (`update`):
 from hintjax.stages.debugging import checked
 from hintjax.stages.distillation import distillation_stage
 from hintjax.stages.hint import hint_stage
-from hintjax.stages.report import Report
+from hintjax.stages.report import Report, silent_terms
 from hintjax.stages.skipping import Norms, SpikeGuard
 from hintjax.stages.stage import (
     Batch,
@@ -39,5 +39,6 @@ __all__ = [
     "distillation_stage",
     "hint_stage",
     "image",
+    "silent_terms",
     "student_variables",
 ]

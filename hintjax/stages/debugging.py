@@ -23,6 +23,7 @@ from hintjax._checks import Refusal, is_array, message
 from hintjax.method import Context, Method
 from hintjax.metrics import not_ignored
 from hintjax.networks import Features
+from hintjax.stages.compiled import Compiled
 from hintjax.stages.report import by_layer
 from hintjax.stages.stage import Stage
 
@@ -32,12 +33,12 @@ _watching = contextvars.ContextVar("watching", default=False)
 def checked(stage: Stage) -> Stage:
     """Returns the same stage, whose `update` and `evaluate` raise at a wrong value.
 
-    Labels must be among the classes of the outputs, and an "index" that the method
-    reads must be in the training set. Everything in a batch, parameters,
-    features and outputs of both networks, outputs of regressors, the losses of all
-    terms and the gradient must be finite. No example may have features that are all 0,
-    since methods that normalize find no direction there. Examples that "where" leaves
-    out are not checked.
+    Labels must be among the classes of the outputs. In training, an "index" that the
+    method reads must be in the training set, where its label must be that of the batch.
+    Everything in a batch, parameters, features and outputs of both networks, outputs of
+    regressors, the losses of all terms and the gradient must be finite. No example may
+    have features that are all 0, since methods that normalize find no direction there.
+    Examples that "where" leaves out are not checked.
 
     Every step waits for its checks. The state is not donated, so the state before the
     error still exists. A step without wrong values gives the same bits as without
@@ -55,8 +56,8 @@ def checked(stage: Stage) -> Stage:
         `stage.step` that `raising` has made.
     """
     return stage._replace(
-        update=raising(inspect.unwrap(stage.update)),
-        evaluate=raising(inspect.unwrap(stage.evaluate)),
+        update=Compiled(raising(inspect.unwrap(stage.update))),
+        evaluate=Compiled(raising(inspect.unwrap(stage.evaluate))),
     )
 
 
@@ -128,10 +129,14 @@ def watched(
             check.finite(f"{name!r} in the batch", leaf)
         outputs = (student.output, teacher.output)
         check.labels(batch.get("label"), *outputs, ignored=method.ignored)
-        limits = {} if method.limits is None else method.limits(memory)
+        limits = {}
+        if context.train and method.limits is not None:
+            limits = method.limits(memory)
         for name, n in limits.items():
             if name in batch:
                 check.limited(f"{name!r} in 0..{n - 1}", batch[name], n)
+        if context.train and method.mislabeled is not None:
+            check.labeled(method.mislabeled(memory, batch), batch["label"])
         for whose, shown in (("teacher", teacher), ("student", student)):
             for path, hint in shown.hints.items():
                 check.finite(f"features of the {whose} at {path!r}", hint)
@@ -216,6 +221,11 @@ class _Check:
     def limited(self, wanted: str, leaf: Array, n: int) -> None:
         """Checks that integers are in 0..n - 1."""
         self._all((leaf >= 0) & (leaf < n), wanted, leaf)
+
+    def labeled(self, wrong: Bool[Array, " batch"], label: Array) -> None:
+        """Checks that no label is another one than that of the example's index."""
+        wanted = "'label' to be the label of Data(labels) at 'index'"
+        self._all(~wrong, wanted, label)
 
     @contextlib.contextmanager
     def outputs_of_modules(self) -> Iterator[None]:

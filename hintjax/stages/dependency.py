@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from jax.interpreters.partial_eval import dce_jaxpr
 from jaxtyping import PyTree
 
+from hintjax.stages.rules import with_rules
+
 
 class Needs(NamedTuple):
     """What some results of a function, or their changes, depend on.
@@ -65,8 +67,8 @@ def differentiated(
 
     Dependence alone does not say whether a gradient passes: `stop_gradient`, a rounding
     or an `argmax` reads its argument, and passes no change of it on. The derivative of
-    the traced program says so without any number. Through a `custom_vjp` every change
-    counts as passed on, since its rule is not read.
+    the traced program says so without any number. The rules of `custom_jvp` and
+    `custom_vjp` are a part of it: a rule of zeros passes no change on.
 
     Args:
         function: `(moving, fixed) -> results`.
@@ -96,11 +98,12 @@ def differentiated(
 
     given = Needs(moving, floats, fixed)
     closed, shapes = jax.make_jaxpr(both, return_shape=True)(given)
+    jaxpr = with_rules(closed.jaxpr)
     paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(shapes)]
 
     def needs(number: int, wanted: Callable[[tuple], bool]) -> Needs:
         marked = [path[0].idx == number and wanted(path[1:]) for path in paths]
-        _, used = dce_jaxpr(closed.jaxpr, marked)
+        _, used = dce_jaxpr(jaxpr, marked)
         found = jax.tree.unflatten(jax.tree.structure(given), used)
         change = [found.changes.get(i, False) for i in range(len(leaves))]
         return found._replace(changes=tree.unflatten(change))

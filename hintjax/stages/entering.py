@@ -50,6 +50,7 @@ def student(given: Any) -> Variables:
     """
     _refuse_state("student", given)
     variables = read_variables("stage", "the student's", given)
+    check_arrays("the student's", variables)
     for path, leaf in jax.tree_util.tree_leaves_with_path(variables.params):
         if not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
             name = jax.tree_util.keystr(path, simple=True, separator="/")
@@ -73,6 +74,22 @@ def teacher(given: Any) -> Variables | None:
         return None
     _refuse_state("teacher", given)
     return read_variables("stage", "the teacher's", given)
+
+
+def check_arrays(whose: str, variables: Variables | None) -> None:
+    """Raises unless all variables of a network are arrays or numbers.
+
+    Args:
+        whose: the network in the message, such as "the student's".
+        variables: its variables, or None.
+    """
+    for path, leaf in jax.tree_util.tree_leaves_with_path(variables):
+        if not (_is_entry(leaf) or isinstance(leaf, int | float)):
+            name = jax.tree_util.keystr(path[1:], simple=True, separator="/")
+            wanted = f"{whose} variables to be arrays"
+            got = f"{form(leaf)} at {name!r}"
+            do = "Pass the result of the network's init."
+            raise WrongType(message("stage", wanted, got, do))
 
 
 def _refuse_state(whose: str, given: Any) -> None:
@@ -120,6 +137,41 @@ def _is_entry(leaf: Any) -> bool:
         return False
     # NumPy's dtypes of objects, texts and dates; random keys have a dtype of JAX.
     return not (isinstance(leaf.dtype, np.dtype) and leaf.dtype.kind in "OSUMm")
+
+
+def check_limits(
+    batch: Batch, limits: Mapping[str, int], known: Callable[[Any], bool]
+) -> None:
+    """Raises if a number of a batch is known, and is not in its limits.
+
+    Args:
+        batch: the batch.
+        limits: the number n by name of an entry, whose numbers must be in 0..n - 1.
+        known: whether the numbers of an array are read here.
+
+    Raises:
+        Refusal: if an example that counts has another number.
+    """
+    where = batch.get("where")
+    for name, n in limits.items():
+        if not known(batch.get(name)) or not (where is None or known(where)):
+            continue
+        numbers = np.asarray(batch[name])
+        if numbers.dtype.kind not in "iu":
+            continue  # the method refuses them
+        if where is not None:
+            mask("batch", where, numbers.shape[:1])
+            numbers = numbers[np.asarray(where)]
+        wrong = numbers[(numbers < 0) | (numbers >= n)]
+        if wrong.size:
+            wanted = f"{name!r} in 0..{n - 1}, as the method reads it"
+            do = "An index is a position in the training set, whose labels Data holds."
+            raise Refusal(message("batch", wanted, f"{wrong.flat[0]}", do))
+
+
+def is_numpy(given: Any) -> bool:
+    """Whether it is an array of NumPy: its numbers are read without a device."""
+    return isinstance(given, np.ndarray)
 
 
 def check_state(given: Any) -> None:

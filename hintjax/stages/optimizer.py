@@ -67,6 +67,7 @@ def updates(
 
     Raises:
         TypeError: if the optimizer needs another argument, or another type.
+        ValueError: if it leaves a gradient as it is.
     """
 
     def of_all(some: PyTree) -> Float[Array, ""]:
@@ -74,14 +75,41 @@ def updates(
         return value_fn(jax.tree.map(_filled, some, params, is_leaf=_is_masked))
 
     extra = {"value": value, "grad": grads, "value_fn": of_all}
-    try:
-        call = optax.with_extra_args_support(transform).update
-        return call(grads, state, params, **extra)
-    except TypeError as error:
-        if isinstance(error, Refusal):
-            raise
-        wanted = f"an optimizer that needs at most {', '.join(extra)} beside gradients"
-        raise WrongType(message("stage", wanted, f"a TypeError: {error}")) from error
+    call = optax.with_extra_args_support(transform).update
+    errors = []
+    for given in (extra, {}):  # some take no other extra argument than their own
+        try:
+            found = call(grads, state, params, **given)
+        except (TypeError, ValueError, AttributeError) as error:
+            if isinstance(error, Refusal):
+                raise
+            errors.append(error)
+        else:
+            _check_moved(grads, found[0])
+            return found
+    fresh = jax.eval_shape(transform.init, params)
+    if jax.tree.structure(fresh) != jax.tree.structure(state):
+        wanted, got = "the state of this stage's optimizer", "that of another one"
+        do = "Pass a state that the init of this stage has made."
+        raise Refusal(message("stage", wanted, got, do)) from errors[0]
+    wanted = f"an optimizer that needs at most {', '.join(extra)} beside gradients"
+    got = f"a {type(errors[0]).__name__}: {errors[0]}"
+    raise WrongType(message("stage", wanted, got)) from errors[0]
+
+
+def _check_moved(grads: PyTree, found: PyTree) -> None:
+    """Raises if an update is the gradient itself, and would climb the loss."""
+    leaves = jax.tree_util.tree_leaves_with_path(grads)
+    for (path, gradient), moved in zip(leaves, jax.tree.leaves(found), strict=True):
+        if moved is gradient:
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            wanted = "an optimizer that makes updates of all gradients"
+            got = f"the gradient of {name!r} itself, which climbs the loss"
+            do = (
+                "optax.masked leaves such gradients: freeze parameters with "
+                "optax.partition and optax.set_to_zero."
+            )
+            raise Refusal(message("stage", wanted, got, do))
 
 
 def _lookaheads(state: optax.OptState) -> list[Any]:

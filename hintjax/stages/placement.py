@@ -183,6 +183,7 @@ class _Sharded:
         # These checks come before those of jit, whose messages say less.
         entering.check_state(state)
         variables = entering.teacher(variables)
+        entering.check_batch(batch)
         check_batch(batch, self._layout.mesh)
         check_spans(batch, self._layout.mesh)
         variables, batch = on_automatic((variables, batch))

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Key, PyTree
 
 from hintjax._checks import Refusal, message
-from hintjax.method import Context
+from hintjax.method import Context, pairs_apart
 from hintjax.networks import Features, Variables
 from hintjax.stages import entering
 from hintjax.stages.dependency import Program, differentiated
@@ -51,14 +51,12 @@ def shown(plan: Plan, student: Variables, batch: Batch, key: Key[Array, ""]) -> 
         key: the key of the student's randomness, or its shape.
     """
 
-    def features(params: PyTree, others: tuple) -> Features:
+    def shown_by(params: PyTree, others: tuple) -> Features:
         state, batch, key = others
-        how = {"wants": plan.method.student, "train": True, "key": key}
-        inputs = entering.selected("inputs", plan.inputs, batch)
-        return plan.student.apply(params, state, inputs, **how)[0]
+        return features(plan, Variables(params, state), batch, key)
 
     params, state = student
-    program = differentiated(features, params, (state, batch, key))
+    program = differentiated(shown_by, params, (state, batch, key))
     paths = jax.tree_util.tree_leaves_with_path(program.shapes)
     found = {
         name: program.changes(lambda path, own=own: path == own).changes
@@ -66,6 +64,22 @@ def shown(plan: Plan, student: Variables, batch: Batch, key: Key[Array, ""]) -> 
     }
     moved = {name for name, params in found.items() if any(jax.tree.leaves(params))}
     return Shown(program.shapes, frozenset(moved))
+
+
+def features(
+    plan: Plan, student: Variables, batch: Batch, key: Key[Array, ""]
+) -> Features:
+    """Returns the features of the student that the method sees in a training step.
+
+    Args:
+        plan: the stage's settings.
+        student: the student's variables.
+        batch: the batch.
+        key: the key of the student's randomness.
+    """
+    how = {"wants": plan.method.student, "train": True, "key": key}
+    inputs = entering.selected("inputs", plan.inputs, batch)
+    return plan.student.apply(*student, inputs, **how)[0]
 
 
 def check(plan: Plan, parts: Parts, shown: Shown) -> None:
@@ -123,14 +137,15 @@ def judged(plan: Plan, parts: Parts, shown: Shown) -> Program:
 
     def losses(moving: Leaves, fixed: dict[str, PyTree]) -> dict[str, Array]:
         parts, features = fixed["parts"], {**moving, **fixed["features"]}
-        values, _, metrics = plan.method.apply(
-            parts.params["regressors"],
-            parts.memory,
-            tree.unflatten(features[name] for name in named),
-            parts.taught,
-            parts.batch,
-            Context(parts.key, parts.step, True),
-        )
+        with pairs_apart():
+            values, _, metrics = plan.method.apply(
+                parts.params["regressors"],
+                parts.memory,
+                tree.unflatten(features[name] for name in named),
+                parts.taught,
+                parts.batch,
+                Context(parts.key, parts.step, True),
+            )
         return _by_term({**metrics, "loss": jnp.sum(values)})
 
     moving, rest = (

@@ -5,11 +5,19 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, ArrayLike, Float, PyTree
 
 from hintjax._numerics import as_float
 
 Report = dict[str, dict]  # see Stage.report
+_LOOK = (
+    "Look for features that are all 0, for labels of one class, and for a student that "
+    "is a copy of the teacher; hintjax.checked names the layer whose features are 0."
+)
+_COUNTED = {
+    "outside": 'an "index" outside of the training set, and are not remembered',
+    "mislabeled": 'another "label" than Data(labels) has at their "index"',
+}
 
 
 def losses_by_term(metrics: Mapping[str, Array]) -> dict[str, Array]:
@@ -68,6 +76,46 @@ def not_finite(report: Report) -> tuple[list[str], list[str]]:
     ]
     layers = report["layers"].items()
     return terms, [name for name, norm in layers if not math.isfinite(norm)]
+
+
+def silent_terms(metrics: Mapping[str, ArrayLike]) -> list[str]:
+    """Returns a sentence for each term that teaches nothing, as far as metrics tell.
+
+    A layer of dead units, outputs that do not vary or labels of one class give a loss
+    or a gradient of exactly 0 in a program that could teach. Only values tell it. Call
+    this function once, with the metrics of an early step: later, a loss of 0 may mean
+    that all is learned. `hintjax.checked` names the layer and the example.
+
+    Args:
+        metrics: the metrics of `Stage.update`. This function waits for them.
+
+    Returns:
+        No sentences, if each loss is finite and not 0, the gradient is not 0 (a stage
+        with a `SpikeGuard` reports its `norm`), and each index and label is that of a
+        training example (CRD reports `outside` and `mislabeled`).
+
+    >>> silent_terms({"loss": 0.5, "kd": 0.0, "kd/weighted": 0.0})[0][:46]
+    "The loss of the term 'kd' is exactly 0: it tea"
+    """
+    values = jax.device_get(list(metrics.values()))  # a dict would be sorted
+    found = dict(zip(metrics, map(float, values), strict=True))
+    terms = [name for name in found if f"{name}/weighted" in found]
+    said = []
+    for name in terms or ["loss"]:
+        value = found.get(name, math.nan)
+        who = f"the term {name!r}" if terms else "the method"
+        if value == 0:
+            said.append(f"The loss of {who} is exactly 0: it teaches nothing. {_LOOK}")
+        elif not math.isfinite(value):
+            do = "stage.report names the layers whose gradients are not finite."
+            said.append(f"The loss of {who} is not finite: the step is skipped. {do}")
+    if found.get("norm") == 0:
+        said.append(f"The gradient is exactly 0: the student does not move. {_LOOK}")
+    for name, value in found.items():
+        last = name.rpartition("/")[2]
+        if last in _COUNTED and value > 0:
+            said.append(f"{value:.0%} of the examples have {_COUNTED[last]} ({name}).")
+    return said
 
 
 def norm(tree: PyTree) -> Float[Array, ""]:

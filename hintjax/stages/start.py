@@ -5,7 +5,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Key, PyTree
 
 from hintjax._checks import Refusal, message, on_host
@@ -46,6 +45,7 @@ def init(
     """
     entering.check_key(key)
     variables = entering.student(student), entering.teacher(teacher)
+    entering.check_arrays("the teacher's", variables[1])
     entering.check_batch(batch)
     entering.check_data(data)
     entering.check_carry(carry)
@@ -54,6 +54,7 @@ def init(
         wanted = "carry=, the state of the stage before"
         raise Refusal(message("stage", wanted, "None", do))
     ours, theirs, batch = on_automatic((*variables, batch))
+    key, data, carry = on_automatic((key, data, carry))
     if plan.method.check is not None and data is not None:
         plan.method.check(data)
     variables = Variables(*copied(tuple(ours)))
@@ -62,7 +63,7 @@ def init(
         earlier = copied((carry.params["regressors"], carry.memory))
     made: State = fresh(key, variables, theirs, batch, data, earlier)
     if plan.method.limits is not None:
-        check_limits(batch, plan.method.limits(made.memory))
+        entering.check_limits(batch, plan.method.limits(made.memory), on_host)
     # Only the new arrays come out of the jit: the student's are the copies above.
     state = made._replace(
         params={"student": variables.params, **made.params},
@@ -71,29 +72,6 @@ def init(
         norms=() if plan.spikes is None else skipping.begin(),
     )
     return plan.place.begin(state, None if theirs is None else theirs.params)
-
-
-def check_limits(batch: Batch, limits: dict[str, int]) -> None:
-    """Raises if the numbers of a batch are known, and one of them is not in its limits.
-
-    Args:
-        batch: the batch.
-        limits: the number n by name of an entry, whose numbers must be in 0..n - 1.
-
-    Raises:
-        ValueError: if an example that counts has another number.
-    """
-    where = batch.get("where")
-    for name, n in limits.items():
-        if not on_host(batch.get(name)) or not (where is None or on_host(where)):
-            continue
-        numbers = np.asarray(batch[name])
-        numbers = numbers if where is None else numbers[np.asarray(where)]
-        wrong = numbers[(numbers < 0) | (numbers >= n)]
-        if wrong.size:
-            wanted = f"{name!r} in 0..{n - 1}, positions in the training set"
-            do = "Data(labels) holds the labels of the whole training set."
-            raise Refusal(message("batch", wanted, f"{wrong.flat[0]}", do))
 
 
 def fresh(
@@ -122,6 +100,7 @@ def fresh(
     told = jax.eval_shape(lambda features: features, taught)
     own, theirs = jax.random.split(key)
     regressors, memory = copied(plan.method.init(theirs, shown.features, told, data))
+    check_micro_batches(plan, theirs, student, teacher, batch, data)
     if earlier is not None:
         regressors, memory = carried((regressors, memory), earlier)
     params = {"student": params, "regressors": regressors}
@@ -136,6 +115,57 @@ def fresh(
         state=None,
         opt_state=optimizer.begun(chosen.transform, params),
     )
+
+
+def check_micro_batches(
+    plan: Plan,
+    key: Key[Array, ""],
+    student: Variables,
+    teacher: Variables | None,
+    batch: Batch,
+    data: Data | None,
+) -> None:
+    """Raises if the method can begin with the batch, and not with a micro-batch of it.
+
+    A loss that compares examples is constant if a micro-batch has too few of them.
+
+    Args:
+        plan: the stage's settings.
+        key: of the method's parameters, or its shape.
+        student: the student's variables, or their shapes.
+        teacher: the teacher's variables, or None.
+        batch: the batch, or its shapes.
+        data: the labels of the training set.
+    """
+    n = jax.tree.leaves(batch)[0].shape[0]
+
+    def begin(few: Batch) -> tuple[dict, dict]:
+        shown = reach.features(plan, student, few, key)
+        return plan.method.init(
+            key, shown, features_of_teacher(plan, teacher, few), data
+        )
+
+    def refusal(count: int) -> Refusal | None:
+        few = jax.tree.map(lambda leaf: leaf[: n // count], batch)
+        try:
+            jax.eval_shape(begin, few)
+        except Refusal as error:
+            return error
+        return None
+
+    # A batch that cannot be divided is refused by the step.
+    counts = [
+        k for k in range(plan.accumulate, 0, -1) if n % (k * plan.place.parts) == 0
+    ]
+    if plan.accumulate == 1 or plan.accumulate not in counts:
+        return
+    error = refusal(plan.accumulate)
+    if error is not None:
+        most = next((count for count in counts if refusal(count) is None), 1)
+        wanted = f"at most {most} micro-batches of a batch of {n} examples"
+        said = str(error).partition(". ")[0]
+        do = f"Each has {n // plan.accumulate} of them. {said}."
+        raise Refusal(message("accumulate", wanted, f"{plan.accumulate}", do))
 
 
 def copied(tree: PyTree) -> PyTree:

@@ -23,7 +23,6 @@ from jaxtyping import Array, PyTree
 
 from hintjax._checks import (
     Refusal,
-    WrongType,
     accepts,
     instance,
     message,
@@ -42,6 +41,7 @@ from hintjax.stages.accumulation import (
     micro_batch,
     stacked,
 )
+from hintjax.stages.compiled import Compiled
 from hintjax.stages.forward import Plan, features_of_teacher, loss, parts_of
 from hintjax.stages.placement import placement
 from hintjax.stages.report import Report
@@ -372,10 +372,16 @@ def make_stage(
         init=partial(start.init, plan, fresh),
         teach=partial(teach, plan),
         step=partial(step, plan),
-        update=plan.place.jit(partial(update, plan), True),
-        evaluate=plan.place.jit(partial(evaluate, plan), False),
-        report=plan.place.jit(partial(report, plan), False),
+        update=_compiled(plan, update, True),
+        evaluate=_compiled(plan, evaluate, False),
+        report=_compiled(plan, report, False),
     )
+
+
+def _compiled(plan: Plan, function: Callable[..., Any], moves: bool) -> Compiled:
+    """The jit of a function of the plan; only one that moves the state trains."""
+    jitted = plan.place.jit(partial(function, plan), moves)
+    return Compiled(jitted, plan.method.limits if moves else None)
 
 
 def check_kinds(
@@ -393,13 +399,10 @@ def check_kinds(
     do = "Make it one with hintjax.linen, hintjax.nnx or hintjax.function."
     instance(caller, Network, do, student=student)
     instance(caller, (Network, NoneType), do, teacher=teacher)
-    for name, value, kind in (
-        ("method", method, Method),
-        ("optimizer", transform, optax.GradientTransformation),
-    ):
-        if not isinstance(value, kind):
-            wanted = f"{name} to be a {kind.__name__}"
-            raise WrongType(message(caller, wanted, type(value).__name__))
+    instance(caller, Method, method=method)
+    do = "optax.MultiSteps is one after .gradient_transformation()."
+    do = do if isinstance(transform, optax.MultiSteps) else ""
+    instance(caller, optax.GradientTransformation, do, optimizer=transform)
 
 
 def _where(chosen: PyTree, new: PyTree, old: PyTree) -> PyTree:

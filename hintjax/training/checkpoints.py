@@ -48,6 +48,7 @@ from hintjax.training.arrays import (
     nest,
     placed_like,
 )
+from hintjax.training.bank_rows import resized, with_rows
 from hintjax.training.sealed import (
     ORBAX,
     RECORD,
@@ -227,7 +228,8 @@ class Checkpoints(contextlib.AbstractContextManager):
         Raises:
           DamageError: the step is damaged, or every step is.
           ValueError: paths, shapes or dtypes differ (nothing is cast, and nothing is
-            restored in part), or there is no such step.
+            restored in part), or there is no such step. Only the number of rows of
+            zeros with which a memory bank ends may differ: it depends on the mesh.
         """
         paths, damaged = self._find("restore", step), {}
         for path in paths:
@@ -330,24 +332,39 @@ def _restore(path: Path, like: Any) -> tuple[PyTree, dict[str, Any]]:
     record = told(lambda: read_record(path), DamageError)
     like = like(record["extra"]) if callable(like) else like
     leaves, targets = flatten("restore", like)
-    _refuse_other(path, record["leaves"], leaves)
+    others = resized(record["leaves"], like)
+    _refuse_other(path, record["leaves"], leaves, others)
     stored, _ = read_arrays(path, record)
-    values = [
-        placed_like(leaf.path, *stored[leaf.path], target)
-        for leaf, target in zip(leaves, targets, strict=True)
-    ]
+    values = []
+    for leaf, target in zip(leaves, targets, strict=True):
+        value, key = stored[leaf.path]
+        if leaf.path in others:
+            value = with_rows(leaf.path, value, leaf.shape[0])
+        values.append(placed_like(leaf.path, value, key, target))
     return jax.tree.unflatten(jax.tree.structure(like), values), record["extra"]
 
 
-def _refuse_other(path: Path, stored: list[dict], wanted: list[Leaf]) -> None:
-    """Raises, with the differences, unless the two trees have the same structure."""
+def _refuse_other(
+    path: Path,
+    stored: list[dict],
+    wanted: list[Leaf],
+    others: frozenset[tuple[str, ...]],
+) -> None:
+    """Raises, with the differences, unless the two trees have the same structure.
+
+    Args:
+        path: the directory of the step.
+        stored: the leaves that the record lists.
+        wanted: the leaves to restore.
+        others: the paths of leaves that may differ.
+    """
     there = {tuple(x["path"]): kind_of(x["dtype"], x["shape"]) for x in stored}
     here = {leaf.path: kind_of(leaf.dtype, leaf.shape) for leaf in wanted}
     differences = [
         f"{'/'.join(leaf)}: {there.get(leaf, 'nothing')} stored, "
         f"{here.get(leaf, 'nothing')} wanted"
         for leaf in sorted(there.keys() | here.keys())
-        if there.get(leaf) != here.get(leaf)
+        if there.get(leaf) != here.get(leaf) and leaf not in others
     ]
     if not differences:
         return

@@ -13,6 +13,7 @@ Whatever depends on a clock, a signal or the disk, they decide together
 
 import os
 import time
+import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -23,11 +24,12 @@ import jax
 import numpy as np
 from jaxtyping import Array, ArrayLike, Key
 
+from hintjax import processes
 from hintjax._checks import Refusal, message
 from hintjax.networks import Variables
 from hintjax.processes import agree, told
 from hintjax.stages import State, student_variables
-from hintjax.stages.report import not_finite
+from hintjax.stages.report import not_finite, silent_terms
 from hintjax.training.arrays import fingerprint
 from hintjax.training.checkpoints import open_checkpoints
 from hintjax.training.dispatch import Every, Pace
@@ -39,6 +41,8 @@ from hintjax.training.metrics import MetricsWriter, open_metrics
 from hintjax.training.phase import Phase, begin, template, with_checks
 from hintjax.training.run_directory import owned
 from hintjax.training.signals import stoppable
+
+WARNINGS = "warnings.txt"
 
 
 class NothingLearned(FloatingPointError):
@@ -180,12 +184,14 @@ def _train(
     Raises:
         NothingLearned: if all updates of the phase were skipped.
     """
-    phase, keeper = pace.phase, pace.keeper
+    phase, keeper, first = pace.phase, pace.keeper, True
     while metrics is not None or not now.over(phase):
         if metrics is None:
             state, now, metrics = pace.stride(state, now)
             keeper.heed(state, now, metrics)
-        now, metrics = reports.make(phase, state, now, metrics), None
+        if first:
+            reports.doubt(phase, metrics)
+        now, metrics, first = reports.make(phase, state, now, metrics), None, False
         at_checkpoint = now.at % pace.every.checkpoint == 0
         if now.over(phase) or at_checkpoint or told(keeper.late):
             now = keeper.save(state, now)
@@ -243,6 +249,19 @@ class _Reports(NamedTuple):
         if self.show is not None:
             self.show(now.at, shown, phase.name)
         return now
+
+    def doubt(self, phase: Phase, metrics: Mapping[str, ArrayLike]) -> None:
+        """Warns, once in a phase, of terms that seem to teach nothing.
+
+        The sentences are also kept in warnings.txt of the run directory.
+        """
+        said = [f"phase {phase.name}: {one}" for one in silent_terms(metrics)]
+        if said and processes.first():
+            path = Path(self.keeper.run_dir) / WARNINGS
+            with path.open("a", encoding="utf-8") as lines:
+                lines.writelines(f"{one}\n" for one in said)
+        for one in said:
+            warnings.warn(one, stacklevel=4)
 
     def _heeded(
         self,

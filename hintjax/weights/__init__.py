@@ -19,6 +19,8 @@ After that, torch is not needed::
     variables = weights.from_torch(tensors, weights.RESNET, like)
 
 Images are channels last, and normalized as the images that the weights were trained on.
+A model says its normalization as `image_normalization`; `hintjax.networks.renormalized`
+converts the images of a dataset to it, and so does the command with `--weights`.
 
 | names | files | model |
 |---|---|---|
@@ -26,20 +28,50 @@ Images are channels last, and normalized as the images that the weights were tra
 | `TIMM_VIT` | timm: vit_*_patch16_224 and the like | `models.VisionTransformer` |
 | `TIMM_DEIT` | timm: deit_*_distilled_* | the same, `distillation=True` |
 | `TORCHVISION_VIT` | torchvision: vit_b_16 and the like | `models.VisionTransformer` |
+| `TIMM_EFFICIENTNET_LITE` | timm: tf_efficientnet_lite* | `models.efficientnet_lite0` |
+| `efficientnet_lite` | efficientnet-lite-pytorch | the same |
+| `torchvision_mobilenet_v3` | torchvision | `models.mobilenet_v3_large`, ... |
+| `TORCHVISION_CONVNEXT` | torchvision: convnext_* | `models.convnext_tiny`, ... |
+| `TIMM_CONVNEXT` | timm: convnext_tiny and the like | the same |
+| `HF_CONVNEXT` | transformers: ConvNextForImageClassification | the same |
+| `DINOV2` | the authors': dinov2_vit*14, also with registers | `models.dinov2_*` |
+| `TIMM_DINOV2` | timm: vit_*_patch14_dinov2 | the same |
+| `TIMM_DINOV2_REGISTERS` | timm: vit_*_patch14_reg4_dinov2 | the same |
+| `HF_DINOV2` | transformers: Dinov2Model, also with registers | the same |
+| `HF_DINOV3` | transformers: DINOv3ViTModel | `models.dinov3_*` |
+| `HF_CLIP` | transformers: CLIPModel, or its image tower | `models.clip_*` |
+| `HF_SIGLIP` | transformers: SiglipModel | `models.siglip_*` |
+| `HF_SIGLIP_TOWER` | transformers: the image tower alone | the same |
 
-A ViT may have another resolution than its file: `from_torch` resamples the positions of
-a square grid to a square grid, and `resample_positions` to any grid (put its result in
-place of the tensor).
+`family` finds the map of a file from its keys. Those in small letters are functions,
+because torch numbers the blocks of such a model in a row. The names of transformers are
+the names in its files (`save_pretrained`).
+
+A transformer may have another resolution than its file: `from_torch` resamples the
+positions of a square grid to a square grid as timm does, and `resample_positions` to
+any grid (put its result in place of the tensor). DINOv2's authors resample slightly
+differently (without an antialias). DINOv3 has no learned positions.
 
 A file that does not match its model is refused, but shapes do not determine everything.
 The user must give the right number of heads. The models assume that bottlenecks have
-their stride in the 3x3 convolution (v1.5), that the GELU is exact, and that LayerNorm's
-epsilon is 1e-6. Not covered: variants with other layers (resnet50d, ResNeXt, Wide
-ResNet; ViTs with registers, layer scale, average pooling, or without a position for the
-class token).
+their stride in the 3x3 convolution (v1.5), that the GELU of a ViT is exact, and that
+LayerNorm's epsilon is 1e-6 (in an `ImageTower` both are arguments). Not covered:
+variants with other layers (resnet50d, ResNeXt, Wide ResNet; ConvNeXt V2; classifiers
+of DINOv2; DINOv3 ViT-7B).
 """
 
 from hintjax.weights.convert import How, Names, Rule, from_torch
+from hintjax.weights.convnext import (
+    HF_CONVNEXT,
+    TIMM_CONVNEXT,
+    TORCHVISION_CONVNEXT,
+)
+from hintjax.weights.family import family
+from hintjax.weights.mobile import (
+    TIMM_EFFICIENTNET_LITE,
+    efficientnet_lite,
+    torchvision_mobilenet_v3,
+)
 from hintjax.weights.names import (
     RESNET,
     TIMM_DEIT,
@@ -48,17 +80,38 @@ from hintjax.weights.names import (
     attention,
     batch_norm,
     conv,
-    family,
     layer_norm,
     linear,
 )
 from hintjax.weights.positions import resample_positions
 from hintjax.weights.safetensors import read_safetensors
+from hintjax.weights.towers import (
+    DINOV2,
+    HF_CLIP,
+    HF_DINOV2,
+    HF_DINOV3,
+    HF_SIGLIP,
+    HF_SIGLIP_TOWER,
+    TIMM_DINOV2,
+    TIMM_DINOV2_REGISTERS,
+)
 
 __all__ = [
+    "DINOV2",
+    "HF_CLIP",
+    "HF_CONVNEXT",
+    "HF_DINOV2",
+    "HF_DINOV3",
+    "HF_SIGLIP",
+    "HF_SIGLIP_TOWER",
     "RESNET",
+    "TIMM_CONVNEXT",
     "TIMM_DEIT",
+    "TIMM_DINOV2",
+    "TIMM_DINOV2_REGISTERS",
+    "TIMM_EFFICIENTNET_LITE",
     "TIMM_VIT",
+    "TORCHVISION_CONVNEXT",
     "TORCHVISION_VIT",
     "How",
     "Names",
@@ -66,10 +119,12 @@ __all__ = [
     "attention",
     "batch_norm",
     "conv",
+    "efficientnet_lite",
     "family",
     "from_torch",
     "layer_norm",
     "linear",
     "read_safetensors",
     "resample_positions",
+    "torchvision_mobilenet_v3",
 ]

@@ -133,6 +133,14 @@ def from_torch(
     return Variables(collections.pop("params"), collections)
 
 
+def paths(like: Variables) -> list[str]:
+    """The paths of all leaves of a model, collection first."""
+    leaves = jax.tree.leaves_with_path(join(like))
+    return [
+        jax.tree_util.keystr(keys, simple=True, separator="/") for keys, _ in leaves
+    ]
+
+
 def _numbered(name: str, match: re.Match) -> str:
     """The name with the numbers of the matched path filled in."""
     return re.sub(r"<(\w)(-1)?>", lambda m: str(int(match[m[1]]) - bool(m[2])), name)

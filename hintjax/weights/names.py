@@ -1,11 +1,7 @@
 """Names of the parts of torchvision's and timm's models, and the layouts of torch."""
 
-from collections.abc import Mapping
-
-import jax
 import numpy as np
 
-from hintjax.networks import Variables, join
 from hintjax.weights.convert import How, Names, Rule
 from hintjax.weights.positions import resample_positions, side_of
 
@@ -28,6 +24,10 @@ TOKENS = How(
     lambda tokens, width: tokens * [(1, 1, width)],
     lambda shape, *tokens: np.concatenate(tokens)[:, 0],
 )
+ZEROS = How("features", lambda n: [], lambda shape: np.zeros(shape))  # no bias in torch
+
+# The number of batches that BatchNorm has seen; only torch counts them.
+COUNTED = ("*.num_batches_tracked",)
 
 
 def positions(class_tokens: int) -> How:
@@ -122,8 +122,7 @@ RESNET = Names(
         *batch_norm(f"{_BLOCK}/shortcut_norm", f"{_LAYER}.downsample.1"),
         *linear("classifier", "fc"),
     ),
-    # The number of batches that BatchNorm has seen; only torch counts them.
-    unused=("*.num_batches_tracked",),
+    COUNTED,
 )
 
 TIMM_VIT = Names(
@@ -170,30 +169,3 @@ TORCHVISION_VIT = Names(
         *linear("classifier", "heads.head"),
     )
 )
-
-FAMILIES = (RESNET, TIMM_VIT, TIMM_DEIT, TORCHVISION_VIT)
-
-
-def family(tensors: Mapping[str, np.ndarray], like: Variables) -> Names:
-    """The map of names, among those of this module, that finds the most tensors.
-
-    Args:
-        tensors: tensors by torch's names.
-        like: variables of the Flax model, or their shapes.
-
-    >>> from hintjax import models, networks
-    >>> network, images = networks.linen(models.vit_micro(10)), np.zeros((1, 8, 8, 1))
-    >>> like = jax.eval_shape(network.init, jax.random.key(0), images)
-    >>> family({"class_token": np.zeros((1, 1, 32))}, like) is TORCHVISION_VIT
-    True
-    """
-    paths = [
-        jax.tree_util.keystr(keys, simple=True, separator="/")
-        for keys, _ in jax.tree.leaves_with_path(join(like))
-    ]
-
-    def found(names: Names) -> int:
-        rules = filter(None, map(names.find, paths))
-        return len({name for rule in rules for name in rule.torch} & set(tensors))
-
-    return max(FAMILIES, key=found)

@@ -30,8 +30,9 @@ DTYPES = {
 LONGEST_HEADER = 100_000_000  # bytes; the format's own limit
 AGAIN = "Fetch or convert the file again."
 CONVERT = (
-    "Where torch is installed, convert it: safetensors.torch.save_file("
-    "torch.load(path, weights_only=True), 'weights.safetensors')."
+    "Where torch is installed, convert it: import torch, safetensors.torch; "
+    "safetensors.torch.save_file(torch.load({0!r}, map_location='cpu', "
+    "weights_only=True), {1!r})."
 )
 Entry = tuple[Any, list[int], int, int]  # dtype, shape, begin, end
 PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
@@ -65,7 +66,8 @@ def read_safetensors(path: str | Path) -> dict[str, np.ndarray]:
         raise FileRefusal(text) from None
     if _pickled(path, content):
         wanted, got = "a safetensors file", "a pickle, which can run any code when read"
-        raise _error(path, wanted, got, CONVERT)
+        do = CONVERT.format(path.name, f"{path.stem}.safetensors")
+        raise _error(path, wanted, got, do)
     length = int.from_bytes(content[:8], "little")
     if length > min(len(content) - 8, LONGEST_HEADER):
         got = f"one of {length} bytes in a file of {len(content)}"

@@ -74,6 +74,7 @@ def planned(coding="float32", method=METHOD):
         batch(np.arange(BATCH), 0),
         coding=coding,
         examples=N,
+        views=VIEWS,
     )
 
 
@@ -86,6 +87,16 @@ def computed(plan):
 
 
 IDENTITY = {"teacher": "t", "total": N * VIEWS, "examples": N}
+
+
+def cached_stage(plan):
+    return hj.distillation_stage(
+        STUDENT,
+        plan.network,
+        plan.reading(METHOD),
+        optax.sgd(0.1),
+        teacher_inputs=plan.inputs,
+    )
 
 
 def trained(stage, teacher, batches, student):
@@ -103,13 +114,7 @@ def test_a_step_from_the_cache_equals_the_step_of_the_live_teacher():
     optimizer = optax.sgd(0.1)
     live = hj.distillation_stage(STUDENT, TEACHER, METHOD, optimizer)
     params, metrics = trained(live, teacher, batches, student)
-    stage = hj.distillation_stage(
-        STUDENT,
-        plan.network,
-        plan.reading(METHOD),
-        optimizer,
-        teacher_inputs=plan.inputs,
-    )
+    stage = cached_stage(plan)
     everything = cache.variables_of(teacher, cache.flat(rows.everything()))
     with_rows = [
         {**b, cache.ROWS: rows.read(np.asarray(b["index"]), np.asarray(b["view"]))}
@@ -120,6 +125,7 @@ def test_a_step_from_the_cache_equals_the_step_of_the_live_teacher():
         (cache.variables_of(teacher, None), with_rows),
     ):
         found, shown = trained(stage, variables, given, student)
+        assert shown.pop("cache/outside") == 0
         jax.tree.map(
             functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6),
             (found, shown),
@@ -134,6 +140,29 @@ def test_a_step_from_the_cache_equals_the_step_of_the_live_teacher():
     assert {k: float(v) for k, v in ours.items()} == pytest.approx(
         {k: float(v) for k, v in theirs.items()}, rel=1e-5
     )
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_a_population_reads_one_cache(together):
+    """Students with a cached teacher come to the numbers of a live teacher."""
+    batch, student, teacher = parts()
+    plan = planned()
+    rows = cache.in_memory(plan.rows, N * VIEWS, N, computed(plan))
+    live = hj.distillation_stage(STUDENT, TEACHER, METHOD, optax.sgd(0.1))
+    everything = cache.variables_of(teacher, cache.flat(rows.everything()))
+    found = []
+    for stage, variables in ((live, teacher), (cached_stage(plan), everything)):
+        crowd = hj.population(stage, 2, together=together)
+        keys = jax.random.split(jax.random.key(3), 2)
+        members = crowd.init(keys, student, variables, batch(np.arange(BATCH), 0))
+        for view in range(VIEWS):
+            given = batch(np.arange(BATCH) + BATCH * view, view)
+            members, metrics = crowd.update(members, variables, given)
+        params = [state.params for state in crowd.states(members)]
+        found.append((params, metrics))
+    np.testing.assert_array_equal(found[1][1].pop("cache/outside"), [0, 0])
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
+    jax.tree.map(close, *found)
 
 
 @pytest.mark.parametrize("coding", list(cache.CODINGS))
@@ -166,6 +195,7 @@ def test_a_cache_is_written_once_and_completed_after_a_kill(tmp_path, monkeypatc
     plan = planned("bfloat16")
     compute, calls = computed(plan), []
     monkeypatch.setattr(shards, "_SHARD", plan.nbytes * 10)
+    monkeypatch.setattr(shards, "_PARTS", 1)
 
     def killed(numbers):
         calls.append(len(numbers))
@@ -177,8 +207,13 @@ def test_a_cache_is_written_once_and_completed_after_a_kill(tmp_path, monkeypatc
         cache.write(tmp_path, IDENTITY, plan.rows, N * VIEWS, killed)
     with pytest.raises(Refusal, match="48 rows"):
         cache.read(tmp_path, IDENTITY)
-    cache.write(tmp_path, IDENTITY, plan.rows, N * VIEWS, killed)
+    assert shards.missing(tmp_path, plan.rows, N * VIEWS) == 28
+    finished = []
+    cache.write(tmp_path, IDENTITY, plan.rows, N * VIEWS, killed, show=finished.append)
     assert calls == [10, 10, 10, 10, 10, 8]  # two shards were kept
+    assert finished == [30, 40, 48]
+    assert shards.missing(tmp_path, plan.rows, N * VIEWS) == 0
+    cache.write(tmp_path, IDENTITY, plan.rows, N * VIEWS, dict)  # computes nothing
     whole = cache.in_memory(plan.rows, N * VIEWS, N, compute)
     for mapped in (False, True):
         found = cache.read(tmp_path, IDENTITY, mapped=mapped)
@@ -200,16 +235,25 @@ def test_a_cache_names_what_differs(tmp_path):
 def test_a_flipped_bit_is_found(tmp_path):
     plan = planned("int8")
     cache.write(tmp_path, IDENTITY, plan.rows, N * VIEWS, computed(plan))
-    file = next(tmp_path.glob("rows-*.npy"))
+    file = min(tmp_path.glob("rows-*.npy"))
     damaged = bytearray(file.read_bytes())
     damaged[-7] ^= 4
     file.write_bytes(damaged)
-    for use in (
-        lambda: cache.read(tmp_path, IDENTITY),
-        lambda: cache.write(tmp_path, IDENTITY, plan.rows, N * VIEWS, dict),
-    ):
-        with pytest.raises(DamageError, match="rows-00000"):
-            use()
+    with pytest.raises(DamageError, match="rows-00000"):
+        cache.read(tmp_path, IDENTITY)
+
+
+def test_a_cache_has_shards_for_several_processes(tmp_path):
+    plan = planned("int8")
+    cache.write(tmp_path, IDENTITY, plan.rows, N * VIEWS, computed(plan))
+    assert len(list(tmp_path.glob("rows-*.npy"))) == shards._PARTS == N * VIEWS / 3
+    half = (tmp_path / "shards.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "shards.jsonl").write_text("".join(half[::2]))
+    (tmp_path / "shards-1.jsonl").write_text("".join(half[1::2]))
+    assert shards.missing(tmp_path, plan.rows, N * VIEWS) == 0
+    assert len(cache.read(tmp_path, IDENTITY).shards) == shards._PARTS
+    with pytest.raises(Refusal, match=r"that all processes share, got no .*/elsewhere"):
+        shards.check_shared(tmp_path / "elsewhere")
 
 
 @pytest.mark.parametrize(("index", "view"), [(N, 0), (-1, 0), (0, VIEWS), (0, -1)])
@@ -218,6 +262,35 @@ def test_a_row_that_does_not_exist_is_refused(index, view):
     rows = cache.in_memory(plan.rows, N * VIEWS, N, computed(plan))
     with pytest.raises(Refusal, match="index in"):
         rows.read(np.array([index]), view)
+
+
+def test_a_row_on_the_device_that_does_not_exist_is_counted_and_refused():
+    """The step counts it, a checked step refuses it, and so does the host."""
+    batch, student, teacher = parts()
+    plan = planned()
+    rows = cache.in_memory(plan.rows, N * VIEWS, N, computed(plan))
+    stage = cached_stage(plan)
+    checked = hj.checked(stage)
+    variables = cache.variables_of(teacher, cache.flat(rows.everything()))
+    right = batch(np.arange(BATCH), 1)
+    begin = functools.partial(stage.init, jax.random.key(0), student, variables)
+    state = begin(right)
+    for name, wrong, most in (("index", N, N), ("view", VIEWS, VIEWS), ("view", -1, 2)):
+        given = {**right, name: right[name].at[3].set(wrong)}
+        _, metrics = stage.update(jax.tree.map(jnp.copy, state), variables, given)
+        assert metrics["cache/outside"] == 1 / BATCH
+        said = f"'{name}' in 0..{most - 1}.* got {wrong}"
+        with pytest.raises(Refusal, match=f"{said} at example 3"):
+            checked.update(state, variables, given)
+        with pytest.raises(Refusal, match=said):
+            begin({**given, name: np.asarray(given[name])})
+    # Positions in another split are no rows.
+    evaluated = {**right, "index": right["index"] + N}
+    del evaluated["view"]
+    assert "cache/outside" not in checked.evaluate(state, variables, evaluated)
+    few = cache.variables_of(teacher, cache.flat(rows.read(np.arange(N), 0)))
+    with pytest.raises(Refusal, match="rows for 2 views of 24 examples, got .24. rows"):
+        jax.eval_shape(stage.update, state, few, right)
 
 
 def test_half_a_line_in_the_list_of_shards_is_left_out(tmp_path):
@@ -244,13 +317,7 @@ def test_a_cache_that_makes_no_sense_is_refused(method, coding, words):
 def test_a_batch_without_rows_says_where_they_come_from():
     batch, student, teacher = parts()
     plan = planned()
-    stage = hj.distillation_stage(
-        STUDENT,
-        plan.network,
-        plan.reading(METHOD),
-        optax.sgd(0.1),
-        teacher_inputs=plan.inputs,
-    )
+    stage = cached_stage(plan)
     with pytest.raises(Refusal, match="rows on the device"):
         stage.init(
             jax.random.key(0),

@@ -90,15 +90,15 @@ def prepare(folder: Path, name: str, splits: dict[str, data.Split], **options) -
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tfds")
-    colour = {"train": split(60), "test": split(9, seed=1)}
-    prepare(folder, "tiny", colour)
-    grey = {
+    color = {"train": split(60), "test": split(9, seed=1)}
+    prepare(folder, "tiny", color)
+    gray = {
         "train": split(20, shape=(4, 4, 1)),
         "validation": split(8, shape=(4, 4, 1)),
     }
-    prepare(folder, "grey", grey, version="1.0.0")
-    prepare(folder, "grey", {"train": split(30, shape=(4, 4, 1))}, version="1.10.0")
-    return folder, colour
+    prepare(folder, "gray", gray, version="1.0.0")
+    prepare(folder, "gray", {"train": split(30, shape=(4, 4, 1))}, version="1.10.0")
+    return folder, color
 
 
 def ordered(one: data.Split) -> tuple[np.ndarray, np.ndarray]:
@@ -203,13 +203,13 @@ def test_tfds(prepared):
 def test_tfds_takes_the_newest_version_and_an_asked_one(prepared, monkeypatch):
     folder, _ = prepared
     monkeypatch.setenv("TFDS_DATA_DIR", str(folder))
-    assert data.records("grey").n == 30
-    assert data.records("grey:1.0.0").n == 20
-    assert data.records("grey:1.0.*").shape == (4, 4, 1)
+    assert data.records("gray").n == 30
+    assert data.records("gray:1.0.0").n == 20
+    assert data.records("gray:1.0.*").shape == (4, 4, 1)
 
 
 def test_tfds_validation_stands_in_for_a_missing_test(prepared):
-    got = data.load("grey:1.0.0", prepared[0])
+    got = data.load("gray:1.0.0", prepared[0])
     assert (got.train.n, got.validation.n, got.test.n) == (18, 2, 8)
 
 
@@ -243,7 +243,7 @@ def test_records(prepared):
 
 
 def test_sets_of_many_shapes_need_a_size(tmp_path):
-    shapes = [(5, 6, 3), (7, 5, 3), (9, 9, 1)]  # the last is stored in grey
+    shapes = [(5, 6, 3), (7, 5, 3), (9, 9, 1)]  # the last is stored in gray
     mixed = ([images(1, shape)[0] for shape in shapes], [0, 1, 2])
     prepare(tmp_path, "mixed", {"train": mixed}, shape=(None, None, 3))
     with pytest.raises(ValueError, match="one shape.*size="):
@@ -314,11 +314,8 @@ def test_unknown_names(prepared):
 
 def test_a_file_of_another_kind_is_no_name(prepared, tmp_path):
     np.save(tmp_path / "images.npy", IMAGE)
-    for path in (tmp_path, tmp_path / "images.npy"):
-        with pytest.raises(
-            ValueError, match=r"written by numpy\.savez and ends in .npz"
-        ):
-            data.load(str(path), prepared[0])
+    with pytest.raises(ValueError, match=r"written by numpy\.savez and ends in .npz"):
+        data.load(str(tmp_path / "images.npy"), prepared[0])
 
 
 def test_not_prepared(prepared):
@@ -327,7 +324,7 @@ def test_not_prepared(prepared):
     with pytest.raises(ValueError, match=r"download_and_prepare\(file_format=\"array_"):
         data.load("emnist/letters", prepared[0])
     with pytest.raises(ValueError, match=r"got 1\.\d+\.0, 1\.\d+\.0 there"):
-        data.load("grey:2.0.0", prepared[0])
+        data.load("gray:2.0.0", prepared[0])
 
 
 def test_configurations(tmp_path):
@@ -411,7 +408,11 @@ IMAGE, LABEL = images(30), np.arange(30) % 3
             ValueError,
             "hold image, got only images, ",
         ),
-        ({"image": IMAGE}, ValueError, "hold label, got only image"),
+        (
+            {"image": IMAGE, "labels": LABEL},
+            ValueError,
+            "hold label, got only image, labels",
+        ),
         (
             {"image": IMAGE, "label": LABEL, "image_test": IMAGE},
             ValueError,
@@ -740,7 +741,7 @@ def test_take_plain():
 @pytest.mark.parametrize("augment", AUGMENTS, ids=str)
 def test_take_augments_as_numpy_does(augment):
     one = split(100)
-    # One step of standardisation that gives the pixels back.
+    # One step of standardization that gives the pixels back.
     pixels = data.Standardize(np.zeros(3, np.float32), np.full(3, 1 / 255, np.float32))
     key = jax.random.key(2)
     batch = jax.jit(

@@ -2,13 +2,15 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 
 from hintjax import cache as caches
+from hintjax.cache import shards
 from hintjax.cli import main
 from hintjax.data import ON_DEVICE
-from hintjax.experiments import caching
+from hintjax.experiments import caching, setting
 from hintjax.training import fingerprint, load_tree
 
 TINY = (
@@ -36,7 +38,9 @@ def cached(live, corners, run_dir, *options):
     return run_dir
 
 
-def test_a_cached_run_has_the_bits_of_a_live_run(live, corners, tmp_path, capsys):
+def test_a_cached_run_has_the_bits_of_a_live_run(
+    live, corners, tmp_path, monkeypatch, capsys
+):
     run_dir = cached(live, corners, tmp_path / "cached")
     assert "cache of the teacher: 2 x" in capsys.readouterr().out
     ours, theirs = (fingerprint(load_tree(run / "student")) for run in (run_dir, live))
@@ -47,6 +51,12 @@ def test_a_cached_run_has_the_bits_of_a_live_run(live, corners, tmp_path, capsys
     main(["cache", "verify", str(run_dir)])
     said = capsys.readouterr().out
     assert "largest error 0 " in said and "least cosine 1.0" in said
+    check, checked = shards._check, []
+    monkeypatch.setattr(shards, "_check", lambda *of: (checked.append(of), check(*of)))
+    monkeypatch.setattr(caching, "_seconds", None)  # the teacher is not timed
+    main(["resume", str(run_dir)])
+    assert "on the device; complete" in capsys.readouterr().out
+    assert len(checked) == len(list((run_dir / "cache").glob("rows-*.npy")))
     shard = next((run_dir / "cache").glob("rows-*.npy"))
     damaged = bytearray(shard.read_bytes())
     damaged[-1] ^= 1
@@ -95,7 +105,27 @@ def test_a_cache_that_does_not_fit_on_the_disk_names_its_size(
     assert "MB free" in said and "--cache-dtype" in said
 
 
-def test_a_comparison_shares_one_cache(live, corners, tmp_path, capsys):
+@pytest.fixture
+def passes(monkeypatch):
+    """The batch size of each forward pass of the teacher, as the passes happen."""
+    found, network_of = [], setting.teacher_network
+
+    def counted(*arguments):
+        network = network_of(*arguments)
+
+        def apply(params, state, inputs, **how):
+            size = len(inputs)
+            jax.debug.callback(lambda: found.append(size))
+            return network.apply(params, state, inputs, **how)
+
+        return network._replace(apply=apply)
+
+    monkeypatch.setattr(setting, "teacher_network", counted)
+    return found
+
+
+def test_a_comparison_shares_one_cache(live, corners, tmp_path, passes, capsys):
+    """No step of three arms with two seeds runs the teacher."""
     run_dir = tmp_path / "compare"
     main(
         [
@@ -108,6 +138,10 @@ def test_a_comparison_shares_one_cache(live, corners, tmp_path, capsys):
     assert [path.parent for path in run_dir.rglob("cache.json")] == [run_dir / "cache"]
     report = json.loads((run_dir / "report.json").read_text())
     assert all(len(row["seeds"]) == 2 for row in report["rows"])
+    jax.effects_barrier()
+    # Two passes measure the time. Of 16 shards one has rows of both views.
+    assert passes.count(16) == 2 + 16 + 1
+    assert len(list((run_dir / "cache").glob("rows-*.npy"))) == 16
 
 
 def test_equal_features_have_cosine_1():

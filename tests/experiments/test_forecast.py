@@ -51,7 +51,7 @@ def test_a_dry_run_prints_the_cost_and_writes_nothing(
         *(
             "needed, ",
             "available",
-            "on disk, at most, for 1 runs",
+            "on disk, at most, for 1 run\n",
             "attention_transfer: student",
         ),
     ):

@@ -104,7 +104,7 @@ def assert_readable(figure):
         inside = box.x0 >= 0 and box.y0 >= 0 and box.x1 <= width and box.y1 <= height
         assert inside, f"{text!r} leaves the picture"
     for (text, box), (other, its) in itertools.combinations(places, 2):
-        # Two lines of one pixel are shared by neighbours that merely touch.
+        # Two lines of one pixel are shared by neighbors that merely touch.
         over = min(box.x1, its.x1) - max(box.x0, its.x0)
         high = min(box.y1, its.y1) - max(box.y0, its.y0)
         assert over <= 1 or high <= 1, f"{text!r} lies on {other!r}"
@@ -221,14 +221,14 @@ def test_maps_of_any_size_share_one_scale_and_are_enlarged_by_nearest():
     figure = attention_maps(pictures(2), values)
     shown = [image for axes in figure.axes for image in axes.get_images()]
     assert len(shown) == 2 * 5
-    grey, coloured = shown[:2], shown[2:]
-    np.testing.assert_allclose(grey[0].get_array(), pictures(2)[0, :, :, 0] / 255)
+    gray, colored = shown[:2], shown[2:]
+    np.testing.assert_allclose(gray[0].get_array(), pictures(2)[0, :, :, 0] / 255)
     assert {image.get_interpolation() for image in shown} == {"nearest"}
-    assert {image.get_clim() for image in coloured} == {(0, 3)}
-    for image in coloured[:6]:
+    assert {image.get_clim() for image in colored} == {(0, 3)}
+    for image in colored[:6]:
         assert np.sqrt(np.mean(image.get_array() ** 2)) == pytest.approx(1)
-    np.testing.assert_allclose(coloured[4].get_array(), 1.0)
-    np.testing.assert_array_equal(coloured[6].get_array(), 0.0)
+    np.testing.assert_allclose(colored[4].get_array(), 1.0)
+    np.testing.assert_array_equal(colored[6].get_array(), 0.0)
     # Side by side: the maps of one image stand at one height.
     rows = [image.get_extent()[2:] for image in shown]
     assert rows[0] == rows[2] == rows[4] and rows[1] == rows[3] != rows[0]
@@ -246,7 +246,7 @@ def test_many_networks_are_stacked_and_readable():
 def test_images_of_any_kind_are_shown_between_0_and_1(channels, kind):
     images = pictures(1, channels).astype(kind)
     if kind == np.float32:
-        images = images / 60.0 - 2.0  # standardised
+        images = images / 60.0 - 2.0  # standardized
     shown = attention_maps(images, maps(["teacher"], 1)).axes[0].get_images()[0]
     array = shown.get_array()
     assert array.shape == ((8, 8, 3) if channels == 3 else (8, 8))
@@ -294,7 +294,7 @@ def test_labels_move_apart_as_little_as_possible():
 
 def test_colors_and_styles_tell_ten_arms_apart():
     looks = {(viz._color(i), str(viz._style(i))) for i in range(10)}
-    assert len({colour for colour, _ in looks}) == 10
+    assert len({color for color, _ in looks}) == 10
     assert len({(viz._color(i), str(viz._style(i))) for i in range(15)}) == 15
 
 

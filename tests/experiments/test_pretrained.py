@@ -2,16 +2,22 @@
 
 import dataclasses
 import json
+import runpy
 import shutil
+from functools import partial
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import hintjax as hj
+from hintjax import models
 from hintjax.cli import main
 from hintjax.experiments import config as configs
 from hintjax.experiments.config import Config
-from hintjax.experiments.setting import prepare
+from hintjax.experiments.setting import prepare, taught_by
 from hintjax.experiments.teaching import check_teacher, teacher_variables
 from hintjax.weights import read_safetensors
 
@@ -38,6 +44,9 @@ class Renamed(nn.Module):
     @nn.compact
     def __call__(self, x, train=False):
         return nn.Dense(self.classes, name="first")(x.mean((1, 2)) @ ones())
+
+def dinov2(classes):
+    return models.ImageTower(14, 8, 2, 2, 32, scaled=True)
 
 def ones():
     import jax.numpy as jnp
@@ -194,3 +203,86 @@ def test_a_run_records_its_file_and_resumes_only_with_it(options, tmp_path, caps
     error = refused(capsys, ["resume", str(run_dir)])
     assert f"with the SHA-256 {config.weights_sha256}, got " in error
     assert "Restore the file" in error
+
+
+# A foundation model as the teacher
+
+
+@pytest.fixture
+def features(options, tmp_path):
+    """Options of a run on 28x28 images, whose teacher is a small DINOv2."""
+    names = json.loads((FIXTURES / "teacher_names.json").read_text())["timm_dinov2"]
+    drawn = runpy.run_path(str(FIXTURES / "drawn.py"))["drawn"]
+    write_safetensors(tmp_path / "dinov2.safetensors", drawn(names))
+    return write_images(28, 3, tmp_path) | {
+        "teacher": "torch_models:dinov2",
+        "student": "hintjax.models:resnet8",
+        "weights": str(tmp_path / "dinov2.safetensors"),
+    }
+
+
+def write_images(side, channels, folder):
+    random = np.random.default_rng(0)
+    image = random.integers(0, 256, (80, side, side, channels), dtype=np.uint8)
+    path = folder / f"images{side}{channels}.npz"
+    np.savez(path, image=image, label=np.arange(80) % 5)
+    return {"dataset": str(path)}
+
+
+def test_a_teacher_sees_gray_images_in_its_own_normalization(features, tmp_path):
+    given = features | write_images(28, 1, tmp_path)
+    setting = prepare(Config(**given, devices=1), teach=True)
+    params, state = teacher_variables(setting, tmp_path)
+    tower = models.ImageTower(14, 8, 2, 2, 32, scaled=True)
+
+    @partial(jax.jit, static_argnums=0)
+    def patches(network, images):
+        wants = hj.Wants(hints=("embed/patches",))
+        shown, _ = network.apply(params, state, images, wants=wants, train=False)
+        return shown.hints["embed/patches"]
+
+    pixels = setting.dataset.train.image[:2] / 255
+    mean, std = setting.dataset.standardize
+    got = patches(taught_by(setting), jnp.float32((pixels - mean) / std))
+    mean, std = np.array(tower.image_normalization)
+    want = patches(hj.linen(tower), jnp.float32((pixels - mean) / std))
+    assert got.shape == (2, 2, 2, 8)
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
+
+
+@pytest.mark.quick
+def test_a_teacher_of_features_gives_hints_and_is_not_judged(
+    features, tmp_path, capsys
+):
+    setting = prepare(Config(**features, devices=1), teach=True)
+    assert setting.places.teacher["block2"].shape == (1, 5, 8)
+    assert setting.places.class_tokens == (0, 1)
+    assert not setting.places.same_outputs
+    assert check_teacher(setting, teacher_variables(setting, tmp_path)) is None
+    assert "is not judged" in capsys.readouterr().out
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ("no weights", "logits, which labels can train, got features alone. As a"),
+        ("a student", "torch_models:dinov2 to make a model with logits"),
+        ("size", "sides are multiples of the patch, 14, got 27x27. Resize the images"),
+        ("channels", "renormalized: expected images of 1 or 3 channels, got 4."),
+    ],
+)
+def test_a_teacher_of_features_that_cannot_teach_is_one_sentence(
+    change, sentence, features, tmp_path, capsys, unchecked
+):
+    match change:
+        case "no weights":
+            del features["weights"]
+        case "a student":
+            features["student"] = features["teacher"]
+        case "size":
+            features |= write_images(27, 3, tmp_path)
+        case "channels":
+            features |= write_images(28, 4, tmp_path)
+    error = refused(capsys, words(features, tmp_path / "run", "--method", "at"))
+    assert sentence in error and error.count("\n") == 1

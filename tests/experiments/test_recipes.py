@@ -34,6 +34,7 @@ PHASES = {
     "crd_in_batch": {"crd_in_batch": POOL},
     "crd_shared": {"crd_shared": POOL},
     "cwd": {"channel_wise": GROUPS[2:]},
+    "dense_matching": {"dense_matching": GROUPS[2:], "backprop": ()},
     "dist": {"dist": ()},
     "dkd": {"decoupled_kd": ()},
     "fitnet": {"fitnets_jointly": GROUPS[1:2]},
@@ -46,7 +47,10 @@ PHASES = {
     "mgd": {"masked_generation": GROUPS[2:]},
     "nst": {"selectivity": GROUPS},
     "ofd": {"overhaul": SUMS},
+    "orthogonal_projection": {"orthogonal_projection": POOL, "backprop": ()},
+    "phi_s": {"dense_matching": GROUPS[2:], "backprop": ()},
     "pkt": {"probability_transfer": POOL},
+    "queue_similarity": {"queue_similarity": POOL, "backprop": ()},
     "review": {"review": (*GROUPS, *POOL)},
     "rkd": {"relational": POOL},
     "simkd": {"simkd": MAPS},
@@ -75,9 +79,7 @@ def setting(corners):
 
 def test_every_method_has_a_name_in_the_command():
     makers = {
-        name
-        for name in methods.__all__
-        if name.islower() and name not in HELPERS | WITHOUT_LABELS
+        name for name in methods.__all__ if name.islower() and name not in HELPERS
     }
     named = {
         recipe.method.__name__ for recipe in RECIPES.values() if recipe is not backprop
@@ -86,8 +88,6 @@ def test_every_method_has_a_name_in_the_command():
     assert set(PHASES) | set(TRANSFORMERS) == set(RECIPES)
 
 
-# The command trains with labels; these methods are for teachers without any.
-WITHOUT_LABELS = {"dense_matching", "orthogonal_projection", "queue_similarity"}
 # What is exported beside methods: schedules, masks, sizes, parts of methods, and the
 # forms of KD that belong to other tasks than classification.
 HELPERS = {

@@ -50,7 +50,7 @@ def test_those_that_count_are_neighbors():
     np.testing.assert_array_equal(got[~where], 0)
 
 
-def test_a_batch_of_one_has_no_neighbour():
+def test_a_batch_of_one_has_no_neighbor():
     gradient = jax.jit(jax.value_and_grad(lambda s, t: correlation_loss(s, t).sum()))
     value, by_student = gradient(jnp.ones((1, 3)), jnp.zeros((1, 3)))
     assert value == np.abs(by_student).max() == 0

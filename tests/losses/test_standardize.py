@@ -16,8 +16,8 @@ def logits(seed, shape=(2, 3, 7)):
 
 def test_it_is_the_formula():
     z = np.float64(logits(0)) + 5
-    centred = z - z.mean(-1, keepdims=True)
-    want = centred / (1e-7 + np.sqrt((centred**2).sum(-1, keepdims=True) / 6))
+    centered = z - z.mean(-1, keepdims=True)
+    want = centered / (1e-7 + np.sqrt((centered**2).sum(-1, keepdims=True) / 6))
     got = standardize_logits(jnp.array(logits(0) + 5))
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-6)
 

@@ -26,7 +26,7 @@ def test_a_new_bank_is_of_norm_one_on_average_and_has_no_constants():
     assert not np.allclose(bank.student, bank.teacher)
 
 
-def test_an_update_mixes_and_normalises_what_stands_in_the_batch():
+def test_an_update_mixes_and_normalizes_what_stands_in_the_batch():
     bank = memory.init(KEY, 6, 4)
     index, s, t = jnp.array([4, 1]), vectors(0, 2), vectors(1, 2)
     got = jax.jit(lambda *a: memory.update(*a, momentum=0.75))(bank, index, s, t)
@@ -90,6 +90,16 @@ def test_relaxed_positives_are_drawn_evenly_from_the_class():
     label = jnp.full(6000, 2, jnp.int32)
     index = jax.jit(memory.draw_same)(CLASSES, keys, label)
     assert_uniform(index, np.flatnonzero(LABELS == 2))
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 50])
+def test_a_label_is_compared_with_that_of_the_index(size):
+    classes = memory.by_class(jnp.array(LABELS[:size]))
+    index, label = np.meshgrid(np.arange(-2, size + 2), np.arange(-1, 5))
+    got = memory.labeled(classes, jnp.array(index.ravel()), jnp.array(label.ravel()))
+    inside = (index >= 0) & (index < size)
+    wanted = inside & (LABELS[np.clip(index, 0, size - 1)] == label)
+    np.testing.assert_array_equal(got, wanted.ravel())
 
 
 def test_draws_do_not_depend_on_the_place_in_the_batch():

@@ -353,6 +353,29 @@ def test_an_index_outside_of_the_data_is_counted_and_not_remembered(wrong):
     assert metrics["outside"] == 0
 
 
+@pytest.mark.parametrize("negatives", [hj.AnchorNegatives(4), hj.SharedNegatives(4)])
+def test_labels_that_contradict_the_data_are_counted(negatives):
+    method, params, memory = made(negatives)
+    where = jnp.arange(BATCH) != 1
+    label = KNOWN["label"].at[2].add(1).at[1].add(1)
+    _, (_, _, metrics) = run(
+        method,
+        params,
+        memory,
+        STUDENT,
+        TEACHER,
+        {**KNOWN, "label": label} | {"where": where},
+    )
+    np.testing.assert_allclose(metrics["mislabeled"], 1 / (BATCH - 1), rtol=1e-6)
+    assert metrics["outside"] == 0
+    index = KNOWN["index"].at[3].set(SIZE)  # which is outside, and has no label
+    for batch in (KNOWN, {**KNOWN, "index": index}):
+        found = hj.objective(a=method).mislabeled({"a": memory}, batch)
+        assert not found.any()
+    evaluated = run(method, params, memory, STUDENT, TEACHER, KNOWN, train=False)
+    assert "mislabeled" not in evaluated[1][2]
+
+
 def test_candidates_outside_of_the_data_are_counted():
     given = crd(PAIR, negatives=hj.GivenNegatives("some"), feature_dim=8)
     _, params, memory = made(hj.SharedNegatives(30))

@@ -36,14 +36,14 @@ def shapes_of(tree):
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
 
 
-def initialised(method):
+def initialized(method):
     return jax.jit(
         lambda key: method.init(key, shapes_of(STUDENT), shapes_of(TEACHER), None)
     )(KEY)
 
 
 def built(method):
-    """Variables drawn by numpy: to compile an initialisation takes longer."""
+    """Variables drawn by numpy: to compile an initialization takes longer."""
     shapes = jax.eval_shape(
         lambda key: method.init(key, shapes_of(STUDENT), shapes_of(TEACHER), None), KEY
     )
@@ -101,10 +101,10 @@ def test_only_the_layers_of_the_pairs_are_wanted():
 
 
 def test_regressors_of_equal_shape_start_apart_and_from_the_key_alone():
-    params, _ = initialised(fitnets([("a", "x"), ("d", "x")]))
+    params, _ = initialized(fitnets([("a", "x"), ("d", "x")]))
     one, two = (params[name]["layers_0"]["kernel"] for name in ("a->x", "d->x"))
     assert (one != two).any()
-    again, _ = initialised(fitnets([("a", "x"), ("d", "x")]))
+    again, _ = initialized(fitnets([("a", "x"), ("d", "x")]))
     jax.tree.map(np.testing.assert_array_equal, again, params)
 
 

@@ -65,7 +65,7 @@ def test_the_values_are_the_loss_summed_over_flows(arguments, loss):
     assert (memory, metrics) == ({}, {})
 
 
-def test_flows_join_neighbours_and_each_layer_is_wanted_once():
+def test_flows_join_neighbors_and_each_layer_is_wanted_once():
     assert PAIRS[0] == (("s0", "s1"), ("t0", "t1"))
     assert len(PAIRS) == 3
     method = fsp(PAIRS)

@@ -85,7 +85,7 @@ def test_so_few_classes_that_nothing_is_learned_are_refused(name):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_other_classes_are_refused_at_initialisation(method):
+def test_other_classes_are_refused_at_initialization(method):
     message = r"same number of classes, got outputs \(5, 7\) and \(5, 10\)"
     with pytest.raises(ValueError, match=f"{method.__name__}: .*{message}"):
         method().init(jax.random.key(0), *outputs((5, 7), (5, 10)), None)

@@ -263,3 +263,28 @@ def test_crd_says_which_entry_of_the_batch_it_misses(missing, negatives):
 def test_decoupled_kd_says_that_it_needs_labels():
     with pytest.raises(hj.Refusal, match="decoupled_kd: expected 'y' in the batch"):
         applied(hj.decoupled_kd(label="y"), drawn(4, 3), None, drawn(4, 3))
+
+
+def test_a_loss_that_broadcasts_examples_over_each_other_is_refused():
+    """The differences of outputs (n, 1) and labels (n,) are those of all pairs."""
+    labels = jnp.arange(4.0)
+    student = Features(jnp.ones((4, 1)))
+
+    def values(loss):
+        context = Context(jax.random.key(0), jnp.int32(0), True)
+        method, batch = hj.task(loss), {"label": labels}
+        return method.apply({}, {}, student, Features(), batch, context)[0]
+
+    def crossed(output, label):
+        return jnp.square(output - label[None]).mean(-1)
+
+    wanted = r"got one that broadcasts output \(4, 1\) over labels \(4,\)\. Drop "
+    with pytest.raises(hj.Refusal, match=wanted):
+        values(crossed)
+    with pytest.raises(hj.Refusal, match=wanted):
+        values(jax.jit(crossed))
+    right = values(lambda output, label: jnp.square(output[:, 0] - label))
+    np.testing.assert_array_equal(right, jnp.square(1 - labels))
+    apart = values(jax.vmap(lambda output, label: jnp.square(output - label).sum()))
+    np.testing.assert_array_equal(apart, right)
+    values(lambda output, label: jnp.square(output).sum(-1))

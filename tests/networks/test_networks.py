@@ -483,7 +483,7 @@ def test_a_sown_value_has_no_input_and_no_method(path):
 
 
 @pytest.mark.quick
-def test_init_is_the_initialisation_of_the_module():
+def test_init_is_the_initialization_of_the_module():
     module = Block()
     want = jax.jit(module.init)(jax.random.key(2), X)
     got = join(linen(module).init(jax.random.key(2), X))

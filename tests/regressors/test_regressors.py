@@ -70,7 +70,7 @@ def kind(request):
 # What every regressor owes
 
 
-BATCH = 7  # not the 4 examples of the initialisation
+BATCH = 7  # not the 4 examples of the initialization
 
 
 @pytest.mark.quick

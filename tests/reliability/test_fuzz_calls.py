@@ -222,7 +222,13 @@ VALID = {
             "labels": LABEL,
             "classes": 3,
             "k": 2,
-        }
+        },
+        "linear_scores": {
+            "features": a(4, 6),
+            "known": a(4, 6),
+            "labels": LABEL,
+            "classes": 3,
+        },
     },
     regressors: {
         **dict.fromkeys(
@@ -260,7 +266,7 @@ VALID = {
     },
 }
 MADE_INSIDE = "takes what the library itself has made and checked"
-LATER = "takes functions and trees, and sees what they are when a stage is initialised"
+LATER = "takes functions and trees, and sees what they are when a stage is initialized"
 PLACES = "takes meshes and devices, which are JAX's and say themselves what they miss"
 NOT_FUZZED = {
     methods: dict.fromkeys(("hard_labels", "regression_kd"), "they take no arguments"),

@@ -292,3 +292,41 @@ def test_a_batch_that_does_not_divide_is_refused_with_sizes(count, mesh, sizes):
     stage, state, theirs = begun(everything(), accumulate=count, mesh=mesh)
     with pytest.raises(ValueError, match=sizes):
         stage.update(state, theirs, images())
+
+
+COMPARING = {
+    "relational": (hj.methods.relational([PAIR]), 3, 8),
+    "similarity": (hj.methods.similarity_preserving([PAIR]), 2, 12),
+    "correlation": (hj.methods.correlation_congruence([PAIR]), 2, 12),
+    "crd": (hj.crd(PAIR, negatives=hj.BatchNegatives()), 2, 12),
+}
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("mesh", [None, 2], ids=["alone", "mesh"])
+@pytest.mark.parametrize("name", COMPARING)
+def test_micro_batches_in_which_nothing_can_be_compared_are_refused(name, mesh):
+    """The loss of one example is constant, so it would teach nothing."""
+    method, least, most = COMPARING[name]
+    network = hj.linen(Net())
+    shapes = jax.eval_shape(network.init, KEY, images()["image"])
+    data = hj.Data(np.arange(BATCH, dtype=np.int32) % CLASSES)
+    mesh = mesh and hj.data_mesh(jax.devices()[:mesh])
+
+    def begun(count):
+        term = hj.objective(task=TASK, term=method)
+        how = {"mesh": mesh, "accumulate": count}
+        stage = hj.distillation_stage(network, network, term, optax.sgd(0.1), **how)
+        jax.eval_shape(stage.init, KEY, shapes, shapes, images(), data)
+
+    # Both devices of a mesh have a part of each micro-batch.
+    begun(most)
+    if mesh is None:
+        wanted = (
+            rf"accumulate: expected at most {most} micro-batches of a batch of 24 "
+            rf"examples, got 24\. Each has 1 of them\. \w+: expected "
+            rf"hidden .* to have {least} examples or more, got \(1, 5\) and \(1, 5\)\."
+        )
+        with pytest.raises(hj.Refusal, match=wanted):
+            begun(BATCH)
+    begun(5)  # the step refuses a batch that cannot be divided

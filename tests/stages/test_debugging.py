@@ -28,7 +28,7 @@ def batch(seed=0):
     generator = np.random.default_rng(seed)
     return {
         "x": generator.normal(size=(BATCH, 3)).astype(np.float32),
-        "label": generator.integers(0, CLASSES, BATCH).astype(np.int32),
+        "label": np.arange(BATCH, dtype=np.int32) % CLASSES,
         "index": np.arange(BATCH, dtype=np.int32),
         "value": np.zeros(BATCH, np.float32),
         "slope": np.zeros(BATCH, np.float32),
@@ -146,6 +146,10 @@ WRONG = {
     "negative label": (entry("label", 6, -1), "labels in 0..2, got -1 at example 6."),
     "index": (entry("index", 5, BATCH), "'index' in 0..15, got 16 at example 5."),
     "negative index": (entry("index", 2, -1), "'index' in 0..15, got -1 at example 2."),
+    "other label": (
+        entry("label", 4, 0),
+        "'label' to be the label of Data(labels) at 'index', got 0 at example 4.",
+    ),
     "index left out": (entry("index", 15, 99), None),
     "input": (entry("x", 7, np.nan), "finite 'x' in the batch, got nan at example 7."),
     "parameter": (
@@ -187,7 +191,9 @@ def test_what_is_wrong_is_named(stages, case):
     assert "\n" not in str(error.value)
     # The state is not donated: what led to the error can be looked at.
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(arguments[0]))
-    if case not in ("gradient", "parameter"):
+    # In evaluation an index is a position in another split.
+    untold = ("gradient", "parameter", "other label", "index", "negative index")
+    if case not in untold:
         with pytest.raises(ValueError, match="step 12: expected"):
             checked.evaluate(*arguments)
 
@@ -215,6 +221,11 @@ def test_a_memory_that_is_split_is_refused_with_a_sentence():
         hj.checked(stage).update(state, theirs, batch())
     assert not debugging.watching()
     stage.update(state, theirs, batch())
+
+
+def test_an_index_of_another_split_may_be_evaluated(stages):
+    _, checked, state, theirs = stages
+    checked.evaluate(*entry("index", 5, 1000)(state, theirs, batch()))
 
 
 def test_what_is_checked_twice_has_the_checks_once():

@@ -16,6 +16,7 @@ from flax.training.train_state import TrainState
 
 import hintjax as hj
 from hintjax import _checks
+from hintjax.stages import entering
 
 pytestmark = [pytest.mark.quick, pytest.mark.usefixtures("unchecked")]
 
@@ -88,6 +89,7 @@ def stage_of(method, student=NETWORK, teacher=NETWORK, **how):
 
 
 STAGE = stage_of(hj.objective(task=task(), kd=hj.kd()))
+MESHED = stage_of(hj.kd(), mesh=hj.data_mesh(jax.devices()[:2]))
 
 
 def begun(stage=STAGE, key=KEY, student=VARIABLES, teacher=VARIABLES, batch=BATCH, **k):
@@ -367,6 +369,77 @@ def test_a_batch_of_another_form_is_refused_on_a_mesh(form):
 def test_an_entry_that_is_no_array_of_numbers_is_refused(label):
     text = sentence(lambda: begun(batch={**BATCH, "label": label}))
     assert "'label' to be an array of JAX or NumPy" in text
+
+
+@pytest.mark.parametrize("mesh", [None, 2], ids=["alone", "mesh"])
+@pytest.mark.parametrize("name", ["update", "evaluate", "report"])
+def test_texts_that_enter_after_init_are_refused(name, mesh):
+    """JAX refuses them before it traces: the sentence comes from the same door."""
+    stage = STAGE if mesh is None else MESHED
+    call = getattr(stage, name)
+    texts = np.array(list("abca"))
+    for label in (texts, list(texts), "abc", texts.astype(object)):
+        batch = {**BATCH, "name": label}
+        text = sentence(lambda batch=batch: call(first(), VARIABLES, batch))
+        assert text.startswith("batch: expected 'name")
+        if mesh is None and name != "report":
+            checked = functools.partial(getattr(hj.checked(stage), name), first())
+            assert text == sentence(functools.partial(checked, VARIABLES, batch))
+    teacher = hj.Variables({"low": {"kernel": "no array"}}, {})
+    text = sentence(lambda: call(first(), teacher, BATCH))
+    assert "'no array' at 'low/kernel'" in text
+    wrong = sentence(lambda: call((first(), {}), VARIABLES, BATCH))
+    assert "state to be State" in wrong
+
+
+@pytest.mark.parametrize("name", ["update", "evaluate"])
+def test_a_state_of_a_stage_with_other_terms_is_refused(name):
+    term = hj.crd(HINTS[0], negatives=hj.SharedNegatives(4))
+    stage = stage_of(hj.objective(task=task(), crd=term))
+    batch = {**BATCH, "index": LABEL}
+    call = functools.partial(jax.eval_shape, getattr(stage, name))
+    text = sentence(lambda: call(first(), VARIABLES, batch))
+    assert "with the terms ['task', 'crd'], got ['kd', 'task']" in text
+
+
+def test_members_of_another_form_and_texts_are_refused_by_a_population():
+    crowd = hj.population(STAGE, 2, together=False)
+    members = first(), first()  # the shapes will do: nothing is computed
+    texts = {**BATCH, "name": np.array(list("abca"))}
+    text = sentence(lambda: crowd.update(members, VARIABLES, texts))
+    assert "'name' to be an array" in text
+    text = sentence(lambda: crowd.update((members, {}), VARIABLES, BATCH))
+    assert "population: expected the members of a population, got tuple of 2" in text
+
+
+@pytest.mark.parametrize("whose", ["student", "teacher"])
+def test_variables_that_are_no_arrays_are_refused(whose):
+    given = hj.Variables({"low": {"kernel": "no array"}}, {})
+    text = sentence(lambda: begun(**{whose: given}))
+    assert f"the {whose}'s variables to be arrays, got 'no array' at 'low/" in text
+
+
+def test_an_index_on_the_host_is_checked_at_every_update():
+    """An array on a device is not: reading it would wait for the device."""
+    stage = stage_of(hj.crd(HINTS[0], negatives=hj.SharedNegatives(4)))
+    data = hj.Data(np.arange(9, dtype=np.int32) % 3)
+    batch = {**BATCH, "index": np.array([0, 1, 2, 9], np.int32)}
+    state = begun(stage, batch={**batch, "index": LABEL}, data=data)
+    wanted = "batch: expected 'index' in 0..8, as the method reads it, got 9."
+    assert wanted in sentence(lambda: stage.update(state, VARIABLES, batch))
+    for fine in (
+        {**batch, "where": np.arange(4) < 3},
+        {**batch, "where": jnp.arange(4) < 3},
+        {**batch, "index": jnp.asarray(batch["index"])},
+        {**batch, "index": batch["index"].astype(np.float32)},
+    ):
+        entering.check_limits(fine, {"index": 9}, entering.is_numpy)
+    short = {**batch, "where": np.ones(3, bool)}
+    text = sentence(lambda: stage.update(state, VARIABLES, short))
+    assert "where to be bool (4,), got bool (3,)" in text
+    # An example of a validation split has another index.
+    with pytest.raises(TypeError, match="ShapeDtypeStruct"):
+        stage.evaluate(state, VARIABLES, batch)
 
 
 def test_an_entry_of_keys_is_an_array():

@@ -105,6 +105,45 @@ def test_an_argument_that_no_stage_has_is_named():
 
 
 @pytest.mark.quick
+@pytest.mark.parametrize("make", [distill, hint])
+def test_a_gradient_that_would_be_added_is_refused(make):
+    """It is not an update: it climbs the loss. A mask of optax leaves it as it is."""
+    mask = {"student": False, "regressors": True}
+    for optimizer in (optax.identity(), optax.masked(optax.adam(0.1), mask)):
+        stage = make(optimizer)
+        state = jax.eval_shape(stage.init, KEY, VARIABLES, TEACHER, BATCH)
+        with pytest.raises(hj.Refusal, match="got the gradient of '.*climbs"):
+            jax.eval_shape(stage.update, state, TEACHER, BATCH)
+    labels = {"student": "frozen", "regressors": "trained"}
+    fine = {"frozen": optax.set_to_zero(), "trained": optax.adam(0.1)}
+    stage = make(optax.partition(fine, labels))
+    state = jax.eval_shape(stage.init, KEY, VARIABLES, TEACHER, BATCH)
+    jax.eval_shape(stage.update, state, TEACHER, BATCH)
+
+
+@pytest.mark.quick
+def test_an_optimizer_that_takes_no_extra_argument_gets_none():
+    adversary = optax.chain(optax.contrib.normalize(), optax.sgd(0.1))
+    stage = distill(optax.contrib.sam(optax.sgd(0.1), adversary))
+    state = jax.eval_shape(stage.init, KEY, VARIABLES, TEACHER, BATCH)
+    jax.eval_shape(stage.update, state, TEACHER, BATCH)
+
+
+@pytest.mark.quick
+def test_a_state_of_another_optimizer_is_refused():
+    stage, other = distill(optax.sgd(0.1)), distill(optax.adam(0.1))
+    state = jax.eval_shape(stage.init, KEY, VARIABLES, TEACHER, BATCH)
+    with pytest.raises(hj.Refusal, match="the state of this stage's optimizer, got th"):
+        jax.eval_shape(other.update, state, TEACHER, BATCH)
+
+
+@pytest.mark.quick
+def test_optax_multi_steps_is_one_step_from_an_optimizer(unchecked):
+    with pytest.raises(hj.Refusal, match=r"MultiSteps is one after \.gradient_transf"):
+        distill(optax.MultiSteps(optax.sgd(0.1), 4))
+
+
+@pytest.mark.quick
 def test_an_ordinary_optimizer_computes_what_it_did():
     """Arguments that nobody reads leave no trace in the program."""
     params = {"w": jnp.ones(3)}

@@ -9,6 +9,7 @@ import pytest
 
 import hintjax as hj
 from hintjax.methods import (
+    attention_transfer,
     factor_transfer,
     flows,
     fsp,
@@ -41,6 +42,24 @@ def straight_through(x):
 
 straight_through.defvjp(lambda x: (jnp.round(x), None), lambda _, g: (g,))
 
+
+def ruled(gradient):
+    """A function whose gradient is another one."""
+    rule = jax.custom_vjp(jnp.sin)
+    rule.defvjp(lambda x: (jnp.sin(x), x), lambda x, g: (gradient(x, g),))
+    return rule
+
+
+@jax.custom_jvp
+def still(x):
+    return jnp.sin(x)
+
+
+still.defjvp(lambda x, t: (jnp.sin(x[0]), jnp.zeros_like(t[0])))
+
+no_gradient = ruled(lambda x, g: jnp.zeros_like(g))
+
+
 BLOCKING = {
     "stop_gradient": jax.lax.stop_gradient,
     "round": jnp.round,
@@ -50,6 +69,13 @@ BLOCKING = {
     "remat": jax.checkpoint(lambda x: jax.lax.stop_gradient(jnp.sin(x))),
     "scan": lambda x: jax.lax.scan(lambda c, _: (c, jnp.floor(c)), x, None, 2)[1][0],
     "cond": lambda x: jax.lax.cond(x.sum() > 0, jnp.round, jnp.floor, x),
+    "custom_jvp": still,
+    "custom_vjp": no_gradient,
+    "custom_vjp in a scan": lambda x: jax.lax.scan(
+        lambda c, _: (c + 1, jax.jit(no_gradient)(c)), x, None, 2
+    )[1][0],
+    "custom_vjp in a remat": jax.checkpoint(lambda x: no_gradient(jnp.sin(x))),
+    "custom_vjp of a constant": ruled(lambda x, g: x),
 }
 
 
@@ -109,8 +135,47 @@ def test_the_input_of_the_first_layer_is_refused(make):
         start(hj.fitnets([("block1:in", "block1:in")]), make=make)
 
 
-def test_a_straight_through_estimator_teaches():
-    start(hj.fitnets([("same", "block2")]), straight_through)
+PASSING = {
+    "straight through": straight_through,
+    "reversed": ruled(lambda x, g: -g),
+    "clipped": ruled(lambda x, g: jnp.clip(g, -1, 1) * x),
+    "scan": lambda x: jax.lax.scan(lambda c, _: (straight_through(c), c), x, None, 2)[
+        0
+    ],
+    "jit": jax.jit(straight_through),
+    "remat": jax.checkpoint(lambda x: straight_through(jnp.sin(x))),
+}
+
+
+@pytest.mark.parametrize("function", PASSING.values(), ids=PASSING)
+def test_a_rule_that_passes_the_gradient_on_teaches(function):
+    start(hj.fitnets([("same", "block2")]), function)
+
+
+def test_the_rule_of_a_custom_vjp_says_which_argument_changes_which_result():
+    @jax.custom_vjp
+    def rule(x, y, n):
+        return x + y * n, y
+
+    rule.defvjp(
+        lambda x, y, n: (rule(x, y, n), (x, y)),
+        lambda kept, g: (g[0] * kept[1], jnp.ones_like(g[1]) * kept[0], None),
+    )
+    shape = jax.ShapeDtypeStruct((3,), "float32")
+    moving = {"x": shape, "y": shape}
+    traced = differentiated(
+        lambda moving, fixed: dict(enumerate(rule(moving["x"], moving["y"], fixed))),
+        moving,
+        jax.ShapeDtypeStruct((), "int32"),
+    )
+    first, second = (
+        traced.changes(lambda path, number=number: path[0].key == number)
+        for number in range(2)
+    )
+    assert first.changes == {"x": True, "y": False}
+    assert first.moving == {"x": False, "y": True}
+    assert second.changes == second.moving == {"x": False, "y": False}
+    assert not first.fixed and not second.fixed
 
 
 def test_the_loss_itself_may_stop_the_gradient():
@@ -137,7 +202,9 @@ def test_a_loss_that_reads_nothing_is_refused():
 
 
 @pytest.mark.parametrize("name", ["block1:in", "same"])
-@pytest.mark.parametrize("method", [hj.fitnets, similarity_preserving])
+@pytest.mark.parametrize(
+    "method", [hj.fitnets, similarity_preserving, attention_transfer]
+)
 def test_every_guided_layer_of_a_term_teaches(method, name):
     function = jax.lax.stop_gradient
     wanted = (
@@ -156,6 +223,15 @@ def test_a_layer_that_the_gradient_of_others_reads_has_its_part():
     start(review([("block1:in", "block1"), ("block2", "block2")]))
     # The deep layer stands for the teacher here: its value is the target.
     start(hj.self_taught(hj.fitnets([("block1", "block2")])))
+
+
+def test_every_flow_of_a_term_teaches():
+    """Flows are stacked: each is looked at on its own."""
+    dead = (("same", "same"), ("block1", "block2"))
+    good = flows([GOOD, ("block2", "block2")])
+    start(fsp([*good, *flows([("block1:in", "block1:in"), GOOD])]))
+    with pytest.raises(hj.Refusal, match="got no gradient through layer 'same'"):
+        start(fsp([*good, dead]), jax.lax.stop_gradient)
 
 
 def test_terms_inside_of_terms_are_named():

@@ -196,7 +196,7 @@ def test_a_student_alone_is_cut_where_the_teacher_is_not():
 # The hint stage: what it trains
 
 SCHEDULE = optax.cosine_decay_schedule(1e-2, 100)
-OPTIMISERS = {
+OPTIMIZERS = {
     "adamw": lambda: optax.adamw(SCHEDULE, weight_decay=0.1),
     "momentum": lambda: optax.chain(
         optax.add_decayed_weights(0.1), optax.sgd(SCHEDULE, momentum=0.9)
@@ -204,7 +204,7 @@ OPTIMISERS = {
 }
 
 
-@pytest.fixture(scope="module", params=OPTIMISERS)
+@pytest.fixture(scope="module", params=OPTIMIZERS)
 def hundred(request):
     """100 hint steps: what was there before, and what is after."""
     student, variables = made(Net(4))
@@ -216,7 +216,7 @@ def hundred(request):
     )
     traced = Traced()
     stage = hj.hint_stage(
-        student, teacher, method, OPTIMISERS[request.param](), inputs=traced
+        student, teacher, method, OPTIMIZERS[request.param](), inputs=traced
     )
     before = copied((ours, theirs))
     batches = [jax.tree.map(jnp.array, images(seed)) for seed in range(4)]
@@ -344,8 +344,8 @@ class Part(nn.Module):
         )
 
 
-class Rematerialised(nn.Module):
-    """The hint lies inside a rematerialised block."""
+class Rematerialized(nn.Module):
+    """The hint lies inside a rematerialized block."""
 
     @nn.compact
     def __call__(self, x, train: bool = False):
@@ -403,7 +403,7 @@ DEPENDENCIES = {
     "second call": (Reused(), "shared#1", {"shared", "guided", "above"}, set()),
     "parallel": (Parallel(), "guided", {"guided"}, set()),
     "its input": (Parallel(), "head:in", {"aside", "guided"}, set()),
-    "remat": (Rematerialised(), "low", {"low"}, set()),
+    "remat": (Rematerialized(), "low", {"low"}, set()),
     "jit": (Compiled(), "low", {"low"}, set()),
     "scan": (Scanned(), "low/dense", {"low"}, set()),
     "gate": (Blocked(), "guided", {"gate", "guided"}, set()),
@@ -437,7 +437,7 @@ def test_exactly_what_feeds_the_guided_layer_is_trained(case):
     assert {n for n in stats if any(moved(before[n], stats[n]))} == kept
 
 
-@pytest.mark.parametrize("module", [Rematerialised(), Compiled()], ids=["remat", "jit"])
+@pytest.mark.parametrize("module", [Rematerialized(), Compiled()], ids=["remat", "jit"])
 def test_what_stands_above_the_hint_in_the_same_block_is_frozen(module):
     student, ours = made(module, pixel=True)
     teacher, theirs = made(module, seed=1, pixel=True)
@@ -1070,6 +1070,29 @@ def test_a_report_names_what_is_not_finite():
         ["regressors/hint/first->first", "student/first"],
     )
     assert report["terms"]["task"]["norm"] > 0
+
+
+@pytest.mark.quick
+def test_metrics_tell_which_terms_teach_nothing():
+    good = {"loss": 1.0, "kd": 0.5, "kd/weighted": 0.0, "task": 1.0}
+    good |= {"task/weighted": 1.0, "crd/outside": 0.0, "task/accuracy": 0.0}
+    assert hj.silent_terms(good) == []
+    assert hj.silent_terms(jax.tree.map(jnp.float32, good)) == []
+    (said,) = hj.silent_terms({**good, "kd": jnp.float32(0)})
+    assert said.startswith(
+        "The loss of the term 'kd' is exactly 0: it teaches nothing."
+    )
+    (said,) = hj.silent_terms({**good, "task": jnp.nan, "norm": 1.0})
+    assert said.startswith("The loss of the term 'task' is not finite: the step is sk")
+    (said,) = hj.silent_terms({**good, "norm": 0.0})
+    assert said.startswith("The gradient is exactly 0: the student does not move.")
+    outside, wrong = hj.silent_terms(
+        {**good, "crd/outside": 0.25, "crd/mislabeled": 0.5}
+    )
+    assert outside.startswith('25% of the examples have an "index" outside of the tr')
+    assert wrong.startswith('50% of the examples have another "label" than Data(labels')
+    (said,) = hj.silent_terms({"loss": 0.0, "r2": 1.0, "skipped": 0.0})
+    assert said.startswith("The loss of the method is exactly 0")
 
 
 @pytest.mark.quick

@@ -342,6 +342,7 @@ def test_a_run_of_spikes_alone_gives_up_and_says_so(world, tmp_path):
         train(world, tmp_path, phases=[phase], report_every=2, give_up=3)
 
 
+@pytest.mark.filterwarnings("ignore:phase .* is not finite")
 def test_a_run_gives_up_after_updates_skipped_in_a_row_and_says_why(world, tmp_path):
     def broken(state):
         regressors = jax.tree.map(lambda p: p * jnp.nan, state.params["regressors"])
@@ -360,6 +361,7 @@ def test_a_run_gives_up_after_updates_skipped_in_a_row_and_says_why(world, tmp_p
     assert (last["step"], last["skipped"]) == (4, 4)
 
 
+@pytest.mark.filterwarnings("ignore:phase .* is not finite")
 def test_a_phase_whose_updates_were_all_skipped_is_a_failure(world, tmp_path):
     """However short it is; and a run that is resumed fails in the same way."""
 
@@ -377,10 +379,34 @@ def test_a_phase_whose_updates_were_all_skipped_is_a_failure(world, tmp_path):
             train(world, tmp_path, phases=phases, report_every=2, resume=resume)
 
 
+def test_a_term_that_teaches_nothing_is_told_with_the_first_report(world, tmp_path):
+    """Once, as a warning, and in a file of the run; a later 0 may be all learned."""
+
+    def agreed(output, label):
+        return jnp.square(output - output).sum(-1) + 0 * label
+
+    student = hj.linen(Net(4))
+    cross_entropy = hj.task(optax.softmax_cross_entropy_with_integer_labels)
+    method = hj.objective(task=cross_entropy, same=hj.task(agreed))
+    stage = hj.distillation_stage(student, None, method, optax.sgd(0.1))
+    phase = Phase("task", program(stage, BATCH), 4)
+    said = "phase task: The loss of the term 'same' is exactly 0: it teaches nothing"
+    with pytest.warns(UserWarning, match=said) as warned:
+        train(world, tmp_path, phases=[phase], report_every=1)
+    assert len(warned) == 1
+    kept = (tmp_path / "warnings.txt").read_text(encoding="utf-8").splitlines()
+    assert kept == [str(warned[0].message)]
+
+
+def test_a_run_without_doubts_keeps_no_warnings(whole):
+    run_dir, _ = whole
+    assert not (run_dir / "warnings.txt").exists()
+
+
 # Dying well
 
 
-def signalled(at, number):
+def signaled(at, number):
     """A `show` that sends a signal when the run is there."""
 
     def show(step, metrics, phase):
@@ -447,7 +473,7 @@ def test_sigterm_in_an_evaluation_saves_and_evaluates_on_resume(
 def test_sigterm_from_outside_the_step_saves_and_resumes(world, whole, tmp_path, at):
     run_dir = tmp_path / "run"
     with pytest.raises(SystemExit):
-        train(world, run_dir, report_every=2, show=signalled(at, signal.SIGTERM))
+        train(world, run_dir, report_every=2, show=signaled(at, signal.SIGTERM))
     assert saved(run_dir) == at and lines_of(run_dir)[-1][0] == at
     again = train(world, run_dir, report_every=2, resume=True)
     assert fingerprint(again.state) == fingerprint(whole[1].state)

@@ -3,6 +3,7 @@
 The files in `fixtures` are what `fixtures/make_torch_fixtures.py` wrote with torch.
 """
 
+import ast
 import json
 import math
 import pickle
@@ -360,8 +361,12 @@ def test_pickles_are_refused_by_content_and_by_name(tmp_path, name, kind):
             assert list(read_safetensors(path)) == ["x"]
             return
     message = rf"{name}: expected a safetensors file, got a pickle.*torch\.save_file\("
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as error:
         read_safetensors(path)
+    code = str(error.value).partition("convert it: ")[2].removesuffix(".")
+    first, second = code.split("; ")  # two statements that run where torch is
+    ast.parse(f"{first}\n{second}")
+    assert f"torch.load('{name}', map_location='cpu', weights_only=True)" in second
 
 
 @pytest.mark.quick

@@ -6,7 +6,7 @@ import optax
 import pytest
 
 import hintjax as hj
-from hintjax.export import deployed, deployed_variables
+from hintjax.export import deployed, deployed_variables, standalone
 from hintjax.models import PlainCNN
 from hintjax.networks import Wants
 from hintjax.training import load_tree, save_tree
@@ -70,3 +70,16 @@ def test_two_terms_cannot_both_be_deployed():
     term = hj.simkd(("a", "x"))
     with pytest.raises(ValueError, match="objective: expected at most one term whose"):
         hj.objective(one=term, two=term)
+
+
+def test_a_deployed_network_stands_alone(trained):
+    student, teacher, theirs, method, _, state, batch = trained
+    network = deployed(student, teacher, method)
+    variables = deployed_variables(state, method, teacher, theirs, batch["image"])
+    one = np.ones(1)
+    model = standalone(network, variables, (8, 8, 1), mean=one, std=one)
+    pixels = jax.random.randint(KEY, (2, 8, 8, 1), 0, 256)
+    shown, _ = network.apply(
+        *variables, pixels / 255 - 1, wants=Wants(output=True), train=False
+    )
+    np.testing.assert_allclose(model.apply(pixels), shown.output, atol=1e-5)
