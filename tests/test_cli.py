@@ -23,7 +23,7 @@ from hintjax.cli import main
 from hintjax.experiments.config import Config, save
 from hintjax.experiments.distill import keep_compiled, shipped
 from hintjax.experiments.finished import load_student
-from hintjax.experiments.setting import prepare
+from hintjax.experiments.setting import batches_of, prepare
 from hintjax.experiments.teaching import check_teacher
 from hintjax.networks import Wants
 from hintjax.pairing import Candidate, Measured
@@ -109,10 +109,10 @@ def test_a_student_that_rounds_is_evaluated_and_taught_from_as_it_is(
     result = json.loads((run_dir / "result.json").read_text())
     assert f"test accuracy: {result['test/accuracy']:.4f}" in capsys.readouterr().out
     # Its parameters go into the plain network for export.
-    x = jax.random.normal(jax.random.key(0), (2, 8, 8, 1))
     wants = Wants(output=True)
-    _, rounds, own = shipped(run_dir)
+    setting, rounds, own = shipped(run_dir)
     _, plain, same = shipped(run_dir, rounding=False)
+    x = next(batches_of(setting, setting.dataset.test))["image"][:8]
     rounded, exact = (
         network.apply(*own, x, wants=wants, train=False)[0].output
         for network in (rounds, plain)

@@ -47,7 +47,7 @@ def fake_quantized(
     *,
     weight_bits: int = 8,
     activation_bits: int = 8,
-    decay: float = 0.99,
+    decay: float = 0.9,
 ) -> Network:
     """The network, with the rounding of an integer file in its forward pass.
 
