@@ -63,7 +63,10 @@ def fake_quantized(
     that is called twice has one range.
 
     Other operations stay as they are: an addition of two branches, products of
-    activations in attention, embeddings, and the output of the network.
+    activations in attention, embeddings, and the output of the network. For layers one
+    after another, the error of the logits is that of an int8 file, up to a part that is
+    smaller. In residual networks the file also rounds both branches of each addition,
+    which this network does not. An exporter measures the ranges anew.
 
     Args:
         network: the network, of Flax Linen modules. Give `nn.scan`
