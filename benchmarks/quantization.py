@@ -74,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     options = _options(arguments)
     machine = measure.machine()
     setting = _setting(load("digits", limit=options.limit), options)
-    start = setting.teacher.network.init(KEY, setting.train.image[:1])
+    start = setting.teacher.network.init(KEY, jnp.asarray(setting.train.image[:1]))
     teacher = _learned(setting.teacher, setting.train, start, None, 0)
     told = _accuracy(setting, setting.teacher.network, teacher)
     print(f"teacher: {told:.4f}", flush=True)
@@ -148,10 +148,10 @@ def _setting(dataset: Dataset, options: argparse.Namespace) -> Setting:
 def _of_seed(setting: Setting, teacher: hj.Variables, seed: int) -> dict[str, Any]:
     """The accuracies of one seed of the student."""
     train, network = setting.train, setting.student.network
-    start = network.init(jax.random.fold_in(KEY, seed), train.image[:1])
+    start = network.init(jax.random.fold_in(KEY, seed), jnp.asarray(train.image[:1]))
     student = _learned(setting.student, train, start, teacher, seed)
     further = _learned(setting.continued, train, student, teacher, seed + 100)
-    spread = train.image[:: max(1, len(train.label) // 256)][:256]
+    spread = jnp.asarray(train.image[:: max(1, len(train.label) // 256)][:256])
     ranges, later = (
         hj.calibrated(network, variables, spread) for variables in (student, further)
     )
