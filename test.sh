@@ -23,6 +23,10 @@ done
 
 extras=test,cli,data,viz
 set_up "$hintjax_root/.venv" "$(find_python any || true)" "$extras"
+if [ ${#arguments[@]} -eq 0 ] && [ "$marks" != "not long" ]; then
+  # The converters of `hintjax export` need an environment of their own.
+  set_up_export "$(find_python any || true)" test
+fi
 bin="$hintjax_root/.venv/bin"
 "$bin/ruff" check .
 "$bin/ruff" format --check .
@@ -41,8 +45,6 @@ if [ ${#arguments[@]} -eq 0 ] && ! usable_python "$bin/python" 3.13 &&
   "$hintjax_root/.venv-3.13/bin/python" -m pytest "${parallel[@]}" -m "quick and not long"
 fi
 
-# The converters of `hintjax export` need an environment of their own.
 if [ ${#arguments[@]} -eq 0 ] && [ "$marks" != "not long" ]; then
-  set_up_export "$(find_python any || true)" test
   "$hintjax_root/.venv-export/bin/python" -m pytest tests/export
 fi

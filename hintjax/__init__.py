@@ -61,6 +61,7 @@ from hintjax.methods import (
     warm_up,
 )
 from hintjax.methods.task import task
+from hintjax.methods.uncertainty import uncertain
 from hintjax.networks import (
     Features,
     Network,
@@ -94,6 +95,7 @@ from hintjax.stages import (
     silent_terms,
     student_variables,
 )
+from hintjax.stages.balance import Balance, rebalanced
 from hintjax.teachers import (
     from_teacher,
     moving_average,
@@ -106,6 +108,7 @@ from hintjax.views import at_head, viewed
 __all__ = [
     "Adjustable",
     "AnchorNegatives",
+    "Balance",
     "BatchNegatives",
     "Context",
     "Data",
@@ -175,6 +178,7 @@ __all__ = [
     "population",
     "probability_transfer",
     "queue_similarity",
+    "rebalanced",
     "regression_kd",
     "regressors",
     "relational",
@@ -197,6 +201,7 @@ __all__ = [
     "tinybert",
     "together",
     "token_gram",
+    "uncertain",
     "variational",
     "viewed",
     "warm_up",

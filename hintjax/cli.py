@@ -1,6 +1,6 @@
 """The command `hintjax`: distill, suggest, resume, eval, layers, methods, and others.
 
-The others are probe, export, measure, cache and doctor. Its exit codes: 0 after
+The others are probe, report, export, measure, cache and doctor. Its exit codes: 0 after
 success; 2 if it refuses the input; 3 if a run learned nothing (its updates were
 skipped, because numbers were not finite); 130 after Ctrl-C and 143 after SIGTERM, both
 once the run is saved; 1 after a defect, with a traceback.
@@ -47,6 +47,7 @@ from hintjax.experiments.finished import load_student
 from hintjax.experiments.launch import leaving, start
 from hintjax.experiments.measuring import measure_run
 from hintjax.experiments.probing import probe
+from hintjax.experiments.report import write_comparison, write_report
 from hintjax.experiments.suggestion import suggest
 from hintjax.export import NoConverter
 from hintjax.processes import first, told
@@ -100,6 +101,25 @@ def show_methods(*, markdown: bool = False) -> None:
     methods_table.show(in_markdown=markdown)
 
 
+def report_command(run_dirs: tuple[Path, ...], output: Path | None = None) -> None:
+    """Writes report.html of a run or a comparison again, or compares finished runs.
+
+    It reads only the files of the run directories.
+
+    Args:
+        run_dirs: One run directory, whose report is written again. Or several run
+            directories of runs on one dataset, which are compared.
+        output: File of the report that compares runs. By default report.html in the
+            current directory.
+    """
+    paths = [path.expanduser().resolve() for path in run_dirs]
+    if len(paths) == 1 and output is None:
+        print(f"report: {write_report(paths[0])}")
+        return
+    file = (output or Path("report.html")).expanduser().resolve()
+    print(f"report: {write_comparison(paths, file)}")
+
+
 def cache_command(action: Literal["verify"], run_dir: Path) -> None:
     """Checks a run's cache of teacher features: some rows are computed again.
 
@@ -125,7 +145,8 @@ def export_command(
     images is inside. The file is run on the test split and compared with the student.
 
     Args:
-        run_dir: run directory.
+        run_dir: run directory. Of a comparison, the run that is best on the validation
+            split is exported.
         to: format of the file. stablehlo is read by jax.export. tflite-int8 computes in
             int8: its input is uint8, its output int8. c-array is the same network as C,
             for a microcontroller.
@@ -199,6 +220,7 @@ def _run(argv: list[str]) -> None:
             "layers": show_layers,
             "suggest": _suggest_command(),
             "methods": show_methods,
+            "report": report_command,
             "cache": cache_command,
             "export": export_command,
             "measure": _measure_command(),
@@ -334,8 +356,10 @@ def _measure_command() -> Callable[..., None]:
         numbers in RUN_DIR/measured.json.
 
         Args:
-            run_dir: run directory.
-            files: exported files; by default all files in RUN_DIR/exported.
+            run_dir: run directory. Of a comparison, the run that is best on the
+                validation split is the student.
+            files: exported files; by default all files in RUN_DIR/exported, largest
+                first. Ratios are to the first file.
             repeats: number of times that each file is timed.
         """
         measure_run(run_dir, files, repeats)

@@ -112,8 +112,8 @@ def objective(**terms: Weighted | Method) -> Method:
             `deploy`, or if the name of a term is reserved.
 
     >>> import optax
-    >>> from hintjax.methods import task
-    >>> term = task(optax.softmax_cross_entropy_with_integer_labels)
+    >>> import hintjax
+    >>> term = hintjax.task(optax.softmax_cross_entropy_with_integer_labels)
     >>> objective(task=weighted(term, 0.5), again=term).student
     Wants(output=True, hints=(), params=())
     """

@@ -52,7 +52,7 @@ def finished(corners, tmp_path_factory):
 def test_a_run_directory_holds_all_of_the_run(finished):
     assert {path.name for path in finished.iterdir()} >= {
         *("config.yaml", "metrics.jsonl", "tensorboard", "checkpoints", "student"),
-        *("teacher", "result.json"),
+        *("teacher", "result.json", "facts.json", "report.html"),
     }
     result = json.loads((finished / "result.json").read_text())
     assert result["class_names"] == ["0", "1", "2", "3"]
@@ -228,6 +228,11 @@ def test_the_comparison_shows_a_table_and_a_picture(
     assert report["compression"] == 1.0
     assert report["baseline"] in {"backprop", "KD", "AT"}
     assert (run_dir / "comparison.png").read_bytes().startswith(b"\x89PNG")
+    page = (run_dir / "report.html").read_text()
+    assert f"report: {run_dir / 'report.html'}" in out.replace("\n", "")
+    assert all(f"<summary>{arm}</summary>" in page for arm in arms)
+    assert page.count("ECE") >= 1 and page.count("Test examples by class") == 6
+    assert f"against {report['baseline']}" in page
     # A finished run is not repeated.
     before = (run_dir / "KD" / "rate0.001-seed0" / "result.json").stat().st_mtime_ns
     main(["resume", str(run_dir)])
@@ -297,6 +302,9 @@ def test_doctor_names_versions_devices_and_disk(capsys):
         (["--method", "fitnetz"], "expected a method, got 'fitnetz'. Nearest: fitnet"),
         (["--method", "kd", "--temperature", "0"], "temperature to be > 0, got 0"),
         (["--weight", "-1"], "weight to be >= 0, got -1"),
+        (["--balance", "1"], "balance to be between 0 and 1, got 1"),
+        (["--balance", "0.5", "--weight", "0"], "to balance them, got a weight of 0"),
+        (["--balance", "0.5", "--method", "backprop"], "balanced, got backprop"),
         (["--weight", "0", "--task-weight", "0"], "a loss with a weight > 0"),
         (["--student", "hintjax.models:resnet21"], "resnet20"),
         (["--student", "nowhere.at:all"], "model: expected to import nowhere.at"),

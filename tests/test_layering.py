@@ -221,7 +221,7 @@ def test_an_import_that_keeps_the_rules_is_let_through(module, line):
 # Packages that take seconds to import, or that a plain installation does not have.
 HEAVY = (
     *("tensorflow", "tensorflow_datasets", "orbax", "grain", "matplotlib", "flax.nnx"),
-    *("PIL", "sklearn", "tensorboardX", "tyro", "pandas", "torch", "flatbuffers"),
+    *("PIL", "sklearn", "tensorboardX", "tyro", "pandas", "torch"),
     *("jax2onnx", "ai_edge_litert", "onnxruntime", "tflite_micro"),
 )
 

@@ -40,8 +40,8 @@ def table(
     """
     dataset = setting.dataset
     sizes = {
-        "teacher": _size(teacher.params),
-        "student": _size(
+        "teacher": size_of(teacher.params),
+        "student": size_of(
             setting.student.init(jax.random.key(0), setting.inputs).params
         ),
     }
@@ -61,9 +61,10 @@ def table(
                 "r2": float(np.mean(arm["r2"])),
                 "seconds": float(np.mean(arm["seconds"])),
                 "rate": arm["rate"],
+                "runs": arm["runs"],
             }
         )
-    best = task.best({name: _validated(task, found[name]) for name in baselines})
+    best = task.best({name: max_validated(task, found[name]) for name in baselines})
     differences = {
         name: paired(arm["test"], found[best]["test"])._asdict()
         for name, arm in found.items()
@@ -72,7 +73,7 @@ def table(
     return {
         "dataset": setting.config.dataset,
         "task": setting.config.task,
-        "machine": _machine(),
+        "machine": machine_of(),
         "teacher": {
             task.name: _score(setting, teacher),
             "parameters": sizes["teacher"],
@@ -121,18 +122,13 @@ def show_table(report: Mapping[str, Any]) -> None:
         )
     # Rows stay whole, whatever the width of the terminal or the file.
     Console(width=max(Console().width, 120)).print(shown)
-    points = " in percentage points" if task.larger else f" in {name}"
+    points = unit_of(task)
     print(
         f"Difference from {report['baseline']}{points}, with 95 %\n"
         f"intervals of the paired differences over the seeds:"
     )
-    for arm, difference in report["differences"].items():
-        verdict = "" if difference["told_apart"] else "  cannot be told apart"
-        print(
-            f"  {arm:26} {task.signed(difference['mean']):>6} "
-            f"[{task.signed(difference['low'])}, {task.signed(difference['high'])}]"
-            f"{verdict}"
-        )
+    for arm, *numbers, verdict in differences(report):
+        print(f"  {arm:26} {numbers[0]:>6} {numbers[1]}  {verdict}".rstrip())
     print(
         f"trained: number of seeds {task.above()}. R²: part of the hint's variance\n"
         "that a linear map from the guided layer explains, on test images.\n"
@@ -140,7 +136,33 @@ def show_table(report: Mapping[str, Any]) -> None:
     )
 
 
-def _validated(task: Task, arm: Mapping[str, Any]) -> float:
+def unit_of(task: Task) -> str:
+    """The unit of a difference of the metric, in words."""
+    if task.larger:
+        return " in percentage points"
+    return f" in {task.name.replace('_', ' ')}"
+
+
+def differences(report: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
+    """The differences of a comparison in words.
+
+    Args:
+        report: result of `table`.
+
+    Returns:
+        For each arm its name, its difference from the baseline, the interval of the
+        difference, and the verdict, which is empty if the arms can be told apart.
+    """
+    task = TASKS[report.get("task", Config.task)]
+    found = []
+    for arm, one in report["differences"].items():
+        interval = f"[{task.signed(one['low'])}, {task.signed(one['high'])}]"
+        verdict = "" if one["told_apart"] else "cannot be told apart"
+        found.append((arm, task.signed(one["mean"]), interval, verdict))
+    return found
+
+
+def max_validated(task: Task, arm: Mapping[str, Any]) -> float:
     """The metric of an arm on the validation split, at its best rate."""
     rates = arm["validation"]
     return rates[task.best(rates)]
@@ -156,7 +178,7 @@ def _score(setting: Setting, teacher: Variables) -> float:
     return score(taught_by(setting), teacher, *where)
 
 
-def _machine() -> dict[str, Any]:
+def machine_of() -> dict[str, Any]:
     """Device and versions, without which the numbers are worth little."""
     names = ("hintjax", "jax", "flax", "optax", "orbax-checkpoint")
     return {
@@ -167,6 +189,6 @@ def _machine() -> dict[str, Any]:
     }
 
 
-def _size(params: PyTree) -> int:
+def size_of(params: PyTree) -> int:
     """The number of parameters."""
     return sum(leaf.size for leaf in jax.tree.leaves(params))

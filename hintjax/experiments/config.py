@@ -57,6 +57,10 @@ class MethodOptions:
             weight.
         kd_weight: Weight of an additional KD term, for methods beside the task. By
             default no term is added.
+        balance: Share of the gradient that the method keeps beside the task, between 0
+            and 1, by the layers that both train; its weight is then moved. By default
+            weights stay as they are.
+        balance_every: Number of steps between two moves of a balanced weight.
         temperature: Softmax temperature of the losses that compare outputs (KD and
             relatives). By default the published temperature.
         negatives: Number of negatives per example in CRD, limited to the number of
@@ -71,6 +75,8 @@ class MethodOptions:
     weight: float | None = None
     task_weight: float | None = None
     kd_weight: float = 0.0
+    balance: float | None = None
+    balance_every: int = 100
     temperature: float | None = None
     negatives: int = 16384
 
@@ -289,7 +295,7 @@ def check(config: Config) -> Config:
         positive("config", learning_rate=rate)
     for name in (
         *("epochs", "teacher_epochs", "batch_size", "accumulate", "seeds"),
-        *("evaluate_every", "checkpoint_every", "negatives", "fsdp"),
+        *("evaluate_every", "checkpoint_every", "negatives", "fsdp", "balance_every"),
     ):
         positive_int("config", **{name: getattr(config, name)})
     for name in ("limit", "labels", "size", "views", "patience", "dispatch", "devices"):
@@ -316,6 +322,13 @@ def check(config: Config) -> Config:
             wanted = f"{name} as package.module:factory"
             do = "For instance hintjax.models:resnet20."
             raise Refusal(message("config", wanted, described(model), do))
+    if config.balance is not None:
+        share = config.balance
+        scalar("config", "to be between 0 and 1", lambda x: 0 < x < 1, balance=share)
+        if config.weight == 0 or config.task_weight == 0:
+            do = "Leave out --weight 0 and --task-weight 0, or --balance."
+            wanted = "a method and a task with weights > 0, to balance them"
+            raise Refusal(message("config", wanted, "a weight of 0", do))
     if config.weight == 0 and config.task_weight == 0:
         got = "weight 0 and task_weight 0"
         raise Refusal(message("config", "a loss with a weight > 0", got))

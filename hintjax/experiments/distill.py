@@ -25,9 +25,11 @@ from hintjax.experiments.caching import (
 )
 from hintjax.experiments.comparison import REPORT, Arm, compare
 from hintjax.experiments.comparison_picture import picture
-from hintjax.experiments.comparison_table import show_table, table
+from hintjax.experiments.comparison_table import max_validated, show_table, table
 from hintjax.experiments.config import Config
+from hintjax.experiments.doubts import doubts_after, doubts_before
 from hintjax.experiments.ending import training_begins
+from hintjax.experiments.facts import Pair, pair_of
 from hintjax.experiments.finished import (
     DEPLOYED,
     RESULT,
@@ -37,9 +39,11 @@ from hintjax.experiments.finished import (
 )
 from hintjax.experiments.forecast import check_memory, show_forecast
 from hintjax.experiments.methods_table import CLASSES_ONLY, RECIPES
-from hintjax.experiments.phases import check
+from hintjax.experiments.phases import check, check_balance
 from hintjax.experiments.pretrained import recorded
 from hintjax.experiments.recipes import PlannedPhase, Recipe, backprop
+from hintjax.experiments.report import drawing
+from hintjax.experiments.reporting import arm_facts, report_run, written
 from hintjax.experiments.run import load_deployed, run
 from hintjax.experiments.setting import Setting, prepare
 from hintjax.experiments.standardizing import with_standardizations
@@ -48,6 +52,7 @@ from hintjax.experiments.teaching import check_teacher, teacher_variables
 from hintjax.networks import Network, Variables
 from hintjax.processes import agree, first
 from hintjax.training import progress
+from hintjax.training.remarks import remark
 from hintjax.training.run_directory import LOCK, inside, owned, read_json, write_text
 
 COMPILED = "compiled"  # programs, in the run directory
@@ -184,6 +189,7 @@ def _distill(config: Config, run_dir: Path, plan: Plan, resume: bool) -> None:
     show_classes(setting)
     _check_comparison(setting, plan)
     phases = [phase for recipe in plan.recipes for phase in check(setting, recipe)]
+    check_balance(config, phases)
     if not resume:
         configs.save(config, run_dir)
     for phase in {phase.name: phase for phase in phases}.values():
@@ -195,10 +201,15 @@ def _distill(config: Config, run_dir: Path, plan: Plan, resume: bool) -> None:
         begin = _counting(report)
         training_begins()
 
-        def taught() -> Variables:
+        def taught() -> tuple[Variables, float | None]:
             variables = teacher_variables(setting, run_dir, show=begin("teacher"))
-            check_teacher(setting, variables)
-            return variables
+            return variables, check_teacher(setting, variables)
+
+        def doubted(teacher: Variables | None) -> Pair | None:
+            hints = any(phase.method.student.hints for phase in phases)
+            pair = None if resume or not hints else pair_of(setting, teacher)
+            remark(run_dir, doubts_before(setting, phases, pair))
+            return pair
 
         def cached(variables: Variables) -> Setting:
             ready = with_standardizations(setting, plan.recipes, variables)
@@ -208,13 +219,19 @@ def _distill(config: Config, run_dir: Path, plan: Plan, resume: bool) -> None:
 
         if not plan.arms:
             (recipe,) = plan.recipes
-            teacher = None if setting.teacher is None else taught()
+            teacher, known = (None, None) if setting.teacher is None else taught()
+            pair = doubted(teacher)
             how = {"teacher": teacher, "resume": resume, "show": begin("student")}
             runs = setting if teacher is None else cached(teacher)
-            fitted, _ = run(runs, run_dir, recipe, **how)
+            fitted, result = run(runs, run_dir, recipe, **how)
             print(fitted.account())
+            metric = f"validation/{setting.task.name}"
+            own = {phases[-1].name: result[metric]} if metric in result else {}
+            remark(run_dir, doubts_after(setting, known, own))
+            report_run(setting, run_dir, recipe, teacher, pair)
             return
-        variables = taught()
+        variables, known = taught()
+        doubted(variables)
         runs = cached(variables)
         found = compare(runs, run_dir, plan.arms, variables, begin=begin)
     arms = plan.arms
@@ -222,7 +239,12 @@ def _distill(config: Config, run_dir: Path, plan: Plan, resume: bool) -> None:
     result = table(setting, variables, found, baselines)
     write_text(run_dir / REPORT, json.dumps(result, indent=1))
     show_table(result)
-    print(f"picture: {picture(setting, run_dir, variables, result, found)}")
+    if drawing():
+        print(f"picture: {picture(setting, run_dir, variables, result, found)}")
+    arm_facts(setting, run_dir, arms, variables, found)
+    own = {name: max_validated(setting.task, arm) for name, arm in found.items()}
+    remark(run_dir, doubts_after(setting, known, own))
+    print(f"report: {written(run_dir)}")
 
 
 def show_costs(config: Config) -> None:
@@ -238,6 +260,7 @@ def show_costs(config: Config) -> None:
     setting = prepare(config, teach=config.method != "backprop")
     _check_comparison(setting, plan)
     phases = [phase for recipe in plan.recipes for phase in check(setting, recipe)]
+    check_balance(config, phases)
     for phase in {phase.name: phase for phase in phases}.values():
         _show(phase, setting.places)
     runs = sum(len(arm.rates) for arm in plan.arms) * config.seeds or 1
@@ -388,20 +411,26 @@ def shipped(
         Refusal: if it is not the directory of a finished run of one method.
     """
     config = configs.load(run_dir)
-    if config.method is None:
-        wanted, do = (
-            "a finished comparison",
-            f"Finish it with `hintjax resume {run_dir}`.",
-        )
-        if (run_dir / REPORT).exists():
-            wanted, do = "a run of one method", "Name a directory in it that has a run."
-        raise Refusal(message("evaluate", wanted, f"{run_dir}", do))
-    recipe = _recipe(config.method, config.task)
+    if config.method is not None:
+        recipe = _recipe(config.method, config.task)
+    else:
+        recipe = _recipe_of_arm(config, run_dir)
     # Any machine can evaluate.
     quantize = config.quantize and rounding
     here = dataclasses.replace(config, devices=1, fsdp=1, quantize=quantize)
     setting = prepare(here, teach=(run_dir / DEPLOYED).exists())
     return setting, *load_deployed(setting, run_dir, recipe)
+
+
+def _recipe_of_arm(config: Config, run_dir: Path) -> Recipe:
+    """The recipe of a run in a comparison, whose directory is named after its arm."""
+    arms = {arm.name: arm.recipe for arm in planned(config).arms}
+    if (run_dir / RESULT).exists() and run_dir.parent.name in arms:
+        return arms[run_dir.parent.name]
+    wanted, do = "a finished comparison", f"Finish it with `hintjax resume {run_dir}`."
+    if (run_dir / REPORT).exists():
+        wanted, do = "a run of one method", "Name a directory in it that has a run."
+    raise Refusal(message("evaluate", wanted, f"{run_dir}", do))
 
 
 def verify_cache(run_dir: Path) -> None:

@@ -13,9 +13,12 @@ from jaxtyping import UInt8
 
 from hintjax._checks import FileRefusal, Refusal, integer, message
 from hintjax.data import Records, Split, evaluation_batches
+from hintjax.experiments import config as configs
+from hintjax.experiments.comparison import REPORT
 from hintjax.experiments.distill import shipped
-from hintjax.experiments.finished import evaluation_size
+from hintjax.experiments.finished import RESULT, evaluation_size
 from hintjax.experiments.setting import Setting
+from hintjax.experiments.tasks import TASKS
 from hintjax.export import (
     NoConverter,
     Standalone,
@@ -37,6 +40,7 @@ from hintjax.export.runtimes import (
     run_tflite,
 )
 from hintjax.networks import Network, Variables, Wants
+from hintjax.training.run_directory import read_json
 
 EXPORTED = "exported"  # folder of a run directory
 CHECKOUT = Path(__file__).parents[2]
@@ -129,7 +133,8 @@ def export_run(
     """Exports the student of a finished run, and checks the file on the test split.
 
     Args:
-        run_dir: run directory.
+        run_dir: run directory. Of a comparison, the run that is best on the validation
+            split is exported.
         to: name of the format.
         batch: number of images in a batch, or "symbolic" for any number; by default
             any number, or 1 in formats that need a number.
@@ -149,7 +154,7 @@ def export_run(
     if form.int8 and size not in (None, 1):
         raise Refusal(message("export", "batch 1 for an int8 network", f"{size}"))
     path = run_dir.expanduser().resolve()
-    setting, network, variables = shipped(path, rounding=False)
+    setting, network, variables = shipped(best_run(path), rounding=False)
     model = alone(setting, network, variables)
     images = spread_images(setting.dataset.train, representative)
     data = form.write(model, size, images)
@@ -163,6 +168,25 @@ def export_run(
         _show_agreement(setting, network, variables, run)
     if form.int8:
         _show_layers(model, images)
+
+
+def best_run(run_dir: Path) -> Path:
+    """The run of a comparison that is best on the validation split; else the run.
+
+    Args:
+        run_dir: directory of a run, or of a finished comparison.
+    """
+    if not (run_dir / REPORT).exists():
+        return run_dir
+    task = TASKS[configs.load(run_dir).task]
+    found = {
+        path.parent: read_json(path)[f"validation/{task.name}"]
+        for path in sorted(run_dir.glob(f"*/rate*-seed*/{RESULT}"))
+    }
+    best = task.best(found)
+    name, value = best.relative_to(run_dir), task.shown(found[best])
+    print(f"the best run on the validation split: {name} ({task.name} {value})")
+    return best
 
 
 def alone(setting: Setting, network: Network, variables: Variables) -> Standalone:

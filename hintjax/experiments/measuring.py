@@ -16,6 +16,7 @@ from hintjax._checks import FileRefusal, Refusal, integer, message
 from hintjax.experiments.distill import shipped
 from hintjax.experiments.exporting import (
     EXPORTED,
+    best_run,
     compared,
     file_logits,
     spread_images,
@@ -84,7 +85,7 @@ def measure_run(run_dir: Path, files: Sequence[Path] = (), repeats: int = 200) -
 
     Args:
         run_dir: run directory.
-        files: exported files; by default all in RUN_DIR/exported.
+        files: exported files; by default all in RUN_DIR/exported, largest first.
         repeats: number of times that each file is timed.
 
     Raises:
@@ -94,7 +95,7 @@ def measure_run(run_dir: Path, files: Sequence[Path] = (), repeats: int = 200) -
     path = run_dir.expanduser().resolve()
     with _one_core():
         loaded = [one for file in _files(path, files) for one in _loaded(file)]
-        setting, network, variables = shipped(path, rounding=False)
+        setting, network, variables = shipped(best_run(path), rounding=False)
         student = student_logits(setting, network, variables)
         images = spread_images(setting.dataset.test, 32)
         times = _timed([one.run for one in loaded], images, repeats)
@@ -125,7 +126,8 @@ def _files(run_dir: Path, files: Sequence[Path]) -> list[Path]:
     """The files to measure."""
     folder = run_dir / EXPORTED
     named = [file.expanduser().resolve() for file in files]
-    found = named or sorted(p for p in folder.glob("*") if p.suffix in RUNTIMES)
+    there = [p for p in sorted(folder.glob("*")) if p.suffix in RUNTIMES]
+    found = named or sorted(there, key=lambda p: -p.stat().st_size)
     if not found:
         do = f"Write one with `hintjax export {run_dir}`."
         raise Refusal(message("measure", f"a file in {folder}", "none", do))

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -67,6 +67,20 @@ def check(setting: Setting, recipe: Recipe) -> list[PlannedPhase]:
         state = jax.eval_shape(stage.init, key, student, teacher, batch, data, carry)
         jax.eval_shape(stage.update, state, teacher, batch)
     return phases
+
+
+def check_balance(config: Config, phases: Sequence[PlannedPhase]) -> None:
+    """Raises if a config asks for a balance, and no phase of its runs has one.
+
+    Args:
+        config: config of the run.
+        phases: phases of all recipes of the run.
+    """
+    if config.balance is not None and all(phase.balance is None for phase in phases):
+        names = ", ".join(dict.fromkeys(phase.name for phase in phases))
+        wanted = "a method beside the task, whose share can be balanced"
+        do = "Leave out --balance, or choose another method."
+        raise Refusal(message("distill", wanted, names, do))
 
 
 def _check_outputs(setting: Setting, phase: PlannedPhase) -> None:
@@ -137,6 +151,7 @@ def compiled_phase(
         carry=phase.carry,
         patience=config.patience if phase.hints_only else None,
         adjust=adjust,
+        balance=phase.balance,
     )
 
 

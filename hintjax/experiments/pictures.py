@@ -1,8 +1,9 @@
 """The picture of a comparison: curves, accuracies and attention maps, in one figure.
 
-`heat_map` is the picture of the similarity of two networks, layer by layer.
-`comparison` returns a new `matplotlib.figure.Figure` and touches no global state: no
-pyplot, no window. `figure.savefig("name.png")` writes it; a notebook shows it.
+`heat_map` is the picture of the similarity of two networks, layer by layer. `curves`,
+`sizes` and `attention` are the small pictures of a report. Each function returns a new
+`matplotlib.figure.Figure` and touches no global state: no pyplot, no window.
+`figure.savefig("name.png")` writes it; a notebook shows it.
 """
 
 import colorsys
@@ -17,7 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from matplotlib.textpath import TextPath
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from hintjax._checks import Refusal, message
 from hintjax.experiments.statistics import Numbers, summary
@@ -34,6 +35,7 @@ _INK, _GRAY, _PALE = "#222222", "#777777", "#DDDDDD"
 _SMALL, _TITLE = 9, 11  # font sizes, in points
 _POINTS = "(dot: one seed, tick: mean, bar: its 95 % interval)"
 _LARGEST = 180  # the side of an attention map, in pixels
+_DOTTED = 12  # reports, up to which each is a dot on its curve
 _BRIGHTEST = 3.0  # the end of the color scale, in root mean squares of a map
 
 Side = float | int
@@ -160,6 +162,175 @@ def heat_map(
     scale.outline.set_visible(False)
     scale.ax.tick_params(labelsize=8, length=2, colors=_INK)
     return figure
+
+
+Curve = tuple[Numbers, Numbers]  # steps, and the values at these steps
+
+
+def curves(
+    lines: Mapping[str, Curve],
+    *,
+    title: str,
+    xlabel: str = "step",
+    boundaries: Numbers = (),
+    logarithmic: bool = False,
+) -> Figure:
+    """Curves over the steps of a run, in a small figure for a narrow page.
+
+    Args:
+      lines: steps and values by name. A curve is interrupted by nan.
+      title: line above the curves.
+      xlabel: unit of the steps.
+      boundaries: steps at which a phase ended, drawn as dashed lines.
+      logarithmic: whether the vertical axis is logarithmic, if all values are > 0.
+
+    Returns:
+      A figure of 440 pixels in width; its height follows the number of names.
+    """
+    figure, axes = _small(title, xlabel, -(-len(lines) // 2))
+    lowest = np.inf
+    for number, (name, (at, values)) in enumerate(lines.items()):
+        values = np.asarray(values, float)
+        kept = values[np.isfinite(values)]
+        lowest = min(lowest, kept.min(initial=np.inf))
+        style = {"color": _color(number), "linestyle": _style(number), "linewidth": 1.6}
+        mark = "." if len(kept) <= _DOTTED else None
+        # A label that begins with _ would be left out.
+        axes.plot(np.asarray(at, float), values, marker=mark, label=f" {name}", **style)
+    if logarithmic and 0 < lowest < np.inf:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(FuncFormatter(_general))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    for at in boundaries:
+        axes.axvline(float(at), color=_GRAY, linewidth=1, linestyle=(0, (4, 3)))
+    axes.margins(x=0.02)
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    _legend(figure, min(2, len(lines)))
+    return figure
+
+
+def sizes(
+    points: Mapping[str, tuple[SupportsFloat, SupportsFloat]],
+    *,
+    metric: str,
+    percent: bool = True,
+) -> Figure:
+    """A metric against the number of parameters, in a small figure.
+
+    Args:
+      points: number of parameters and metric, by the name of the network.
+      metric: name of the metric.
+      percent: whether the metric is between 0 and 1, and is shown in percent.
+
+    Returns:
+      A figure of 440 pixels in width; its height follows the number of names.
+    """
+    title = f"Test {metric} against parameters"
+    figure, axes = _small(title, "parameters", len(points))
+    marks = "osD^vP*X"
+    for number, (name, (parameters, value)) in enumerate(points.items()):
+        label = f" {name}: {_number(float(value), percent)}{' %' if percent else ''}"
+        axes.plot(
+            [float(parameters)],
+            [float(value)],
+            color=_color(number),
+            marker=marks[number % len(marks)],
+            linestyle="",
+            markersize=7,
+            label=label,
+            alpha=0.85,
+        )
+    axes.set_xscale("log")
+    axes.margins(0.12)
+    if percent:
+        axes.yaxis.set_major_formatter(FuncFormatter(_percent))
+    _legend(figure, 1)
+    return figure
+
+
+def _small(title: str, xlabel: str, rows: int) -> tuple[Figure, Axes]:
+    """A small figure for a narrow page, with room for rows of a legend below."""
+    below, width, height = 56 + 16 * rows, 440, 262 + 16 * rows
+    figure = Figure(figsize=(width / _DPI, height / _DPI), dpi=_DPI)
+    box = (66 / width, below / height, 358 / width, (height - below - 34) / height)
+    axes = _axes(figure, box)
+    axes.grid(axis="y", color=_PALE, linewidth=0.7)
+    axes.set_xlabel(xlabel, fontsize=_SMALL, color=_INK)
+    _write(figure, 8 / width, 1 - 8 / height, title, fontsize=_SMALL + 1, va="top")
+    return figure, axes
+
+
+def _legend(figure: Figure, columns: int) -> None:
+    """The names below a small figure; a dollar sign in them starts no formula."""
+    width, height = _pixels(figure)
+    place = {"loc": "lower left", "bbox_to_anchor": (4 / width, 2 / height)}
+    shown = figure.legend(ncols=max(1, columns), fontsize=8, frameon=False, **place)
+    for text in shown.get_texts():
+        text.set_parse_math(False)
+
+
+def _general(value: Side, position: int | None = None) -> str:
+    return f"{value:.4g}"
+
+
+def attention(
+    images: Images,
+    teacher: Num[Array | np.ndarray, "n _ _"],
+    student: Num[Array | np.ndarray, "n _ _"],
+) -> Figure:
+    """Attention maps of teacher and student, and their difference.
+
+    Each map is divided by its own root mean square (a flat map is 1 everywhere). The
+    difference is the student's map minus the teacher's map: red where the student looks
+    more, blue where it looks less. The smaller map is enlarged by nearest neighbor.
+
+    Args:
+      images: input images, uint8 or float of any scale, with 1 or 3 channels.
+      teacher: non-negative attention maps of these images.
+      student: likewise, of the student.
+
+    Returns:
+      A figure of 440 pixels in width, with one row for each image.
+    """
+    found = {"teacher": teacher, "student": student}
+    _check_maps("attention", images, found)
+    images = np.asarray(images)
+    columns = ("input", "teacher", "student", "difference")
+    width, cell, top, n = 440, 106, 28, len(images)
+    height = top + cell * n + 6
+    figure = Figure(figsize=(width / _DPI, height / _DPI), dpi=_DPI)
+    for row in range(n):
+        ours, theirs = (
+            _unit(np.asarray(found[x][row])) for x in ("student", "teacher")
+        )
+        difference = _enlarged(ours, theirs) - _enlarged(theirs, ours)
+        magma = {"cmap": "magma", "vmin": 0, "vmax": _BRIGHTEST}
+        signed = {"cmap": "RdBu_r", "vmin": -2, "vmax": 2}
+        tiles = (
+            (_picture(images[row]), {"cmap": "gray", "vmin": 0, "vmax": 1}),
+            *((theirs, magma), (ours, magma), (difference, signed)),
+        )
+        for column, (tile, how) in enumerate(tiles):
+            left, bottom = 8 + cell * column, height - top - cell * (row + 1)
+            size = cell - 6
+            box = (left / width, bottom / height, size / width, size / height)
+            axes = figure.add_axes(box)
+            axes.set_axis_off()
+            axes.imshow(tile, interpolation="nearest", aspect="auto", **how)
+    for column, name in enumerate(columns):
+        x = (8 + cell * (column + 0.5) - 3) / width
+        place = {"ha": "center", "va": "top", "fontsize": _SMALL}
+        _write(figure, x, 1 - 7 / height, name, **place)
+    return figure
+
+
+def _enlarged(tile: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """A map at the size of another map, if that is larger, by nearest neighbor."""
+    for axis in (0, 1):
+        size, wanted = tile.shape[axis], max(tile.shape[axis], other.shape[axis])
+        tile = np.take(tile, np.arange(wanted) * size // wanted, axis)
+    return tile
 
 
 def _draw_curves(

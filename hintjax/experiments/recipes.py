@@ -84,8 +84,9 @@ from hintjax.methods import (
     warm_up,
 )
 from hintjax.methods._negatives import Negatives
-from hintjax.objective import Weight, Weighted, objective, weighted
+from hintjax.objective import Adjustable, Weight, Weighted, objective, weighted
 from hintjax.sharding import shares
+from hintjax.stages.balance import Balance
 
 
 class PlannedPhase(NamedTuple):
@@ -102,6 +103,7 @@ class PlannedPhase(NamedTuple):
         carry: see `hintjax.training.Phase`.
         rates: see `distillation_stage`.
         note: text for the user, before the phase starts.
+        balance: see `hintjax.training.Phase`.
     """
 
     name: str
@@ -112,6 +114,7 @@ class PlannedPhase(NamedTuple):
     carry: bool = False
     rates: Mapping[str, float] = {}
     note: str = ""
+    balance: Balance | None = None
 
 
 # (config, places, steps in an epoch, epochs) -> the phases of a run.
@@ -225,7 +228,7 @@ class Beside(NamedTuple):
         if isinstance(usual, Grown | Falling):
             usual = usual(rest, per_epoch)
         name = self.name or self.method.__name__
-        terms = {name: weighted(method, _or(config.weight, usual))}
+        terms = {name: weighted(method, _start(config, _or(config.weight, usual)))}
         if places.labels == 0:
             if config.task_weight:
                 _check_labels("the task (--task-weight)", places)
@@ -240,7 +243,8 @@ class Beside(NamedTuple):
             terms["logits"] = weighted(term, config.kd_weight)
         whole, note = objective(**terms), self.note(config, places)
         source = (self, rest)  # the schedule of the weight depends on both
-        phase = PlannedPhase(name, whole, epochs, source, note=note)
+        balance = _balance(config, name) if len(terms) > 1 else None
+        phase = PlannedPhase(name, whole, epochs, source, note=note, balance=balance)
         if places.labels == 0 and not (whole.student.output or whole.student.params):
             phase = phase._replace(hints_only=True)
         if not before or whole.prepare is None:
@@ -377,6 +381,20 @@ def _share(config: Config, part: int) -> int:
 def _or(value: float | None, usual: Weight) -> Weight:
     """The value of the config, or the published value."""
     return usual if value is None else value
+
+
+def _start(config: Config, weight: Weight) -> Weight:
+    """A weight, in the state if the config balances it; a schedule is a factor."""
+    if config.balance is None or isinstance(weight, Adjustable):
+        return weight
+    return Adjustable(1.0, weight) if callable(weight) else Adjustable(weight)
+
+
+def _balance(config: Config, name: str) -> Balance | None:
+    """The share of a method beside the task, if the config balances it."""
+    if config.balance is None:
+        return None
+    return Balance({name: config.balance}, config.balance_every)
 
 
 # The recipes of the published methods

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jaxtyping import Array, Key
 
 from hintjax.data import ON_DEVICE, Augment, fits_on_device, steps_per_epoch
@@ -51,7 +52,10 @@ _ELSEWHERE = (
     *("teacher", "teacher_at_least", "teacher_epochs", "weights", "weights_sha256"),
 )
 # Fields that runs of an earlier version did not have, with the value that they had.
-_LATER = {name: getattr(Config, name) for name in ("task", "labels", "quantize")}
+_LATER = {
+    name: getattr(Config, name)
+    for name in ("task", "labels", "balance", "balance_every", "quantize")
+}
 # Fields that may change when a run resumes.
 _HARMLESS = (
     *("checkpoint_every", "checkpoint_seconds"),
@@ -157,6 +161,7 @@ def _run(
         harmless=_HARMLESS,
         dispatch=config.dispatch,
         debug=config.debug,
+        compare_gradients=True,
         **how,
     )
     last = phases[-1]
@@ -247,6 +252,10 @@ def _result(
     result["spent"] = {name: round(s, 2) for name, s in fitted.spent.items()}
     result |= {"boundaries": list(fitted.boundaries), "classes": dataset.classes}
     result["class_names"] = list(dataset.class_names)
+    result["standardize"] = {
+        name: np.ravel(array).tolist()
+        for name, array in dataset.standardize._asdict().items()
+    }
     for name in ("validation", "test"):
         batches = batches_of(setting, getattr(dataset, name))
         found = evaluate(stage, fitted.state, teacher, batches)

@@ -109,7 +109,8 @@ def prepare(config: Config, *, teach: bool = False) -> Setting:
         if made is not None:
             check_output(name, made, inputs)
             weights = config.weights if made is teacher else None
-            check_learns(name, dataset.classes, weights)
+            if dataset.labeled:
+                check_learns(name, dataset.classes, weights)
 
     def said(attribute: str, missing: Any) -> tuple[Any, ...]:
         return tuple(

@@ -104,6 +104,37 @@ def paired(a: Numbers, b: Numbers) -> Paired:
     return Paired(*result, told_apart, verdict if told_apart else _UNDECIDED)
 
 
+def proportion(right: int, count: int) -> tuple[float, float]:
+    r"""Wilson's 95 % interval of a proportion, such as an accuracy.
+
+    $$\frac{p + z^2/2n \pm z\sqrt{p(1-p)/n + z^2/4n^2}}{1 + z^2/n}$$
+
+    It says how far the accuracy on other examples may be from this one. It does not
+    say how much another seed would change it.
+
+    Args:
+      right: number of examples that are right.
+      count: number of examples, at least one.
+
+    Returns:
+      The ends of the interval, in [0, 1].
+
+    >>> [round(end, 3) for end in proportion(90, 100)]
+    [0.826, 0.945]
+
+    References:
+        Wilson 1927, Probable Inference, the Law of Succession, and Statistical
+        Inference.
+    """
+    if not 0 <= right <= count or count < 1:
+        wanted = "right examples among at least one example"
+        raise Refusal(message("proportion", wanted, f"{right} of {count}"))
+    z, p = 1.959964, right / count
+    middle, scale = p + z**2 / (2 * count), 1 + z**2 / count
+    half = z * math.sqrt(p * (1 - p) / count + z**2 / (4 * count**2))
+    return max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale)
+
+
 _UNDECIDED = "cannot be told apart"
 # Student's t at 0.975 for 1 to 9 degrees of freedom.
 _T = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622)

@@ -55,6 +55,7 @@ def teacher_variables(setting: Setting, run_dir: Path, **how: Any) -> Variables:
             pairs=(),
             weight=None,
             task_weight=None,
+            balance=None,
             cosine=False,
             quantize=False,
         )

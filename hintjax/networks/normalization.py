@@ -10,7 +10,8 @@ from jaxtyping import Array, Key
 from hintjax._checks import Refusal, instance, message
 from hintjax.networks.network import Features, Network, Variables, Wants
 
-Normalization = tuple[Sequence[float] | np.ndarray, Sequence[float] | np.ndarray]
+Channels = Sequence[float] | np.ndarray | Array
+Normalization = tuple[Channels, Channels]  # mean and standard deviation
 
 
 def renormalized(

@@ -5,12 +5,15 @@ from hintjax.pairing.choice import (
     Choice,
     Measured,
     choose,
+    doubts_of_depth,
+    doubts_of_explained,
     remarks,
     suggest_pairs,
 )
 from hintjax.pairing.explained import linearly_explained
 from hintjax.pairing.layers import (
     candidates,
+    depth_of,
     first_pair,
     head,
     nearest_in_depth,
@@ -26,6 +29,9 @@ __all__ = [
     "alignment",
     "candidates",
     "choose",
+    "depth_of",
+    "doubts_of_depth",
+    "doubts_of_explained",
     "first_pair",
     "head",
     "linearly_explained",

@@ -195,22 +195,45 @@ def remarks(
 
 def _doubts(one: Candidate) -> list[str]:
     """The reasons against a pair, as warnings."""
-    found = []
-    deepest = max(one.depth, one.guided_depth)
-    if deepest > DEEPEST:
-        which = "guided" if one.guided_depth > DEEPEST else "hint"
-        found.append(
-            f"the {which} layer is at {deepest:.0%} of the depth of its network. "
-            f"FitNets takes both layers from the middle, since a deep guided layer "
-            f"leaves the student little freedom. Choose one at {DEEPEST:.0%} or less."
-        )
-    if one.explained >= EXPLAINED:
-        found.append(
-            f"a linear map of the untrained guided layer explains {one.explained:.0%} "
-            f"of the hint, so the regressor can learn the hint without the student. "
-            f"Choose a deeper hint layer, or a shallower guided layer."
-        )
-    return found
+    return [
+        *doubts_of_depth(one.guided_depth, one.depth),
+        *doubts_of_explained(one.explained),
+    ]
+
+
+def doubts_of_depth(guided: float, hint: float) -> list[str]:
+    """Warnings about the depths of a pair for a hint stage.
+
+    Args:
+        guided: depth of the guided layer in the student, in (0, 1].
+        hint: depth of the hint layer in the teacher, in (0, 1].
+    """
+    deepest = max(guided, hint)
+    if deepest <= DEEPEST:
+        return []
+    which = "guided" if guided > DEEPEST else "hint"
+    said = (
+        f"the {which} layer is at {deepest:.0%} of the depth of its network. "
+        f"FitNets takes both layers from the middle, since a deep guided layer "
+        f"leaves the student little freedom. Choose one at {DEEPEST:.0%} or less."
+    )
+    return [said]
+
+
+def doubts_of_explained(explained: float) -> list[str]:
+    """Warnings about a hint that an untrained guided layer explains.
+
+    Args:
+        explained: R^2 of the best linear map.
+    """
+    if explained < EXPLAINED:
+        return []
+    said = (
+        f"a linear map of the untrained guided layer explains {explained:.0%} "
+        f"of the hint, so the regressor can learn the hint without the student. "
+        f"Choose a deeper hint layer, or a shallower guided layer."
+    )
+    return [said]
 
 
 def _choice(one: Candidate, measured: Measured) -> Choice:

@@ -60,6 +60,27 @@ def candidates(
     return _evenly([path for path in found if path not in same])
 
 
+def depth_of(layers: Mapping[str, jax.ShapeDtypeStruct], path: str) -> float | None:
+    """The depth of a layer: that of the last candidate up to it.
+
+    Args:
+        layers: `Network.layers`.
+        path: path of the layer.
+
+    Returns:
+        The depth, in [0, 1]; None if there is no such layer, as for values by name.
+
+    >>> layer = jax.ShapeDtypeStruct((1, 8, 8, 4), "float32")
+    >>> depth_of(dict.fromkeys(["a", "b", "c", "d"], layer), "c")
+    0.75
+    """
+    if path not in layers:
+        return None
+    order, depths = [*layers], candidates(layers)
+    before = order[: order.index(path) + 1]
+    return max((depths.get(one, 0.0) for one in before), default=0.0)
+
+
 def nearest_in_depth(depths: Mapping[str, float], depth: float) -> str:
     """The path whose depth is nearest.
 

@@ -38,12 +38,14 @@ def report(found: Mapping[str, tuple[Array, PyTree]]) -> Report:
     """
     terms = [name for name in found if name != "loss"]
     norms = {name: norm(found[name][1]) for name in terms or ["loss"]}
+    shared = shared_norms({name: found[name][1]["student"] for name in norms})
     total = sum(norms.values())
     return {
         "terms": {
             name: {
                 "loss": found[name][0],
                 "norm": length,
+                "shared": shared[name],
                 "share": length / jnp.where(total == 0, 1, total),
             }
             for name, length in norms.items()
@@ -124,6 +126,22 @@ def norm(tree: PyTree) -> Float[Array, ""]:
     largest = jnp.max(jnp.stack([jnp.max(leaf, initial=0) for leaf in leaves]))
     scale = jnp.where(largest == 0, 1, largest)
     return scale * jnp.sqrt(sum(jnp.sum(jnp.square(leaf / scale)) for leaf in leaves))
+
+
+def shared_norms(grads: Mapping[str, PyTree]) -> dict[str, Float[Array, ""]]:
+    """Returns the norms of gradients by the arrays that every term moves.
+
+    Args:
+        grads: gradient by the student's parameters, by name of the term. A term whose
+            gradient is 0 everywhere does not restrict the arrays.
+    """
+    lengths = {
+        name: jnp.stack([norm(leaf) for leaf in jax.tree.leaves(tree)])
+        for name, tree in grads.items()
+    }
+    moved = [(one != 0) | jnp.all(one == 0) for one in lengths.values()]
+    every = jnp.all(jnp.stack(moved), 0)
+    return {name: norm(jnp.where(every, one, 0)) for name, one in lengths.items()}
 
 
 def by_layer(params: dict[str, PyTree], named: bool) -> dict[str, list[Array]]:

@@ -111,8 +111,9 @@ class Stage(NamedTuple):
             gradients of the next update of this batch; the state stays as it is. It
             costs one backward pass per term. "terms" has for each term of the
             objective (or for "loss", if the method is no objective) its weighted
-            `loss`, the `norm` of that loss' gradient, and its `share` in the sum of
-            these norms. "layers" has the norm of the whole gradient for each outermost
+            `loss`, the `norm` of that loss' gradient, its `share` in the sum of these
+            norms, and `shared`, the norm by the student's arrays that all terms move.
+            "layers" has the norm of the whole gradient for each outermost
             layer of the student ("student/name") and each regressor
             ("regressors/term/pair"). A norm is finite where its gradient is; the shares
             are finite where all norms are.

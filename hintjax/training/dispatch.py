@@ -28,15 +28,20 @@ MEASURED = 8  # single steps that say how long a step takes on this accelerator
 
 
 class Every(NamedTuple):
-    """The numbers of steps after which a run pauses."""
+    """The numbers of steps after which a run pauses; None where nothing is due."""
 
     report: int
     evaluation: int
     checkpoint: int
+    balance: int | None = None
+
+    def periods(self) -> list[int]:
+        """The numbers of steps, without None."""
+        return [every for every in self if every is not None]
 
     def pauses(self, at: int) -> bool:
         """Whether the run pauses at this step."""
-        return any(at % every == 0 for every in self)
+        return any(at % every == 0 for every in self.periods())
 
 
 class Pace:
@@ -81,7 +86,7 @@ class Pace:
         paused = False
         while not paused:
             # No dispatch reaches over a pause or over the end of an epoch.
-            periods = (*self.every, self.feed.per_epoch)
+            periods = (*self.every.periods(), self.feed.per_epoch)
             stop = min(end, *(now.at - now.at % n + n for n in periods))
             while now.at < stop:
                 state, now, metrics = self._dispatch(state, now, stop)

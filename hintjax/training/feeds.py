@@ -40,11 +40,13 @@ class Program(NamedTuple):
         stage: the stage.
         one: makes one batch and one step.
         many: makes `count` steps in one dispatch.
+        batch: makes one batch alone.
     """
 
     stage: Stage
     one: Callable[..., tuple[State, Metrics]]
     many: Callable[..., tuple[State, Metrics]]
+    batch: Callable[..., Batch]
 
 
 class Feed(NamedTuple):
@@ -62,6 +64,7 @@ class Feed(NamedTuple):
             step, which `compile` makes before the first step. The state and the teacher
             may be shapes. On one device, training does not compile it again.
         waited: seconds in which steps waited for a batch, since the last call.
+        upcoming: `(program, at) -> batch`: the batch that step `at` will train on.
     """
 
     advance: Callable[..., tuple[State, Metrics]]
@@ -71,6 +74,7 @@ class Feed(NamedTuple):
     position: Callable[[], Any]
     seek: Callable[[Any], None]
     lower: Callable[..., jax.stages.Lowered]
+    upcoming: Callable[[Program, int], Batch]
     waited: Callable[[], float] = lambda: 0.0
 
 
@@ -93,7 +97,7 @@ def program(
     """
     augment = augment or Augment()
 
-    def body(state, teacher, train, standardize, epoch, crops, at, position):
+    def batch_of(train, standardize, epoch, crops, at, position):
         index = jax.lax.dynamic_slice(epoch, (position * batch_size,), (batch_size,))
         key = view = None
         if isinstance(crops, View):
@@ -103,6 +107,10 @@ def program(
         batch = take(train, index, standardize, key=key, augment=augment, view=view)
         if mesh is not None:
             batch = jax.lax.with_sharding_constraint(batch, over_batch(mesh))
+        return batch
+
+    def body(state, teacher, train, standardize, epoch, crops, at, position):
+        batch = batch_of(train, standardize, epoch, crops, at, position)
         return stage.step(state, stage.teach(state, teacher, batch), batch)
 
     def many(state, teacher, train, standardize, epoch, crops, at, position, count):
@@ -118,6 +126,7 @@ def program(
         stage,
         jax.jit(body, donate_argnums=0),
         jax.jit(many, donate_argnums=0, static_argnames="count"),
+        jax.jit(batch_of),
     )
 
 
@@ -181,6 +190,7 @@ def on_device(
         position=lambda: None,
         seek=lambda position: None,
         lower=lambda program, *state: program.one.lower(*state, *place_of(0)),
+        upcoming=lambda program, at: program.batch(*place_of(at)),
     )
 
 
@@ -226,9 +236,12 @@ def streamed(
     )
 
     dispatched, seconds = [], 0.0  # arrays of the last step; waited since last asked
+    ahead = []  # the batch that was looked at, and the position before it
 
     def following() -> Mapping[str, Any]:
         nonlocal seconds
+        if ahead:
+            return ahead.pop()[0]
         start = time.perf_counter()
         batch = also(next(batches))
         # While an earlier step still runs, a late batch delays nothing. If that step
@@ -247,6 +260,16 @@ def streamed(
             dispatched[:] = jax.tree.leaves(metrics)
         return state, metrics
 
+    def upcoming(program, at):
+        if not ahead:
+            before = batches.get_state()
+            ahead.append((following(), before))
+        return ahead[0][0]
+
+    def seek(position):
+        ahead.clear()
+        batches.set_state(position)
+
     def waited() -> float:
         nonlocal seconds
         since, seconds = seconds, 0.0
@@ -257,9 +280,10 @@ def streamed(
         example=example,
         data=Data(train.labels(np.arange(train.n))),
         per_epoch=steps_per_epoch(train.n, batch_size),
-        position=batches.get_state,
-        seek=batches.set_state,
+        position=lambda: ahead[0][1] if ahead else batches.get_state(),
+        seek=seek,
         lower=lambda program, *state: program.stage.update.lower(*state, example),
+        upcoming=upcoming,
         waited=waited,
     )
 

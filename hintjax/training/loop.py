@@ -11,9 +11,9 @@ Whatever depends on a clock, a signal or the disk, they decide together
 (`hintjax.processes`). Only the first process writes.
 """
 
+import contextlib
 import os
 import time
-import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -24,11 +24,12 @@ import jax
 import numpy as np
 from jaxtyping import Array, ArrayLike, Key
 
-from hintjax import processes
 from hintjax._checks import Refusal, message
 from hintjax.networks import Variables
+from hintjax.objective import ADJUSTABLE
 from hintjax.processes import agree, told
 from hintjax.stages import State, student_variables
+from hintjax.stages.balance import rebalanced
 from hintjax.stages.report import not_finite, silent_terms
 from hintjax.training.arrays import fingerprint
 from hintjax.training.checkpoints import open_checkpoints
@@ -37,12 +38,19 @@ from hintjax.training.evaluation import evaluate
 from hintjax.training.feeds import Batch, Feed
 from hintjax.training.keeping import Keeper
 from hintjax.training.ledger import Fitted, Now
-from hintjax.training.metrics import MetricsWriter, open_metrics
-from hintjax.training.phase import Phase, begin, template, with_checks
+from hintjax.training.metrics import MetricsWriter, open_metrics, read_metrics
+from hintjax.training.phase import (
+    Phase,
+    begin,
+    placed_as_before,
+    template,
+    with_checks,
+)
+from hintjax.training.remarks import TASK, Stillness, lopsided, remark
 from hintjax.training.run_directory import owned
 from hintjax.training.signals import stoppable
 
-WARNINGS = "warnings.txt"
+_TASK = f"{TASK}/weighted"
 
 
 class NothingLearned(FloatingPointError):
@@ -70,6 +78,7 @@ def fit(
     dispatch: int | None = None,
     debug: bool = False,
     give_up: int = 20,
+    compare_gradients: bool = False,
     show: Callable[[int, Mapping[str, Any], str], None] | None = None,
 ) -> Fitted:
     """Trains a student through its phases, and leaves everything in the run directory.
@@ -106,6 +115,9 @@ def fit(
         give_up: the number of updates skipped in a row, because a number was not
             finite or for a spike, after which the run ends with an error. It is
             checked at reports.
+        compare_gradients: whether the first report of each phase with a term named
+            "task" also compares the gradients of its terms. It compiles one more
+            program; a term whose gradient is 100 times as long as the task's is told.
         show: `(steps done, metrics, name of the phase)`, called at every report.
 
     Returns:
@@ -149,10 +161,21 @@ def fit(
         written = now.at - (metrics is not None)
         with open_metrics(run_dir, resume=written if resume else None) as lines:
             reports = _Reports(
-                lines, keeper, feed, validation, every.evaluation, debug, give_up, show
+                lines=lines,
+                keeper=keeper,
+                feed=feed,
+                validation=validation,
+                evaluate_every=every.evaluation,
+                debug=debug,
+                give_up=give_up,
+                compare_gradients=compare_gradients,
+                stillness=Stillness(read_metrics(run_dir)),
+                show=show,
             )
             while now.phase < len(phases):
-                pace = Pace(phases[now.phase], feed, keeper, every, single=debug)
+                balance = phases[now.phase].balance
+                own = every._replace(balance=balance and balance.every)
+                pace = Pace(phases[now.phase], feed, keeper, own, single=debug)
                 state, now = _train(pace, reports, state, now, metrics)
                 now, metrics = now.next_phase(), None
                 if now.phase < len(phases):
@@ -190,8 +213,12 @@ def _train(
             state, now, metrics = pace.stride(state, now)
             keeper.heed(state, now, metrics)
         if first:
-            reports.doubt(phase, metrics)
+            reports.warn(phase, silent_terms(metrics))
+        if first and now.at - now.began <= pace.every.report:
+            reports.weigh(phase, state, now, metrics)
         now, metrics, first = reports.make(phase, state, now, metrics), None, False
+        # After the report: what a signal saves during an evaluation is reported again.
+        state = _balanced(phase, state, pace.feed, now)
         at_checkpoint = now.at % pace.every.checkpoint == 0
         if now.over(phase) or at_checkpoint or told(keeper.late):
             now = keeper.save(state, now)
@@ -200,6 +227,16 @@ def _train(
     if 0 < steps == int(state.skipped.total):
         _give_up(phase, state, pace.feed.example, now.at, steps)
     return state, now
+
+
+def _balanced(phase: Phase, state: State, feed: Feed, now: Now) -> State:
+    """The state with moved weights, if that is due before the next step."""
+    balance = phase.balance
+    if balance is None or now.over(phase) or now.at % balance.every:
+        return state
+    batch = feed.upcoming(phase.program, now.at)
+    report = phase.program.stage.report(state, phase.teacher, batch)
+    return placed_as_before(rebalanced(state, report, balance), state)
 
 
 class _Reports(NamedTuple):
@@ -214,6 +251,8 @@ class _Reports(NamedTuple):
         evaluate_every: steps between evaluations.
         debug: whether parameters and metrics must be finite.
         give_up: the number of updates skipped in a row that ends the run.
+        compare_gradients: whether the gradients of the terms are compared.
+        stillness: tells terms that do not move.
         show: is called with every report.
     """
 
@@ -224,6 +263,8 @@ class _Reports(NamedTuple):
     evaluate_every: int
     debug: bool
     give_up: int
+    compare_gradients: bool
+    stillness: Stillness
     show: Callable[[int, Mapping[str, Any], str], None] | None
 
     def make(
@@ -239,10 +280,11 @@ class _Reports(NamedTuple):
             now = now.spend("evaluation", time.perf_counter() - start)
             now = now.validated(found["loss"])
         validated = {f"validation/{name}": value for name, value in found.items()}
-        shown = {**metrics, **validated}
+        shown = {**metrics, **_weights(phase, state), **validated}
         if self.debug:
             chex.assert_tree_all_finite((shown, state.params, state.state))
         self.lines.write(now.at, phase.name, shown)
+        self.warn(phase, self.stillness.see(phase.name, metrics))
         in_a_row = int(state.skipped.in_a_row)
         if in_a_row >= self.give_up:
             _give_up(phase, state, self.feed.example, now.at, in_a_row)
@@ -250,18 +292,24 @@ class _Reports(NamedTuple):
             self.show(now.at, shown, phase.name)
         return now
 
-    def doubt(self, phase: Phase, metrics: Mapping[str, ArrayLike]) -> None:
-        """Warns, once in a phase, of terms that seem to teach nothing.
+    def weigh(
+        self, phase: Phase, state: State, now: Now, names: Collection[str]
+    ) -> None:
+        """Compares the gradients of a phase's terms, if that was asked for.
 
-        The sentences are also kept in warnings.txt of the run directory.
+        A device without room for the report goes on without it.
         """
-        said = [f"phase {phase.name}: {one}" for one in silent_terms(metrics)]
-        if said and processes.first():
-            path = Path(self.keeper.run_dir) / WARNINGS
-            with path.open("a", encoding="utf-8") as lines:
-                lines.writelines(f"{one}\n" for one in said)
-        for one in said:
-            warnings.warn(one, stacklevel=4)
+        terms = [name for name in names if name.endswith("/weighted")]
+        if not self.compare_gradients or len(terms) < 2 or _TASK not in terms:
+            return
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            batch = self.feed.upcoming(phase.program, now.at)
+            report = phase.program.stage.report(state, phase.teacher, batch)
+            self.warn(phase, lopsided(report))
+
+    def warn(self, phase: Phase, sentences: Sequence[str]) -> None:
+        """Warns once in the life of a run; the run directory keeps the sentences."""
+        remark(self.keeper.run_dir, [f"phase {phase.name}: {one}" for one in sentences])
 
     def _heeded(
         self,
@@ -274,6 +322,14 @@ class _Reports(NamedTuple):
         for batch in batches:
             self.keeper.heed(state, now, metrics, meet=False)
             yield batch
+
+
+def _weights(phase: Phase, state: State) -> dict[str, ArrayLike]:
+    """The weights that a balanced phase moves, as metrics."""
+    if phase.balance is None:
+        return {}
+    kept = jax.device_get(state.memory[ADJUSTABLE])
+    return {f"{name}/weight": kept[name] for name in phase.balance.target}
 
 
 def _identity(

@@ -10,6 +10,7 @@ from jaxtyping import Array, Key, PyTree
 from hintjax.networks import Variables
 from hintjax.sharding import spread
 from hintjax.stages import State, checked
+from hintjax.stages.balance import Balance, check_balance
 from hintjax.stages.debugging import raising
 from hintjax.training.feeds import Feed, Program
 
@@ -27,6 +28,8 @@ class Phase(NamedTuple):
         patience: the phase ends after this many evaluations without a lower
             validation loss; None means never.
         adjust: is applied to the fresh state, e.g. to set a learning rate in it.
+        balance: shares of the gradient to which the weights of terms are moved; see
+            `hintjax.rebalanced`. None leaves the weights as they are.
     """
 
     name: str
@@ -36,6 +39,7 @@ class Phase(NamedTuple):
     carry: bool = False
     patience: int | None = None
     adjust: Callable[[State], State] = lambda state: state
+    balance: Balance | None = None
 
 
 def begin(
@@ -68,8 +72,9 @@ def begin(
         feed.data,
         earlier if phase.carry else None,
     )
-    # An adjusted array stays where it was: elsewhere the program would compile again.
-    return jax.tree.map(_placed_as_before, phase.adjust(state), state)
+    if phase.balance is not None:
+        check_balance("fit", phase.balance, state)
+    return placed_as_before(phase.adjust(state), state)
 
 
 def template(
@@ -94,7 +99,15 @@ def with_checks(phase: Phase) -> Phase:
     return phase._replace(program=program._replace(stage=stage, one=one))
 
 
-def _placed_as_before(new: PyTree, old: Any) -> PyTree:
+def placed_as_before(new: State, old: State) -> State:
+    """Returns a state whose arrays are where those of an earlier state were.
+
+    Elsewhere the program would compile again.
+    """
+    return jax.tree.map(_placed, new, old)
+
+
+def _placed(new: PyTree, old: Any) -> PyTree:
     """Places a new array like the old one, if the old one was placed on purpose."""
     traced = isinstance(old, Tracer)  # which has no place yet
     placed = not traced and getattr(old, "committed", False)

@@ -132,7 +132,7 @@ def write_text(path: Path, text: str) -> None:
 
     Of several processes the first does it.
     """
-    told(partial(_write_text, path, text))
+    told(partial(replace_text, path, text))
 
 
 def read_json(path: Path) -> Any:
@@ -140,8 +140,11 @@ def read_json(path: Path) -> Any:
     return told(lambda: json.loads(path.read_text()) if path.exists() else None)
 
 
-def _write_text(path: Path, text: str) -> None:
-    """Replaces the text of a file in this process."""
+def replace_text(path: Path, text: str) -> None:
+    """Replaces the text of a file, as `write_text`, but in this process alone.
+
+    It is for code that only the first process runs.
+    """
     staging = path.with_name(f".{path.name}.tmp")
     data = text.encode()
     try:

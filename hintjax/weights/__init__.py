@@ -6,7 +6,9 @@ To use a teacher of torchvision, run once where torch is installed::
     from torchvision.models import resnet50
     save_file(resnet50(weights="DEFAULT").state_dict(), "resnet50.safetensors")
 
-After that, torch is not needed::
+The files `model.safetensors` of timm and transformers can be read as they are; a file
+`.pth` is converted with `save_file(torch.load(path, weights_only=True), ...)`. After
+that, torch is not needed::
 
     import jax, jax.numpy as jnp
     import hintjax as hj

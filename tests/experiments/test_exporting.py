@@ -12,7 +12,9 @@ import pytest
 
 from hintjax import export
 from hintjax.cli import main
+from hintjax.experiments import config as configs
 from hintjax.experiments import exporting, measuring
+from hintjax.experiments.config import Config
 from hintjax.experiments.distill import shipped
 from hintjax.experiments.measuring import middle
 from hintjax.networks import Wants
@@ -211,3 +213,18 @@ def test_every_format_is_exported_and_measured(finished, capfd):
     assert set(found) >= {"student-int8.tflite", "student.onnx", "student.tflite"}
     for name, row in found.items():
         assert row["agreement"] == 1 or "int8" in name and row["agreement"] > 0.9
+
+
+def test_of_a_comparison_the_run_is_exported_that_is_best_on_validation(
+    tmp_path, capsys
+):
+    (tmp_path / "report.json").write_text("{}")
+    configs.save(Config(), tmp_path)
+    for name, value in {"kd/rate0.1-seed0": 0.5, "at/rate0.1-seed1": 0.75}.items():
+        (tmp_path / name).mkdir(parents=True)
+        results = {"validation/accuracy": value, "test/accuracy": 1 - value}
+        (tmp_path / name / "result.json").write_text(json.dumps(results))
+    best = tmp_path / "at" / "rate0.1-seed1"
+    assert exporting.best_run(tmp_path) == best
+    assert "at/rate0.1-seed1 (accuracy 75.0)" in capsys.readouterr().out
+    assert exporting.best_run(best) == best

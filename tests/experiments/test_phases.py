@@ -4,9 +4,10 @@ import dataclasses
 
 import pytest
 
+import hintjax as hj
 from hintjax.experiments import recipes
 from hintjax.experiments.config import Config
-from hintjax.experiments.phases import check
+from hintjax.experiments.phases import check, check_balance
 from hintjax.experiments.setting import prepare
 
 RESNETS = dict.fromkeys(("student", "teacher"), "hintjax.models:resnet8")
@@ -40,6 +41,19 @@ def test_a_config_that_builds_another_stage_makes_another_program(setting):
         changed = dataclasses.replace(setting.config, **change)
         check(setting._replace(config=changed), recipes.KD)
     assert len(setting.programs) == 4
+
+
+def test_a_balanced_method_has_a_weight_in_the_state_and_a_share(setting):
+    for weight, recipe in ((None, recipes.AT), (3.0, recipes.KD), (None, recipes.DKD)):
+        change = {"balance": 0.4, "balance_every": 7, "weight": weight}
+        changed = dataclasses.replace(setting.config, **change)
+        (phase,) = check(setting._replace(config=changed), recipe)
+        assert phase.balance == hj.Balance({phase.name: 0.4}, 7)
+        check_balance(changed, [phase])
+        with pytest.raises(hj.Refusal, match="whose share can be balanced, got back"):
+            check_balance(changed, check(setting, recipes.backprop))
+    # DKD's weight grows: the schedule is a factor of the weight in the state.
+    assert {phase.name for phase in check(setting, recipes.DKD)} == {"decoupled_kd"}
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 import hintjax as hj
 from hintjax import models
@@ -286,3 +287,18 @@ def test_a_teacher_of_features_that_cannot_teach_is_one_sentence(
             features |= write_images(28, 4, tmp_path)
     error = refused(capsys, words(features, tmp_path / "run", "--method", "at"))
     assert sentence in error and error.count("\n") == 1
+
+
+@pytest.mark.quick
+def test_without_labels_a_network_of_features_learns_from_another(features, tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 28, 28, 3), np.uint8)
+    (tmp_path / "photos").mkdir()
+    for number, image in enumerate(pixels):
+        Image.fromarray(image).save(tmp_path / "photos" / f"{number}.png")
+    given = features | {"dataset": str(tmp_path / "photos")}
+    setting = prepare(
+        Config(**(given | {"student": given["teacher"]}), devices=1), teach=True
+    )
+    assert setting.places.same_outputs
+    setting = prepare(Config(**given, devices=1), teach=True)
+    assert setting.places.student["classifier"].shape == (1, 8)

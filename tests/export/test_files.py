@@ -2,10 +2,12 @@
 
 import io
 import json
+import re
 import shutil
 import subprocess
 import zipfile
 from importlib.util import find_spec
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -223,6 +225,9 @@ def test_the_c_array_compiles_and_holds_the_network(made, tmp_path):
     assert zipfile.ZipFile(rest).namelist() == ["about.json"]
     assert "resolver.AddConv2D(); resolver.AddDepthwiseConv2D();" in files.header
     assert "resolver.AddFullyConnected();" in files.header
+    main = Path(__file__).parents[2] / "examples" / "microcontroller" / "main.cc"
+    used = set(re.findall(r"STUDENT_\w+", main.read_text()))
+    assert used <= set(re.findall(r"#define (STUDENT_\w+)", files.header))
 
 
 @needs("jax2onnx")

@@ -1050,6 +1050,7 @@ def test_a_report_is_the_gradient_by_hand(devices):
         "task": {"loss": 0.5, "norm": task, "share": task / (task + hint)},
         "hint": {"loss": 1.0, "norm": hint, "share": hint / (task + hint)},
     }
+    want["task"]["shared"], want["hint"]["shared"] = 3, 8  # by a, not by b and r
     close(report["terms"], want)
     layers = {"student/first": 3 + 8, "student/second": 2}
     close(report["layers"], {**layers, "regressors/hint/first->first": 4})
@@ -1058,7 +1059,8 @@ def test_a_report_is_the_gradient_by_hand(devices):
 @pytest.mark.quick
 def test_a_term_of_weight_0_has_no_share():
     terms = reported(line(7, 1), hint=0.0)["terms"]
-    assert terms["hint"] == {"loss": 0, "norm": 0, "share": 0}
+    assert terms["hint"] == {"loss": 0, "norm": 0, "share": 0, "shared": 0}
+    np.testing.assert_allclose(terms["task"]["shared"], np.hypot(3, 2), rtol=1e-6)
     assert terms["task"]["share"] == 1
 
 

@@ -241,6 +241,19 @@ TABLE = "embeddings.position_embedding.weight"
 
 
 @pytest.mark.quick
+def test_a_file_with_the_tower_of_texts_gives_the_tower_of_images():
+    tensors, like = drawn(NAMES["hf_siglip"]), shapes(CASES["hf_siglip"], (28, 28))
+    alone = weights.from_torch(tensors, weights.HF_SIGLIP_TOWER, like)
+    whole = {f"vision_model.{name}": tensor for name, tensor in tensors.items()}
+    whole |= {"logit_bias": np.ones(1), "text_model.head.weight": np.ones((2, 2))}
+    whole["vision_model.embeddings.position_ids"] = np.arange(4)
+    names = weights.family(whole, like)
+    assert names is weights.HF_SIGLIP
+    got = weights.from_torch(whole, names, like)
+    jax.tree.map(np.testing.assert_array_equal, got, alone)
+
+
+@pytest.mark.quick
 def test_rotary_positions_need_no_grid_of_the_file():
     tensors, model = drawn(NAMES["hf_dinov3"]), CASES["hf_dinov3"]
     for sides in ((14, 56), (28, 28)):

@@ -1,0 +1,213 @@
+"""Reports as HTML: of a real run with a hostile name, and of runs made by hand."""
+
+import html.parser
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hintjax.cli import main
+from hintjax.experiments import config as configs
+from hintjax.experiments.config import Config
+from hintjax.experiments.facts import calibration_error
+from hintjax.training import read_metrics
+
+EMPTY = ("meta", "img", "br", "hr", "link", "input")
+NAME = "<img src=x onerror=alert(1)>&amp;'\"$title.npz"
+
+
+class Page(html.parser.HTMLParser):
+    """The tags, the attributes and the text of a page; every tag must be closed."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.tags, self.text = [], [], ""
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in EMPTY:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open[-1:] != ["style"]:
+            self.text += data
+
+    def all(self, tag):
+        return [attributes for name, attributes in self.tags if name == tag]
+
+
+def page(path):
+    """A page that fetches nothing and whose tags are balanced."""
+    text = Path(path).read_text(encoding="utf-8")
+    assert "http:" not in text and "https:" not in text and "@import" not in text
+    found = Page(text)
+    assert {name for name, _ in found.tags}.isdisjoint({"script", "link", "iframe"})
+    for _, attributes in found.tags:
+        assert not {name for name in attributes if name.startswith("on")}
+        assert "href" not in attributes
+    for image in found.all("img"):
+        assert image["src"].startswith("data:image/") and image["alt"]
+    return found
+
+
+@pytest.fixture(scope="module")
+def finished(corners, tmp_path_factory):
+    """A run of a dataset whose name and whose layers' user is hostile."""
+    folder = tmp_path_factory.mktemp("runs")
+    shutil.copy(corners, folder / NAME)
+    run_dir = folder / "fitnets"
+    main(
+        [
+            *("distill", "--dataset", str(folder / NAME), "--method", "fitnets"),
+            *("--student", "hintjax.models:plain_wide", "--batch-size", "16"),
+            *("--epochs", "2", "--teacher-epochs", "1", "--devices", "1"),
+            *("--run-dir", str(run_dir)),
+        ]
+    )
+    return run_dir
+
+
+def test_a_run_leaves_one_file_that_fetches_nothing(finished):
+    found = page(finished / "report.html")
+    for words in ("What was run", "Results", "Curves", "Classes", "Configuration"):
+        assert words in found.text
+    assert "conv2 = conv2" in found.text and "before training" in found.text
+    assert "hintjax.models:plain_wide: 111,940 parameters" in found.text
+    assert "calibration error (ECE)" in found.text
+    facts = json.loads((finished / "facts.json").read_text())
+    assert sum(n for *_, n in facts["classes"]["confusions"]) == 24
+    assert facts["classes"]["ece"] == calibration_error(facts["classes"]["bins"])
+    assert facts["pair"]["after"] > 0
+
+
+def test_a_hostile_name_of_a_dataset_is_text(finished):
+    found = page(finished / "report.html")
+    assert found.text.count(NAME.removesuffix(".npz")) >= 3  # two titles, and a cell
+    assert all(image["src"] != "x" for image in found.all("img"))
+
+
+def test_the_pictures_of_a_run_are_in_its_report(finished):
+    pytest.importorskip("matplotlib")
+    images = page(finished / "report.html").all("img")
+    kinds = [image["src"].partition(";")[0].rpartition("/")[2] for image in images]
+    assert kinds.count("png") == 1 and kinds.count("svg+xml") >= 5
+    said = " ".join(image["alt"] for image in images)
+    for words in ("fitnets/weighted", "validation/task", "fitnets/r2", "parameters"):
+        assert words in said
+
+
+def test_a_report_is_made_again_from_the_files_alone(finished, tmp_path, capsys):
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    files = ("config.yaml", "result.json", "facts.json", "metrics.jsonl")
+    for name in (*files, "attention.png"):
+        if (finished / name).exists():
+            shutil.copy(finished / name, copy / name)
+    main(["report", str(copy)])
+    assert f"report: {copy}/report.html" in capsys.readouterr().out
+    again, before = page(copy / "report.html"), page(finished / "report.html")
+    assert again.text == before.text
+    assert len(again.all("img")) == len(before.all("img"))
+
+
+def test_without_matplotlib_a_report_says_that_it_has_no_pictures(
+    finished, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    copy = tmp_path / "copy"
+    shutil.copytree(finished, copy, ignore=shutil.ignore_patterns("*.png", "c*s"))
+    main(["report", str(copy)])
+    found = page(copy / "report.html")
+    assert not found.all("img")
+    assert "no pictures, because matplotlib is not installed" in found.text
+
+
+def by_hand(run_dir, method="kd", accuracy=0.9, names=("0", "1"), **fields):
+    """The files of a finished run."""
+    run_dir.mkdir(parents=True)
+    configs.save(Config(method=method, **fields), run_dir)
+    result = {"seconds": 3.0, "boundaries": [20], "class_names": names, "classes": 2}
+    result |= {f"{split}/accuracy": accuracy for split in ("validation", "test")}
+    (run_dir / "result.json").write_text(json.dumps(result))
+    right = round(100 * accuracy)
+    classes = {"examples": 100, "right": right, "complete": True, "ece": 0.125}
+    classes["confusions"] = [[0, 0, right], [0, 1, 100 - right]]
+    classes["bins"] = [[100, right, 80.0]]
+    sizes = {"student": 1000, "teacher": 5000}
+    facts = {"parameters": sizes, "classes": classes, "pair": None, "teacher": None}
+    (run_dir / "facts.json").write_text(json.dumps(facts))
+    lines = [
+        {"step": step, "stage": method, "kd": 2.0 / step, "kd/weighted": 1.0 / step}
+        | {"loss": None, "validation/task/accuracy": accuracy - 1 / step}
+        for step in (10, 20)
+    ]
+    text = "".join(f"{json.dumps(line)}\n" for line in lines)
+    (run_dir / "metrics.jsonl").write_text(text)
+    assert read_metrics(run_dir) == lines
+    return run_dir
+
+
+@pytest.mark.quick
+def test_hostile_names_of_classes_are_text(tmp_path):
+    path = by_hand(tmp_path / "run", names=("<script>", "</td>&"))
+    main(["report", str(path)])
+    found = page(path / "report.html")
+    assert "<script>" in found.text and "</td>&" in found.text
+
+
+@pytest.mark.quick
+def test_finished_runs_are_compared_with_their_intervals(tmp_path, capsys):
+    paths = [
+        by_hand(tmp_path / "a", accuracy=0.9),
+        by_hand(tmp_path / "b", "at", accuracy=0.8, learning_rate=0.01),
+        by_hand(tmp_path / "more" / "b", "at", accuracy=0.7),
+    ]
+    (paths[1] / "warnings.txt").write_text("the term 'kd' does not move.\n")
+    output = tmp_path / "all.html"
+    main(["report", *map(str, paths), "--output", str(output)])
+    assert f"report: {output}" in capsys.readouterr().out
+    found = page(output)
+    assert "[82.6, 94.5]" in found.text  # Wilson's interval of 90 in 100
+    assert "learning_rate" in found.text and "batch_size" not in found.text
+    assert str(paths[2]) in found.text  # two runs are named b
+    assert "the term 'kd' does not move." in found.text
+    assert len(found.all("img")) in (0, 2)
+
+
+@pytest.mark.quick
+def test_runs_that_cannot_be_compared_are_refused(tmp_path, capsys):
+    one = by_hand(tmp_path / "one")
+    other = by_hand(tmp_path / "other", dataset="mnist")
+    unfinished = tmp_path / "unfinished"
+    configs.save(Config(), unfinished) if unfinished.mkdir() is None else None
+    for paths, words in (
+        ([one, other], "runs of one dataset, got ['digits', 'mnist']"),
+        ([one, unfinished], "a finished run, got"),
+        ([unfinished], "hintjax resume"),
+        ([tmp_path / "nothing"], "expected a file"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            main(["report", *map(str, paths)])
+        assert stopped.value.code == 2
+        assert words in capsys.readouterr().err
+
+
+@pytest.mark.quick
+def test_many_classes_show_their_most_frequent_confusions(tmp_path):
+    path = by_hand(tmp_path / "run")
+    facts = json.loads((path / "facts.json").read_text())
+    pairs = [[i, i + 1, 1 + i % 7] for i in range(100)]
+    facts["classes"] |= {"confusions": pairs, "complete": False}
+    (path / "facts.json").write_text(json.dumps(facts))
+    main(["report", str(path)])
+    found = page(path / "report.html")
+    assert "most frequent confusions" in found.text
+    assert np.max([n for *_, n in pairs]) == 7
