@@ -2,8 +2,9 @@
 
     python benchmarks/quantization.py --out benchmarks/results/quantization_cpu.json
 
-Device: any; the committed numbers are from two CPU cores. Minutes: MINUTES there, on a
-machine with other work.
+Device: any; the committed numbers are from two CPU cores. Minutes: 6 there, on a
+machine with other work. Expected accuracy of `aware` minus `continued`, in points: 0 at
+8 bits, 0.8 at 4 bits (which can be chance), 76 at 2 bits.
 
 The digits of scikit-learn; resnet20 teaches resnet8: task, KD and a hint of a middle
 layer. There is one teacher. For each seed of the student:
@@ -17,6 +18,13 @@ layer. There is one teacher. For each seed of the student:
 
 `aware` and `continued` have the same number of steps, and `aware - continued` is the
 gain of the rounding in training; the column 95 % is its t-interval over the seeds.
+
+The committed numbers: 8 bits cost nothing here, with or without training for them (98.1
+% in floating point and rounded), so there is nothing to gain. At 4 bits, the student
+that was trained with the rounding has the accuracy of the float student (98.1 %); the
+one that was rounded after training has 97.3 %, a difference that three seeds do not
+tell from chance. At 2 bits (the weights -1, 0, 1 times a scale), rounding after
+training leaves 15 %, and training with the rounding gives 91 %.
 """
 
 import argparse
