@@ -12,7 +12,7 @@ EfficientNet-Lite0 with weights of ImageNet teaches resnet20 (0.27M parameters) 
 CIFAR-10. All training images are unlabeled but for a few per class. tests/weights says
 how to make the file of weights. The teacher runs once on each image, enlarged and
 without augmentation; its pooled features are kept in `--work`. The student sees random
-crops and flips of 4 pixels. The arms have equal numbers of steps:
+crops of the padded images, and flips. The arms have equal numbers of steps:
 
     scratch     the task, on the few labeled images
     kd          KD on all images; the teacher's classifier is a logistic regression of
@@ -24,10 +24,11 @@ Hints are FitNets from pooled features to pooled features, each of the teacher's
 standardized over the training images. Hints never see a label, so all numbers of labels
 share one hint student per seed. Each seed has its own labeled images, initialization
 and order. The first seed tries all `--rates`, and the validation split decides: by
-accuracy, or by the hint loss. The validation split has labels, more than the few; this
-helps every arm alike. The test split is read once per finished run. The frozen
-features of the teacher, the hint student and an untrained student are compared by
-logistic regression and k-NN, both with the few labels.
+accuracy, or by the hint loss. It also decides the weight decay of each logistic
+regression. The validation split has labels, more than the few; every arm reads it. The
+test split is read once per finished run. The frozen features of the
+teacher, the hint student and an untrained student are compared by logistic regression
+and k-NN, both with the few labels.
 
 A finished run (arm, labels, seed) in `--work` is not run again.
 """
