@@ -188,6 +188,25 @@ def test_students_of_a_population_are_measured_against_one_alone(script, tmp_pat
         assert flops["mesh 2"] == pytest.approx(shared / 2, rel=0.05)
 
 
+def test_training_with_the_rounding_is_measured_against_training_without(
+    script, tmp_path
+):
+    quantization = script("quantization")
+    file = tmp_path / "results.json"
+    quantization.main(["--small", "--seeds", "2", "--out", str(file)])
+    record = json.loads(file.read_text())
+    assert len(record["runs"]) == 2 and set(record["gain"]) == {"4"}
+    for run in record["runs"]:
+        found = [run["float"], run["continued"], *run["bits"]["4"].values()]
+        assert all(0 <= accuracy <= 1 for accuracy in found)
+    differences = [
+        run["bits"]["4"]["aware"] - run["bits"]["4"]["continued"]
+        for run in record["runs"]
+    ]
+    gain = record["gain"]["4"]["mean"]
+    assert gain == pytest.approx(np.mean(differences), abs=1e-4)
+
+
 def test_micro_batches_are_measured_against_the_whole_batch(script, tmp_path):
     accumulation = script("accumulation")
     file = tmp_path / "results.json"

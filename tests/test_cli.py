@@ -21,10 +21,11 @@ import pytest
 from hintjax import models
 from hintjax.cli import main
 from hintjax.experiments.config import Config, save
-from hintjax.experiments.distill import keep_compiled
+from hintjax.experiments.distill import keep_compiled, shipped
 from hintjax.experiments.finished import load_student
-from hintjax.experiments.setting import prepare
+from hintjax.experiments.setting import batches_of, prepare
 from hintjax.experiments.teaching import check_teacher
+from hintjax.networks import Wants
 from hintjax.pairing import Candidate, Measured
 from hintjax.training import NothingLearned, fingerprint, load_tree, read_metrics
 from hintjax.training.run_directory import owned
@@ -90,6 +91,40 @@ def test_a_teacher_can_be_an_earlier_run(finished, corners, tmp_path, capsys):
     assert re.search(r"goodput \d+\.\d%, less compilation \(checkpoints .*steps", said)
     result = json.loads((run_dir / "result.json").read_text())
     assert {"test/kd", "test/task/accuracy", "validation/loss"} <= set(result)
+
+
+def test_a_student_that_rounds_is_evaluated_and_taught_from_as_it_is(
+    finished, corners, tmp_path, capsys
+):
+    run_dir = tmp_path / "run"
+    common = ("--dataset", corners, *TINY, "--run-dir", str(run_dir), "--quantize")
+    teacher = ("--teacher", str(finished / "teacher"))
+    main(["distill", "--method", "fitnets", *teacher, *common])
+    variables = load_tree(run_dir / "student")
+    assert set(variables) == {"params", "quantization"}
+    limits = jax.tree.leaves(variables["quantization"])
+    assert len(limits) == 4 and all(low < high for low, high in limits)
+    capsys.readouterr()
+    main(["eval", str(run_dir)])
+    result = json.loads((run_dir / "result.json").read_text())
+    assert f"test accuracy: {result['test/accuracy']:.4f}" in capsys.readouterr().out
+    # Its parameters go into the plain network for export.
+    wants = Wants(output=True)
+    setting, rounds, own = shipped(run_dir)
+    _, plain, same = shipped(run_dir, rounding=False)
+    x = next(batches_of(setting, setting.dataset.test))["image"][:8]
+    rounded, exact = (
+        network.apply(*own, x, wants=wants, train=False)[0].output
+        for network in (rounds, plain)
+    )
+    want = models.plain_wide(classes=4).apply(variables, x)
+    np.testing.assert_array_equal(exact, want)
+    assert 0 < np.abs(rounded - want).mean() < 0.1 * np.abs(want).mean()
+    assert fingerprint(own) == fingerprint(same)
+    # As a teacher it rounds, too.
+    setting = prepare(Config(dataset=corners, teacher=str(run_dir)), teach=True)
+    _, state = jax.eval_shape(setting.teacher.init, jax.random.key(0), x)
+    assert set(state) == {"quantization"}
 
 
 @pytest.mark.parametrize("method", ["backprop", "at", "fitnet"])

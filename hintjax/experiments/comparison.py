@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from hintjax.experiments.explained import explained_by
-from hintjax.experiments.factories import network
+from hintjax.experiments.factories import student_network
 from hintjax.experiments.finished import RESULT, load_student
 from hintjax.experiments.recipes import Recipe
 from hintjax.experiments.run import run
@@ -115,7 +115,10 @@ def _runner(
 ) -> Callable[[Arm, float, int], Ran]:
     """Makes the function that runs one job, unless it is finished."""
     classes = setting.dataset.classes
-    initial = {arm.initial: network(arm.initial, classes) for arm in arms}
+    initial = {
+        arm.initial: student_network(setting.config, classes, arm.initial)
+        for arm in arms
+    }
     key = jax.random.key(setting.config.seed)
     untrained = taught_by(setting).init(key, setting.inputs)
 

@@ -143,6 +143,8 @@ class NetworkOptions:
             kept in the run directory, and all runs of a comparison share them. If there
             are several processes, all of them must see the run directory.
         cache_dtype: Type in which these features are stored.
+        quantize: Whether the student rounds as an int8 file will, in training and in
+            evaluation. Its parameters stay in floating point.
     """
 
     student: str = "hintjax.models:plain_thin"
@@ -153,6 +155,7 @@ class NetworkOptions:
     teacher_at_least: float = 0.5
     cache: bool = False
     cache_dtype: Literal["float32", "bfloat16", "int8"] = "float32"
+    quantize: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

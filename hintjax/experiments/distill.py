@@ -394,11 +394,15 @@ def _show_losses(result: Mapping[str, Any]) -> None:
             print(f"{of} {metric}: {value:.4g}")
 
 
-def shipped(run_dir: Path) -> tuple[Setting, Network, Variables]:
+def shipped(
+    run_dir: Path, *, rounding: bool = True
+) -> tuple[Setting, Network, Variables]:
     """The network that a finished run deploys, on one device.
 
     Args:
         run_dir: run directory.
+        rounding: whether a student that was trained with --quantize rounds. A file has
+            its parameters, and rounds them itself.
 
     Returns:
         The setting of the run, the network and its variables.
@@ -411,7 +415,9 @@ def shipped(run_dir: Path) -> tuple[Setting, Network, Variables]:
         recipe = _recipe(config.method, config.task)
     else:
         recipe = _recipe_of_arm(config, run_dir)
-    here = dataclasses.replace(config, devices=1, fsdp=1)  # any machine can evaluate
+    # Any machine can evaluate.
+    quantize = config.quantize and rounding
+    here = dataclasses.replace(config, devices=1, fsdp=1, quantize=quantize)
     setting = prepare(here, teach=(run_dir / DEPLOYED).exists())
     return setting, *load_deployed(setting, run_dir, recipe)
 

@@ -154,7 +154,7 @@ def export_run(
     if form.int8 and size not in (None, 1):
         raise Refusal(message("export", "batch 1 for an int8 network", f"{size}"))
     path = run_dir.expanduser().resolve()
-    setting, network, variables = shipped(best_run(path))
+    setting, network, variables = shipped(best_run(path), rounding=False)
     model = alone(setting, network, variables)
     images = spread_images(setting.dataset.train, representative)
     data = form.write(model, size, images)

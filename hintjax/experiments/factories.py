@@ -12,7 +12,8 @@ from jaxtyping import PyTree
 
 from hintjax._checks import Refusal, WrongType, form, message
 from hintjax.experiments import config as configs
-from hintjax.networks import Network, Wants, linen
+from hintjax.experiments.config import Config
+from hintjax.networks import Network, Wants, fake_quantized, linen
 from hintjax.networks.nnx import nnx
 
 
@@ -83,6 +84,18 @@ def network(name: str, classes: int) -> Network:
     wanted = f"{name} to make a Flax Linen module or a hintjax.Network"
     do = "A factory of NNX models takes rngs."
     raise Refusal(message("model", wanted, type(made).__name__, do))
+
+
+def student_network(config: Config, classes: int, name: str | None = None) -> Network:
+    """The network of a config's student; it rounds if the config says so.
+
+    Args:
+        config: config of the run.
+        classes: number of classes of the dataset.
+        name: factory of the student, if it is not the config's.
+    """
+    made = network(name or config.student, classes)
+    return fake_quantized(made) if config.quantize else made
 
 
 def attribute_of(name: str, classes: int, attribute: str, missing: Any) -> Any:

@@ -12,7 +12,7 @@ from hintjax._checks import Refusal, message
 from hintjax.data import Records, Split, Standardize, evaluation_batches
 from hintjax.experiments import config as configs
 from hintjax.experiments.config import Config
-from hintjax.experiments.factories import network
+from hintjax.experiments.factories import student_network
 from hintjax.experiments.tasks import Task
 from hintjax.networks import Network, Variables, Wants, split
 from hintjax.processes import told
@@ -25,7 +25,10 @@ _SMALL = EVALUATION_BATCH * 32 * 32 * 3  # pixels (times channels) of such a bat
 
 
 def load_student(
-    run_dir: str | os.PathLike[str], *, hints_only: bool = False
+    run_dir: str | os.PathLike[str],
+    *,
+    hints_only: bool = False,
+    rounding: bool = True,
 ) -> tuple[Network, Variables]:
     """The student of a finished run, with its network.
 
@@ -33,6 +36,7 @@ def load_student(
         run_dir: run directory.
         hints_only: whether to load also a student whose own output was not trained,
             since it is deployed with other parts; see `load_deployed`.
+        rounding: whether a student that was trained with --quantize rounds.
 
     Raises:
         Refusal: if the run has no student.
@@ -50,7 +54,8 @@ def load_student(
             raise Refusal(message("teacher", wanted, got))
         return json.loads((path / RESULT).read_text())["classes"]
 
-    made = network(config.student, told(classes))
+    config = dataclasses.replace(config, quantize=config.quantize and rounding)
+    made = student_network(config, told(classes))
     return made, split(load_tree(path / "student"))
 
 

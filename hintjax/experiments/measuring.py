@@ -95,7 +95,7 @@ def measure_run(run_dir: Path, files: Sequence[Path] = (), repeats: int = 200) -
     path = run_dir.expanduser().resolve()
     with _one_core():
         loaded = [one for file in _files(path, files) for one in _loaded(file)]
-        setting, network, variables = shipped(best_run(path))
+        setting, network, variables = shipped(best_run(path), rounding=False)
         student = student_logits(setting, network, variables)
         images = spread_images(setting.dataset.test, 32)
         times = _timed([one.run for one in loaded], images, repeats)

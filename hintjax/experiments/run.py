@@ -54,7 +54,7 @@ _ELSEWHERE = (
 # Fields that runs of an earlier version did not have, with the value that they had.
 _LATER = {
     name: getattr(Config, name)
-    for name in ("task", "labels", "balance", "balance_every")
+    for name in ("task", "labels", "balance", "balance_every", "quantize")
 }
 # Fields that may change when a run resumes.
 _HARMLESS = (
@@ -75,7 +75,7 @@ def load_deployed(
     """
     path = Path(run_dir).expanduser()
     if not (path / DEPLOYED).exists():
-        return load_student(path)
+        return load_student(path, rounding=setting.config.quantize)
     per_epoch = steps_per_epoch(setting.dataset.train.n, setting.config.batch_size)
     method = recipe(setting.config, setting.places, per_epoch)[-1].method
     variables = Variables(**load_tree(path / DEPLOYED))

@@ -29,6 +29,7 @@ from hintjax.experiments.factories import (
     layers,
     network,
     output_shape,
+    student_network,
 )
 from hintjax.experiments.finished import evaluation_size, load_student, run_config
 from hintjax.experiments.pretrained import pretrained
@@ -98,7 +99,7 @@ def prepare(config: Config, *, teach: bool = False) -> Setting:
     layout = mesh_of(config)
     inputs = jnp.zeros((1, *dataset.train.shape), jnp.float32)
     dataset, teacher = _taught(config, dataset, inputs, teach)
-    student = each(lambda: network(config.student, dataset.classes))
+    student = each(lambda: student_network(config, dataset.classes))
     factories = [
         config.student,
         *([_factory(config.teacher)] if teach else []),

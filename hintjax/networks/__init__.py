@@ -11,13 +11,16 @@ from hintjax.networks.linen import linen
 from hintjax.networks.network import Features, Network, Variables, Wants, join, split
 from hintjax.networks.normalization import renormalized
 from hintjax.networks.precision import computed_in
+from hintjax.networks.quantized import calibrated, fake_quantized
 
 __all__ = [
     "Features",
     "Network",
     "Variables",
     "Wants",
+    "calibrated",
     "computed_in",
+    "fake_quantized",
     "function",
     "join",
     "linen",

@@ -15,11 +15,13 @@ import pytest
 from flax import linen as nn
 
 import hintjax as hj
-from hintjax import export
-from hintjax.export import runtimes
+from hintjax import export, models
+from hintjax.export import runtimes, standalone
 
 # TensorFlow and its interpreters warn of their own future.
 pytestmark = pytest.mark.filterwarnings("ignore")
+
+MEAN, STD = np.float32([0.3]), np.float32([0.25])
 
 
 def needs(*packages):
@@ -94,6 +96,26 @@ def test_a_file_describes_its_network(name, made, model):
     else:
         found = export.description(data)
     assert found == model.about
+
+
+@needs("tensorflow", "ai_edge_litert")
+def test_fake_quantization_has_the_errors_of_the_int8_file(images):
+    """Of layers one after another; the sum of two branches is not rounded."""
+    network = hj.linen(models.plain_thin(classes=4, depth=6))
+    inputs = jax.numpy.asarray((images / np.float32(255) - MEAN) / STD)
+    variables = network.init(jax.random.key(0), inputs)
+    data = export.tflite_int8(
+        standalone(network, variables, (8, 8, 1), mean=MEAN, std=STD), images
+    )
+    file = runtimes.run_tflite(data)(images)
+    wants = hj.Wants(output=True)
+    own = hj.calibrated(network, variables, inputs)
+    exact, rounded = (
+        np.asarray(one.apply(*own, inputs, wants=wants, train=False)[0].output)
+        for one in (network, hj.fake_quantized(network))
+    )
+    assert np.corrcoef((file - exact).ravel(), (rounded - exact).ravel())[0, 1] > 0.7
+    assert np.square(file - rounded).mean() < 0.5 * np.square(file - exact).mean()
 
 
 @needs("flatbuffers")
