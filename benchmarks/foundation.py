@@ -26,9 +26,9 @@ share one hint student per seed. Each seed has its own labeled images, initializ
 and order. The first seed tries all `--rates`, and the validation split decides: by
 accuracy, or by the hint loss. It also decides the weight decay of each logistic
 regression. The validation split has labels, more than the few; every arm reads it. The
-test split is read once per finished run. The frozen features of the
-teacher, the hint student and an untrained student are compared by logistic regression
-and k-NN, both with the few labels.
+test split is read once per finished run. The frozen features of the teacher, the hint
+student and an untrained student are compared by logistic regression and k-NN, both with
+the few labels.
 
 A finished run (arm, labels, seed) in `--work` is not run again.
 """
@@ -99,7 +99,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         for seed in range(options.seeds)
         for arm, labels in [
             (HINTS, 0),
-            *((arm, labels) for labels in options.labels for arm in (*ARMS, FROZEN)),
+            *((FROZEN, labels) for labels in options.labels),
+            *((arm, labels) for labels in options.labels for arm in ARMS),
         ]
     ]
     for left in _estimated(bench, wanted):
