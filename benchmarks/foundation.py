@@ -3,7 +3,7 @@
     python benchmarks/foundation.py --weights lite0.safetensors --data-dir DIR \
         --work DIR --out benchmarks/results/foundation.json
 
-Device: any; the default sizes want a GPU or TPU, the committed numbers are from a far
+Device: any; the default sizes want a GPU or TPU. The committed numbers are from a far
 smaller run on two CPU cores (see benchmarks/results/README.md). Hours: not measured at
 the default sizes; the script prints an estimate before it trains. Expected: not known
 at the default sizes.
