@@ -263,6 +263,49 @@ def test_fixed_views_are_compared_with_new_crops(script, tmp_path, monkeypatch):
     assert views.main(arguments)["test_accuracy"] == accuracy
 
 
+def test_a_student_of_few_labels_never_reads_the_hidden_ones(
+    script, tmp_path, monkeypatch
+):
+    foundation = script("foundation")
+    work, other = tmp_path / "work", tmp_path / "other"
+    arguments = ["--small", "--out", str(tmp_path / "results.json"), "--work"]
+    record = foundation.main([*arguments, str(work)])
+    runs = record["runs"]
+    assert set(runs) == {*foundation.ARMS, "hints", "frozen"}
+    assert all(0 <= runs[arm]["2"]["0"]["test"] <= 1 for arm in foundation.ARMS)
+    assert {"untrained", "hints", "teacher"} < set(runs["frozen"]["2"]["0"])
+    assert record["unfinished"] == []
+    assert json.loads((tmp_path / "results.json").read_text())["images"]["train"] == 64
+    with pytest.raises(SystemExit, match="other options"):
+        foundation.main([*arguments, str(work), "--temperature", "2"])
+
+    # The same images keep their labels; all others get a wrong one.
+    with np.load(work / "images.npz") as file:
+        images = dict(file)
+    label, classes = images["train_label"], int(images["classes"])
+    index = foundation.chosen(label, 2 * classes, 0)
+    wrong = (label + 1) % classes
+    wrong[index] = label[index]
+    other.mkdir()
+    np.savez(other / "images.npz", **images | {"train_label": wrong})
+    monkeypatch.setattr(foundation, "chosen", lambda *given: index)
+    changed = foundation.main([*arguments, str(other)])["runs"]
+    assert without_seconds(changed) == without_seconds(runs)
+
+    monkeypatch.setattr(foundation, "finish", None)  # finished runs are not run again
+    assert foundation.main([*arguments, str(work)])["runs"] == runs
+
+
+def without_seconds(runs):
+    """The runs of `foundation`, by arm, labels and seed, without their times."""
+    return {
+        (arm, labels, seed): {key: one[key] for key in one if key != "seconds"}
+        for arm, counts in runs.items()
+        for labels, seeds in counts.items()
+        for seed, one in seeds.items()
+    }
+
+
 def test_crd_negatives_are_measured_against_none(script, tmp_path):
     crd_negatives = script("crd_negatives")
     file = tmp_path / "results.json"

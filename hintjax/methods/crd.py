@@ -192,8 +192,8 @@ class _Crd(NamedTuple):
         if isinstance(self.negatives, BatchNegatives):
             scored = within(embedded, label_of(batch), where)
         else:
-            unknown = outside(batch, self.limits(memory))
             drawn, positives = self._draw(self.negatives, memory, batch, context.key)
+            unknown = outside(batch, self.limits(memory))
             scored = with_bank(embedded, bank, drawn, positives, train, self.mesh)
         values, constants = self._lose(scored, bank, _size(memory), where)
         if train:

@@ -32,8 +32,9 @@ from hintjax import (
     teachers,
     views,
 )
+from hintjax.methods import uncertainty
 from hintjax.networks import nnx as networks_nnx
-from hintjax.stages import debugging
+from hintjax.stages import balance, debugging
 
 # The functions of these names hide their modules.
 objective = importlib.import_module("hintjax.objective")
@@ -272,22 +273,37 @@ NOT_FUZZED = {
     methods: dict.fromkeys(("hard_labels", "regression_kd"), "they take no arguments"),
     memory: dict.fromkeys(
         (
-            *("batch_rows", "scores_by_rows", "select", "set_once", "shared_rows"),
+            *(
+                "batch_rows",
+                "labeled",
+                "scores_by_rows",
+                "select",
+                "set_once",
+                "shared_rows",
+            ),
             "split_rows",
         ),
         MADE_INSIDE,
     ),
     method: dict.fromkeys(
         (
-            *("hints_of", "nothing", "one_per_example", "output_of", "reduced"),
-            *("total", "union"),
+            *("hints_of", "nothing", "one_per_example", "output_of", "pairs_apart"),
+            *("reduced", "total", "union"),
         ),
         MADE_INSIDE,
     ),
     objective: {"check_weight": MADE_INSIDE},
     regressors: dict.fromkeys(("apply", "init"), MADE_INSIDE),
     views: {"through": MADE_INSIDE},
-    networks: dict.fromkeys(("function", "join", "linen", "split"), LATER),
+    networks: dict.fromkeys(
+        (
+            *("calibrated", "fake_quantized", "function", "join", "linen"),
+            *("renormalized", "split"),
+        ),
+        LATER,
+    ),
+    balance: {"check_balance": MADE_INSIDE, "rebalanced": LATER},
+    uncertainty: {"uncertain": LATER},
     debugging: dict.fromkeys(
         (
             "checked",
@@ -299,20 +315,27 @@ NOT_FUZZED = {
         LATER,
     ),
     stages: dict.fromkeys(
-        ("checked", "distillation_stage", "hint_stage", "image", "student_variables"),
+        (
+            *("checked", "distillation_stage", "hint_stage", "image", "silent_terms"),
+            "student_variables",
+        ),
         LATER,
     ),
     networks_nnx: dict.fromkeys(("nnx", "nnx_update"), LATER),
     pairing: {
         **dict.fromkeys(
-            ("candidates", "choose", "nearest_in_depth", "remarks"), MADE_INSIDE
+            (
+                *("candidates", "choose", "depth_of", "doubts_of_depth"),
+                *("doubts_of_explained", "nearest_in_depth", "remarks"),
+            ),
+            MADE_INSIDE,
         ),
         **dict.fromkeys(("alignment", "measure"), LATER),
     },
     population: dict.fromkeys(("population", "reweighted"), LATER),
     sharding: dict.fromkeys(
         (
-            *("automatic", "in_automatic_mesh", "on_automatic"),
+            *("automatic", "in_automatic_mesh", "is_explicit", "on_automatic"),
             *("alike", "batch_axes", "check_batch", "check_even", "check_rules"),
             *("check_spans", "data_mesh", "from_process", "make_mesh", "over_batch"),
             *("place", "replicated", "shares", "spread", "stored", "whole"),
