@@ -165,7 +165,7 @@ import sys
 
 script = pathlib.Path("../benchmarks/step_time.py")
 if script.exists():
-    options = ["--small", "--rounds", "2"] if SMALL else []
+    options = ["--small", "--rounds", "2", "--methods", "kd"] if SMALL else []
     done = subprocess.run(
         [sys.executable, str(script), *options],
         check=False,

@@ -180,6 +180,7 @@ def test_pairs_measures_every_form_against_the_loop(script, tmp_path):
     assert file.with_suffix(".png").stat().st_size < 100_000
 
 
+@pytest.mark.long
 def test_students_of_a_population_are_measured_against_one_alone(script, tmp_path):
     population = script("population")
     file = tmp_path / "results.json"
@@ -199,6 +200,7 @@ def test_students_of_a_population_are_measured_against_one_alone(script, tmp_pat
         assert flops["mesh 2"] == pytest.approx(shared / 2, rel=0.05)
 
 
+@pytest.mark.long
 def test_training_with_the_rounding_is_measured_against_training_without(
     script, tmp_path
 ):
@@ -247,6 +249,7 @@ def test_cached_teachers_are_measured_against_the_student_alone(script, tmp_path
     assert {*cache.METHODS} - {"hint_stage"} <= {*terms}
 
 
+@pytest.mark.long
 def test_fixed_views_are_compared_with_new_crops(script, tmp_path, monkeypatch):
     views = script("views")
     file = tmp_path / "results.json"
@@ -263,6 +266,7 @@ def test_fixed_views_are_compared_with_new_crops(script, tmp_path, monkeypatch):
     assert views.main(arguments)["test_accuracy"] == accuracy
 
 
+@pytest.mark.long
 def test_a_student_of_few_labels_never_reads_the_hidden_ones(
     script, tmp_path, monkeypatch
 ):

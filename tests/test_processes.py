@@ -456,6 +456,7 @@ def wait_for_step(run_dir, step, both):
     raise AssertionError(ended(both))
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("default:resume. .* goes on with changes")
 def test_a_run_moves_from_two_processes_to_one_and_back(
     corners, tmp_path, monkeypatch, capsys
@@ -610,7 +611,9 @@ main(sys.argv[1:])
 """
 
 
-@pytest.mark.parametrize("home", ["device", "disk"])
+@pytest.mark.parametrize(
+    "home", [pytest.param("device", marks=pytest.mark.long), "disk"]
+)
 def test_two_processes_write_and_read_one_cache(home, cached_alone, corners, tmp_path):
     """Each writes a part of the shards; the bytes are those of one process."""
     alone, options = cached_alone
@@ -658,6 +661,7 @@ def cached_alone(corners, tmp_path_factory):
     return run_dir, options
 
 
+@pytest.mark.long
 def test_a_comparison_is_the_same_in_two_processes(corners, tmp_path):
     options = (
         *("--compare", "backprop", "kd", "--dataset", corners, "--seeds", "1"),

@@ -120,7 +120,7 @@ class InvertedBottleneck(nn.Module):
 def in_eights(channels: float) -> int:
     """The nearest multiple of 8, at least 8, and at least 90 % of the channels.
 
-    >>> [in_eights(n) for n in (3, 17.6, 26.4, 19)]
+    >>> [in_eights(n) for n in (3.0, 17.6, 26.4, 19.0)]
     [8, 16, 24, 24]
     """
     found = max(8, int(channels + 4) // 8 * 8)

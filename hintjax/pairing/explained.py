@@ -26,6 +26,7 @@ def linearly_explained(
     Returns:
         `1 - sum (t - p)^2 / sum (t - mean t)^2`; 0 for a hint that does not vary.
 
+    >>> import jax
     >>> s = jax.random.normal(jax.random.key(0), (8, 3))
     >>> t = s @ jnp.ones((3, 5)) + 1
     >>> round(float(linearly_explained((s, t), (s, t))), 4)

@@ -127,7 +127,6 @@ def test_fewer_examples_explain_large_maps(corners, monkeypatch):
 
     monkeypatch.setattr(explained, "image_batches", note)
     for most in (10**9, 1):
-        monkeypatch.setattr(explained, "_POSITIONS", most)
         with pytest.raises(LookupError):
-            explained.explained_by(setting, hj.Variables({}, {}))
+            explained.explained_by(setting, hj.Variables({}, {}), most)
     assert seen == [86, 1]
