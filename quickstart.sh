@@ -22,7 +22,7 @@ run=runs/quickstart
 if [ -e "$run/config.yaml" ]; then
   "$hintjax" resume "$run"
 else
-  "$hintjax" distill --compare backprop kd fitnets \
+  "$hintjax" distill --compare backprop kd fitnets --rates 2e-3 --epochs 20 --cosine \
     --student hintjax.models:plain_thin_he --run-dir "$run"
 fi
 "$hintjax" export "$run/teacher" --output "$run/exported/teacher.stablehlo"
