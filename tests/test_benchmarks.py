@@ -401,6 +401,7 @@ def test_the_edge_table_measures_the_files_of_a_comparison(script, tmp_path):
     run, file = tmp_path / "run", tmp_path / "results.json"
     config = Config(
         compare=("kd",),
+        devices=1,
         limit=320,
         epochs=1,
         teacher_epochs=1,
