@@ -51,6 +51,7 @@ def positive(summary):
     return values == sorted(values) and values[0] > 0 and math.isfinite(values[-1])
 
 
+@pytest.mark.long
 def test_step_time_measures_methods_against_their_parts(script, tmp_path):
     step_time = script("step_time")
     file = tmp_path / "results.json"
@@ -164,6 +165,7 @@ def test_the_cut_network_ends_with_the_hint(script):
     np.testing.assert_allclose(output, hint, rtol=1e-5)
 
 
+@pytest.mark.long
 def test_pairs_measures_every_form_against_the_loop(script, tmp_path):
     pairs = script("pairs")
     file = tmp_path / "results.json"
@@ -220,6 +222,7 @@ def test_training_with_the_rounding_is_measured_against_training_without(
     assert gain == pytest.approx(np.mean(differences), abs=1e-4)
 
 
+@pytest.mark.long
 def test_micro_batches_are_measured_against_the_whole_batch(script, tmp_path):
     accumulation = script("accumulation")
     file = tmp_path / "results.json"
@@ -232,6 +235,7 @@ def test_micro_batches_are_measured_against_the_whole_batch(script, tmp_path):
     assert positive(record["ratios"]["2"])
 
 
+@pytest.mark.long
 def test_cached_teachers_are_measured_against_the_student_alone(script, tmp_path):
     cache = script("cache")
     file = tmp_path / "results.json"
@@ -310,6 +314,7 @@ def without_seconds(runs):
     }
 
 
+@pytest.mark.long
 def test_crd_negatives_are_measured_against_none(script, tmp_path):
     crd_negatives = script("crd_negatives")
     file = tmp_path / "results.json"

@@ -93,6 +93,7 @@ def test_a_teacher_can_be_an_earlier_run(finished, corners, tmp_path, capsys):
     assert {"test/kd", "test/task/accuracy", "validation/loss"} <= set(result)
 
 
+@pytest.mark.long
 def test_a_student_that_rounds_is_evaluated_and_taught_from_as_it_is(
     finished, corners, tmp_path, capsys
 ):

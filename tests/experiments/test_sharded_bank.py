@@ -90,6 +90,7 @@ def train(world, run_dir, devices, stop_at=None):
         )
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("default:resume. .* goes on with changes")
 def test_a_run_with_a_sharded_bank_moves_between_devices(world, tmp_path):
     """From 1 device to 3 and to 8: the numbers are those of a run on 1 device."""
