@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes .venv on a fresh machine, then makes a teacher ten times smaller.
+# Makes .venv on a fresh machine, then trains and exports a student for a device.
 #
 #   ./quickstart.sh                  the practical job on handwritten digits, 3 minutes
 #   ./quickstart.sh ARGUMENTS        runs hintjax distill ARGUMENTS (see --help)

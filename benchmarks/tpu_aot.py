@@ -272,7 +272,7 @@ def told(case: Case, mesh: jax.sharding.Mesh) -> dict[str, Any]:
 
 
 def counted(compiled: jax.stages.Compiled, arguments: tuple) -> dict[str, Any]:
-    """What the compiler says of a program: operations, bytes, memory, collectives."""
+    """The compiler's counts of a program: operations, bytes, memory, collectives."""
     costs, planned = compiled.cost_analysis() or {}, compiled.memory_analysis()
     sizes = {
         name: getattr(planned, f"{name}_size_in_bytes")

@@ -121,7 +121,7 @@ def objective(**terms: Weighted | Method) -> Method:
 
 
 def teacher_dropping(keep: float = 0.5, /, **terms: Weighted | Method) -> Method:
-    """Several teachers, of which each example listens to some, and to the worst always.
+    """Several teachers: each example keeps the worst term, and other terms by chance.
 
     A student of several teachers learns the easy ones and neglects the others. So each
     example keeps the term of its largest (weighted) value, and every other term with

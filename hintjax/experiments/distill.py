@@ -175,7 +175,7 @@ def keep_compiled(folder: Path) -> None:
 
 
 def _check_comparison(setting: Setting, plan: Plan) -> None:
-    """Raises for a comparison without labels, which have the measure of comparison."""
+    """Raises for a comparison without labels: a metric of labels compares the arms."""
     if plan.arms and not setting.dataset.labeled:
         wanted = f"labels in {setting.config.dataset}, to compare methods"
         do = "Name one method, e.g. --method dense_matching."

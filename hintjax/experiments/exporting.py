@@ -175,6 +175,9 @@ def best_run(run_dir: Path) -> Path:
 
     Args:
         run_dir: directory of a run, or of a finished comparison.
+
+    Raises:
+        Refusal: if the runs of the comparison are gone.
     """
     if not (run_dir / REPORT).exists():
         return run_dir
@@ -183,6 +186,9 @@ def best_run(run_dir: Path) -> Path:
         path.parent: read_json(path)[f"validation/{task.name}"]
         for path in sorted(run_dir.glob(f"*/rate*-seed*/{RESULT}"))
     }
+    if not found:
+        wanted, do = "the runs of the comparison", "Name the directory of one run."
+        raise Refusal(message("export", wanted, f"none in {run_dir}", do))
     best = task.best(found)
     name, value = best.relative_to(run_dir), task.shown(found[best])
     print(f"the best run on the validation split: {name} ({task.name} {value})")

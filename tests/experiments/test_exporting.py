@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import hintjax
 from hintjax import export
 from hintjax.cli import main
 from hintjax.experiments import config as configs
@@ -228,3 +229,10 @@ def test_of_a_comparison_the_run_is_exported_that_is_best_on_validation(
     assert exporting.best_run(tmp_path) == best
     assert "at/rate0.1-seed1 (accuracy 75.0)" in capsys.readouterr().out
     assert exporting.best_run(best) == best
+
+
+def test_a_comparison_whose_runs_are_gone_is_refused(tmp_path):
+    (tmp_path / "report.json").write_text("{}")
+    configs.save(Config(), tmp_path)
+    with pytest.raises(hintjax.Refusal, match="the runs of the comparison, got none"):
+        exporting.best_run(tmp_path)
