@@ -15,14 +15,14 @@ from typing import Any, NamedTuple
 
 from hintjax._checks import Refusal, message
 from hintjax.experiments import config as configs
-from hintjax.experiments import page
 from hintjax.experiments.comparison import REPORT
 from hintjax.experiments.comparison_picture import ATTENTION, COMPARISON
 from hintjax.experiments.comparison_table import differences, unit_of
 from hintjax.experiments.config import Config
-from hintjax.experiments.facts import FACTS, SHOWN
 from hintjax.experiments.finished import RESULT
-from hintjax.experiments.page import Html
+from hintjax.experiments.report import page
+from hintjax.experiments.report.facts import FACTS, SHOWN
+from hintjax.experiments.report.page import Html
 from hintjax.experiments.statistics import proportion, summary
 from hintjax.experiments.tasks import TASKS, Task
 from hintjax.training import read_metrics
@@ -538,7 +538,7 @@ def _drawn(words: str, draw: Callable[[Any], Any]) -> list[Html]:
     """
     if not drawing():
         return []
-    from hintjax.experiments import pictures
+    from hintjax.experiments.pictures import comparison as pictures
 
     file = io.BytesIO()
     draw(pictures).savefig(file, format="svg", metadata={"Date": None})

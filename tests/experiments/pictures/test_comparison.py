@@ -11,7 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from hintjax.experiments import pictures as viz
+from hintjax.experiments.pictures import comparison as viz
 
 ARMS = (
     *("backpropagation", "backpropagation, He init", "KD", "KD, He init"),

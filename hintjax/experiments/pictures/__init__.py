@@ -1,0 +1,1 @@
+"""Pictures by matplotlib, one file for each kind."""

@@ -1,0 +1,1 @@
+"""The report of a run or of a comparison, as one HTML page."""
