@@ -43,7 +43,7 @@ def picture(
     Returns:
         The path of the picture.
     """
-    from hintjax.experiments.pictures import comparison as pictures
+    from hintjax.experiments import pictures
 
     guided, hint = middle(setting.places)[-1]
     dataset = setting.dataset
@@ -98,7 +98,7 @@ def attention_picture(
         guided: path of the guided layer.
         hint: path of the hint layer.
     """
-    from hintjax.experiments.pictures import comparison as pictures
+    from hintjax.experiments import pictures
 
     test = setting.dataset.test
     shown = np.arange(min(_FEW, test.n))

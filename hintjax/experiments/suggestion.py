@@ -178,7 +178,7 @@ def _draw(
     title: str,
 ) -> None:
     """Draws the similarities of the teacher's and the student's layers."""
-    from hintjax.experiments.pictures import comparison as pictures
+    from hintjax.experiments import pictures
 
     teacher, student = measured.teacher, measured.student
     marked = [(teacher.index(one.hint), student.index(one.guided)) for one in chosen]
