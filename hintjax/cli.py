@@ -48,7 +48,7 @@ from hintjax.experiments.finished import load_student
 from hintjax.experiments.launch import leaving, start
 from hintjax.experiments.measuring import measure_run
 from hintjax.experiments.probing import probe
-from hintjax.experiments.report import write_comparison, write_report
+from hintjax.experiments.report.report import write_comparison, write_report
 from hintjax.experiments.suggestion import suggest
 from hintjax.export import NoConverter
 from hintjax.processes import first, told
