@@ -537,13 +537,11 @@ def test_a_changed_config_is_refused_with_its_difference(
 
 
 def wait_for(condition, process):
-    for _ in range(3000):
-        if condition():
-            return
+    """Waits however long a busy machine takes; the process ends in any case."""
+    while not condition():
         if process.poll() is not None:
             raise RuntimeError(f"ended too early: {process.stderr.read()}")
         time.sleep(0.02)
-    raise RuntimeError("waited in vain")
 
 
 def stages_saved(run_dir):
