@@ -36,6 +36,7 @@ from hintjax.experiments.config import (
     ScheduleOptions,
     part,
 )
+from hintjax.experiments.devices import split_cpu
 from hintjax.experiments.distill import (
     claim,
     distill,
@@ -261,7 +262,10 @@ def _run(argv: list[str]) -> None:
 
 
 def _join(argv: Sequence[str]) -> None:
-    """Joins the other processes, before anything can fail in this process alone."""
+    """Joins the other processes, before anything can fail in this process alone.
+
+    A single process makes the cores of a CPU its devices.
+    """
     if argv[:1] not in (["distill"], ["resume"]) or {"-h", "--help"} & {*argv}:
         return
     given: dict[str, Any] = {}
@@ -275,6 +279,8 @@ def _join(argv: Sequence[str]) -> None:
                 given[name] = int(given[name])
             except ValueError:
                 return  # the options are read again, and then refused
+    if not given:
+        split_cpu()
     start(**given)
     watch()
 
