@@ -25,7 +25,7 @@ import jax
 
 from hintjax._checks import Refusal
 from hintjax.experiments import config as configs
-from hintjax.experiments import methods_table
+from hintjax.experiments import listing
 from hintjax.experiments.config import (
     Config,
     DataOptions,
@@ -45,11 +45,11 @@ from hintjax.experiments.distill import (
     show_costs,
     verify_cache,
 )
-from hintjax.experiments.ending import watch
 from hintjax.experiments.exporting import elsewhere, export_run
 from hintjax.experiments.factories import layers, network
 from hintjax.experiments.finished import load_student
-from hintjax.experiments.launch import leaving, start
+from hintjax.experiments.launch.ending import watch
+from hintjax.experiments.launch.process import leaving, start
 from hintjax.experiments.measuring import measure_run
 from hintjax.experiments.probing import probe
 from hintjax.experiments.report.report import write_comparison, write_report
@@ -103,7 +103,7 @@ def show_methods(*, markdown: bool = False) -> None:
     Args:
         markdown: whether to print Markdown, which also has the papers and files.
     """
-    methods_table.show(in_markdown=markdown)
+    listing.show(in_markdown=markdown)
 
 
 def report_command(run_dirs: tuple[Path, ...], output: Path | None = None) -> None:

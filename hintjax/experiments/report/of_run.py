@@ -2,8 +2,8 @@
 
 import math
 
-from hintjax.experiments.comparison_picture import ATTENTION
 from hintjax.experiments.report import page
+from hintjax.experiments.report.attention import ATTENTION
 from hintjax.experiments.report.classes import classes_of
 from hintjax.experiments.report.curves import curves_of
 from hintjax.experiments.report.drawn import from_file, without_pictures
