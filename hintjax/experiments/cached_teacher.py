@@ -1,4 +1,4 @@
-"""The stored features of the teacher as runs read them, and the crops of their views."""
+"""The stored features of the teacher as runs read them, and the crops of its views."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
