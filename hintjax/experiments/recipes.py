@@ -7,7 +7,7 @@ weight, and in which stages. It reads the shapes of layers, never data.
 import functools
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -41,7 +41,7 @@ from hintjax.experiments.config import Config
 from hintjax.experiments.tasks import TASKS
 from hintjax.losses import Standardization
 from hintjax.losses.feature_standardization import hadamard_matrix
-from hintjax.method import Method, Pairs
+from hintjax.method import Applied, Method, Pairs
 from hintjax.methods import (
     AnchorNegatives,
     BatchNegatives,
@@ -490,7 +490,20 @@ def _minilm(config: Config, places: Places) -> Method:
 
 
 def _reused(config: Config, places: Places) -> Method:
-    return simkd(one(last_maps(places)), classifier(places.teacher))
+    ignore = () if places.labels is None else UNLABELED
+    pair, head = one(last_maps(places)), classifier(places.teacher)
+    method = simkd(pair, head, ignore=ignore)
+    return method if places.labels != 0 else _unmeasured(method)
+
+
+def _unmeasured(method: Method) -> Method:
+    """The method without its metrics, which would compare with missing labels."""
+
+    def apply(*arguments: Any) -> Applied:
+        values, memory, _ = method.apply(*arguments)
+        return values, memory, {}
+
+    return method._replace(apply=apply)
 
 
 def _channels(config: Config, places: Places) -> Method:
