@@ -235,7 +235,7 @@ def metrics_of(method, setting):
 def test_the_task_counts_examples_with_a_label_as_a_batch_of_them():
     output, label = jnp.eye(3)[:2].repeat(4, 0), jnp.array([0, -1, 1, -1, 1, 2, -1, -1])
     places = Places({}, {}, examples=80, labels=40)
-    term = recipes._task(Config(), places, 0.5)
+    term = recipes.kinds._task(Config(), places, 0.5)
     context = Context(jnp.zeros(2, jnp.uint32), jnp.int32(0), True)
     features = Features(output=output)
     values, _, metrics = term.method.apply(
