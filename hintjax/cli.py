@@ -3,17 +3,21 @@
 The others are probe, report, export, measure, cache and doctor. Its exit codes: 0 after
 success; 2 if it refuses the input; 3 if a run learned nothing (its updates were
 skipped, because numbers were not finite); 130 after Ctrl-C and 143 after SIGTERM, both
-once the run is saved; 1 after a defect, with a traceback.
+once the run is saved; 141 if the reader of its output ended first (`hintjax methods |
+head`); 1 after a defect, with a traceback.
 """
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import itertools
 import os
 import platform
+import select
 import shutil
+import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +25,7 @@ import jax
 
 from hintjax._checks import Refusal
 from hintjax.experiments import config as configs
-from hintjax.experiments import methods_table
+from hintjax.experiments import listing
 from hintjax.experiments.config import (
     Config,
     DataOptions,
@@ -41,11 +45,11 @@ from hintjax.experiments.distill import (
     show_costs,
     verify_cache,
 )
-from hintjax.experiments.ending import watch
 from hintjax.experiments.exporting import elsewhere, export_run
 from hintjax.experiments.factories import layers, network
 from hintjax.experiments.finished import load_student
-from hintjax.experiments.launch import leaving, start
+from hintjax.experiments.launch.ending import watch
+from hintjax.experiments.launch.process import leaving, start
 from hintjax.experiments.measuring import measure_run
 from hintjax.experiments.probing import probe
 from hintjax.experiments.report.report import write_comparison, write_report
@@ -99,7 +103,7 @@ def show_methods(*, markdown: bool = False) -> None:
     Args:
         markdown: whether to print Markdown, which also has the papers and files.
     """
-    methods_table.show(in_markdown=markdown)
+    listing.show(in_markdown=markdown)
 
 
 def report_command(run_dirs: tuple[Path, ...], output: Path | None = None) -> None:
@@ -186,7 +190,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         argv: arguments of the command; by default the arguments of this process.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    with leaving():
+    with leaving(), _piped():
         try:
             _run(argv)
         except KeyboardInterrupt as stopped:
@@ -204,6 +208,30 @@ def main(argv: Sequence[str] | None = None) -> None:
         except NothingLearned as error:
             print(f"hintjax: {error}", file=sys.stderr)
             raise SystemExit(3) from error
+
+
+@contextlib.contextmanager
+def _piped() -> Iterator[None]:
+    """Ends the command without a traceback if the reader of its output ended first."""
+    output, code = 1, 128 + signal.SIGPIPE  # the file descriptor; the exit code
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError as error:
+        reader = select.poll()
+        reader.register(output, 0)
+        if not any(event & select.POLLERR for _, event in reader.poll(0)):
+            raise  # another pipe: a defect
+        # Python flushes the output once more when it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), output)
+        raise SystemExit(code) from error
+    except SystemExit as ended:
+        # rich has seen that the reader ended.
+        if isinstance(ended.__context__, BrokenPipeError):
+            raise SystemExit(code) from ended
+        raise
 
 
 def _run(argv: list[str]) -> None:

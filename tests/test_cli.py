@@ -503,6 +503,33 @@ def test_a_run_that_learned_nothing_is_a_sentence_and_3(tmp_path, monkeypatch, c
 
 
 @pytest.mark.quick
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_that_ends_first_ends_the_command_without_a_traceback(unbuffered):
+    started = []
+    for words in (["--help"], ["methods"]):
+        nobody, output = os.pipe()
+        os.close(nobody)
+        command = [sys.executable, "-m", "hintjax.cli", *words]
+        how = {"stdout": output, "stderr": subprocess.PIPE, "text": True}
+        environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+        started.append(subprocess.Popen(command, env=environment, **how))
+        os.close(output)
+    for process in started:
+        _, errors = process.communicate()
+        assert (process.returncode, errors) == (141, "")
+
+
+@pytest.mark.quick
+def test_another_broken_pipe_is_a_defect(monkeypatch):
+    def broken(argv):
+        raise BrokenPipeError("a socket")
+
+    monkeypatch.setattr("hintjax.cli._run", broken)
+    with pytest.raises(BrokenPipeError, match="a socket"):
+        main(["methods"])
+
+
+@pytest.mark.quick
 def test_a_run_directory_in_use_is_one_sentence(tmp_path, capsys):
     (tmp_path / "run").mkdir()
     refused = []

@@ -20,7 +20,7 @@ import pytest
 
 from hintjax import processes, sharding
 from hintjax.cli import main
-from hintjax.experiments import launch
+from hintjax.experiments.launch import process as launch
 from hintjax.training import load_tree, open_checkpoints, read_metrics
 
 PATIENCE = 300  # seconds, on a machine that is very busy
@@ -113,7 +113,7 @@ def test_after_an_error_nobody_is_waited_for_long(error, code, monkeypatch, caps
 
     monkeypatch.setattr("jax.distributed.is_initialized", lambda: True)
     monkeypatch.setattr("jax.distributed.shutdown", never.wait)
-    monkeypatch.setattr("hintjax.experiments.launch._LEAVING", 0.01)
+    monkeypatch.setattr("hintjax.experiments.launch.process._LEAVING", 0.01)
     monkeypatch.setattr("os._exit", leave)
     with pytest.raises(Ended), launch.leaving():
         raise error
@@ -223,7 +223,7 @@ import json, runpy, sys
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from hintjax import data, processes, sharding
-from hintjax.experiments import launch
+from hintjax.experiments.launch import process as launch
 from hintjax.training import DamageError, load_tree, open_checkpoints, save_tree
 
 folder, process, coordinator = sys.argv[1], int(sys.argv[2]), sys.argv[3]

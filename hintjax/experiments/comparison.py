@@ -1,4 +1,4 @@
-"""A comparison: one teacher, several arms, the same seeds; a table and a picture.
+"""The runs of a comparison: one teacher, several arms, the same seeds.
 
 Every arm has the same number of steps. An arm with several learning rates runs with
 each of them, and the mean validation metric over the seeds chooses. The test split

@@ -1,4 +1,4 @@
-"""The commands `distill`, `resume` and `eval`."""
+"""The commands `distill`, `resume`, `eval` and `cache`: the runs of a run directory."""
 
 import contextlib
 import dataclasses
@@ -28,7 +28,6 @@ from hintjax.experiments.comparison_picture import picture
 from hintjax.experiments.comparison_table import max_validated, show_table, table
 from hintjax.experiments.config import Config
 from hintjax.experiments.doubts import doubts_after, doubts_before
-from hintjax.experiments.ending import training_begins
 from hintjax.experiments.finished import (
     DEPLOYED,
     RESULT,
@@ -37,6 +36,7 @@ from hintjax.experiments.finished import (
     score,
 )
 from hintjax.experiments.forecast import check_memory, show_forecast
+from hintjax.experiments.launch.ending import training_begins
 from hintjax.experiments.methods_table import CLASSES_ONLY, RECIPES
 from hintjax.experiments.phases import check, check_balance
 from hintjax.experiments.pretrained import recorded

@@ -207,13 +207,35 @@ def test_recipes_without_labels_have_no_task_or_say_that_they_need_labels(corner
                 assert -1 in phase.method.ignored
                 learned = phase.method.student.output or phase.method.student.params
                 assert labels or phase.hints_only or learned or name == "simkd"
+                if name == "simkd":
+                    shown = metrics_of(phase.method, setting)
+                    assert ("simkd/accuracy" in shown) == bool(labels)
         assert refused == (EVERY_LABEL if labels else EVERY_LABEL | {"backprop"})
+
+
+def metrics_of(method, setting):
+    """The names of the metrics of a method, from shapes alone."""
+
+    def shown(key):
+        image = jnp.zeros((2, *setting.inputs.shape[1:]))
+        features = []
+        for network, wants in (
+            (setting.student, method.student),
+            (setting.teacher, method.teacher),
+        ):
+            variables = network.init(key, image)
+            features += [network.apply(*variables, image, wants=wants, train=False)[0]]
+        params, memory = method.init(key, *features, None)
+        batch, context = {"label": jnp.array([0, -1])}, Context(key, jnp.int32(0), True)
+        return method.apply(params, memory, *features, batch, context)[2]
+
+    return set(jax.eval_shape(shown, jax.random.key(0)))
 
 
 def test_the_task_counts_examples_with_a_label_as_a_batch_of_them():
     output, label = jnp.eye(3)[:2].repeat(4, 0), jnp.array([0, -1, 1, -1, 1, 2, -1, -1])
     places = Places({}, {}, examples=80, labels=40)
-    term = recipes._task(Config(), places, 0.5)
+    term = recipes.kinds._task(Config(), places, 0.5)
     context = Context(jnp.zeros(2, jnp.uint32), jnp.int32(0), True)
     features = Features(output=output)
     values, _, metrics = term.method.apply(
