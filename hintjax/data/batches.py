@@ -10,8 +10,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Int32, Integer, PRNGKeyArray
 
 from hintjax._checks import Refusal, message
+from hintjax.data.files import Source
 from hintjax.data.images import PLAIN, AnyArray, Augment, Placed, Split, Standardize
-from hintjax.data.records import Records
 from hintjax.data.standardize import standardized
 from hintjax.data.views import View
 from hintjax.sharding import Device, spread
@@ -149,12 +149,12 @@ def _crop_index(xp: Any, shift: Any, length: int, augment: Augment) -> Any:
 
 
 def evaluation_batches(
-    source: Placed | Split | Records, batch_size: int, standardize: Standardize
+    source: Placed | Source, batch_size: int, standardize: Standardize
 ) -> Iterator[dict[str, Array | np.ndarray]]:
     """Every example once, in order, in batches of one shape.
 
     Args:
-      source: a split, on the device or on the host, or Records.
+      source: a split on the device, on the host or on disk.
       batch_size: may be larger than the split.
       standardize: the statistics of the training split.
 

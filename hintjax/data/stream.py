@@ -12,13 +12,14 @@ from jaxtyping import UInt8
 
 from hintjax._checks import Refusal, message
 from hintjax.data.batches import augmented, fixed, steps_per_epoch
+from hintjax.data.files import Source
 from hintjax.data.images import PLAIN, Augment, Split, Standardize
-from hintjax.data.records import Records, optional_module
+from hintjax.data.records import optional_module
 from hintjax.data.standardize import standardized
 
 
 def stream(
-    source: Split | Records,
+    source: Source,
     batch_size: int,
     standardize: Standardize,
     *,
@@ -37,7 +38,7 @@ def stream(
     the position in the sequence do not depend on P.
 
     Args:
-      source: Records, or a Split on the host.
+      source: a split on the host or on disk.
       batch_size: the number of examples per batch in this process.
       standardize: the statistics of the training split.
       augment: as for `take`, computed in numpy.
@@ -120,7 +121,7 @@ def _fixed(
 
 
 def _read(
-    source: Split | Records,
+    source: Source,
     standardize: Standardize,
     augment: Augment,
     drawn: dict[str, np.ndarray],
