@@ -1,6 +1,6 @@
 """Batches cut out of a split inside jit."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -87,17 +87,41 @@ def take(
     """
     index = jnp.asarray(index, jnp.int32)
     image, label = split.read(index)
+    batch = {"image": image, "label": jnp.asarray(label), "index": index}
+    return shown(batch, standardize, key=key, augment=augment, view=view)
+
+
+def shown(
+    batch: Mapping[str, Any],
+    standardize: Standardize,
+    *,
+    key: PRNGKeyArray | None = None,
+    augment: Augment = PLAIN,
+    view: View | None = None,
+) -> dict[str, Any]:
+    """Crops, flips and standardizes a batch that was read; to be called inside jit.
+
+    Args:
+      batch: uint8 images, "label" and "index" of each example, and other entries.
+      standardize: as for `take`.
+      key: as for `take`.
+      augment: as for `take`.
+      view: as for `take`.
+
+    Returns:
+      The batch with float32 images, as `take` returns it, and the other entries.
+    """
+    image, index = batch["image"], batch["index"]
     if augment.pad or augment.flip:
         if view is not None:
             shift, flip = fixed(jnp.asarray(view.crops)[index])
         else:
             shift, flip = _random(key, len(index), augment)
         image = augmented(jnp, image, shift, flip, augment)
-    image = standardized(jnp, image, standardize)
-    batch = {"image": image, "label": jnp.asarray(label), "index": index}
+    found = {**batch, "image": standardized(jnp, image, standardize)}
     if view is not None:
-        batch["view"] = jnp.full(index.shape, view.number, jnp.int32)
-    return batch
+        found["view"] = jnp.full(index.shape, view.number, jnp.int32)
+    return found
 
 
 def fixed(crops: Any) -> tuple[Any, Any]:
