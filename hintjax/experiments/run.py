@@ -208,8 +208,7 @@ def feed_of(setting: Setting, config: Config, key: Key[Array, ""]) -> Feed:
     dataset, mesh = setting.dataset, setting.layout and setting.layout.mesh
     crops = crops_of(config, dataset.train.n)
     cache = setting.cache
-    rows_on_host = cache is not None and cache.on_device is None
-    if rows_on_host:
+    if cache is not None and cache.on_device is None:
         also = cache.with_rows
         return streamed(dataset, config.batch_size, key, mesh, crops, also)
     near = isinstance(dataset.train, Split) and fits_on_device(dataset.train)

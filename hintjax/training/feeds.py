@@ -69,7 +69,7 @@ class Drawn(NamedTuple):
     order: Int32[Array, " n"]
     step: ArrayLike
 
-    def read(self, batch_size: int) -> Batch:
+    def read(self, batch_size: int) -> Mapping[str, Any]:
         """The examples, with uint8 images."""
         start = (self.step * batch_size,)
         index = jax.lax.dynamic_slice(self.order, start, (batch_size,))
