@@ -22,6 +22,7 @@ def statistics(source: Source, *, sample: int = 4096) -> Standardize:
     Returns:
       Standardize. A channel that never changes has 1/255, so that it becomes 0.
 
+    >>> from hintjax.data import Split
     >>> image = np.zeros((2, 1, 1, 1), np.uint8)
     >>> image[1] = 255
     >>> statistics(Split(image, np.zeros(2, np.int32)))
