@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from hintjax.data import Dataset, Records, Split, order, take
+from hintjax.data import Dataset, Source, order, take
 from hintjax.experiments.attachment import middle
 from hintjax.experiments.finished import evaluation_size
 from hintjax.experiments.setting import Setting, taught_by
@@ -78,7 +78,7 @@ class Images(NamedTuple):
 
 
 def image_batches(
-    setting: Setting, split: Split | Records, index: Array | np.ndarray
+    setting: Setting, split: Source, index: Array | np.ndarray
 ) -> Iterator[Images]:
     """The images at these positions, in batches of one size for evaluation."""
     index = np.asarray(index)
@@ -96,7 +96,7 @@ def maps(shown: Shown, variables: Variables, batches: Iterable[Images]) -> Array
 
 
 def images_of(
-    split: Split | Records, index: Array | np.ndarray, dataset: Dataset
+    split: Source, index: Array | np.ndarray, dataset: Dataset
 ) -> Array | np.ndarray:
     """Standardized images of a split, decoded or on disk."""
     chosen = split.read(np.asarray(index))

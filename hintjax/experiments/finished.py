@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from hintjax._checks import Refusal, message
-from hintjax.data import Records, Split, Standardize, evaluation_batches
+from hintjax.data import Source, Standardize, evaluation_batches
 from hintjax.experiments import config as configs
 from hintjax.experiments.config import Config
 from hintjax.experiments.factories import student_network
@@ -64,7 +64,7 @@ def run_config(run_dir: Path) -> Config:
     return configs.from_dict(told(lambda: dataclasses.asdict(configs.load(run_dir))))
 
 
-def evaluation_size(split: Split | Records, config: Config, parts: int = 1) -> int:
+def evaluation_size(split: Source, config: Config, parts: int = 1) -> int:
     """The number of examples in a batch for evaluation.
 
     A batch of small images (up to 32 x 32 pixels in color) holds 500 examples. A batch
@@ -89,7 +89,7 @@ def evaluation_size(split: Split | Records, config: Config, parts: int = 1) -> i
 def score(
     network: Network,
     variables: Variables,
-    split: Split | Records,
+    split: Source,
     standardize: Standardize,
     size: int,
     task: Task,

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Key
 
-from hintjax.data import ON_DEVICE, Augment, fits_on_device, steps_per_epoch
+from hintjax.data import ON_DEVICE, Split, fits_on_device, steps_per_epoch
 from hintjax.experiments import config as configs
 from hintjax.experiments.cached_teacher import crops_of
 from hintjax.experiments.config import Config
@@ -208,18 +208,12 @@ def feed_of(setting: Setting, config: Config, key: Key[Array, ""]) -> Feed:
     dataset, mesh = setting.dataset, setting.layout and setting.layout.mesh
     crops = crops_of(config, dataset.train.n)
     cache = setting.cache
-    rows_on_host = cache is not None and cache.on_device is None
-    if fits_on_device(dataset.train) and not rows_on_host:
-        return on_device(dataset, config.batch_size, key, mesh, crops)
-    return streamed(
-        dataset,
-        config.batch_size,
-        config.seed,
-        Augment(pad=config.pad, flip=config.flip),
-        mesh,
-        crops,
-        cache.with_rows if cache is not None and rows_on_host else dict,
-    )
+    if cache is not None and cache.on_device is None:
+        also = cache.with_rows
+        return streamed(dataset, config.batch_size, key, mesh, crops, also)
+    near = isinstance(dataset.train, Split) and fits_on_device(dataset.train)
+    feed = on_device if near else streamed
+    return feed(dataset, config.batch_size, key, mesh, crops)
 
 
 def _images(setting: Setting) -> dict[str, Any]:

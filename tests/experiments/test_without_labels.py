@@ -1,5 +1,6 @@
 """Runs without labels or with few of them, the page about them, and `probe`."""
 
+import functools
 import json
 import re
 import runpy
@@ -18,8 +19,9 @@ from PIL import Image
 
 from hintjax._checks import Refusal
 from hintjax.cli import main
+from hintjax.data import Files, fits_on_device, sources
 from hintjax.experiments import config as configs
-from hintjax.experiments import recipes
+from hintjax.experiments import recipes, run
 from hintjax.experiments.attachment import Places
 from hintjax.experiments.config import Config
 from hintjax.experiments.distill import planned, show_costs
@@ -33,6 +35,7 @@ from hintjax.method import Context
 from hintjax.models import VisionTransformer
 from hintjax.models.blocks import GlobalAveragePool
 from hintjax.networks import Features, Wants
+from hintjax.training import load_tree, streamed
 
 PAGE = Path(__file__).parents[2] / "hintjax" / "data" / "README.md"
 # Methods that read the label of every example.
@@ -169,6 +172,102 @@ def test_a_run_does_not_resume_with_other_images(page, capsys):
     with pytest.raises(SystemExit):
         main(["resume", "runs/student"])
     assert "images" in capsys.readouterr().err
+
+
+# Images that do not fit into memory
+
+
+@pytest.fixture
+def little_memory(monkeypatch):
+    """A machine that neither decodes the folders in memory nor on the device."""
+    fits = functools.partial(fits_on_device, limit=0)
+    monkeypatch.setattr(sources, "IN_MEMORY", 100)
+    for module in (sources, run):
+        monkeypatch.setattr(module, "fits_on_device", fits)
+    read = []
+    of_files = Files.read
+
+    def counted(files, index):
+        read.append(len(index))
+        return of_files(files, index)
+
+    monkeypatch.setattr(Files, "read", counted)
+    return read
+
+
+def again(page, name, *more):
+    """Trains a run of the page once more, and returns its directory."""
+    (line,) = [line for line in page if line.endswith(f"--run-dir runs/{name}")]
+    run_dir = f"runs/again_{name}{len(more)}"
+    main([*small(line), "--run-dir", run_dir, *more])
+    return run_dir
+
+
+def without_times(name):
+    found = json.loads(Path(name, "result.json").read_text())
+    return {key: value for key, value in found.items() if key not in TIMES}
+
+
+TIMES = {"seconds", "spent"}
+
+
+@pytest.mark.parametrize(
+    "name", ["teacher", pytest.param("few", marks=pytest.mark.long)]
+)
+def test_a_folder_in_files_trains_the_same_student(page, name, little_memory):
+    run_dir = again(page, name)
+    assert set(little_memory) > {8}  # batches of training, and larger ones
+    ours, theirs = (load_tree(Path(of, "student")) for of in (run_dir, f"runs/{name}"))
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+    assert without_times(run_dir) == without_times(f"runs/{name}")
+    main(["resume", run_dir])
+
+
+@pytest.mark.long
+def test_a_folder_in_files_is_probed_alike(page, little_memory):
+    def probed():
+        main(["probe", "runs/few"])
+        return Path("runs/few/probe.json").read_text()
+
+    on_disk = probed()
+    assert len(little_memory) > 3
+    little_memory.clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sources, "IN_MEMORY", 2**30)
+        assert probed() == on_disk
+    assert not little_memory
+
+
+@pytest.mark.long
+def test_a_cache_of_a_folder_in_files_is_that_of_the_folder_in_memory(page, request):
+    options = ("--cache", "--pad", "1", "--views", "2")
+    whole = again(page, "student", *options)
+    request.getfixturevalue("little_memory")
+    run_dir = again(page, "student", *options, "--cache-dtype", "float32")
+    ours, theirs = (
+        b"".join(path.read_bytes() for path in sorted(Path(of).glob("cache/rows*")))
+        for of in (run_dir, whole)
+    )
+    assert ours == theirs
+    ours, theirs = (load_tree(Path(of, "student")) for of in (run_dir, whole))
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
+def test_a_file_that_vanishes_ends_the_run_with_a_sentence(
+    page, little_memory, monkeypatch, capsys
+):
+    def removing(*arguments):
+        Path("photos/50.png").rename("photos/50.bak")
+        return streamed(*arguments)
+
+    monkeypatch.setattr(run, "streamed", removing)
+    with pytest.raises(SystemExit) as stopped:
+        again(page, "student", "--seed", "1")
+    Path("photos/50.bak").rename("photos/50.png")
+    assert stopped.value.code == 2
+    assert "the file '50.png' of photos as it was at the start" in (
+        capsys.readouterr().err
+    )
 
 
 # Recipes
