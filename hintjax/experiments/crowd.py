@@ -136,9 +136,9 @@ def _adjusted(candidate: Candidate, state: State) -> State:
     rate = jnp.asarray(candidate["learning_rate"], jnp.float32)
     opt_state = optax.tree.set(state.opt_state, learning_rate=rate)
     state = state._replace(opt_state=opt_state)
-    if "weight" not in candidate:
+    terms = state.memory.get(ADJUSTABLE)
+    if "weight" not in candidate or terms is None:  # as in a hint stage before
         return state
-    terms = state.memory.get(ADJUSTABLE, {})  # none in a stage before
     return reweighted(state, **{name: candidate["weight"] for name in terms})
 
 

@@ -322,3 +322,21 @@ def test_a_heat_map_shows_every_layer_once_and_frames_the_pairs(shape):
 def test_a_heat_map_of_another_shape_is_refused(unchecked):
     with pytest.raises(ValueError, match="values of 1 rows and 2 columns, got shape"):
         viz.heat_map(np.zeros((2, 1)), ["a"], ["b", "c"])
+
+
+def test_tried_settings_are_filled_if_they_were_trained_to_the_end():
+    points = {
+        "AT": [viz.Tried(10.0, 0.5, True), viz.Tried(1000.0, 0.4, False)],
+        "KD": [viz.Tried(0.5, 0.45, True)],
+    }
+    (axes,) = viz.tried(points, xlabel="weight", metric="accuracy").axes
+    assert axes.get_xscale() == "log" and axes.get_xlabel() == "weight"
+    found = [
+        (line.get_xdata()[0], line.get_markerfacecolor() != "white")
+        for line in axes.lines
+        if len(line.get_xdata())
+    ]
+    assert found == [(1000.0, False), (10.0, True), (0.5, True)]
+    zero = {"AT": [viz.Tried(0.0, 0.5, True), viz.Tried(2.0, 0.4, True)]}
+    (axes,) = viz.tried(zero, xlabel="weight", metric="accuracy").axes
+    assert axes.get_xscale() == "symlog"
