@@ -881,11 +881,7 @@ METHODS = {
         tied=True,
     ),
     "uncertain": Taught(
-        uncertain(
-            methods.fitnets(
-                PAIRS, regressor=functools.partial(regressors.conv, batch_norm=True)
-            )
-        ),
+        uncertain(methods.fitnets(PAIRS)),
         Features(hints={"guided": (4, 4, 3)}),
         Features(hints={"hint": (2, 2, 5)}),
     ),
