@@ -32,6 +32,7 @@ from hintjax.experiments.config import (
     ScheduleOptions,
     part,
 )
+from hintjax.experiments.devices import split_cpu
 from hintjax.experiments.distill import (
     claim,
     distill,
@@ -48,7 +49,7 @@ from hintjax.experiments.halving import TUNING
 from hintjax.experiments.launch import leaving, start
 from hintjax.experiments.measuring import measure_run
 from hintjax.experiments.probing import probe
-from hintjax.experiments.report import write_comparison, write_report
+from hintjax.experiments.report.report import write_comparison, write_report
 from hintjax.experiments.suggestion import suggest
 from hintjax.experiments.tune import retune, tune
 from hintjax.export import NoConverter
@@ -236,7 +237,10 @@ def _run(argv: list[str]) -> None:
 
 
 def _join(argv: Sequence[str]) -> None:
-    """Joins the other processes, before anything can fail in this process alone."""
+    """Joins the other processes, before anything can fail in this process alone.
+
+    A single process makes the cores of a CPU its devices.
+    """
     if argv[:1] not in (["distill"], ["resume"]) or {"-h", "--help"} & {*argv}:
         return
     given: dict[str, Any] = {}
@@ -250,6 +254,8 @@ def _join(argv: Sequence[str]) -> None:
                 given[name] = int(given[name])
             except ValueError:
                 return  # the options are read again, and then refused
+    if not given:
+        split_cpu()
     start(**given)
     watch()
 

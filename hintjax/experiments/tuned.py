@@ -8,7 +8,7 @@ from typing import Any
 from hintjax.experiments import config as configs
 from hintjax.experiments.config import Config
 from hintjax.experiments.halving import TUNING, ranked
-from hintjax.experiments.report import drawing
+from hintjax.experiments.report.drawn import drawing
 from hintjax.experiments.setting import Setting
 from hintjax.experiments.tasks import TASKS, Task
 from hintjax.training.run_directory import write_text

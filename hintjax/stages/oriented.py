@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.core import Tracer
 from jaxtyping import Array, PyTree, ScalarLike
 
 from hintjax._checks import WrongType, instance, message, scalar
@@ -84,8 +83,8 @@ def distillation_oriented(
     caller = "distillation_oriented"
     instance(caller, str, task=task)
     scalar(caller, "to be >= 0", lambda x: x >= 0, delta=delta)
-    scalar(caller, "to be >= 0", lambda x: x >= 0, momentum=momentum)
-    if not any(isinstance(x, Tracer) for x in (momentum, delta)):
+    scalar(caller, "to be in [0, 1)", lambda x: 0 <= x < 1, momentum=momentum)
+    if isinstance(momentum, float | int) and isinstance(delta, float | int):
         low, high = f"{momentum} - {delta}", f"{momentum} + {delta}"
         ends = {low: momentum - delta, high: momentum + delta}
         scalar(caller, "to be in [0, 1)", lambda x: 0 <= x < 1, **ends)
@@ -97,7 +96,7 @@ def distillation_oriented(
 
     def update(
         updates: PyTree,
-        state: OrientedState,
+        state: Any,
         params: PyTree | None = None,
         *,
         grad: PyTree = None,
@@ -115,7 +114,7 @@ def distillation_oriented(
         both = jax.tree.map(jnp.logical_and, by_task, by_distillation)
         # The task's buffer also gets what was added before, such as weight decay.
         rest = jax.tree.map(jnp.subtract, updates, taught)
-        low, high = (partial(_traced, momentum, sign * delta) for sign in (-1, 1))
+        low, high = (partial(_traced, momentum, sign * delta) for sign in (-1.0, 1.0))
         new = OrientedState(
             jax.tree.map(low, rest, state.task, both),
             jax.tree.map(high, taught, state.distillation, both),
