@@ -45,13 +45,13 @@ from hintjax.experiments.ending import watch
 from hintjax.experiments.exporting import elsewhere, export_run
 from hintjax.experiments.factories import layers, network
 from hintjax.experiments.finished import load_student
-from hintjax.experiments.halving import TUNING
 from hintjax.experiments.launch import leaving, start
 from hintjax.experiments.measuring import measure_run
 from hintjax.experiments.probing import probe
 from hintjax.experiments.report.report import write_comparison, write_report
 from hintjax.experiments.suggestion import suggest
-from hintjax.experiments.tune import retune, tune
+from hintjax.experiments.tuning.halving import TUNING
+from hintjax.experiments.tuning.tune import retune, tune
 from hintjax.export import NoConverter
 from hintjax.processes import first, told
 from hintjax.training import NothingLearned

@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 
 import jax
 
-from hintjax.experiments.candidate_groups import Group, Plan
-from hintjax.experiments.crowd import Crowd, Shared, train
 from hintjax.experiments.finished import scorer
 from hintjax.experiments.run import feed_of, phases_of, validation_of
 from hintjax.experiments.setting import Setting
 from hintjax.experiments.tasks import Task
+from hintjax.experiments.tuning.crowd import Crowd, Shared, train
+from hintjax.experiments.tuning.groups import Group, Plan
 from hintjax.export import deployed, deployed_variables
 from hintjax.method import Method
 from hintjax.networks import Variables

@@ -23,25 +23,26 @@ import jax
 from hintjax._checks import Refusal, message
 from hintjax.experiments import config as configs
 from hintjax.experiments.caching import CACHE, with_cache
-from hintjax.experiments.candidate_groups import Plan, plan_of, settings_read
-from hintjax.experiments.candidates import (
-    Candidate,
-    Over,
-    candidates,
-    parse_over,
-    text_of,
-)
 from hintjax.experiments.config import Config
 from hintjax.experiments.distill import (
     COMPILED,
     keep_compiled,
     show_classes,
 )
-from hintjax.experiments.halving import STUDENTS, TUNING, halve, save, work_of
 from hintjax.experiments.setting import Setting, prepare
 from hintjax.experiments.standardizing import with_standardizations
 from hintjax.experiments.teaching import check_teacher, teacher_variables
-from hintjax.experiments.tuned import show_results, write_results
+from hintjax.experiments.tuning.candidates import (
+    Candidate,
+    Over,
+    candidate_of,
+    candidates,
+    parse_over,
+    text_of,
+)
+from hintjax.experiments.tuning.groups import Plan, plan_of, settings_read
+from hintjax.experiments.tuning.halving import STUDENTS, TUNING, halve, save, work_of
+from hintjax.experiments.tuning.results import show_results, write_results
 from hintjax.networks import Variables
 from hintjax.training import progress
 from hintjax.training.run_directory import owned
@@ -187,13 +188,8 @@ def _tune(
 
 def _tried(record: Mapping[str, Any]) -> dict[str, list[Candidate]]:
     """The candidates of all methods, from their texts."""
-
-    def read(text: str) -> Candidate:
-        pairs = (one.partition("=") for one in text.split())
-        return {name: configs.parse_setting(name, value) for name, _, value in pairs}
-
     return {
-        name: [read(one["settings"]) for one in tried]
+        name: [candidate_of(one["settings"]) for one in tried]
         for name, tried in record["methods"].items()
     }
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from hintjax.experiments.candidates import candidates, parse_over, rungs, text_of
+from hintjax.experiments.tuning.candidates import candidates, parse_over, rungs, text_of
 
 pytestmark = pytest.mark.quick
 

@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 
 from hintjax.data import steps_per_epoch
 from hintjax.experiments import config as configs
-from hintjax.experiments.candidates import Candidate, Rung, rungs
 from hintjax.experiments.config import Config
 from hintjax.experiments.distill import attaches, recipe_of
 from hintjax.experiments.phases import check
 from hintjax.experiments.recipes import With
 from hintjax.experiments.setting import Setting
+from hintjax.experiments.tuning.candidates import Candidate, Rung, rungs
 
 IN_STATE = ("weight", "learning_rate")  # settings that a state holds
 

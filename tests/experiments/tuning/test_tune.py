@@ -13,13 +13,13 @@ import pytest
 
 from hintjax.cli import main
 from hintjax.experiments import config as configs
-from hintjax.experiments import crowd
-from hintjax.experiments.candidate_groups import plan_of, settings_read
 from hintjax.experiments.config import Config
-from hintjax.experiments.halving import ranked
 from hintjax.experiments.setting import prepare
 from hintjax.experiments.tasks import TASKS
-from hintjax.experiments.tuned import best_config, markdown, table
+from hintjax.experiments.tuning import crowd
+from hintjax.experiments.tuning.groups import plan_of, settings_read
+from hintjax.experiments.tuning.halving import ranked
+from hintjax.experiments.tuning.results import best_config, markdown, table
 
 TINY = (
     *("--student", "hintjax.models:plain_wide", "--batch-size", "16"),
@@ -162,7 +162,7 @@ def test_a_process_that_was_killed_goes_on_and_a_signal_saves_it(
     configs.save(dataclasses.replace(given, epochs=40), tmp_path)
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
     environment.pop("XLA_FLAGS", None)  # one device, as elsewhere
-    cache = Path(__file__).parents[2] / ".jax_cache"
+    cache = Path(__file__).parents[3] / ".jax_cache"
     environment["JAX_COMPILATION_CACHE_DIR"] = str(cache)
 
     def start(*arguments):
@@ -205,7 +205,7 @@ def test_a_candidate_learns_as_the_run_with_its_settings(
         states.append(train(*arguments).states)
         return crowd.Standing(0, 0, states[-1])
 
-    monkeypatch.setattr("hintjax.experiments.halving.train", watched)
+    monkeypatch.setattr("hintjax.experiments.tuning.halving.train", watched)
     configs.save(dataclasses.replace(given, method=method, devices=1), tmp_path)
     run_dir = tmp_path / "run"
     over = ("weight=0.7", "learning_rate=0.003")

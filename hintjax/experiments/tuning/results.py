@@ -7,10 +7,11 @@ from typing import Any
 
 from hintjax.experiments import config as configs
 from hintjax.experiments.config import Config
-from hintjax.experiments.halving import TUNING, ranked
 from hintjax.experiments.report.drawn import drawing
 from hintjax.experiments.setting import Setting
 from hintjax.experiments.tasks import TASKS, Task
+from hintjax.experiments.tuning.candidates import candidate_of, texts_of
+from hintjax.experiments.tuning.halving import TUNING, ranked
 from hintjax.training.run_directory import write_text
 
 BEST = "tuned"  # the directory of the config with the best settings
@@ -38,20 +39,18 @@ def best_config(config: Config, record: Row) -> Config:
     """
     task = TASKS[config.task]
     best = {
-        name: tried[ordered(task, tried)[0]]["settings"].split()
-        for name, tried in record["methods"].items()
+        method: candidate_of(tried[ordered(task, tried)[0]]["settings"])
+        for method, tried in record["methods"].items()
     }
     if config.method is not None:
-        parts = (one.partition("=") for one in best[config.method])
-        own = {name: configs.parse_setting(name, text) for name, _, text in parts}
-        return configs.check(dataclasses.replace(config, **own))
+        return configs.check(dataclasses.replace(config, **best[config.method]))
     before = configs.own_settings(config)
-    settings = {}
-    for method in config.compare:
-        old = (configs.setting_text(*one) for one in before.get(method, {}).items())
-        for text in (*old, *best[method]):
-            settings[method, text.partition("=")[0]] = f"{method}.{text}"
-    return configs.check(dataclasses.replace(config, settings=(*settings.values(),)))
+    settings = tuple(
+        f"{method}.{configs.setting_text(name, value)}"
+        for method in config.compare
+        for name, value in {**before.get(method, {}), **best[method]}.items()
+    )
+    return configs.check(dataclasses.replace(config, settings=settings))
 
 
 def table(task: Task, record: Row) -> list[list[str]]:
@@ -62,16 +61,16 @@ def table(task: Task, record: Row) -> list[list[str]]:
         record: contents of a finished tuning.json.
     """
     names = dict.fromkeys(
-        one.partition("=")[0]
+        name
         for tried in record["methods"].values()
         for row in tried
-        for one in row["settings"].split()
+        for name in texts_of(row["settings"])
     )
     rows = [["method", *names, "epochs", f"validation {task.name.replace('_', ' ')}"]]
     for method, tried in record["methods"].items():
         for number in ordered(task, tried):
             row = tried[number]
-            own = dict(one.split("=", 1) for one in row["settings"].split())
+            own = texts_of(row["settings"])
             value = task.shown(row["validation"][-1])
             shown = (own.get(name, "") for name in names)
             rows.append([method, *shown, f"{row['epochs'][-1]}", value])
@@ -146,37 +145,37 @@ def _draw(setting: Setting, run_dir: Path, record: Row) -> None:
     """Draws the metric against a number of the candidates, if one differs."""
     from hintjax.experiments import pictures
 
-    methods = {
-        method: [
-            (
-                dict(one.split("=", 1) for one in row["settings"].split()),
-                row["validation"],
+    name = _axis(record)
+    if name is None:
+        return
+    points = {}
+    for method, tried in record["methods"].items():
+        most = max(len(row["validation"]) for row in tried)
+        points[method] = [
+            pictures.Tried(
+                float(texts_of(row["settings"])[name]),
+                row["validation"][-1],
+                len(row["validation"]) == most,
             )
             for row in tried
+            if name in texts_of(row["settings"])
         ]
-        for method, tried in record["methods"].items()
-    }
-    values: dict[str, set[str]] = {}
-    for tried in methods.values():
-        for own, _ in tried:
-            for name, text in own.items():
-                values.setdefault(name, set()).add(text)
-    names = [name for name in (*_FIRST, *values) if len(values.get(name, ())) > 1]
-    names = [name for name in names if name != "pairs"]
-    if not names:
-        return
-    longest = {m: max(len(v) for _, v in tried) for m, tried in methods.items()}
     figure = pictures.tried(
-        {
-            method: [
-                pictures.Tried(float(own[names[0]]), v[-1], len(v) == longest[method])
-                for own, v in tried
-                if names[0] in own
-            ]
-            for method, tried in methods.items()
-        },
-        xlabel=names[0].replace("_", " "),
+        {method: some for method, some in points.items() if some},
+        xlabel=name.replace("_", " "),
         metric=setting.task.name.replace("_", " "),
         percent=setting.task.larger,
     )
     figure.savefig(run_dir / PICTURE)
+
+
+def _axis(record: Row) -> str | None:
+    """The setting against which the metric is drawn: a number that differs."""
+    values: dict[str, set[str]] = {}
+    for tried in record["methods"].values():
+        for row in tried:
+            for name, text in texts_of(row["settings"]).items():
+                values.setdefault(name, set()).add(text)
+    values.pop("pairs", None)
+    names = [*_FIRST, *values]
+    return next((name for name in names if len(values.get(name, ())) > 1), None)

@@ -149,3 +149,22 @@ def text_of(candidate: Candidate) -> str:
     'weight=300 pairs=a=b+c=d'
     """
     return " ".join(setting_text(*one) for one in candidate.items())
+
+
+def texts_of(candidate: str) -> dict[str, str]:
+    """The values of a candidate as texts, by name, from its text.
+
+    >>> texts_of("weight=300 pairs=a=b+c=d")
+    {'weight': '300', 'pairs': 'a=b+c=d'}
+    """
+    parts = (one.partition("=") for one in candidate.split())
+    return {name: text for name, _, text in parts}
+
+
+def candidate_of(text: str) -> Candidate:
+    """The candidate of a text; the inverse of `text_of`.
+
+    >>> candidate_of("weight=300 pairs=a=b+c=d")
+    {'weight': 300.0, 'pairs': ('a=b', 'c=d')}
+    """
+    return {name: parse_setting(name, one) for name, one in texts_of(text).items()}

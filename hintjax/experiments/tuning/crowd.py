@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Key
 
-from hintjax.experiments.candidates import Candidate
+from hintjax.experiments.tuning.candidates import Candidate
 from hintjax.networks import Variables
 from hintjax.objective import ADJUSTABLE
 from hintjax.population import Population, population, reweighted
