@@ -18,6 +18,7 @@ import optax
 from jaxtyping import Array, Key
 
 from hintjax.experiments.tuning.candidates import Candidate
+from hintjax.method import Method
 from hintjax.networks import Variables
 from hintjax.objective import ADJUSTABLE
 from hintjax.population import Population, population, reweighted
@@ -66,12 +67,14 @@ class Crowd(NamedTuple):
     Attributes:
         shared: parts that all crowds share.
         phases: phases of each candidate.
+        method: method of the last phase.
         candidates: settings by the number of the candidate.
         checkpoints: open checkpoints of the crowd.
     """
 
     shared: Shared
     phases: Sequence[Phase]
+    method: Method
     candidates: Mapping[int, Candidate]
     checkpoints: Checkpoints
 
@@ -90,7 +93,13 @@ class Standing(NamedTuple):
     states: Mapping[int, State]
 
 
-def train(crowd: Crowd, alive: Sequence[int], end: int, show: Show) -> Standing:
+def train(
+    crowd: Crowd,
+    alive: Sequence[int],
+    end: int,
+    show: Show,
+    now: Standing | None = None,
+) -> Standing:
     """Trains some candidates of a crowd, from where they stand up to a step.
 
     Args:
@@ -98,14 +107,18 @@ def train(crowd: Crowd, alive: Sequence[int], end: int, show: Show) -> Standing:
         alive: numbers of the candidates.
         end: the step.
         show: is called with the steps of one candidate so far.
+        now: where they stand, if no other crowd has trained since then; by default they
+            are read from the checkpoint, or begin.
 
     Returns:
         Where the candidates stand, at the step `end`.
     """
-    now = _restored(crowd, alive)
+    now = now or _restored(crowd)
     if now is None:
         crowd.shared.feed.seek(crowd.shared.start)
         now = _begun(crowd, 0, 0, {number: None for number in alive})
+    else:
+        now = now._replace(states={number: now.states[number] for number in alive})
     while now.at < end:
         last = sum(phase.steps for phase in crowd.phases[: now.phase + 1])
         if now.at == last:
@@ -200,8 +213,8 @@ def _save(crowd: Crowd, now: Standing) -> None:
     crowd.checkpoints.save(now.at, states, extra)
 
 
-def _restored(crowd: Crowd, alive: Sequence[int]) -> Standing | None:
-    """Some candidates where they were saved; None if there is no checkpoint."""
+def _restored(crowd: Crowd) -> Standing | None:
+    """The candidates where they were saved; None if there is no checkpoint."""
     if crowd.checkpoints.latest() is None:
         return None
 
@@ -214,5 +227,5 @@ def _restored(crowd: Crowd, alive: Sequence[int]) -> Standing | None:
     with crowd.shared.timed("checkpoints"):
         states, extra = crowd.checkpoints.restore(like)
     crowd.shared.feed.seek(extra["position"])
-    kept = {number: states[str(number)] for number in alive}
+    kept = {int(number): state for number, state in states.items()}
     return Standing(extra["phase"], extra["at"], kept)

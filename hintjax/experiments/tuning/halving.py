@@ -16,13 +16,11 @@ from hintjax.experiments.finished import scorer
 from hintjax.experiments.run import feed_of, phases_of, validation_of
 from hintjax.experiments.setting import Setting
 from hintjax.experiments.tasks import Task
-from hintjax.experiments.tuning.crowd import Crowd, Shared, train
+from hintjax.experiments.tuning.crowd import Crowd, Shared, Standing, train
 from hintjax.experiments.tuning.groups import Group, Plan
 from hintjax.export import deployed, deployed_variables
-from hintjax.method import Method
 from hintjax.networks import Variables
-from hintjax.stages import State
-from hintjax.training.checkpoints import open_checkpoints
+from hintjax.training.checkpoints import Checkpoints, open_checkpoints
 from hintjax.training.run_directory import write_text
 from hintjax.training.signals import Request
 
@@ -95,7 +93,7 @@ def halve(work: Work, name: str, plan: Plan, show: Callable[[int], None]) -> Non
         plan: groups and rungs of its candidates.
         show: is called with the steps of all candidates so far.
     """
-    tried, done = work.record["methods"][name], 0
+    tried, done, now = work.record["methods"][name], 0, None
     alive = list(range(len(tried)))
     for level, rung in enumerate(plan.rungs):
         if level:
@@ -103,58 +101,56 @@ def halve(work: Work, name: str, plan: Plan, show: Callable[[int], None]) -> Non
             alive = best[: rung.candidates]
         for number, group in enumerate(plan.groups):
             members = [n for n in group.candidates if n in alive]
-            start = group.end(plan.rungs[level - 1]) if level else 0
-            end = group.end(rung)
-
-            def shown(at: int, base: int, first: int, count: int) -> None:
-                show(base + max(at - first, 0) * count)
-
+            begins = group.end(plan.rungs[level - 1]) if level else 0
+            begins, ends = (n * plan.per_epoch for n in (begins, group.end(rung)))
             if any(len(tried[n]["validation"]) <= level for n in members):
-                report = partial(
-                    shown, base=done, first=start * plan.per_epoch, count=len(members)
-                )
+                report = partial(_show, show, done, begins, len(members))
                 folder = work.run_dir / STUDENTS / f"{name}-{number}"
-                stop = end * plan.per_epoch
-                found = _climbed(work, group, folder, members, stop, report)
+                with open_checkpoints(folder) as checkpoints:
+                    crowd = _crowd(work, group, checkpoints)
+                    now = train(crowd, members, ends, report, now)
+                    found = _validated(work, crowd, now)
                 for n, value in found.items():
                     tried[n]["validation"][level:] = [value]
-                    tried[n]["epochs"][level:] = [end]
+                    tried[n]["epochs"][level:] = [group.end(rung)]
                 work.record["spent"] = dict(work.shared.spent)
                 save(work.run_dir, work.record)
-            done += (end - start) * plan.per_epoch * len(members)
+            if len(plan.groups) > 1:
+                now = None  # the states of all groups may not fit into memory
+            done += (ends - begins) * len(members)
 
 
-def _climbed(
-    work: Work,
-    group: Group,
-    folder: Path,
-    alive: Sequence[int],
-    end: int,
-    show: Callable[[int], None],
-) -> dict[int, float]:
-    """Trains candidates of a group up to a step, and validates them."""
+def _show(
+    show: Callable[[int], None], done: int, begins: int, count: int, at: int
+) -> None:
+    """Shows the steps of all candidates, where some of them have come to a step."""
+    show(done + max(at - begins, 0) * count)
+
+
+def _crowd(work: Work, group: Group, checkpoints: Checkpoints) -> Crowd:
+    """The candidates of a group, with their phases and the one teacher."""
     setting, config = work.setting, work.setting.config
     per_epoch = work.shared.feed.per_epoch
     planned = group.recipe(config, setting.places, per_epoch)
     phases = phases_of(setting, config, planned, per_epoch, work.teacher)
-    with open_checkpoints(folder) as checkpoints:
-        crowd = Crowd(work.shared, phases, group.candidates, checkpoints)
-        states = train(crowd, alive, end, show).states
-        method = planned[-1].method
-        with work.shared.timed("evaluation"):
-            return {n: _validated(work, method, states[n]) for n in alive}
+    method = planned[-1].method
+    return Crowd(work.shared, phases, method, group.candidates, checkpoints)
 
 
-def _validated(work: Work, method: Method, state: State) -> float:
-    """The metric on the validation split of the network that a state would ship."""
-    setting = work.setting
+def _validated(work: Work, crowd: Crowd, now: Standing) -> dict[int, float]:
+    """The metrics on the validation split of the networks that would be shipped."""
+    setting, method = work.setting, crowd.method
     if method.deploy is None:
         score = work.score
     else:
         network = deployed(setting.student, setting.teacher, method)
         score = scorer(network, setting.task)
-    parts = state, method, setting.teacher, work.teacher, setting.inputs
-    return score(deployed_variables(*parts), work.validation())
+    others = method, setting.teacher, work.teacher, setting.inputs
+    with work.shared.timed("evaluation"):
+        return {
+            number: score(deployed_variables(state, *others), work.validation())
+            for number, state in now.states.items()
+        }
 
 
 def ranked(
