@@ -1,10 +1,10 @@
-"""The command `hintjax`: distill, suggest, resume, eval, layers, methods, and others.
+"""The command `hintjax`: distill, tune, suggest, resume, eval, layers, and others.
 
-The others are probe, report, export, measure, cache and doctor. Its exit codes: 0 after
-success; 2 if it refuses the input; 3 if a run learned nothing (its updates were
-skipped, because numbers were not finite); 130 after Ctrl-C and 143 after SIGTERM, both
-once the run is saved; 141 if the reader of its output ended first (`hintjax methods |
-head`); 1 after a defect, with a traceback.
+The others are methods, probe, report, export, measure, cache and doctor. Its exit
+codes: 0 after success; 2 if it refuses the input; 3 if a run learned nothing (its
+updates were skipped, because numbers were not finite); 130 after Ctrl-C and 143 after
+SIGTERM, both once the run is saved; 141 if the reader of its output ended first
+(`hintjax methods | head`); 1 after a defect, with a traceback.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from typing import Any, Literal
 
 import jax
 
-from hintjax._checks import Refusal
+from hintjax._checks import Refusal, message
 from hintjax.experiments import config as configs
 from hintjax.experiments import listing
 from hintjax.experiments.config import (
@@ -54,6 +54,8 @@ from hintjax.experiments.measuring import measure_run
 from hintjax.experiments.probing import probe
 from hintjax.experiments.report.report import write_comparison, write_report
 from hintjax.experiments.suggestion import suggest
+from hintjax.experiments.tuning.halving import TUNING
+from hintjax.experiments.tuning.tune import retune, tune
 from hintjax.export import NoConverter
 from hintjax.processes import first, told
 from hintjax.training import NothingLearned
@@ -243,6 +245,7 @@ def _run(argv: list[str]) -> None:
     tyro.extras.subcommand_cli_from_dict(
         {
             "distill": _distill_command(default),
+            "tune": _tune_command(default),
             "resume": _resume_command(),
             "eval": evaluate_run,
             "probe": probe,
@@ -339,6 +342,73 @@ def _distill_command(default: Config) -> Callable[..., None]:
     return distill_command
 
 
+def _tune_command(default: Config) -> Callable[..., None]:
+    """The command `tune`, which takes the options of `distill`."""
+    from tyro.conf import OmitArgPrefixes as Flat
+    from tyro.conf import Positional
+
+    default_method = part(default, MethodOptions)
+    default_data = part(default, DataOptions)
+    default_networks = part(default, NetworkOptions)
+    default_schedule = part(default, ScheduleOptions)
+    default_output = part(default, OutputOptions)
+    default_hardware = part(default, HardwareOptions)
+
+    def tune_command(
+        config: Positional[Path | None] = None,
+        over: tuple[str, ...] = (),
+        candidates: int = 16,
+        rungs: int | None = None,
+        run_dir: Path | None = None,
+        method: Flat[MethodOptions] = default_method,
+        data: Flat[DataOptions] = default_data,
+        networks: Flat[NetworkOptions] = default_networks,
+        schedule: Flat[ScheduleOptions] = default_schedule,
+        output: Flat[OutputOptions] = default_output,
+        hardware: Flat[HardwareOptions] = default_hardware,
+    ) -> None:
+        """Finds good settings of a method, or of each method of a comparison.
+
+        Trains many students of one teacher, on one device: the better half of them
+        trains on, several times (successive halving). The validation split chooses; the
+        test split is not read. Prints a table and the command for the best settings.
+        `hintjax resume RUN_DIR` continues a tuning that was stopped.
+
+        Args:
+            config: Config file or run directory with the defaults of all options; it
+                must be the first argument.
+            over: Settings and their values, as weight=1..1000 (random draws) or
+                temperature=2,4 (these values). Names: weight, learning_rate,
+                temperature, pairs, task_weight, kd_weight, hinted_rate, hint_epochs,
+                negatives. Several pairs in one value are joined by +.
+            candidates: Number of random draws, if there is a range. Listed values alone
+                are tried in all combinations.
+            rungs: Largest number of parts of the training; after each part but the last
+                half of the students stop. With 1 all train to the end. By default as
+                many as the numbers of students and epochs allow.
+            run_dir: Run directory, which holds all results. By default a new directory
+                in runs/.
+            method: How the student learns from the teacher.
+            data: The images and labels.
+            networks: The teacher and the student.
+            schedule: How long the student is trained, and with which steps.
+            output: How often states are saved; evaluation follows each part.
+            hardware: Only the number of micro-batches is used.
+        """
+        if config is not None:
+            do = "Write `hintjax tune CONFIG --over ...`."
+            wanted = "the config file as the first argument"
+            raise Refusal(message("tune", wanted, f"{config}", do))
+        options = configs.check(
+            configs.joined(method, data, networks, schedule, output, hardware)
+        )
+        path = claim(run_dir, options)
+        print(f"run directory: {path}")
+        tune(options, path, over, candidates, rungs)
+
+    return tune_command
+
+
 def _suggest_command() -> Callable[..., None]:
     """The command `suggest`, which takes the data and networks of `distill`."""
     from tyro.conf import OmitArgPrefixes as Flat
@@ -411,7 +481,7 @@ def _resume_command() -> Callable[..., None]:
         fsdp: int | None = None,
         processes: Flat[Processes] = ALONE,
     ) -> None:
-        """Continues a run, or a comparison, where it stopped.
+        """Continues a run, a comparison or a tuning where it stopped.
 
         Args:
             run_dir: Run directory of the run.
@@ -421,13 +491,21 @@ def _resume_command() -> Callable[..., None]:
             processes: Several processes for one run. On a Cloud TPU they are found
                 without options.
         """
-        resume(run_dir, devices, fsdp)
+        if (run_dir.expanduser() / TUNING).exists():
+            retune(run_dir)
+        else:
+            resume(run_dir, devices, fsdp)
 
     return resume_command
 
 
 def _from_file(argv: Sequence[str]) -> tuple[Config, list[str]]:
-    """Takes --config FILE off the arguments, and reads the defaults from FILE."""
+    """Takes --config FILE off the arguments, and reads the defaults from FILE.
+
+    `tune` takes FILE as its first argument, too.
+    """
+    if argv[:1] == ["tune"] and argv[1:2] and not argv[1].startswith("-"):
+        return configs.load(argv[1]), [argv[0], *argv[2:]]
     for i, argument in enumerate(argv):
         if argument == "--config" and i + 1 < len(argv):
             return configs.load(argv[i + 1]), [*argv[:i], *argv[i + 2 :]]

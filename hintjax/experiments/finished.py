@@ -3,7 +3,9 @@
 import dataclasses
 import json
 import os
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -107,6 +109,19 @@ def score(
     Returns:
         The mean over the examples that have labels that count.
     """
+    batches = evaluation_batches(split, size, standardize)
+    return scorer(network, task)(variables, batches)
+
+
+def scorer(
+    network: Network, task: Task
+) -> Callable[[Variables, Iterable[Mapping[str, Any]]], float]:
+    """Makes `(variables, batches) -> metric`, which compiles once for all variables.
+
+    Args:
+        network: the network.
+        task: the task.
+    """
 
     @jax.jit
     def measured(variables, image, label, where):
@@ -114,8 +129,11 @@ def score(
         shown, _ = network.apply(*variables, image, wants=wants, train=False)
         return task.measured(shown.output, label, where)
 
-    total, count = 0.0, 0
-    for batch in evaluation_batches(split, size, standardize):
-        found = measured(variables, batch["image"], batch["label"], batch["where"])
-        total, count = total + float(found[0]), count + int(found[1])
-    return total / max(count, 1)
+    def scored(variables: Variables, batches: Iterable[Mapping[str, Any]]) -> float:
+        total, count = 0.0, 0
+        for batch in batches:
+            found = measured(variables, batch["image"], batch["label"], batch["where"])
+            total, count = total + float(found[0]), count + int(found[1])
+        return total / max(count, 1)
+
+    return scored

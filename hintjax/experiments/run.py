@@ -54,7 +54,9 @@ _ELSEWHERE = (
 # Fields that runs of an earlier version did not have, with the value that they had.
 _LATER = {
     name: getattr(Config, name)
-    for name in ("task", "labels", "balance", "balance_every", "quantize")
+    for name in (
+        *("task", "labels", "balance", "balance_every", "quantize", "settings"),
+    )
 }
 # Fields that may change when a run resumes.
 _HARMLESS = (
@@ -148,7 +150,7 @@ def _run(
         feed,
         (initial or setting.student).init(initialize, setting.inputs),
         key=fitting,
-        validation=_validation(setting),
+        validation=validation_of(setting),
         evaluate_every=config.evaluate_every,
         checkpoint_every=config.checkpoint_every,
         checkpoint_seconds=config.checkpoint_seconds,
@@ -225,7 +227,7 @@ def _images(setting: Setting) -> dict[str, Any]:
     return {"images": seen(dataset)["train"]}
 
 
-def _validation(setting: Setting) -> Callable[[], Iterable[Any]]:
+def validation_of(setting: Setting) -> Callable[[], Iterable[Any]]:
     """Makes the validation batches anew; they stay on the device if they fit."""
     split = setting.dataset.validation
     batches = functools.partial(batches_of, setting, split)

@@ -5,7 +5,7 @@ weight, and in which stages. It reads the shapes of layers, never data.
 """
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from hintjax._checks import Refusal, message
 from hintjax.data.images import UNLABELED
@@ -13,7 +13,13 @@ from hintjax.experiments.attachment import (
     Places,
     on_grids,
 )
-from hintjax.experiments.config import Config
+from hintjax.experiments.config import (
+    Adjusted,
+    Config,
+    check,
+    parse_pair,
+    with_settings,
+)
 from hintjax.experiments.tasks import TASKS
 from hintjax.method import Method, Pairs
 from hintjax.methods import (
@@ -270,6 +276,42 @@ class Alone(NamedTuple):
         return [PlannedPhase(name, method, epochs or config.epochs, self)]
 
 
+class With(NamedTuple):
+    """A recipe with settings of its own, in place of those of the config.
+
+    Attributes:
+        recipe: the recipe.
+        settings: names and values of fields of a config; see `config.SETTINGS`.
+        adjusted: whether the weight is a value of the state; see `config.Adjusted`.
+    """
+
+    recipe: Recipe
+    settings: tuple[tuple[str, Any], ...] = ()
+    adjusted: bool = False
+
+    def __call__(
+        self,
+        config: Config,
+        places: Places,
+        per_epoch: int,
+        epochs: int | None = None,
+    ) -> list[PlannedPhase]:
+        """The phases of the recipe."""
+        config = check(with_settings(config, dict(self.settings)))
+        if self.adjusted:
+            config = Adjusted(**vars(config))
+        planned = self.recipe(config, self.places(places), per_epoch, epochs)
+        own = self.settings, self.adjusted
+        return [phase._replace(source=(phase.source, *own)) for phase in planned]
+
+    def places(self, places: Places) -> Places:
+        """The places with the pairs of these settings, if there are any."""
+        pairs = dict(self.settings).get("pairs")
+        if pairs is None:
+            return places
+        return places._replace(pairs=tuple(map(parse_pair, pairs)))
+
+
 def _made(
     recipe: "Beside | BeforeTask | Alone", config: Config, places: Places
 ) -> Method:
@@ -307,8 +349,9 @@ def _or(value: float | None, usual: Weight) -> Weight:
 
 
 def _start(config: Config, weight: Weight) -> Weight:
-    """A weight, in the state if the config balances it; a schedule is a factor."""
-    if config.balance is None or isinstance(weight, Adjustable):
+    """A weight, in the state if it changes there; a schedule is a factor."""
+    fixed = config.balance is None and not isinstance(config, Adjusted)
+    if fixed or isinstance(weight, Adjustable):
         return weight
     return Adjustable(1.0, weight) if callable(weight) else Adjustable(weight)
 
