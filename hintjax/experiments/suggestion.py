@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,25 +78,15 @@ def suggest(
         wanted = f"labels in {config.dataset}, by which layers are judged"
         do = "Name other data by --dataset, or name the layers by --pairs."
         raise Refusal(message("suggest", wanted, "none", do))
-    key = jax.random.key(config.seed)
     teacher, trained = _teacher(setting, path)
     if not trained:
         print(
             "The teacher is not trained, so the table says little. Name a trained one: "
             "--teacher RUN_DIR, --weights FILE, or the directory of a run."
         )
-    student = setting.student.init(key, setting.inputs)
-    batches = _batches(setting, images)
-    used = setting.places.pairs or middle(setting.places)
-    networks = setting.student, student, taught_by(setting), teacher
-    classes = setting.dataset.classes
-    found = measure(
-        *networks,
-        batches,
-        classes=classes,
-        pairs=used,
-        class_tokens=setting.places.class_tokens,
-    )
+    batches = some_batches(setting, images)
+    used = middle(setting.places)
+    found = measured(setting, teacher, batches, pairs=used)
     print("\n".join(_table(found)))
     chosen = choose(found, count=count)
     for one in chosen:
@@ -132,8 +122,47 @@ def _teacher(setting: Setting, run_dir: Path | None) -> tuple[Variables, bool]:
     return taught_by(setting).init(key, setting.inputs), False
 
 
-def _batches(setting: Setting, images: int) -> Sequence[dict[str, Any]]:
-    """An even number of batches of random training images."""
+def measured(
+    setting: Setting,
+    teacher: Variables,
+    batches: Sequence[Mapping[str, Any]],
+    *,
+    pairs: Sequence[tuple[str, str]] = (),
+) -> Measured:
+    """Measures the layers of a teacher and of a fresh student, before any training.
+
+    Args:
+        setting: setting of a run; the student is initialized from the config's seed.
+        teacher: variables of the teacher.
+        batches: the result of `some_batches`.
+        pairs: (guided layer, hint layer) that are measured, too.
+
+    Returns:
+        The measurements.
+    """
+    student = setting.student.init(jax.random.key(setting.config.seed), setting.inputs)
+    return measure(
+        setting.student,
+        student,
+        taught_by(setting),
+        teacher,
+        batches,
+        classes=setting.dataset.classes,
+        pairs=pairs,
+        class_tokens=setting.places.class_tokens,
+    )
+
+
+def some_batches(setting: Setting, images: int) -> Sequence[dict[str, Any]]:
+    """An even number of batches of random training images.
+
+    Args:
+        setting: setting of a run.
+        images: number of images, at most.
+
+    Returns:
+        The batches, with `where`.
+    """
     train = setting.dataset.train
     index = np.asarray(order(jax.random.key(0), train.n))[:images]
     half = -(-len(index) // 2)
