@@ -332,7 +332,7 @@ def _suggest_command() -> Callable[..., None]:
             count: Number of pairs to suggest, at most.
             images: Number of training images, half to fit and half to judge.
             picture: File for the picture (.png).
-            data: The images and labels.
+            data: The images, and labels if there are any.
             networks: The teacher and the student.
         """
         options = configs.joined(data, networks)
