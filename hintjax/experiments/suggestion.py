@@ -126,6 +126,8 @@ def measured(
 ) -> Measured:
     """Measures the layers of a teacher and of a fresh student, before any training.
 
+    Without labels of classes there is no probe.
+
     Args:
         setting: setting of a run; the student is initialized from the config's seed.
         teacher: variables of the teacher.
@@ -136,13 +138,14 @@ def measured(
         The measurements.
     """
     student = setting.student.init(jax.random.key(setting.config.seed), setting.inputs)
+    classified = setting.dataset.labeled and setting.task.targets is None
     return measure(
         setting.student,
         student,
         taught_by(setting),
         teacher,
         batches,
-        classes=setting.dataset.classes if setting.dataset.labeled else None,
+        classes=setting.dataset.classes if classified else None,
         pairs=pairs,
         class_tokens=setting.places.class_tokens,
     )
