@@ -68,8 +68,8 @@ Pair = tuple[str, str] | None  # guided layer and hint layer; None for no hint
 NETWORKS = {  # student and teacher
     "plain": ("hintjax.models:plain_thin", "hintjax.models:resnet20"),
     "wrn": ("hintjax.models:wrn_16_1", "hintjax.models:wrn_16_2"),
+    "small": ("hintjax.models:plain_wide",) * 2,  # for a test
 }
-SMALL = {"small": ("hintjax.models:plain_wide",) * 2}
 SUGGESTION = "suggestion"
 ARMS = (SUGGESTION, "middle third", "last stage", "random", "no hint")
 TUNING = 2  # seeds that try all rates
@@ -108,18 +108,19 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     _same_options(options)
     keep_compiled(options.work / "compiled")
     start = time.perf_counter()
-    found = {name: _compared(name, options) for name in options.networks}
     record = {
         "benchmark": "suggestion",
         "machine": machine,
-        "minutes": (time.perf_counter() - start) / 60,
         "options": _plain(options),
         "seeds": options.seeds,
-        "networks": found,
+        "networks": {},
     }
+    for name in options.networks:
+        record["networks"][name] = _compared(name, options)
+        record["minutes"] = (time.perf_counter() - start) / 60
+        if options.out:
+            measure.write(options.out, record)
     print(table(record))
-    if options.out:
-        measure.write(options.out, record)
     return record
 
 
@@ -159,7 +160,7 @@ def _compared(name: str, options: argparse.Namespace) -> dict[str, Any]:
 
 def _prepared(name: str, options: argparse.Namespace) -> Bench:
     """The data, the networks, and the teacher, which is trained unless it is there."""
-    student, teacher = options.networks[name]
+    student, teacher = NETWORKS[name]
     config = Config(
         dataset="digits",
         limit=options.limit,
@@ -327,7 +328,7 @@ def table(record: Mapping[str, Any]) -> str:
 
 def _plain(options: argparse.Namespace) -> dict[str, Any]:
     """The options that decide the numbers of a run."""
-    left_out = ("work", "out", "seeds", "small", "networks")
+    left_out = ("work", "out", "seeds", "networks")
     return {name: v for name, v in vars(options).items() if name not in left_out}
 
 
@@ -344,6 +345,8 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
+    usual = ["plain", "wrn"]
+    add("--networks", nargs="+", choices=NETWORKS, default=usual, help="which pairs")
     add("--seeds", type=int, default=5, help="runs of each arm")
     add("--limit", type=int, default=300, help="training images of the student")
     add("--epochs", type=int, default=40, help="epochs of the student")
@@ -351,11 +354,8 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--rates", type=float, nargs="+", default=[1e-3, 3e-3], help="learning rates")
     add("--batch", type=int, default=16, help="examples in a batch")
     add("--work", type=Path, required=True, help="directory of the runs")
-    add("--small", action="store_true", help="take small networks, as a test")
     add("--out", type=Path, help="JSON file to write the results to")
-    options = parser.parse_args(arguments)
-    options.networks = SMALL if options.small else NETWORKS
-    return options
+    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":

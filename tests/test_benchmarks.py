@@ -347,7 +347,7 @@ def test_a_run_of_a_suggestion_has_this_pair_and_as_many_epochs(script):
 def test_a_suggestion_is_compared_with_other_pairs(script, tmp_path, monkeypatch):
     suggestion = script("suggestion")
     file = tmp_path / "results.json"
-    work = ["--small", "--work", str(tmp_path / "work"), "--seeds"]
+    work = ["--networks", "small", "--work", str(tmp_path / "work"), "--seeds"]
     tiny = ["--limit", "32", "--epochs", "2", "--teacher-epochs", "1", "--rates"]
     arguments = ["--out", str(file), *tiny, "1e-3", "3e-3", *work]
     record = suggestion.main([*arguments, "2"])
