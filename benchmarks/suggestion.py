@@ -3,8 +3,8 @@
     python benchmarks/suggestion.py --work DIR \
         --out benchmarks/results/suggestion_cpu.json
 
-Device: any; the committed numbers are from two CPU cores. Minutes: not measured yet.
-Expected: not known yet.
+Device: any. Minutes: about 20 of processor time (estimated from a fourth of the runs).
+Expected: not known yet; there are no committed numbers.
 
 FitNets trains a student on 300 of the digits: a hint stage for half of the epochs, then
 KD. The teacher has seen all images of the training split. Two pairs of networks:
