@@ -428,7 +428,8 @@ def _suggest_command() -> Callable[..., None]:
 
         Runs the teacher and an untrained student over some training images. Prints a
         table of the teacher's layers and the suggested pairs, and draws the similarity
-        (CKA) of each layer of the teacher with each layer of the student.
+        (CKA) of each layer of the teacher with each layer of the student. Whether the
+        suggested pair is better than the usual pair of the middle is not known yet.
 
         Args:
             run_dir: Run directory, whose data and networks are used instead of the data
@@ -436,7 +437,7 @@ def _suggest_command() -> Callable[..., None]:
             count: Number of pairs to suggest, at most.
             images: Number of training images, half to fit and half to judge.
             picture: File for the picture (.png).
-            data: The images and labels.
+            data: The images, and labels if there are any.
             networks: The teacher and the student.
         """
         options = configs.joined(data, networks)

@@ -20,6 +20,7 @@ import pytest
 
 from hintjax import models
 from hintjax.cli import main
+from hintjax.experiments import suggestion
 from hintjax.experiments.config import Config, save
 from hintjax.experiments.distill import keep_compiled, shipped
 from hintjax.experiments.finished import load_student
@@ -174,6 +175,26 @@ def test_suggest_says_what_is_missing_and_what_is_wrong(
     assert "The teacher is not trained" in out and "--teacher RUN_DIR" in out
     assert "No layer passes the rule. The usual pairs are conv2=conv2." in out
     assert "warning: conv2=conv2: a linear map of the untrained guided layer" in out
+
+
+def test_labels_that_are_no_classes_are_not_probed(tmp_path, monkeypatch):
+    file, random = tmp_path / "numbers.npz", np.random.default_rng(0)
+    images = random.integers(0, 255, (40, 8, 8, 1), dtype=np.uint8)
+    np.savez(file, image=images, label=random.normal(size=40).astype(np.float32))
+    asked = []
+
+    def measured(*networks, classes, **more):
+        asked.append(classes)
+        return Measured((), None, (), (), np.zeros((0, 0), np.float32))
+
+    monkeypatch.setattr(suggestion, "measure", measured)
+    wide = "hintjax.models:plain_wide"
+    for task, dataset in (("regression", str(file)), ("classification", "digits")):
+        config = Config(dataset=dataset, task=task, student=wide, devices=1)
+        setting = prepare(config, teach=True)
+        variables = setting.teacher.init(jax.random.key(0), setting.inputs)
+        suggestion.measured(setting, variables, suggestion.some_batches(setting, 8))
+    assert asked == [None, 10]
 
 
 @pytest.mark.quick

@@ -166,6 +166,18 @@ def test_a_probe_reads_what_the_head_reads():
     assert layer_of({"classifier": vector}) is None
 
 
+def test_layers_are_suggested_without_labels(page, tmp_path, capsys):
+    picture = tmp_path / "similar.png"
+    capsys.readouterr()
+    main(["suggest", "runs/student", "--images", "16", "--picture", str(picture)])
+    out = capsys.readouterr().out
+    columns = re.split(r"  +", out.splitlines()[0])
+    assert columns[4:] == ["regressor", "CKA", "R^2", "guided layer"]
+    assert "probe" not in out and "chance" not in out and "labels" not in out
+    assert re.search(r"^(suggested: group|No layer passes)", out, re.MULTILINE)
+    assert picture.exists()
+
+
 def test_a_run_does_not_resume_with_other_images(page, capsys):
     main(["resume", "runs/student"])
     Image.new("RGB", (12, 10)).save("photos/45.png")
