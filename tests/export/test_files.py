@@ -286,14 +286,23 @@ def test_onnx_pools_over_height_and_width():
     np.testing.assert_allclose(found, model.apply(image), atol=1e-5)
 
 
+@needs("tensorflow", "ai_edge_litert")
+def test_a_vision_transformer_has_an_int8_file(transformer, images):
+    data = export.tflite_int8(transformer, images)
+    found, wanted = runtimes.run_tflite(data)(images), transformer.apply(images)
+    assert np.corrcoef(found.ravel(), np.ravel(wanted))[0, 1] > 0.98
+    assert "resolver.AddBatchMatMul();" in export.c_array(data).header
+
+
 @needs("tensorflow")
 def test_an_operation_without_an_int8_form_is_refused():
     def apply(params, state, x, train, key):
-        return jax.scipy.special.erfc(x).mean((1, 2)), {}, state
+        return jax.numpy.sin(x).mean((1, 2)), {}, state
 
     one, variables = np.ones(1), hj.Variables({}, {})
     net = hj.function(apply)
     model = export.standalone(net, variables, (4, 4, 1), mean=one, std=one)
     image = np.random.default_rng(1).integers(0, 256, (3, 4, 4, 1), dtype=np.uint8)
-    with pytest.raises(hj.Refusal, match="operations that TFLite has in int8, got"):
+    with pytest.raises(hj.Refusal, match="in int8, got .*SIN") as refused:
         export.tflite_int8(model, image)
+    assert "Use tflite, onnx or stablehlo" in f"{refused.value}"
