@@ -32,6 +32,7 @@ from hintjax.experiments.config import (
     ScheduleOptions,
     part,
 )
+from hintjax.experiments.devices import split_cpu
 from hintjax.experiments.distill import (
     claim,
     distill,
@@ -47,7 +48,7 @@ from hintjax.experiments.finished import load_student
 from hintjax.experiments.launch import leaving, start
 from hintjax.experiments.measuring import measure_run
 from hintjax.experiments.probing import probe
-from hintjax.experiments.report import write_comparison, write_report
+from hintjax.experiments.report.report import write_comparison, write_report
 from hintjax.experiments.suggestion import suggest
 from hintjax.export import NoConverter
 from hintjax.processes import first, told
@@ -233,7 +234,10 @@ def _run(argv: list[str]) -> None:
 
 
 def _join(argv: Sequence[str]) -> None:
-    """Joins the other processes, before anything can fail in this process alone."""
+    """Joins the other processes, before anything can fail in this process alone.
+
+    A single process makes the cores of a CPU its devices.
+    """
     if argv[:1] not in (["distill"], ["resume"]) or {"-h", "--help"} & {*argv}:
         return
     given: dict[str, Any] = {}
@@ -247,6 +251,8 @@ def _join(argv: Sequence[str]) -> None:
                 given[name] = int(given[name])
             except ValueError:
                 return  # the options are read again, and then refused
+    if not given:
+        split_cpu()
     start(**given)
     watch()
 

@@ -29,7 +29,6 @@ from hintjax.experiments.comparison_table import max_validated, show_table, tabl
 from hintjax.experiments.config import Config
 from hintjax.experiments.doubts import doubts_after, doubts_before
 from hintjax.experiments.ending import training_begins
-from hintjax.experiments.facts import Pair, pair_of
 from hintjax.experiments.finished import (
     DEPLOYED,
     RESULT,
@@ -42,8 +41,9 @@ from hintjax.experiments.methods_table import CLASSES_ONLY, RECIPES
 from hintjax.experiments.phases import check, check_balance
 from hintjax.experiments.pretrained import recorded
 from hintjax.experiments.recipes import PlannedPhase, Recipe, backprop
-from hintjax.experiments.report import drawing
-from hintjax.experiments.reporting import arm_facts, report_run, written
+from hintjax.experiments.report.drawn import drawing
+from hintjax.experiments.report.end_of_run import arm_facts, report_run, written
+from hintjax.experiments.report.facts import Pair, pair_of
 from hintjax.experiments.run import load_deployed, run
 from hintjax.experiments.setting import Setting, prepare
 from hintjax.experiments.standardizing import with_standardizations

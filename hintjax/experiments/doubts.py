@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from hintjax.experiments.config import Config
-from hintjax.experiments.facts import Pair
 from hintjax.experiments.finished import RESULT
 from hintjax.experiments.recipes import PlannedPhase
+from hintjax.experiments.report.facts import Pair
 from hintjax.experiments.setting import Setting
 from hintjax.experiments.teacher import teacher_of
 from hintjax.pairing import depth_of, doubts_of_depth, doubts_of_explained

@@ -18,10 +18,11 @@ from jaxtyping import PyTree
 
 from hintjax._checks import Refusal, message
 from hintjax.experiments.caching import planned_cache
+from hintjax.experiments.devices import forward_flops
 from hintjax.experiments.recipes import Recipe
 from hintjax.experiments.run import feed_of, phases_of
 from hintjax.experiments.setting import Setting
-from hintjax.networks import Network, Variables, Wants
+from hintjax.networks import Network, Variables
 from hintjax.sharding import place, shares
 from hintjax.stages import State
 from hintjax.training import Feed, Phase
@@ -51,8 +52,8 @@ class Step(NamedTuple):
 def check_memory(setting: Setting, recipes: Sequence[Recipe]) -> None:
     """Compiles the steps of all runs, and refuses a step that needs too much memory.
 
-    Steps on a mesh are not checked: their memory depends on where arrays are stored.
-    Steps with --debug are not checked either: they are compiled in another form.
+    Steps with --debug are not checked: they are compiled in another form. Nor are those
+    of several processes.
 
     Args:
         setting: setting of the runs.
@@ -62,29 +63,49 @@ def check_memory(setting: Setting, recipes: Sequence[Recipe]) -> None:
         Refusal: if a step does not fit, with a number of micro-batches that fits.
     """
     there = available()
-    if there is None or setting.layout is not None or setting.config.debug:
+    if there is None or jax.process_count() > 1 or setting.config.debug:
         return
     setting = planned_cache(setting, recipes)
     feed = feed_of(setting, setting.config, jax.random.key(0))
-    for step in compiled_steps(setting, recipes, feed):
-        if step.nbytes is not None and step.nbytes > there:
-            _refuse(setting, recipes, feed, step, there)
+    for phase, nbytes in _needed(setting, recipes, feed):
+        if nbytes is not None and nbytes > there:
+            got = f"{_mb(nbytes)} for {phase}, batch {setting.config.batch_size}"
+            _refuse(setting, recipes, feed, got, there)
+
+
+def _needed(
+    setting: Setting, recipes: Sequence[Recipe], feed: Feed
+) -> Iterator[tuple[str, int | None]]:
+    """The memory that the step of each phase takes of the `available` memory.
+
+    On a mesh the arrays are made, because their shapes do not tell where they are.
+    """
+    make = jax.eval_shape if setting.layout is None else _made
+    for step in compiled_steps(setting, recipes, feed, make):
+        nbytes = step.nbytes
+        yield step.phase.name, nbytes and nbytes * _in_one_memory(setting)
+
+
+def _in_one_memory(setting: Setting) -> int:
+    """The number of the run's devices whose arrays are in one memory."""
+    if setting.layout is None or jax.default_backend() != "cpu":
+        return 1
+    return shares(setting.layout.mesh)
 
 
 def _refuse(
-    setting: Setting, recipes: Sequence[Recipe], feed: Feed, step: Step, there: int
+    setting: Setting, recipes: Sequence[Recipe], feed: Feed, got: str, there: int
 ) -> None:
     """Raises an error with the least number of micro-batches that fits."""
     config = setting.config
     wanted = f"steps that fit into the {_mb(there)} of memory that are free"
-    got = f"{_mb(step.nbytes)} for {step.phase.name}, batch {config.batch_size}"
     do = "Use a smaller student or teacher, or a method with smaller features."
     for parts in range(2 * config.accumulate, config.batch_size + 1):
         if config.batch_size % parts or parts & (parts - 1):
             continue
         divided = dataclasses.replace(config, accumulate=parts)
         tried = setting._replace(config=divided, programs={})
-        needed = [one.nbytes for one in compiled_steps(tried, recipes, feed)]
+        needed = [nbytes for _, nbytes in _needed(tried, recipes, feed)]
         if all(nbytes is not None and nbytes <= there for nbytes in needed):
             size = config.batch_size // parts
             do = f"Use --accumulate {parts}, or --batch-size {size}."
@@ -207,7 +228,9 @@ def show_forecast(setting: Setting, recipes: Sequence[Recipe], runs: int) -> Non
         )
     there = available()
     known = "unknown" if there is None else _mb(there)
-    print(f"memory of a device: {_mb(largest)} needed, {known} available")
+    together = _in_one_memory(setting)
+    whose = "memory" if together > 1 else "memory of a device"
+    print(f"{whose}: {_mb(together * largest)} needed, {known} available")
     disk = runs * _KEPT * saved
     print(f"checkpoints: {_mb(disk)} on disk, at most, for {_count(runs, 'run')}")
 
@@ -215,14 +238,8 @@ def show_forecast(setting: Setting, recipes: Sequence[Recipe], runs: int) -> Non
 def _network(network: Network, inputs: jax.Array) -> str:
     """The number of parameters and of operations of a network, as text."""
     variables = jax.eval_shape(network.init, jax.random.key(0), inputs)
-
-    def forward(variables: Variables, inputs: jax.Array) -> PyTree:
-        wants = Wants(output=True)
-        return network.apply(*variables, inputs, wants=wants, train=False)[0].output
-
-    costs = jax.jit(forward).lower(variables, inputs).cost_analysis()
     sizes = [math.prod(leaf.shape) for leaf in jax.tree.leaves(variables.params)]
-    flops = (costs or {}).get("flops")
+    flops = forward_flops(network, variables, inputs)
     return f"{sum(sizes):,} parameters, {_flops(flops)} per image forward"
 
 

@@ -22,6 +22,7 @@ from hintjax.experiments import config as configs
 from hintjax.experiments.attachment import Places
 from hintjax.experiments.cached_teacher import CachedTeacher
 from hintjax.experiments.config import Config
+from hintjax.experiments.devices import mesh_of
 from hintjax.experiments.factories import (
     attribute_of,
     check_learns,
@@ -37,7 +38,7 @@ from hintjax.experiments.tasks import TASKS, Task
 from hintjax.experiments.teacher import teacher_of
 from hintjax.networks import Network, Variables, join
 from hintjax.processes import agree, each
-from hintjax.sharding import Layout, make_mesh, over_batch, shares, spread
+from hintjax.sharding import Layout, over_batch, shares, spread
 from hintjax.training import Program
 
 
@@ -96,10 +97,10 @@ def prepare(config: Config, *, teach: bool = False) -> Setting:
     if jax.process_count() > 1:
         agree("data", seen(dataset))
     steps_per_epoch(dataset.train.n, config.batch_size)  # raises
-    layout = mesh_of(config)
     inputs = jnp.zeros((1, *dataset.train.shape), jnp.float32)
     dataset, teacher = _taught(config, dataset, inputs, teach)
     student = each(lambda: student_network(config, dataset.classes))
+    layout = mesh_of(config, student, inputs)
     factories = [
         config.student,
         *([_factory(config.teacher)] if teach else []),
@@ -154,33 +155,6 @@ def _taught(
     teacher = teacher_network(config, dataset._replace(classes=1), inputs)
     check_output(config.teacher, teacher, inputs)
     return dataset._replace(classes=output_shape(teacher, inputs)[-1]), teacher
-
-
-def mesh_of(config: Config) -> Layout | None:
-    """The mesh that a config asks for; None for a single device.
-
-    Raises:
-        Refusal: if there are too few devices, or if they cannot share a batch.
-    """
-    devices = jax.devices()
-    wanted = config.devices or len(devices)
-    if wanted > len(devices) or (jax.process_count() > 1 and wanted < len(devices)):
-        limit = "at most" if jax.process_count() == 1 else "all"
-        got = f"{wanted} of {jax.device_count()}"
-        raise Refusal(message("config", f"{limit} the devices that are here", got))
-    if wanted % config.fsdp:
-        got = f"{config.fsdp} with {wanted} devices"
-        raise Refusal(message("config", "fsdp to divide the devices", got))
-    if config.batch_size % wanted:
-        low = config.batch_size // wanted * wanted
-        sizes = " or ".join(str(n) for n in (low, low + wanted) if n)
-        do = f"Use {sizes}, or fewer --devices."
-        text = f"a batch_size that {wanted} devices can share evenly"
-        raise Refusal(message("config", text, f"{config.batch_size}", do))
-    if wanted == 1:
-        return None
-    shares = {"fsdp": config.fsdp} if config.fsdp > 1 else {}
-    return Layout(make_mesh(**shares, devices=devices[:wanted]))
 
 
 def teacher_network(config: Config, dataset: Dataset, inputs: jax.Array) -> Network:

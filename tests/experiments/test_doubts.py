@@ -7,7 +7,7 @@ import pytest
 
 from hintjax.experiments import doubts, recipes
 from hintjax.experiments.config import Config
-from hintjax.experiments.facts import Pair
+from hintjax.experiments.report.facts import Pair
 from hintjax.experiments.setting import prepare
 
 PLAIN = dict.fromkeys(("student", "teacher"), "hintjax.models:plain_wide")

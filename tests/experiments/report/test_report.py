@@ -11,7 +11,7 @@ import pytest
 from hintjax.cli import main
 from hintjax.experiments import config as configs
 from hintjax.experiments.config import Config
-from hintjax.experiments.facts import calibration_error
+from hintjax.experiments.report.facts import calibration_error
 from hintjax.training import read_metrics
 
 EMPTY = ("meta", "img", "br", "hr", "link", "input")

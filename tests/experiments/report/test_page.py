@@ -1,6 +1,6 @@
 import pytest
 
-from hintjax.experiments import page
+from hintjax.experiments.report import page
 
 pytestmark = pytest.mark.quick
 

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from hintjax.experiments import facts
+from hintjax.experiments.report import facts
 
 pytestmark = pytest.mark.quick
 

@@ -12,6 +12,9 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from hintjax.experiments import pictures as viz
+from hintjax.experiments.pictures.histories import _apart, draw_histories
+from hintjax.experiments.pictures.maps import draw_maps
+from hintjax.experiments.pictures.points import draw_points
 
 ARMS = (
     *("backpropagation", "backpropagation, He init", "KD", "KD, He init"),
@@ -60,20 +63,20 @@ def maps(names, count=6):
 
 def curves(runs, *, xlabel="epoch", chance=None):
     figure = Figure(figsize=(10, 5.6), dpi=100)
-    viz._draw_curves(figure, (0.02, 0.02, 0.96, 0.96), runs, xlabel, chance)
+    draw_histories(figure, (0.02, 0.02, 0.96, 0.96), runs, xlabel, chance)
     return figure
 
 
 def accuracy_points(values, reference):
     figure = Figure(figsize=(10, 3), dpi=100)
     box = (0.02, 0.03, 0.96, 0.94)
-    viz._draw_points(figure, box, values, "test accuracy", reference)
+    draw_points(figure, box, values, "test accuracy", reference)
     return figure
 
 
 def attention_maps(images, values):
     figure = Figure(figsize=(12, 16), dpi=100)
-    viz._draw_maps(figure, (0.02, 0.02, 0.96, 0.96), images, values)
+    draw_maps(figure, (0.02, 0.02, 0.96, 0.96), images, values)
     return figure
 
 
@@ -277,48 +280,16 @@ def test_a_history_of_two_lengths_is_refused():
 
 @pytest.mark.quick
 def test_labels_move_apart_as_little_as_possible():
-    places = viz._apart([1.0, 5.0, 5.0, 5.0, 9.0], [1.0] * 5, 0.0, 10.0)
+    places = _apart([1.0, 5.0, 5.0, 5.0, 9.0], [1.0] * 5, 0.0, 10.0)
     np.testing.assert_allclose(places, [1, 4, 5, 6, 9])
     # Of unequal sizes, and held inside.
-    places = viz._apart([0.0, 0.0, 10.0], [2.0, 4.0, 2.0], 0.0, 10.0)
+    places = _apart([0.0, 0.0, 10.0], [2.0, 4.0, 2.0], 0.0, 10.0)
     np.testing.assert_allclose(places, [1, 4, 9])
-    assert viz._apart([], [], 0.0, 1.0).size == 0
+    assert _apart([], [], 0.0, 1.0).size == 0
     draw = np.random.default_rng(0)
     for count in range(1, 12):
         sizes = draw.uniform(0.1, 0.8, count)
-        places = viz._apart(np.sort(draw.uniform(0, 10, count)), sizes, 0.0, 10.0)
+        places = _apart(np.sort(draw.uniform(0, 10, count)), sizes, 0.0, 10.0)
         gaps = np.diff(places) - (sizes[1:] + sizes[:-1]) / 2
         assert (gaps > -1e-9).all() and places[0] >= sizes[0] / 2 - 1e-9
         assert places[-1] <= 10 - sizes[-1] / 2 + 1e-9
-
-
-def test_colors_and_styles_tell_ten_arms_apart():
-    looks = {(viz._color(i), str(viz._style(i))) for i in range(10)}
-    assert len({color for color, _ in looks}) == 10
-    assert len({(viz._color(i), str(viz._style(i))) for i in range(15)}) == 15
-
-
-@pytest.mark.parametrize("shape", [(1, 1), (4, 20), (60, 30)])
-def test_a_heat_map_shows_every_layer_once_and_frames_the_pairs(shape):
-    rows, columns = ([f"group{i}/${i}_b" for i in range(n)] for n in shape)
-    values = np.linspace(-0.1, 1, shape[0] * shape[1]).reshape(shape)
-    marked = [(shape[0] - 1, 0)]
-    figure = viz.heat_map(values, rows, columns, marked=marked, title="CKA")
-    assert isinstance(figure, Figure)
-    FigureCanvasAgg(figure).draw()
-    axes = figure.axes[0]
-    shown = [label.get_text() for label in axes.get_yticklabels()]
-    assert shown == rows and len(axes.get_xticks()) == len(columns)
-    np.testing.assert_array_equal(axes.images[0].get_array(), values)
-    (frame,) = axes.lines
-    assert frame.get_ydata().mean() > shape[0] - 1.6
-    # All names are inside of the figure.
-    box = figure.bbox
-    for text in (*axes.get_xticklabels(), *axes.get_yticklabels()):
-        extent = text.get_window_extent()
-        assert extent.x0 >= 0 and extent.y0 >= 0 and extent.y1 <= box.y1
-
-
-def test_a_heat_map_of_another_shape_is_refused(unchecked):
-    with pytest.raises(ValueError, match="values of 1 rows and 2 columns, got shape"):
-        viz.heat_map(np.zeros((2, 1)), ["a"], ["b", "c"])
