@@ -46,5 +46,5 @@ if [ ${#arguments[@]} -eq 0 ] && ! usable_python "$bin/python" 3.13 &&
 fi
 
 if [ ${#arguments[@]} -eq 0 ] && [ "$marks" != "not long" ]; then
-  "$hintjax_root/.venv-export/bin/python" -m pytest tests/export
+  "$hintjax_root/.venv-export/bin/python" -m pytest tests/export tests/examples
 fi

@@ -498,6 +498,17 @@ def test_rows_of_the_edge_table_name_the_aims_that_they_miss(script):
     assert last["smaller"] == 20 and last["mean"] == pytest.approx(0.965)
     assert last["std"] == pytest.approx(0.03 / math.sqrt(2))
     assert [last["lost"], last["int8"]] == pytest.approx([1.5, 0.45])
+    assert script("edge_table").misses(last, lost=2.0) == ["int8"]
+
+
+def test_the_edge_table_names_the_network_of_a_teacher_and_no_path(script, tmp_path):
+    configs = import_module("hintjax.experiments.config")
+    own = Config(student="hintjax.models:resnet8", epochs=7, data_dir=str(tmp_path))
+    configs.save(own, tmp_path)
+    told = script("edge_table")._told(Config(teacher=str(tmp_path)))
+    assert told["teacher"] == "hintjax.models:resnet8" and told["teacher_epochs"] == 7
+    assert str(tmp_path) not in str(told)
+    assert script("edge_table")._told(Config())["teacher"] == Config().teacher
 
 
 @pytest.mark.skipif(
@@ -525,13 +536,19 @@ def test_the_edge_table_measures_the_files_of_a_comparison(script, tmp_path):
     assert data["images"] == 359 and "data_dir" not in data["config"]
     found = {(row["arm"], row["file"]): row for row in data["rows"]}
     assert list(found) == [
-        (arm, form) for arm in ("teacher", "kd") for form in ("float", "int8")
+        (arm, form)
+        for arm in ("teacher", "kd")
+        for form in ("float", "stablehlo", "int8")
     ]
     for (arm, form), row in found.items():
-        assert positive(row["over_teacher"]) and row["parameters"] == 112714
+        assert row["parameters"] == 112714
+        if form == "stablehlo":
+            assert row["over_teacher"] is row["step_seconds"] is None
+        else:
+            assert positive(row["over_teacher"])
         assert len(row["accuracy"]) == (1 if arm == "teacher" else 2)
         assert min(row["agreement"]) > (0.5 if form == "int8" else 0.99)
-        assert (row["arena"] is None) == (form == "float" or not MICRO)
+        assert (row["arena"] is None) == (form != "int8" or not MICRO)
     accuracy = [
         json.loads((path / "result.json").read_text())["test/accuracy"]
         for path in sorted((run / "kd").iterdir())

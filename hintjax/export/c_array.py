@@ -1,5 +1,6 @@
 """An int8 network as C: an array with its length, scales, operations and memory."""
 
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from typing import Any, NamedTuple
 
@@ -8,6 +9,14 @@ import numpy as np
 from hintjax._checks import Refusal, message
 from hintjax.export.converters import need
 from hintjax.export.description import without_description
+
+# Names that TFLite Micro does not make of the words of the schema's names.
+_SPELLED = {
+    "BATCH_MATMUL": "BatchMatMul",
+    "CUMSUM": "CumSum",
+    "PADV2": "PadV2",
+    "UNIDIRECTIONAL_SEQUENCE_LSTM": "UnidirectionalSequenceLSTM",
+}
 
 
 class CArray(NamedTuple):
@@ -49,23 +58,55 @@ def c_array(data: bytes, name: str = "student", arena: int | None = None) -> CAr
     model = schema.ModelT.InitFromPackedBuf(data, 0)
     graph = model.subgraphs[0]
     ends = {
-        "INPUT": graph.tensors[graph.inputs[0]],
-        "OUTPUT": graph.tensors[graph.outputs[0]],
+        "INPUT": _end(graph.tensors[graph.inputs[0]]),
+        "OUTPUT": _end(graph.tensors[graph.outputs[0]]),
     }
-    added = [f"resolver.Add{one}();" for one in _operations(schema, model)]
+    return written(data, name, _operations(schema, model), ends, arena)
+
+
+class End(NamedTuple):
+    """The input or the output of a network: `real = scale (integer - zero_point)`."""
+
+    size: int
+    scale: float
+    zero_point: int
+
+
+def _end(tensor: Any) -> End:
+    """The input or the output, from its tensor in the file."""
+    numbers = tensor.quantization
+    if numbers is None or numbers.scale is None:
+        do = "Give the result of tflite_int8."
+        raise Refusal(message("c_array", "an int8 network", "a float32 one", do))
+    size = int(np.prod(tensor.shape))
+    return End(size, float(numbers.scale[0]), int(numbers.zeroPoint[0]))
+
+
+def written(
+    data: bytes,
+    name: str,
+    operations: Sequence[str],
+    ends: Mapping[str, End],
+    arena: int | None,
+) -> CArray:
+    """The texts of both files.
+
+    Args:
+        data: bytes of the network alone.
+        name: name of the array, and of the two files.
+        operations: names of the network's operations, as TFLite Micro spells them.
+        ends: input and output, as "INPUT" and "OUTPUT".
+        arena: bytes of memory that the network needs, if known.
+    """
     upper = name.upper()
+    added = [f"resolver.Add{one}();" for one in operations]
     lines = [f"#define {upper}_OPERATIONS {len(added)}"]
     lines.append(f"#define {upper}_ADD_OPERATIONS(resolver) {' '.join(added)}")
-    for end, tensor in ends.items():
-        numbers = tensor.quantization
-        if numbers is None or numbers.scale is None:
-            do = "Give the result of tflite_int8."
-            raise Refusal(message("c_array", "an int8 network", "a float32 one", do))
-        size = int(np.prod(tensor.shape))
+    for kind, end in ends.items():
         lines += [
-            f"#define {upper}_{end}_SIZE {size}",
-            f"#define {upper}_{end}_SCALE {float(numbers.scale[0])!r}f",
-            f"#define {upper}_{end}_ZERO_POINT {int(numbers.zeroPoint[0])}",
+            f"#define {upper}_{kind}_SIZE {end.size}",
+            f"#define {upper}_{kind}_SCALE {end.scale!r}f",
+            f"#define {upper}_{kind}_ZERO_POINT {end.zero_point}",
         ]
     if arena is not None:
         lines.append(f"#define {upper}_ARENA_BYTES {arena}")
@@ -79,13 +120,17 @@ def _operations(schema: Any, model: Any) -> list[str]:
         max(code.builtinCode, code.deprecatedBuiltinCode)
         for code in model.operatorCodes
     }
-    words = [names[code].lower().split("_") for code in sorted(codes)]
-    return ["".join(_named(word) for word in one) for one in words]
+    return [_spelled(names[code]) for code in sorted(codes)]
 
 
-def _named(word: str) -> str:
-    """A word of an operation's name, as TFLite Micro writes it."""
-    return "2D" if word == "2d" else word.capitalize()
+def _spelled(name: str) -> str:
+    """The name of an operation, as TFLite Micro writes it.
+
+    >>> _spelled("DEPTHWISE_CONV_2D"), _spelled("PADV2")
+    ('DepthwiseConv2D', 'PadV2')
+    """
+    words = (word.capitalize() for word in name.split("_"))
+    return _SPELLED.get(name, "".join(words).replace("2d", "2D"))
 
 
 def _source(data: bytes, name: str) -> str:

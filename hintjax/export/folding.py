@@ -9,7 +9,7 @@ an NNX model, or a plain function.
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -17,10 +17,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
-from jaxtyping import PyTree
+from jaxtyping import Array, PyTree
 
 _CALLS = {"jit", "pjit", "custom_jvp_call", "custom_vjp_call", "closed_call"}
 _AFFINE = {"add", "sub", "mul", "div"}
+
+Replaced = Mapping[str, Callable[..., Array]]
+NOTHING: Replaced = {}
 
 
 class _Linear(NamedTuple):
@@ -45,7 +48,9 @@ class _Linear(NamedTuple):
     shift: np.ndarray | None
 
 
-def folded(function: Callable[..., PyTree]) -> Callable[..., PyTree]:
+def folded(
+    function: Callable[..., PyTree], replaced: Replaced = NOTHING
+) -> Callable[..., PyTree]:
     """The same function, with constants computed and affine steps folded.
 
     The result differs by rounding only. It can be traced for any shape of the inputs
@@ -53,6 +58,8 @@ def folded(function: Callable[..., PyTree]) -> Callable[..., PyTree]:
 
     Args:
         function: function of arrays. The arrays in its closure are constants.
+        replaced: other forms of some operations, by the names of JAX's primitives; each
+            takes the arrays that the operation takes, and returns its one output.
 
     Returns:
         A function of the same arrays.
@@ -69,13 +76,16 @@ def folded(function: Callable[..., PyTree]) -> Callable[..., PyTree]:
 
     def run(*inputs: PyTree) -> PyTree:
         closed, shape = jax.make_jaxpr(function, return_shape=True)(*inputs)
-        outputs = _run(closed.jaxpr, closed.consts, jax.tree.leaves(inputs))
+        leaves = jax.tree.leaves(inputs)
+        outputs = _run(closed.jaxpr, closed.consts, leaves, replaced)
         return jax.tree.unflatten(jax.tree.structure(shape), map(_computed, outputs))
 
     return run
 
 
-def _run(jaxpr: Jaxpr, consts: Sequence[Any], inputs: Sequence[Any]) -> list[Any]:
+def _run(
+    jaxpr: Jaxpr, consts: Sequence[Any], inputs: Sequence[Any], replaced: Replaced
+) -> list[Any]:
     """The outputs of a program; some may be layers that are not computed yet."""
     values: dict[Any, Any] = dict(zip(jaxpr.invars, inputs, strict=True))
     values |= zip(jaxpr.constvars, map(_constant, consts), strict=True)
@@ -91,24 +101,27 @@ def _run(jaxpr: Jaxpr, consts: Sequence[Any], inputs: Sequence[Any]) -> list[Any
         return values[atom]
 
     for eqn in jaxpr.eqns:
-        outputs = _step(eqn, [value(atom) for atom in eqn.invars])
+        outputs = _step(eqn, [value(atom) for atom in eqn.invars], replaced)
         values |= zip(eqn.outvars, outputs, strict=True)
     return [value(atom) for atom in jaxpr.outvars]
 
 
-def _step(eqn: Any, inputs: list[Any]) -> Sequence[Any]:
+def _step(eqn: Any, inputs: list[Any], replaced: Replaced) -> Sequence[Any]:
     """The outputs of one equation."""
     name = eqn.primitive.name
     if name in _CALLS:
         inner = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
         if isinstance(inner, ClosedJaxpr):
-            return _run(inner.jaxpr, inner.consts, inputs)
+            return _run(inner.jaxpr, inner.consts, inputs, replaced)
     if all(isinstance(one, np.ndarray) for one in inputs) and _small(eqn, inputs):
         with jax.ensure_compile_time_eval():
             return [_constant(one) for one in _bound(eqn, inputs)]
     found = _layer(eqn, inputs) or _affine(eqn, inputs)
     if found is not None:
         return [found]
+    if name in replaced:
+        with _named(eqn):
+            return [replaced[name](*map(_computed, inputs))]
     return _bound(eqn, list(map(_computed, inputs)))
 
 
@@ -166,6 +179,10 @@ def _layer(eqn: Any, inputs: list[Any]) -> _Linear | None:
 def _affine(eqn: Any, inputs: list[Any]) -> _Linear | None:
     """A layer with one more affine step; None for anything else."""
     name = eqn.primitive.name
+    if name == "neg" and isinstance(inputs[0], _Linear):
+        (line,) = inputs
+        shift = None if line.shift is None else -line.shift
+        return line._replace(scale=-line.scale, shift=shift)
     if name not in _AFFINE or len(inputs) != 2:
         return None
     left, right = inputs

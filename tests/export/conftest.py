@@ -35,6 +35,11 @@ def network():
 
 @pytest.fixture(scope="session")
 def variables(network):
+    return random(network)
+
+
+def random(network):
+    """Variables whose activations are neither small nor large in any layer."""
     draws = np.random.default_rng(0)
     shapes = jax.eval_shape(
         network.init, jax.random.key(0), np.zeros((1, 8, 8, 1), np.float32)
@@ -58,6 +63,12 @@ def alone(network, variables):
 @pytest.fixture(scope="session")
 def model(network, variables):
     return alone(network, variables)
+
+
+@pytest.fixture(scope="session")
+def transformer():
+    network = hj.linen(models.VisionTransformer(4, 16, 1, 2, classes=4))
+    return alone(network, random(network))
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import zipfile
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -30,6 +31,12 @@ def needs(*packages):
         bool(missing), reason=f"no {missing}; ./setup.sh --export installs it"
     )
 
+
+MICRO = Path(__file__).parents[1] / "fixtures" / "tflite_micro"
+EXAMPLE = Path(__file__).parents[2] / "examples" / "microcontroller" / "main.cc"
+STRICT = ("-Wall", "-Wextra", "-Werror")
+NO_COMPILER = [name for name in ("cc", "c++") if shutil.which(name) is None]
+compiles = pytest.mark.skipif(bool(NO_COMPILER), reason=f"no compiler {NO_COMPILER}")
 
 FILES = [
     pytest.param("stablehlo", marks=needs("flatbuffers")),
@@ -61,6 +68,35 @@ def made(model, images):
 def make_again(name, model, images):
     more = (images,) if name == "tflite_int8" else ()
     return getattr(export, name)(model, *more)
+
+
+def bytes_in_c(files, folder):
+    """The array, written by a C program that is linked with it."""
+    (folder / "student.c").write_text(files.source)
+    (folder / "student.h").write_text(files.header)
+    (folder / "print.c").write_text(
+        '#include <stdio.h>\n#include "student.h"\n'
+        "int main(void) {\n"
+        "  return fwrite(student_data, 1, STUDENT_BYTES, stdout) != STUDENT_BYTES\n"
+        "    || sizeof student_data != STUDENT_BYTES || STUDENT_OUTPUT_SIZE != 4\n"
+        "    || (size_t)student_data % 16 || STUDENT_ARENA_BYTES != 4096\n"
+        "    || STUDENT_OUTPUT_SCALE <= 0 || STUDENT_OPERATIONS < 2;\n}\n"
+    )
+    cc = ["cc", "-std=c11", *STRICT]
+    subprocess.run([*cc, "-c", "student.c"], cwd=folder, check=True)
+    program = [*cc, "-o", "print", "print.c", "student.o"]
+    subprocess.run(program, cwd=folder, check=True)
+    return subprocess.run([folder / "print"], check=True, capture_output=True).stdout
+
+
+def example_in_c(files, folder):
+    """What the microcontroller's example prints, with a stand-in for TFLite Micro."""
+    bytes_in_c(files, folder)
+    include = [f"-I{folder}", f"-I{MICRO}"]
+    program = ["c++", "-std=c++17", *STRICT, *include, "-o", "main", EXAMPLE]
+    subprocess.run([*program, "student.o"], cwd=folder, check=True)
+    done = subprocess.run([folder / "main"], check=True, capture_output=True, text=True)
+    return done.stdout
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -199,35 +235,35 @@ def test_a_microcontroller_gives_the_same_classes(made, images):
     assert 4_000 < arena < 100_000
 
 
+@compiles
+def test_the_example_for_a_microcontroller_compiles_and_runs(tmp_path):
+    """The example, and the text of both C files; any bytes of TFLite will do."""
+    data = bytes(4) + b"TFL3" + bytes(range(256))
+    operations = ["Conv2D", "FullyConnected"]
+    c_files = import_module("hintjax.export.c_array")  # its function has this name too
+    ends = {"INPUT": c_files.End(64, 1.0, 0), "OUTPUT": c_files.End(4, 0.25, -3)}
+    files = c_files.written(data, "student", operations, ends, arena=4096)
+    assert bytes_in_c(files, tmp_path) == data
+    assert example_in_c(files, tmp_path) == "class 2, logit 2.500000\n"
+
+
 @needs("tensorflow", "ai_edge_litert")
-@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
+@compiles
 def test_the_c_array_compiles_and_holds_the_network(made, tmp_path):
     data = made("tflite_int8")
     files = export.c_array(data, "student", arena=4096)
-    (tmp_path / "student.c").write_text(files.source)
-    (tmp_path / "student.h").write_text(files.header)
-    (tmp_path / "main.c").write_text(
-        '#include <stdio.h>\n#include "student.h"\n'
-        "int main(void) {\n"
-        "  fwrite(student_data, 1, STUDENT_BYTES, stdout);\n"
-        "  return STUDENT_INPUT_SIZE != 64 || STUDENT_OUTPUT_SIZE != 4\n"
-        "    || STUDENT_INPUT_SCALE != 1.0f || STUDENT_ARENA_BYTES != 4096\n"
-        "    || STUDENT_OUTPUT_SCALE <= 0 || STUDENT_OPERATIONS < 5;\n}\n"
-    )
-    subprocess.run(
-        ["cc", "-Wall", "-Werror", "-o", "main", "main.c", "student.c"],
-        cwd=tmp_path,
-        check=True,
-    )
-    found = subprocess.run([tmp_path / "main"], check=True, capture_output=True)
-    assert data.startswith(found.stdout) and found.stdout[4:8] == b"TFL3"
-    rest = io.BytesIO(data[len(found.stdout) :])
+    found = bytes_in_c(files, tmp_path)
+    assert data.startswith(found) and found[4:8] == b"TFL3"
+    rest = io.BytesIO(data[len(found) :])
     assert zipfile.ZipFile(rest).namelist() == ["about.json"]
     assert "resolver.AddConv2D(); resolver.AddDepthwiseConv2D();" in files.header
     assert "resolver.AddFullyConnected();" in files.header
-    main = Path(__file__).parents[2] / "examples" / "microcontroller" / "main.cc"
-    used = set(re.findall(r"STUDENT_\w+", main.read_text()))
-    assert used <= set(re.findall(r"#define (STUDENT_\w+)", files.header))
+    defined = dict(re.findall(r"#define (STUDENT_\w+) (\S+)", files.header))
+    assert defined["STUDENT_INPUT_SIZE"] == "64" and defined["STUDENT_BYTES"]
+    assert defined["STUDENT_INPUT_SCALE"] == "1.0f"
+    scale = float(defined["STUDENT_OUTPUT_SCALE"].removesuffix("f"))
+    logit = scale * (7 - int(defined["STUDENT_OUTPUT_ZERO_POINT"]))
+    assert example_in_c(files, tmp_path) == f"class 2, logit {logit:f}\n"
 
 
 @needs("jax2onnx")
@@ -250,14 +286,23 @@ def test_onnx_pools_over_height_and_width():
     np.testing.assert_allclose(found, model.apply(image), atol=1e-5)
 
 
+@needs("tensorflow", "ai_edge_litert")
+def test_a_vision_transformer_has_an_int8_file(transformer, images):
+    data = export.tflite_int8(transformer, images)
+    found, wanted = runtimes.run_tflite(data)(images), transformer.apply(images)
+    assert np.corrcoef(found.ravel(), np.ravel(wanted))[0, 1] > 0.98
+    assert "resolver.AddBatchMatMul();" in export.c_array(data).header
+
+
 @needs("tensorflow")
 def test_an_operation_without_an_int8_form_is_refused():
     def apply(params, state, x, train, key):
-        return jax.scipy.special.erfc(x).mean((1, 2)), {}, state
+        return jax.numpy.sin(x).mean((1, 2)), {}, state
 
     one, variables = np.ones(1), hj.Variables({}, {})
     net = hj.function(apply)
     model = export.standalone(net, variables, (4, 4, 1), mean=one, std=one)
     image = np.random.default_rng(1).integers(0, 256, (3, 4, 4, 1), dtype=np.uint8)
-    with pytest.raises(hj.Refusal, match="operations that TFLite has in int8, got"):
+    with pytest.raises(hj.Refusal, match="in int8, got .*SIN") as refused:
         export.tflite_int8(model, image)
+    assert "Use tflite, onnx or stablehlo" in f"{refused.value}"

@@ -11,6 +11,7 @@ from flax import linen as nn
 
 from hintjax import models
 from hintjax.export import folded
+from hintjax.export.tflite import INTEGER
 from hintjax.models.blocks import batch_norm
 
 pytestmark = pytest.mark.quick
@@ -104,6 +105,28 @@ def test_only_steps_of_each_channel_are_folded(name):
     np.testing.assert_allclose(folded(function)(x), function(x), rtol=1e-6)
     found = primitives(folded(function), x)
     assert {name: found[name] for name in counts} == counts
+
+
+def test_a_negated_layer_has_negated_weights():
+    kernel, image = jnp.ones((2, 3)), jnp.ones((1, 2))
+
+    def negated(x):
+        return -(x @ kernel + 1.0)
+
+    assert primitives(folded(negated), image) == {"dot_general": 1, "add": 1}
+    np.testing.assert_array_equal(folded(negated)(image), negated(image))
+
+
+def test_operations_are_replaced_inside_calls_too():
+    def gelu(x):
+        return jax.jit(lambda x: nn.gelu(x, approximate=False))(x)
+
+    x = jnp.linspace(-6.0, 6.0, 1001)
+    assert primitives(folded(gelu), x)["erfc"] == 1
+    found = primitives(folded(gelu, INTEGER), x)
+    assert found["logistic"] == 1 and not {"erfc", "erf", "neg"} & set(found)
+    np.testing.assert_allclose(folded(gelu, INTEGER)(x), gelu(x), atol=0.021)
+    np.testing.assert_allclose(INTEGER["erf"](x), jax.lax.erf(x), atol=0.02)
 
 
 def test_a_kernel_that_is_no_constant_is_left_alone():
