@@ -233,6 +233,7 @@ def test_scanned_dispatch_trains_like_single_steps_and_resumes_exactly(world, tm
     assert fingerprint(resumed.state) == fingerprint(scanned.state)
 
 
+@pytest.mark.bits
 def test_streamed_batches_train_and_resume_to_the_bits_of_the_device(
     world, whole, tmp_path
 ):
@@ -365,6 +366,7 @@ def test_debug_names_what_is_not_finite(world, tmp_path):
         train(world, tmp_path, phases=[phase], debug=True)
 
 
+@pytest.mark.bits
 def test_debug_changes_no_bit_of_a_run_that_is_right(world, whole, tmp_path):
     fitted = train(world, tmp_path, debug=True)
     for one, other in zip(
