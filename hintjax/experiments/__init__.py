@@ -9,9 +9,10 @@ A teacher is named (`teacher`), trained or loaded (`teaching`, `pretrained`), an
 features may be stored (`caching`, `cached_teacher`) or standardized (`standardizing`).
 
 Before a run, `forecast` tells its cost and `doubts` what may be wrong. After it,
-`explained` says how much of the hint the student explains, and `report` writes a page
-with `pictures`. A `comparison` has several runs, a table (`comparison_table`, with the
-`statistics` of its seeds) and a picture (`comparison_picture`).
+`explained` says how much of the hint the student explains (from `feature_maps`), and
+`report` writes a page with `pictures`. A `comparison` has several runs, a table
+(`comparison_table`, with the `statistics` of its seeds) and a picture
+(`comparison_picture`).
 
 Each command has a file: `distill` (with resume, eval and cache), `listing` (methods),
 `suggestion` (suggest), `probing` (probe), `exporting` (export), `measuring` (measure).

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from hintjax.experiments.attachment import middle
-from hintjax.experiments.explained import image_batches
+from hintjax.experiments.feature_maps import image_batches
 from hintjax.experiments.finished import RESULT, load_student
 from hintjax.experiments.report.attention import attention_of
 from hintjax.experiments.setting import Setting, taught_by

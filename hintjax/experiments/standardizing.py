@@ -11,7 +11,7 @@ from hintjax._checks import Refusal, message
 from hintjax.data import order
 from hintjax.experiments import recipes
 from hintjax.experiments.attachment import as_map, last_stage
-from hintjax.experiments.explained import Shown, image_batches
+from hintjax.experiments.feature_maps import Shown, image_batches
 from hintjax.experiments.recipes import Recipe, With
 from hintjax.experiments.setting import Setting, taught_by
 from hintjax.losses import (

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from hintjax.experiments.explained import Images, image_batches, map_of, maps
+from hintjax.experiments.feature_maps import Images, image_batches, map_of, maps
 from hintjax.experiments.finished import load_student
 from hintjax.experiments.setting import Setting, taught_by
 from hintjax.losses import attention_map
