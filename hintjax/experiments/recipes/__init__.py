@@ -10,6 +10,7 @@ from hintjax.experiments.recipes.kinds import (
     PlannedPhase,
     Recipe,
     Where,
+    With,
     backprop,
 )
 from hintjax.experiments.recipes.published import (
@@ -96,5 +97,6 @@ __all__ = [
     "PlannedPhase",
     "Recipe",
     "Where",
+    "With",
     "backprop",
 ]
