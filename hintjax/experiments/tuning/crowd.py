@@ -10,7 +10,7 @@ import functools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +36,6 @@ class Shared(NamedTuple):
 
     Attributes:
         feed: the batches.
-        start: position of the feed at the first step.
         student: the student's variables at the first step.
         key: key of the training.
         seconds: age of a checkpoint after which a new one is saved; None for any age.
@@ -45,7 +44,6 @@ class Shared(NamedTuple):
     """
 
     feed: Feed
-    start: Any
     student: Variables
     key: Key[Array, ""]
     seconds: float | None
@@ -115,7 +113,6 @@ def train(
     """
     now = now or _restored(crowd)
     if now is None:
-        crowd.shared.feed.seek(crowd.shared.start)
         now = _begun(crowd, 0, 0, {number: None for number in alive})
     else:
         now = now._replace(states={number: now.states[number] for number in alive})
@@ -197,16 +194,14 @@ def _program(program: Program, some: Population) -> Program:
     def one(members, teacher, *where):
         return some.update(members, teacher, program.batch(*where))
 
-    stage = program.stage._replace(update=some.update)
-    return program._replace(stage=stage, one=one)
+    return program._replace(one=one)
 
 
 def _save(crowd: Crowd, now: Standing) -> None:
-    """Saves the candidates, with the position of the feed."""
+    """Saves the candidates."""
     extra = {
         "phase": now.phase,
         "at": now.at,
-        "position": crowd.shared.feed.position(),
         "candidates": list(now.states),
     }
     states = {str(number): state for number, state in now.states.items()}
@@ -226,6 +221,5 @@ def _restored(crowd: Crowd) -> Standing | None:
 
     with crowd.shared.timed("checkpoints"):
         states, extra = crowd.checkpoints.restore(like)
-    crowd.shared.feed.seek(extra["position"])
     kept = {int(number): state for number, state in states.items()}
     return Standing(extra["phase"], extra["at"], kept)

@@ -72,7 +72,6 @@ def work_of(
     feed = feed_of(setting, config, feeding)
     shared = Shared(
         feed=feed,
-        start=feed.position(),
         student=setting.student.init(initialize, setting.inputs),
         key=fitting,
         seconds=config.checkpoint_seconds,
