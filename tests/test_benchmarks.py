@@ -501,6 +501,19 @@ def test_rows_of_the_edge_table_name_the_aims_that_they_miss(script):
     assert script("edge_table").misses(last, lost=2.0) == ["int8"]
 
 
+def test_networks_of_the_edge_table_have_the_parameters_that_they_tell(script):
+    networks = script("edge_networks")
+    for make, shape in (
+        (networks.teacher, (1, 28, 28, 1)),
+        (networks.half, (1, 32, 32, 3)),
+        (networks.thin, (1, 28, 28, 1)),
+    ):
+        net = hj.linen(make(10))
+        shapes = jax.eval_shape(net.init, jax.random.key(0), jnp.zeros(shape))
+        count = sum(leaf.size for leaf in jax.tree.leaves(shapes.params))
+        assert f"{count:,} parameters" in make.__doc__
+
+
 def test_the_edge_table_names_the_network_of_a_teacher_and_no_path(script, tmp_path):
     configs = import_module("hintjax.experiments.config")
     own = Config(student="hintjax.models:resnet8", epochs=7, data_dir=str(tmp_path))
