@@ -8,7 +8,7 @@ from hintjax import data
 from hintjax.experiments import explained, feature_maps, finished
 from hintjax.experiments.config import Config
 from hintjax.experiments.finished import evaluation_size, score
-from hintjax.experiments.run import _validation
+from hintjax.experiments.run import validation_of
 from hintjax.experiments.setting import batches_of, prepare
 from hintjax.experiments.tasks import TASKS
 
@@ -72,11 +72,11 @@ def test_validation_batches_stay_on_the_device_only_as_far_as_they_fit(
     tmp_path, monkeypatch
 ):
     setting = large(tmp_path, devices=1)
-    made = _validation(setting)
+    made = validation_of(setting)
     assert made()[0]["image"] is made()[0]["image"]
     # One image of 192 KiB, which is four times as large as float32.
     monkeypatch.setattr("hintjax.experiments.run.ON_DEVICE", 4 * 196_608 - 1)
-    made = _validation(setting)
+    made = validation_of(setting)
     assert next(made())["image"] is not next(made())["image"]
 
 
