@@ -36,15 +36,22 @@ bin="$hintjax_root/.venv/bin"
 parallel=(-n logical --maxprocesses 4 --dist loadfile)
 # The slowest tests are named at the end, so that none becomes slow unseen.
 parallel+=(--durations=20 --durations-min=1)
-"$bin/python" -m pytest "${parallel[@]}" -m "$marks" ${arguments[@]+"${arguments[@]}"}
+if [ ${#arguments[@]} -gt 0 ]; then
+  "$bin/python" -m pytest "${parallel[@]}" -m "$marks" "${arguments[@]}"
+  exit
+fi
+# Most tests only need programs that compile fast. Tests of bits need those of users.
+HINTJAX_COMPILE_FAST=1 \
+  "$bin/python" -m pytest "${parallel[@]}" -m "($marks) and not bits"
+mapfile -t of_bits < <(grep -rl "mark.bits" tests --include="*.py")
+"$bin/python" -m pytest "${parallel[@]}" -m "($marks) and bits" "${of_bits[@]}"
 
-# A second Python, if the machine has one and no tests were selected.
-if [ ${#arguments[@]} -eq 0 ] && ! usable_python "$bin/python" 3.13 &&
-  python="$(find_python 3.13)"; then
+# A second Python, if the machine has one.
+if ! usable_python "$bin/python" 3.13 && python="$(find_python 3.13)"; then
   set_up "$hintjax_root/.venv-3.13" "$python" "$extras"
   "$hintjax_root/.venv-3.13/bin/python" -m pytest "${parallel[@]}" -m "quick and not long"
 fi
 
-if [ ${#arguments[@]} -eq 0 ] && [ "$marks" != "not long" ]; then
+if [ "$marks" != "not long" ]; then
   "$hintjax_root/.venv-export/bin/python" -m pytest tests/export tests/examples
 fi

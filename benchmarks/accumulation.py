@@ -15,7 +15,6 @@ numbers of micro-batches are timed in the same rounds.
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -127,9 +126,7 @@ def wrn_10_1(classes: int) -> WideResNet:
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = measure.parser(__doc__)
     add = parser.add_argument
     add("--teacher", default="hintjax.models:wrn_40_2", help="package.module:factory")
     add("--student", default="hintjax.models:wrn_16_2", help="package.module:factory")
@@ -145,8 +142,6 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--rounds", type=int, default=10, help="rounds to measure")
     on_cpu = jax.default_backend() == "cpu"
     add("--steps", type=int, default=1 if on_cpu else 20, help="steps in a round")
-    add("--small", action="store_true", help="run a tiny case, as a test")
-    add("--out", type=Path, help="JSON file to write the results to")
     options = parser.parse_args(arguments)
     if options.small:
         options.teacher = options.student = f"{__name__}:wrn_10_1"

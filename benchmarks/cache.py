@@ -24,7 +24,6 @@ depend on their number. All rows repeat those of one batch.
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -220,9 +219,7 @@ def table(record: Mapping[str, Any]) -> str:
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = measure.parser(__doc__)
     add = parser.add_argument
     add("--methods", nargs="+", choices=METHODS, default=METHODS, help="their names")
     add("--teacher", default="hintjax.models:wrn_40_2", help="package.module:factory")
@@ -235,8 +232,6 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     on_cpu = jax.default_backend() == "cpu"
     add("--rounds", type=int, default=14, help="rounds to measure")
     add("--steps", type=int, default=1 if on_cpu else 50, help="steps in a round")
-    add("--small", action="store_true", help="run a tiny case, as a test")
-    add("--out", type=Path, help="JSON file to write the results to")
     options = parser.parse_args(arguments)
     if options.small:
         options.teacher = options.student = "step_time:wrn_10_1"

@@ -31,7 +31,6 @@ them would appear in this number.
 import argparse
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -301,9 +300,7 @@ def _scaled(number: float | None, unit: float) -> str:
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = measure.parser(__doc__)
     add = parser.add_argument
     names = [name for name in kinds(POOL, 1) if name != "none"]
     add("--kinds", nargs="+", choices=names, default=names, help="kinds of negatives")
@@ -316,8 +313,6 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     on_cpu = jax.default_backend() == "cpu"
     add("--rounds", type=int, default=30, help="rounds to measure")
     add("--steps", type=int, default=1 if on_cpu else 50, help="steps in a round")
-    add("--small", action="store_true", help="run a tiny case, as a test")
-    add("--out", type=Path, help="JSON file to write the results to")
     options = parser.parse_args(arguments)
     if options.small:
         options.teacher = options.student = "step_time:wrn_10_1"

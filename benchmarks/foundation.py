@@ -617,12 +617,9 @@ def _same_setting(options: argparse.Namespace) -> None:
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = measure.parser(__doc__)
+    measure.add_runs(parser, dataset="cifar10", seeds=3)
     add = parser.add_argument
-    add("--dataset", default="cifar10", help="as for `hintjax distill`")
-    add("--data-dir", help="where prepared sets are")
     add(
         "--weights",
         type=Path,
@@ -642,12 +639,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--epochs", type=int, default=50, help="epochs after it, of all images")
     add("--rates", type=float, nargs="+", default=[1e-3, 3e-3], help="learning rates")
     add("--temperature", type=float, default=1.0, help="temperature of KD")
-    add("--batch", type=int, default=64, help="examples in a batch")
     add("--pad", type=int, default=4, help="pixels of padding before a crop")
-    add("--seeds", type=int, default=3, help="runs of each arm")
-    add("--work", type=Path, required=True, help="folder of the runs")
-    add("--small", action="store_true", help="run a tiny case, as a test")
-    add("--out", type=Path, help="JSON file to write the results to")
     options = parser.parse_args(arguments)
     if options.small:
         options.dataset, options.weights, options.teacher_size = "digits", None, 8

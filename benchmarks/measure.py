@@ -5,6 +5,7 @@ in a new order, and a ratio divides two times of the same round. The reported ra
 the median over rounds, with the interval that order statistics give.
 """
 
+import argparse
 import json
 import math
 import os
@@ -43,6 +44,36 @@ class Program(NamedTuple):
         told = self._asdict()
         told.pop("call")
         return told | {"step_seconds": summary(seconds), "rounds": list(seconds)}
+
+
+def parser(text: str | None) -> argparse.ArgumentParser:
+    """The options of a benchmark, with those that all have: `--small` and `--out`.
+
+    Args:
+        text: the first lines of the benchmark's file.
+    """
+    made = argparse.ArgumentParser(
+        description=text, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    made.add_argument("--small", action="store_true", help="run a tiny case, as a test")
+    made.add_argument("--out", type=Path, help="JSON file to write the results to")
+    return made
+
+
+def add_runs(made: argparse.ArgumentParser, dataset: str, seeds: int) -> None:
+    """Adds the options of a benchmark that trains students over some seeds.
+
+    Args:
+        made: the options of the benchmark.
+        dataset: the usual dataset.
+        seeds: the usual number of runs of each arm.
+    """
+    add = made.add_argument
+    add("--dataset", default=dataset, help="as for `hintjax distill`")
+    add("--data-dir", help="where prepared sets are")
+    add("--batch", type=int, default=64, help="examples in a batch")
+    add("--seeds", type=int, default=seeds, help="runs of each arm")
+    add("--work", type=Path, required=True, help="directory of the runs")
 
 
 def factory(name: str) -> Any:

@@ -247,9 +247,7 @@ def _scaled(number: float | None) -> str:
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = measure.parser(__doc__)
     add = parser.add_argument
     add(
         "--pairs",
@@ -265,8 +263,6 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--rounds", type=int, default=30, help="rounds to measure")
     add("--steps", type=int, default=3 if on_cpu else 50, help="steps in a round")
     add("--compilations", type=int, default=5, help="compilations of each program")
-    add("--small", action="store_true", help="run a tiny case, as a test")
-    add("--out", type=Path, help="JSON file to write the results to")
     add("--plot", type=Path, help="JSON file to draw, without measuring")
     options = parser.parse_args(arguments)
     if options.small:

@@ -35,7 +35,6 @@ import argparse
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from math import gcd
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -204,9 +203,7 @@ def table(record: Mapping[str, Any]) -> str:
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = measure.parser(__doc__)
     add = parser.add_argument
     add("--students", type=int, nargs="+", default=[1, 2, 4, 8], help="their numbers")
     add("--batch", type=int, default=16, help="examples in a batch")
@@ -214,8 +211,6 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     on_cpu = jax.default_backend() == "cpu"
     add("--rounds", type=int, default=20 if on_cpu else 30, help="rounds to measure")
     add("--steps", type=int, default=1 if on_cpu else 50, help="steps in a round")
-    add("--small", action="store_true", help="run a tiny case, as a test")
-    add("--out", type=Path, help="JSON file to write the results to")
     options = parser.parse_args(arguments)
     if options.small:
         options.students, options.batch, options.size = [2], 4, 8

@@ -30,7 +30,6 @@ training leaves 15 %, and training with the rounding gives 91 %.
 import argparse
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -261,9 +260,7 @@ def table(record: Mapping[str, Any]) -> str:
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = measure.parser(__doc__)
     add = parser.add_argument
     add("--bits", type=int, nargs="+", default=[8, 4, 2], help="bits of a weight")
     add("--seeds", type=int, default=3, help="number of seeds")
@@ -272,8 +269,6 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--epochs", type=int, default=8, help="epochs of the student")
     add("--more", type=int, default=4, help="epochs in which it is trained further")
     add("--rate", type=float, default=5e-4, help="learning rate of these epochs")
-    add("--small", action="store_true", help="run a tiny case, as a test")
-    add("--out", type=Path, help="JSON file to write the results to")
     options = parser.parse_args(arguments)
     if options.small:
         options.bits, options.limit = [4], 2 * BATCH

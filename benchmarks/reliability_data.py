@@ -86,10 +86,8 @@ def make(feed: str, examples: int, epochs: int) -> Callable[..., dict[str, Any]]
     variables = jax.jit(student.init)(jax.random.key(1), image)
 
     def fed() -> Feed:
-        if feed == "on_device":
-            made = on_device(dataset, BATCH, jax.random.key(3))
-        else:
-            made = streamed(dataset, BATCH, 3, AUGMENT)
+        from_source = {"on_device": on_device, "streamed": streamed}[feed]
+        made = from_source(dataset, BATCH, jax.random.key(3))
         # The loop only uses the length of an epoch to decide when to save.
         return made._replace(per_epoch=EVERY)
 

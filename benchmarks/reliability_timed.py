@@ -63,7 +63,7 @@ class Waiting:
     def __init__(self, batches: Any, log: Log) -> None:
         """Follows the iterator `batches`."""
         self._batches, self._log = batches, log
-        self.get_state, self.set_state = batches.get_state, batches.set_state
+        self.close = batches.close
         self.dispatched = ()  # the results of the last step
 
     def __next__(self) -> Any:
@@ -94,7 +94,8 @@ def listen(log: Log, feed: str) -> None:
         ("evaluation", loop, "evaluate"),
     ):
         setattr(owner, attribute, log.timed(name, getattr(owner, attribute)))
-    stream, write, fits = feeds.stream, MetricsWriter.write, run.fits_on_device
+    read_ahead, write = feeds.read_ahead, MetricsWriter.write
+    fits = run.fits_on_device
 
     def telling_write(self, step, *rest):
         write(self, step, *rest)
@@ -103,11 +104,11 @@ def listen(log: Log, feed: str) -> None:
     MetricsWriter.write = telling_write
     waiting = []
 
-    def telling_stream(*rest, **how):
-        waiting.append(Waiting(stream(*rest, **how), log))
+    def telling_read_ahead(*rest):
+        waiting.append(Waiting(read_ahead(*rest), log))
         return waiting[-1]
 
-    feeds.stream = telling_stream
+    feeds.read_ahead = telling_read_ahead
     if feed == "streamed":
         run.fits_on_device = lambda split: fits(split, limit=0)
     for name in ("on_device", "streamed"):

@@ -564,9 +564,7 @@ def _pair(text: str) -> tuple[str, str]:
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = measure.parser(__doc__)
     add = parser.add_argument
     add("--teacher", default="hintjax.models:wrn_40_2", help="package.module:factory")
     add("--student", default="hintjax.models:wrn_16_2", help="package.module:factory")
@@ -592,8 +590,6 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     on_cpu = jax.default_backend() == "cpu"
     add("--rounds", type=int, default=30, help="rounds to measure")
     add("--steps", type=int, default=1 if on_cpu else 50, help="steps in a round")
-    add("--small", action="store_true", help="run a tiny case, as a test")
-    add("--out", type=Path, help="JSON file to write the results to")
     add("--plot", type=Path, help="JSON file to draw, without measuring")
     options = parser.parse_args(arguments)
     if "all" in options.methods:

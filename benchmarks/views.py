@@ -175,14 +175,10 @@ def _config(options: argparse.Namespace) -> Config:
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = measure.parser(__doc__)
+    measure.add_runs(parser, dataset="mnist", seeds=5)
     add = parser.add_argument
     add("--views", nargs="+", type=int, default=[1, 2, 4, 8], help="numbers of views")
-    add("--seeds", type=int, default=5, help="runs of each arm")
-    add("--dataset", default="mnist", help="as for `hintjax distill`")
-    add("--data-dir", help="where prepared sets are")
     add("--size", type=int, default=14, help="height and width of the images")
     add("--limit", type=int, default=1000, help="training images of the student")
     add("--pad", type=int, default=2, help="pixels of padding before a crop")
@@ -190,10 +186,6 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--student", default="hintjax.models:resnet8", help="package.module:factory")
     add("--teacher-epochs", type=int, default=1, help="epochs of the teacher")
     add("--epochs", type=int, default=24, help="epochs of the student")
-    add("--batch", type=int, default=64, help="examples in a batch")
-    add("--work", type=Path, required=True, help="directory of the runs")
-    add("--small", action="store_true", help="run a tiny case, as a test")
-    add("--out", type=Path, help="JSON file to write the results to")
     options = parser.parse_args(arguments)
     if options.small:
         options.dataset, options.size, options.limit = "digits", None, 32

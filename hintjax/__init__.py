@@ -96,6 +96,7 @@ from hintjax.stages import (
     student_variables,
 )
 from hintjax.stages.balance import Balance, rebalanced
+from hintjax.stages.oriented import distillation_oriented
 from hintjax.teachers import (
     from_teacher,
     moving_average,
@@ -144,6 +145,7 @@ __all__ = [
     "dense_kd",
     "dense_matching",
     "dist",
+    "distillation_oriented",
     "distillation_stage",
     "explained_variance",
     "factor_transfer",

@@ -1,27 +1,31 @@
-"""The command `hintjax`: distill, suggest, resume, eval, layers, methods, and others.
+"""The command `hintjax`: distill, tune, suggest, resume, eval, layers, and others.
 
-The others are probe, report, export, measure, cache and doctor. Its exit codes: 0 after
-success; 2 if it refuses the input; 3 if a run learned nothing (its updates were
-skipped, because numbers were not finite); 130 after Ctrl-C and 143 after SIGTERM, both
-once the run is saved; 1 after a defect, with a traceback.
+The others are methods, probe, report, export, measure, cache and doctor. Its exit
+codes: 0 after success; 2 if it refuses the input; 3 if a run learned nothing (its
+updates were skipped, because numbers were not finite); 130 after Ctrl-C and 143 after
+SIGTERM, both once the run is saved; 141 if the reader of its output ended first
+(`hintjax methods | head`); 1 after a defect, with a traceback.
 """
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import itertools
 import os
 import platform
+import select
 import shutil
+import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
 
-from hintjax._checks import Refusal
+from hintjax._checks import Refusal, message
 from hintjax.experiments import config as configs
-from hintjax.experiments import methods_table
+from hintjax.experiments import listing
 from hintjax.experiments.config import (
     Config,
     DataOptions,
@@ -41,15 +45,17 @@ from hintjax.experiments.distill import (
     show_costs,
     verify_cache,
 )
-from hintjax.experiments.ending import watch
 from hintjax.experiments.exporting import elsewhere, export_run
 from hintjax.experiments.factories import layers, network
 from hintjax.experiments.finished import load_student
-from hintjax.experiments.launch import leaving, start
+from hintjax.experiments.launch.ending import watch
+from hintjax.experiments.launch.process import leaving, start
 from hintjax.experiments.measuring import measure_run
 from hintjax.experiments.probing import probe
 from hintjax.experiments.report.report import write_comparison, write_report
 from hintjax.experiments.suggestion import suggest
+from hintjax.experiments.tuning.halving import TUNING
+from hintjax.experiments.tuning.tune import retune, tune
 from hintjax.export import NoConverter
 from hintjax.processes import first, told
 from hintjax.training import NothingLearned
@@ -99,7 +105,7 @@ def show_methods(*, markdown: bool = False) -> None:
     Args:
         markdown: whether to print Markdown, which also has the papers and files.
     """
-    methods_table.show(in_markdown=markdown)
+    listing.show(in_markdown=markdown)
 
 
 def report_command(run_dirs: tuple[Path, ...], output: Path | None = None) -> None:
@@ -186,7 +192,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         argv: arguments of the command; by default the arguments of this process.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    with leaving():
+    with leaving(), _piped():
         try:
             _run(argv)
         except KeyboardInterrupt as stopped:
@@ -206,6 +212,30 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise SystemExit(3) from error
 
 
+@contextlib.contextmanager
+def _piped() -> Iterator[None]:
+    """Ends the command without a traceback if the reader of its output ended first."""
+    output, code = 1, 128 + signal.SIGPIPE  # the file descriptor; the exit code
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError as error:
+        reader = select.poll()
+        reader.register(output, 0)
+        if not any(event & select.POLLERR for _, event in reader.poll(0)):
+            raise  # another pipe: a defect
+        # Python flushes the output once more when it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), output)
+        raise SystemExit(code) from error
+    except SystemExit as ended:
+        # rich has seen that the reader ended.
+        if isinstance(ended.__context__, BrokenPipeError):
+            raise SystemExit(code) from ended
+        raise
+
+
 def _run(argv: list[str]) -> None:
     """Reads the arguments, and runs the command that they name."""
     import tyro
@@ -215,6 +245,7 @@ def _run(argv: list[str]) -> None:
     tyro.extras.subcommand_cli_from_dict(
         {
             "distill": _distill_command(default),
+            "tune": _tune_command(default),
             "resume": _resume_command(),
             "eval": evaluate_run,
             "probe": probe,
@@ -311,6 +342,73 @@ def _distill_command(default: Config) -> Callable[..., None]:
     return distill_command
 
 
+def _tune_command(default: Config) -> Callable[..., None]:
+    """The command `tune`, which takes the options of `distill`."""
+    from tyro.conf import OmitArgPrefixes as Flat
+    from tyro.conf import Positional
+
+    default_method = part(default, MethodOptions)
+    default_data = part(default, DataOptions)
+    default_networks = part(default, NetworkOptions)
+    default_schedule = part(default, ScheduleOptions)
+    default_output = part(default, OutputOptions)
+    default_hardware = part(default, HardwareOptions)
+
+    def tune_command(
+        config: Positional[Path | None] = None,
+        over: tuple[str, ...] = (),
+        candidates: int = 16,
+        rungs: int | None = None,
+        run_dir: Path | None = None,
+        method: Flat[MethodOptions] = default_method,
+        data: Flat[DataOptions] = default_data,
+        networks: Flat[NetworkOptions] = default_networks,
+        schedule: Flat[ScheduleOptions] = default_schedule,
+        output: Flat[OutputOptions] = default_output,
+        hardware: Flat[HardwareOptions] = default_hardware,
+    ) -> None:
+        """Finds good settings of a method, or of each method of a comparison.
+
+        Trains many students of one teacher, on one device: the better half of them
+        trains on, several times (successive halving). The validation split chooses; the
+        test split is not read. Prints a table and the command for the best settings.
+        `hintjax resume RUN_DIR` continues a tuning that was stopped.
+
+        Args:
+            config: Config file or run directory with the defaults of all options; it
+                must be the first argument.
+            over: Settings and their values, as weight=1..1000 (random draws) or
+                temperature=2,4 (these values). Names: weight, learning_rate,
+                temperature, pairs, task_weight, kd_weight, hinted_rate, hint_epochs,
+                negatives. Several pairs in one value are joined by +.
+            candidates: Number of random draws, if there is a range. Listed values alone
+                are tried in all combinations.
+            rungs: Largest number of parts of the training; after each part but the last
+                half of the students stop. With 1 all train to the end. By default as
+                many as the numbers of students and epochs allow.
+            run_dir: Run directory, which holds all results. By default a new directory
+                in runs/.
+            method: How the student learns from the teacher.
+            data: The images and labels.
+            networks: The teacher and the student.
+            schedule: How long the student is trained, and with which steps.
+            output: How often states are saved; evaluation follows each part.
+            hardware: Only the number of micro-batches is used.
+        """
+        if config is not None:
+            do = "Write `hintjax tune CONFIG --over ...`."
+            wanted = "the config file as the first argument"
+            raise Refusal(message("tune", wanted, f"{config}", do))
+        options = configs.check(
+            configs.joined(method, data, networks, schedule, output, hardware)
+        )
+        path = claim(run_dir, options)
+        print(f"run directory: {path}")
+        tune(options, path, over, candidates, rungs)
+
+    return tune_command
+
+
 def _suggest_command() -> Callable[..., None]:
     """The command `suggest`, which takes the data and networks of `distill`."""
     from tyro.conf import OmitArgPrefixes as Flat
@@ -330,7 +428,8 @@ def _suggest_command() -> Callable[..., None]:
 
         Runs the teacher and an untrained student over some training images. Prints a
         table of the teacher's layers and the suggested pairs, and draws the similarity
-        (CKA) of each layer of the teacher with each layer of the student.
+        (CKA) of each layer of the teacher with each layer of the student. Whether the
+        suggested pair is better than the usual pair of the middle is not known yet.
 
         Args:
             run_dir: Run directory, whose data and networks are used instead of the data
@@ -338,7 +437,7 @@ def _suggest_command() -> Callable[..., None]:
             count: Number of pairs to suggest, at most.
             images: Number of training images, half to fit and half to judge.
             picture: File for the picture (.png).
-            data: The images and labels.
+            data: The images, and labels if there are any.
             networks: The teacher and the student.
         """
         options = configs.joined(data, networks)
@@ -383,7 +482,7 @@ def _resume_command() -> Callable[..., None]:
         fsdp: int | None = None,
         processes: Flat[Processes] = ALONE,
     ) -> None:
-        """Continues a run, or a comparison, where it stopped.
+        """Continues a run, a comparison or a tuning where it stopped.
 
         Args:
             run_dir: Run directory of the run.
@@ -393,13 +492,21 @@ def _resume_command() -> Callable[..., None]:
             processes: Several processes for one run. On a Cloud TPU they are found
                 without options.
         """
-        resume(run_dir, devices, fsdp)
+        if (run_dir.expanduser() / TUNING).exists():
+            retune(run_dir)
+        else:
+            resume(run_dir, devices, fsdp)
 
     return resume_command
 
 
 def _from_file(argv: Sequence[str]) -> tuple[Config, list[str]]:
-    """Takes --config FILE off the arguments, and reads the defaults from FILE."""
+    """Takes --config FILE off the arguments, and reads the defaults from FILE.
+
+    `tune` takes FILE as its first argument, too.
+    """
+    if argv[:1] == ["tune"] and argv[1:2] and not argv[1].startswith("-"):
+        return configs.load(argv[1]), [argv[0], *argv[2:]]
     for i, argument in enumerate(argv):
         if argument == "--config" and i + 1 < len(argv):
             return configs.load(argv[i + 1]), [*argv[:i], *argv[i + 2 :]]

@@ -1,6 +1,6 @@
 """Populations: many students of one teacher, whose forward pass is shared."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -50,11 +50,14 @@ class Population(NamedTuple):
             students on the same batch; each metric has one value per student. Members
             are donated. Like a `State` they are a pytree of arrays, for checkpoints.
         states: `(members) -> list of n State`.
+        members: `(n states) -> members`, the inverse of `states`. The states may come
+            from another population of this stage, such as its best students.
     """
 
     init: Callable[..., Members]
     update: Callable[..., tuple[Members, dict[str, Float[Array, " n"]]]]
     states: Callable[[Members], list[State]]
+    members: Callable[[Sequence[State]], Members]
 
 
 def population(
@@ -157,9 +160,15 @@ def population(
             raise Refusal(message("population", wanted, got, do))
         if adjust is not None:
             members = [adjust(number, state) for number, state in enumerate(members)]
+        return joined(members)
+
+    @in_automatic_mesh()
+    def joined(given):
+        if len(given) != n:
+            raise Refusal(message("population", f"{n} states", f"{len(given)}"))
         if not stacked:
-            return tuple(members)
-        members = jax.tree.map(_stacked, *members)
+            return tuple(given)
+        members = jax.tree.map(_stacked, *given)
         return members if mesh is None else spread(members, over_batch(mesh))
 
     @in_automatic_mesh()
@@ -171,7 +180,8 @@ def population(
     else:
         update = _together(stage) if together else _in_turn(stage)
     home = None if mesh is None else replicated(mesh)
-    return Population(init, Compiled(update, check=_check_members, home=home), states)
+    compiled = Compiled(update, check=_check_members, home=home)
+    return Population(init, compiled, states, joined)
 
 
 def reweighted(state: State, /, **weights: ScalarLike) -> State:

@@ -16,9 +16,12 @@ import numpy as np
 import pytest
 
 import hintjax as hj
-from hintjax import methods
+from hintjax import data, methods
+from hintjax.experiments.attachment import Places
 from hintjax.experiments.config import Config
 from hintjax.experiments.distill import claim, distill
+from hintjax.experiments.setting import prepare
+from hintjax.pairing import Candidate, Measured
 
 if find_spec("tensorflow"):
     # Keras defines a class of unpicklers, so it is imported before `no_pickle`.
@@ -268,6 +271,107 @@ def test_fixed_views_are_compared_with_new_crops(script, tmp_path, monkeypatch):
     assert json.loads(file.read_text())["minutes"] > 0
     monkeypatch.setattr(views, "run", None)  # finished runs are not run again
     assert views.main(arguments)["test_accuracy"] == accuracy
+
+
+def test_the_arms_of_a_suggestion_differ_in_their_pairs(script):
+    suggestion = script("suggestion")
+
+    def convs(count):
+        layer = jax.ShapeDtypeStruct((1, 8, 8, 4), jnp.float32)
+        return {f"conv{number}": layer for number in range(1, count + 1)}
+
+    places = Places(convs(20), convs(6))
+    measured = [("conv13", "conv4"), ("conv7", "conv2"), ("conv13", "conv4")]
+    pairs = suggestion.pairs_of(places, measured)
+    assert list(pairs) == list(suggestion.ARMS)
+    assert pairs["suggestion"] == measured
+    assert pairs["middle third"] == [("conv10", "conv3")] * 3
+    assert pairs["last stage"] == [("conv20", "conv6")] * 3
+    assert pairs["no hint"] == [None] * 3
+    # More seeds keep the random pairs of the first seeds.
+    drawn = suggestion.pairs_of(places, measured * 9)["random"]
+    assert drawn[:3] == pairs["random"] and len(set(drawn)) > 9
+    assert set(drawn) <= set(suggestion.fitting_pairs(places))
+    # No regressor of maps fits tokens.
+    tokens = {"tokens": jax.ShapeDtypeStruct((1, 9, 4), jnp.float32)}
+    mixed = suggestion.fitting_pairs(Places(convs(3), convs(2) | tokens))
+    assert {hint for _, hint in mixed} == {"conv1", "conv2"} and len(mixed) == 6
+
+
+def test_a_suggestion_sees_the_training_images_of_the_student_alone(
+    script, monkeypatch
+):
+    suggestion = script("suggestion")
+    wide = "hintjax.models:plain_wide"
+    config = Config(student=wide, teacher=wide, limit=40, devices=1)
+    setting = prepare(config, teach=True)
+    given = []
+
+    def measured(setting, teacher, batches):
+        given.append((setting.config.seed, teacher, batches))
+        usual = {"guided_depth": 0.5, "depth": 0.5, "shape": (4,), "cost": 0.5}
+        one = Candidate(
+            "conv2", "conv1", regressor=9, probe=0.9, explained=0.0, **usual
+        )
+        return Measured((one,), 0.1, ("conv1",), ("conv2",), np.eye(2))
+
+    monkeypatch.setattr(suggestion, "measured", measured)
+    found = suggestion.suggestion(setting, "the teacher", 3)
+    assert found["pair"] == ("conv2", "conv1") and json.dumps(found)
+    ((seed, teacher, batches),) = given
+    assert (seed, teacher) == (3, "the teacher")
+    seen = np.concatenate([one["image"][one["where"]] for one in batches])
+    train = data.take(setting.dataset.train, np.arange(40), setting.dataset.standardize)
+    sums = [np.sort(images.sum((1, 2, 3))) for images in (seen, train["image"])]
+    np.testing.assert_allclose(*sums, rtol=1e-5, atol=1e-5)
+
+
+def test_a_run_of_a_suggestion_has_this_pair_and_as_many_epochs(script):
+    suggestion = script("suggestion")
+    layer = jax.ShapeDtypeStruct((1, 8, 8, 4), jnp.float32)
+    layers = {f"conv{number}": layer for number in range(1, 6)}
+    places = Places(layers, layers, examples=40)
+    for pair in (("conv4", "conv2"), None):
+        phases = suggestion.recipe_of(pair)(Config(epochs=6), places, 5)
+        *before, last = phases
+        assert sum(phase.epochs for phase in phases) == 6
+        assert last.name == "soft_targets" and last.method.student.hints == ()
+        seen = [
+            (one.method.student.hints, one.method.teacher.hints, one.epochs)
+            for one in before
+        ]
+        assert seen == ([] if pair is None else [(("conv4",), ("conv2",), 3)])
+
+
+@pytest.mark.long
+def test_a_suggestion_is_compared_with_other_pairs(script, tmp_path, monkeypatch):
+    suggestion = script("suggestion")
+    file = tmp_path / "results.json"
+    work = ["--networks", "small", "--work", str(tmp_path / "work"), "--seeds"]
+    tiny = ["--limit", "32", "--epochs", "2", "--teacher-epochs", "1", "--rates"]
+    arguments = ["--out", str(file), *tiny, "1e-3", "3e-3", *work]
+    record = suggestion.main([*arguments, "2"])
+    found = json.loads(file.read_text())["networks"]["small"]
+    assert set(found["arms"]) == set(suggestion.ARMS)
+    accuracy = record["networks"]["small"]["test_accuracy"]
+    for arm, less in found["suggestion_minus"].items():
+        both = accuracy["suggestion"], accuracy[arm]
+        assert less["mean"] == pytest.approx(np.subtract(*both).mean(), abs=1e-4)
+    # The validation split chooses one rate for all arms.
+    results = {
+        (path.parent.parent.name, path.parent.name): json.loads(path.read_text())
+        for path in (tmp_path / "work/small/runs").glob("*/*/result.json")
+    }
+    rate = found["rate"]
+    assert found["validation"][f"{rate:g}"] == max(found["validation"].values())
+    alone = [results["none", f"rate{rate:g}-seed{seed}"] for seed in (0, 1)]
+    assert accuracy["no hint"] == [one["test/accuracy"] for one in alone]
+
+    monkeypatch.setattr(suggestion, "run", None)  # finished runs are not run again
+    again = suggestion.main([*arguments, "2"])["networks"]["small"]
+    assert again["test_accuracy"] == accuracy
+    with pytest.raises(SystemExit, match="other options"):
+        suggestion.main([*arguments, "2", "--batch", "8"])
 
 
 @pytest.mark.long

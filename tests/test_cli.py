@@ -20,6 +20,7 @@ import pytest
 
 from hintjax import models
 from hintjax.cli import main
+from hintjax.experiments import suggestion
 from hintjax.experiments.config import Config, save
 from hintjax.experiments.distill import keep_compiled, shipped
 from hintjax.experiments.finished import load_student
@@ -174,6 +175,26 @@ def test_suggest_says_what_is_missing_and_what_is_wrong(
     assert "The teacher is not trained" in out and "--teacher RUN_DIR" in out
     assert "No layer passes the rule. The usual pairs are conv2=conv2." in out
     assert "warning: conv2=conv2: a linear map of the untrained guided layer" in out
+
+
+def test_labels_that_are_no_classes_are_not_probed(tmp_path, monkeypatch):
+    file, random = tmp_path / "numbers.npz", np.random.default_rng(0)
+    images = random.integers(0, 255, (40, 8, 8, 1), dtype=np.uint8)
+    np.savez(file, image=images, label=random.normal(size=40).astype(np.float32))
+    asked = []
+
+    def measured(*networks, classes, **more):
+        asked.append(classes)
+        return Measured((), None, (), (), np.zeros((0, 0), np.float32))
+
+    monkeypatch.setattr(suggestion, "measure", measured)
+    wide = "hintjax.models:plain_wide"
+    for task, dataset in (("regression", str(file)), ("classification", "digits")):
+        config = Config(dataset=dataset, task=task, student=wide, devices=1)
+        setting = prepare(config, teach=True)
+        variables = setting.teacher.init(jax.random.key(0), setting.inputs)
+        suggestion.measured(setting, variables, suggestion.some_batches(setting, 8))
+    assert asked == [None, 10]
 
 
 @pytest.mark.quick
@@ -503,6 +524,33 @@ def test_a_run_that_learned_nothing_is_a_sentence_and_3(tmp_path, monkeypatch, c
 
 
 @pytest.mark.quick
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_that_ends_first_ends_the_command_without_a_traceback(unbuffered):
+    started = []
+    for words in (["--help"], ["methods"]):
+        nobody, output = os.pipe()
+        os.close(nobody)
+        command = [sys.executable, "-m", "hintjax.cli", *words]
+        how = {"stdout": output, "stderr": subprocess.PIPE, "text": True}
+        environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+        started.append(subprocess.Popen(command, env=environment, **how))
+        os.close(output)
+    for process in started:
+        _, errors = process.communicate()
+        assert (process.returncode, errors) == (141, "")
+
+
+@pytest.mark.quick
+def test_another_broken_pipe_is_a_defect(monkeypatch):
+    def broken(argv):
+        raise BrokenPipeError("a socket")
+
+    monkeypatch.setattr("hintjax.cli._run", broken)
+    with pytest.raises(BrokenPipeError, match="a socket"):
+        main(["methods"])
+
+
+@pytest.mark.quick
 def test_a_run_directory_in_use_is_one_sentence(tmp_path, capsys):
     (tmp_path / "run").mkdir()
     refused = []
@@ -537,13 +585,11 @@ def test_a_changed_config_is_refused_with_its_difference(
 
 
 def wait_for(condition, process):
-    for _ in range(3000):
-        if condition():
-            return
+    """Waits however long a busy machine takes; the process ends in any case."""
+    while not condition():
         if process.poll() is not None:
             raise RuntimeError(f"ended too early: {process.stderr.read()}")
         time.sleep(0.02)
-    raise RuntimeError("waited in vain")
 
 
 def stages_saved(run_dir):

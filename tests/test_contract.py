@@ -25,6 +25,7 @@ import pytest
 from hintjax import losses, methods, regressors, sharding, stages
 from hintjax.method import Context, Data, Method, reduced
 from hintjax.methods.task import task
+from hintjax.methods.uncertainty import uncertain
 from hintjax.networks import Features, Network, Variables
 from hintjax.objective import objective
 
@@ -879,6 +880,11 @@ METHODS = {
         Features(hints={"hint": (4, 9), "attention": SCORES}),
         tied=True,
     ),
+    "uncertain": Taught(
+        uncertain(methods.fitnets(PAIRS)),
+        Features(hints={"guided": (4, 4, 3)}),
+        Features(hints={"hint": (2, 2, 5)}),
+    ),
     "variational": Taught(
         methods.variational(PAIRS),
         Features(hints={"guided": (4, 4, 3)}),
@@ -896,6 +902,8 @@ NOT_METHODS = NEGATIVES | {
     "masked_positions",
     "reused_classifier",
 }
+
+OF_METHODS = {"uncertain"}  # they make a method of any other
 
 KEY = jax.random.key(0)
 
@@ -956,7 +964,7 @@ def applied_to(row, student, teacher, batch, *, train=True, step=0):
 
 
 def test_every_method_has_a_row():
-    assert set(METHODS) | NOT_METHODS == set(methods.__all__)
+    assert set(METHODS) | NOT_METHODS == set(methods.__all__) | OF_METHODS
 
 
 def test_a_method_names_what_it_wants(taught):

@@ -123,6 +123,9 @@ def test_each_student_comes_to_what_it_would_alone(alone, together, devices):
             ),
             (want._replace(key=None), reported),
         )
+    # The students can be put together again.
+    again = crowd.states(crowd.members(states))
+    assert all(map(jnp.array_equal, *map(jax.tree.leaves, (again, states))))
     # One student continues alone.
     state, _ = stage.update(states[1], theirs, images())
     assert state.step == STEPS + 1
@@ -196,6 +199,9 @@ def test_keys_and_students_are_as_many():
         ValueError, match="population: expected 4 keys and 4 students, got 2"
     ):
         crowd.init(two, ours, theirs, images())
+    state = stage.init(two[0], ours[0], theirs, images())
+    with pytest.raises(ValueError, match="population: expected 4 states, got 1"):
+        crowd.members([state])
     with pytest.raises(ValueError, match="population: expected n to be an integer"):
         hj.population(stage, 0)
 

@@ -9,6 +9,7 @@ a split once. Labels are classes, or the labels of another task (`targets`).
 """
 
 from hintjax.data.batches import evaluation_batches, order, place, steps_per_epoch, take
+from hintjax.data.files import Files, Source
 from hintjax.data.images import PLAIN, AnyArray, Augment, Placed, Split, Standardize
 from hintjax.data.records import Records, records
 from hintjax.data.sources import (
@@ -31,8 +32,10 @@ __all__ = [
     "AnyArray",
     "Augment",
     "Dataset",
+    "Files",
     "Placed",
     "Records",
+    "Source",
     "Split",
     "Standardize",
     "View",

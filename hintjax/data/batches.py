@@ -1,6 +1,6 @@
 """Batches cut out of a split inside jit."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -10,8 +10,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Int32, Integer, PRNGKeyArray
 
 from hintjax._checks import Refusal, message
+from hintjax.data.files import Source
 from hintjax.data.images import PLAIN, AnyArray, Augment, Placed, Split, Standardize
-from hintjax.data.records import Records
 from hintjax.data.standardize import standardized
 from hintjax.data.views import View
 from hintjax.sharding import Device, spread
@@ -87,17 +87,41 @@ def take(
     """
     index = jnp.asarray(index, jnp.int32)
     image, label = split.read(index)
+    batch = {"image": image, "label": jnp.asarray(label), "index": index}
+    return shown(batch, standardize, key=key, augment=augment, view=view)
+
+
+def shown(
+    batch: Mapping[str, Any],
+    standardize: Standardize,
+    *,
+    key: PRNGKeyArray | None = None,
+    augment: Augment = PLAIN,
+    view: View | None = None,
+) -> dict[str, Any]:
+    """Crops, flips and standardizes a batch that was read; to be called inside jit.
+
+    Args:
+      batch: uint8 images, "label" and "index" of each example, and other entries.
+      standardize: as for `take`.
+      key: as for `take`.
+      augment: as for `take`.
+      view: as for `take`.
+
+    Returns:
+      The batch with float32 images, as `take` returns it, and the other entries.
+    """
+    image, index = batch["image"], batch["index"]
     if augment.pad or augment.flip:
         if view is not None:
             shift, flip = fixed(jnp.asarray(view.crops)[index])
         else:
             shift, flip = _random(key, len(index), augment)
         image = augmented(jnp, image, shift, flip, augment)
-    image = standardized(jnp, image, standardize)
-    batch = {"image": image, "label": jnp.asarray(label), "index": index}
+    found = {**batch, "image": standardized(jnp, image, standardize)}
     if view is not None:
-        batch["view"] = jnp.full(index.shape, view.number, jnp.int32)
-    return batch
+        found["view"] = jnp.full(index.shape, view.number, jnp.int32)
+    return found
 
 
 def fixed(crops: Any) -> tuple[Any, Any]:
@@ -149,12 +173,12 @@ def _crop_index(xp: Any, shift: Any, length: int, augment: Augment) -> Any:
 
 
 def evaluation_batches(
-    source: Placed | Split | Records, batch_size: int, standardize: Standardize
+    source: Placed | Source, batch_size: int, standardize: Standardize
 ) -> Iterator[dict[str, Array | np.ndarray]]:
     """Every example once, in order, in batches of one shape.
 
     Args:
-      source: a split, on the device or on the host, or Records.
+      source: a split on the device, on the host or on disk.
       batch_size: may be larger than the split.
       standardize: the statistics of the training split.
 

@@ -1,21 +1,22 @@
 """A folder of images, as people have them: with a folder for each class, or without.
 
 Every file is decoded once, before training, so a file that is damaged is found there.
+The images are kept in memory if they fit; otherwise they are decoded again for every
+batch.
 """
 
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import UInt8
 
 from hintjax._checks import FileRefusal, Refusal, message
+from hintjax.data.files import Files, See, decode, noted, pixels
 from hintjax.data.images import UNLABELED, Split
-from hintjax.data.records import ONE_SHAPE, cropped, optional_module, pillow
+from hintjax.data.records import ONE_SHAPE
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 _KINDS = "JPEG, PNG, WebP or BMP"
@@ -31,17 +32,10 @@ _SPLITS = {
 Parts = tuple[str, ...]  # of the path of a file, below the folder
 
 
-class _Decoded(NamedTuple):
-    """The images of a split, and for each damaged file the reason by its position."""
-
-    image: UInt8[np.ndarray, "n h w 3"]
-    damaged: Mapping[int, str]
-
-
 def image_folder(
     root: Path, size: int | None, most: int
-) -> tuple[dict[str, Split], list[str]]:
-    """The splits and class names of a folder of images, decoded to RGB.
+) -> tuple[dict[str, Split | Files], list[str]]:
+    """The splits and class names of a folder of images in RGB.
 
     Files are taken in the order of their names. Each class has a folder of its own,
     in which files may be nested. Without two such folders there are no labels, and
@@ -57,15 +51,16 @@ def image_folder(
         root: the folder.
         size: images are scaled and cropped at the center to size x size. None keeps
             them, and they must have one shape.
-        most: bytes that all decoded images may take together.
+        most: bytes that all decoded images may take together in memory.
 
     Returns:
         The splits by name, and the names of the classes; none if there are no labels.
+        Images that take more bytes than `most` stay in their files.
 
     Raises:
         Refusal: if there are no images, if images are found both beside the folders of
-            classes and in them, if sizes differ, if the images take too many bytes, or
-            if more than one file in a hundred (and more than one) is damaged.
+            classes and in them, if sizes differ, or if more than one file in a hundred
+            (and more than one) is damaged.
     """
     found = _by_split(root, [*_files(root)])
     names = _classes(root, found["train"])
@@ -79,20 +74,18 @@ def image_folder(
         found["test"] = found.pop("validation")
     labels = {key: _labels(root, key, files, names) for key, files in found.items()}
     paths = {
-        key: [root.joinpath(*file.path) for file in files]
+        key: np.array(["/".join(file.path) for file in files], object)
         for key, files in found.items()
     }
-    shape = (size, size, 3) if size is not None else _shape(paths["train"])
+    shape = (size, size, 3) if size is not None else _shape(root, paths["train"])
     total = sum(map(len, paths.values()))
-    nbytes = total * int(np.prod(shape))
-    if nbytes > most:
-        wanted = f"images that take up to {most} bytes together"
-        got = f"{total} images of {shape}, {nbytes} bytes, in {root}"
-        do = "Give a smaller size (--size), or prepare them with TensorFlow Datasets."
-        raise Refusal(message("load", wanted, got, do))
-    decoded = {key: _decoded(root, each, size, shape) for key, each in paths.items()}
-    _check_damaged(root, paths, decoded)
-    return {key: _split(decoded[key], labels[key]) for key in found}, names
+    memory = total * int(np.prod(shape)) <= most
+    read = {
+        key: _read(root, path, labels[key], size, shape, memory=memory)
+        for key, path in paths.items()
+    }
+    _check_damaged(root, [name for one in read.values() for name in one.damaged], total)
+    return {key: one.split for key, one in read.items()}, names
 
 
 class _File(NamedTuple):
@@ -164,98 +157,58 @@ def _labels(
     return np.array([number[file.within[0]] for file in files], np.int32)
 
 
-def _shape(paths: Sequence[Path]) -> tuple[int, ...]:
+def _shape(root: Path, path: np.ndarray) -> tuple[int, ...]:
     """The shape of the first image that can be read."""
-    for path in paths:
-        pixels = _pixels(path, None)
-        if not isinstance(pixels, str):
-            return pixels.shape
+    for one in path:
+        found = pixels(root / one, None)
+        if not isinstance(found, str):
+            return found.shape
     wanted = f"an image ({_KINDS}) that can be read"
-    raise Refusal(message("load", wanted, f"{len(paths)} damaged files"))
+    raise Refusal(message("load", wanted, f"{len(path)} damaged files"))
 
 
-def _decoded(
-    root: Path, paths: Sequence[Path], size: int | None, shape: tuple[int, ...]
-) -> _Decoded:
-    """Decodes files on all cores; the result does not depend on their number."""
-    image = np.zeros((len(paths), *shape), np.uint8)
+class _Read(NamedTuple):
+    """A split of the files that could be read, and the other files with reasons."""
 
-    def read(at: int) -> str | tuple[int, ...] | None:
-        pixels = _pixels(paths[at], size)
-        if isinstance(pixels, str) or pixels.shape != shape:
-            return pixels if isinstance(pixels, str) else pixels.shape
-        image[at] = pixels
-        return None
-
-    damaged = {}
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for at, found in enumerate(pool.map(read, range(len(paths)))):
-            if isinstance(found, tuple):
-                pool.shutdown(wait=False, cancel_futures=True)
-                name = _shown(paths[at].relative_to(root).parts)
-                got = f"{shape} and {found} ({name}) in {root}"
-                do = "Give the size to which all are scaled, e.g. size=224 (--size)."
-                raise Refusal(message("load", ONE_SHAPE, got, do))
-            if found is not None:
-                damaged[at] = found
-    return _Decoded(image, damaged)
+    split: Split | Files
+    damaged: list[str]
 
 
-def _pixels(path: Path, size: int | None) -> np.ndarray | str:
-    """The pixels of a file, (h, w, 3); or the reason why it cannot be read."""
-    try:
-        with pillow().open(path) as image:
-            turned = _rgb(_turned(image))
-        return np.asarray(turned if size is None else cropped(turned, size))
-    except ImportError:
-        raise
-    except Exception as error:  # noqa: BLE001 (decoders raise anything on damaged bytes)
-        if path.is_file() and path.stat().st_size == 0:
-            return "an empty file"
-        if isinstance(error, pillow().UnidentifiedImageError):
-            return "no image"
-        return f"{error}" or type(error).__name__
-
-
-def _turned(image: Any) -> Any:
-    """An image as its EXIF entry says; as it is, if the entry is damaged."""
-    image.load()
-    try:
-        return optional_module("PIL.ImageOps").exif_transpose(image)
-    except (OSError, SyntaxError, ValueError, KeyError, TypeError, ArithmeticError):
-        return image
-
-
-def _rgb(image: Any) -> Any:
-    """An image in RGB, transparent pixels over white."""
-    if image.mode.startswith("I"):  # Pillow would cut numbers above 255
-        numbers = np.asarray(image).astype(np.int32) // 257
-        image = pillow().fromarray(numbers.clip(0, 255).astype(np.uint8))
-    if image.mode == "F":
-        raise Refusal(message("load", "integers as pixels", "floats"))
-    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or (
-        "transparency" in image.info
-    ):
-        image = image.convert("RGBA")
-        white = pillow().new("RGBA", image.size, (255, 255, 255, 255))
-        image = pillow().alpha_composite(white, image)
-    return image.convert("RGB")
-
-
-def _check_damaged(
+def _read(
     root: Path,
-    paths: Mapping[str, Sequence[Path]],
-    decoded: Mapping[str, _Decoded],
-) -> None:
+    path: np.ndarray,
+    label: np.ndarray,
+    size: int | None,
+    shape: tuple[int, ...],
+    *,
+    memory: bool,
+) -> _Read:
+    """Decodes every file once. The pixels are kept in memory, or noted."""
+    if memory:
+        image = np.zeros((len(path), *shape), np.uint8)
+        split: Split | Files = Split(image, label)
+        see: See = image.__setitem__
+    else:
+        split, see = noted(root, path, label, shape, size)
+
+    def checked(at: int, found: np.ndarray) -> None:
+        if found.shape != shape:
+            got = f"{shape} and {found.shape} ({path[at]!r}) in {root}"
+            do = "Give the size to which all are scaled, e.g. size=224 (--size)."
+            raise Refusal(message("load", ONE_SHAPE, got, do))
+        see(at, found)
+
+    problems = decode(root, path, size, checked)
+    damaged = [f"{path[at]!r} ({reason})" for at, reason in problems.items()]
+    if damaged:
+        split = split.part(np.setdiff1d(np.arange(len(path)), [*problems]))
+    return _Read(split, damaged)
+
+
+def _check_damaged(root: Path, damaged: Sequence[str], total: int) -> None:
     """Warns of damaged files, which are left out; refuses many."""
-    damaged = [
-        f"{_shown(paths[key][at].relative_to(root).parts)} ({reason})"
-        for key, one in decoded.items()
-        for at, reason in one.damaged.items()
-    ]
     if not damaged:
         return
-    total = sum(map(len, paths.values()))
     some = ", ".join(damaged[:_NAMED]) + (", ..." if len(damaged) > _NAMED else "")
     got = f"{len(damaged)} of {total}: {some}"
     allowed = max(1, total // _DAMAGED)
@@ -263,14 +216,6 @@ def _check_damaged(
         wanted = f"at most {allowed} damaged files in {root}"
         raise FileRefusal(message("load", wanted, got, "Mend or remove them."))
     warnings.warn(f"damaged files of {root} are left out, {got}", stacklevel=4)
-
-
-def _split(decoded: _Decoded, label: np.ndarray) -> Split:
-    """The split of the files that could be read."""
-    if not decoded.damaged:
-        return Split(decoded.image, label)
-    good = np.setdiff1d(np.arange(len(label)), list(decoded.damaged))
-    return Split(decoded.image[good], label[good])
 
 
 def _shown(path: Parts) -> str:

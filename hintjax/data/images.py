@@ -33,6 +33,10 @@ class Split(NamedTuple):
         """The examples at these positions."""
         return Split(self.image[index], self.label[index])
 
+    def part(self, index: Sequence[int] | Integer[AnyArray, " batch"]) -> "Split":
+        """The split of the examples at these positions; the same as `read`."""
+        return self.read(index)
+
     def labels(self, index: Sequence[int] | Integer[AnyArray, " batch"]) -> AnyArray:
         """The labels at these positions, without the images."""
         return self.label[index]

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from hintjax._checks import Refusal, message
+from hintjax.data.files import Files, Source
 from hintjax.data.folder import image_folder
 from hintjax.data.images import UNLABELED, Split, Standardize
 from hintjax.data.records import (
@@ -40,9 +41,9 @@ class Dataset(NamedTuple):
 
     name: str
     classes: int
-    train: "Split | Records"
-    validation: "Split | Records"
-    test: "Split | Records"
+    train: Source
+    validation: Source
+    test: Source
     standardize: Standardize
     class_names: tuple[str, ...]
 
@@ -97,9 +98,11 @@ def load(
       seed: the seed of the validation split and of the limit.
 
     Returns:
-      A Dataset of numpy arrays; or, above IN_MEMORY, of Records, which stay on disk and
-      are cut by percent instead of by class. `standardize` is measured on "train"
-      before `limit`, so that a student with few labels sees the inputs of its teacher.
+      A Dataset of numpy arrays. Above IN_MEMORY, a folder of images gives Files, but
+      for splits that fit on the device. A set of TensorFlow Datasets gives Records,
+      which are cut by percent instead of by class. Both stay on disk, and are decoded
+      when they are read. `standardize` is measured on "train" before `limit`, so that a
+      student with few labels sees the inputs of its teacher.
 
     >>> digits = load("digits", limit=500)
     >>> digits.train.image.shape, digits.validation.n, digits.test.n, digits.classes
@@ -124,36 +127,44 @@ def load(
             kept = limit if labels is None else labels
             return _on_disk(stored, names, data_dir, size, validation, kept)
         splits = {k: split.read(np.arange(split.n)) for k, split in stored.items()}
-    if size is not None:
-        splits = {key: _resized(split, size) for key, split in splits.items()}
+    splits = {key: _resized(split, size) for key, split in splits.items()}
     train = splits["train"]
     if "test" not in splits:
         # Not by `seed`: a student must never train on what its teacher is tested on.
-        splits["test"], train = carved("test", train, round(TEST * train.n), seed=0)
+        cut = carved("test", train.label, round(TEST * train.n), seed=0)
+        splits["test"], train = map(train.part, cut)
     if "validation" not in splits:
-        count = round(validation * train.n)
-        splits["validation"], train = carved("validation", train, count, seed)
+        cut = carved("validation", train.label, round(validation * train.n), seed)
+        splits["validation"], train = map(train.part, cut)
     standardize = statistics(train)
     if limit is not None:
         if not 0 < limit <= train.n:
             wanted = f"limit in 1..{train.n}, the size of train of {name!r}"
             raise Refusal(message("load", wanted, str(limit), "Lower it."))
-        train = train.read(stratified(train.label, limit, seed))
+        train = train.part(stratified(train.label, limit, seed))
     if labels is not None:
         train = _few_labels(name, train, labels, names, seed)
-    for key, split in {**splits, "train": train}.items():
+    splits["train"] = train
+    for key, split in splits.items():
         if split.shape != train.shape:
             got = f"{train.shape} in train and {split.shape} in {key} of {name!r}"
             raise Refusal(message("load", ONE_SHAPE, got, "Pass size=."))
-    validation_split, test = splits["validation"], splits["test"]
+    near = {key: _near(split) for key, split in splits.items()}
     return Dataset(
-        name, len(names), train, validation_split, test, standardize, tuple(names)
+        name, len(names), **near, standardize=standardize, class_names=tuple(names)
     )
 
 
+def _near(split: Split | Files) -> Split | Files:
+    """The split; in memory, if it fits on the device."""
+    if isinstance(split, Files) and fits_on_device(split):
+        return split.read(np.arange(split.n))
+    return split
+
+
 def _few_labels(
-    name: str, train: Split, labels: int, names: Sequence[str], seed: int
-) -> Split:
+    name: str, train: Split | Files, labels: int, names: Sequence[str], seed: int
+) -> Split | Files:
     """The split with so many labels; the other examples have none."""
     if not names:
         wanted = f"labels of {name!r}, some of which are kept"
@@ -334,9 +345,9 @@ def _on_disk(
     )
 
 
-def _resized(split: Split, size: int) -> Split:
+def _resized(split: Split | Files, size: int | None) -> Split | Files:
     """The split with images scaled and cropped to size x size."""
-    if split.shape[:2] == (size, size):
+    if size is None or isinstance(split, Files) or split.shape[:2] == (size, size):
         return split
     if split.n * size * size * split.shape[-1] > IN_MEMORY:
         wanted = f"a size at which {split.n} images fit into {IN_MEMORY} bytes"
@@ -351,13 +362,13 @@ def _resized(split: Split, size: int) -> Split:
     return split._replace(image=image.reshape(-1, size, size, channels))
 
 
-def _nbytes(source: Split | Records) -> int:
+def _nbytes(source: Source) -> int:
     """The size of a split decoded to uint8, with the labels of its positions."""
     labels = source.label if isinstance(source, Split) else None
     dense = labels.nbytes if labels is not None and labels.ndim > 1 else 0
     return source.n * int(np.prod(source.shape)) + dense
 
 
-def fits_on_device(*sources: Split | Records, limit: int = ON_DEVICE) -> bool:
+def fits_on_device(*sources: Source, limit: int = ON_DEVICE) -> bool:
     """Whether these splits, decoded to uint8, take at most `limit` bytes together."""
     return sum(map(_nbytes, sources)) <= limit

@@ -176,12 +176,21 @@ def stratified(label: AnyArray, count: int, seed: int) -> np.ndarray:
     return np.sort(shuffled[np.argsort(at, kind="stable")[:count]])
 
 
-def carved(name: str, split: Split, count: int, seed: int) -> tuple[Split, Split]:
-    """Holds out `count` examples as the split `name`; returns it and the rest."""
-    if not 0 < count < split.n:
+def carved(
+    name: str, label: AnyArray, count: int, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Positions of `count` examples that are held out, and of the rest.
+
+    Args:
+        name: the name of the new split, for a message.
+        label: the labels of all examples.
+        count: the number of examples to hold out.
+        seed: the seed of the draw.
+    """
+    n = len(label)
+    if not 0 < count < n:
         wanted = f"at least one example in {name} and in train"
-        got = f"{count} and {split.n - count}"
+        got = f"{count} and {n - count}"
         raise Refusal(message("load", wanted, got, "The set is too small to cut."))
-    chosen = stratified(split.label, count, seed)
-    rest = np.setdiff1d(np.arange(split.n), chosen)
-    return split.read(chosen), split.read(rest)
+    chosen = stratified(label, count, seed)
+    return chosen, np.setdiff1d(np.arange(n), chosen)

@@ -1,9 +1,9 @@
-"""Batches of a split that does not fit on the device, read by Grain."""
+"""Batches that do not fit on the device, read ahead by Grain."""
 
 import importlib
 import operator
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, SupportsIndex
 
@@ -12,13 +12,14 @@ from jaxtyping import UInt8
 
 from hintjax._checks import Refusal, message
 from hintjax.data.batches import augmented, fixed, steps_per_epoch
+from hintjax.data.files import Source
 from hintjax.data.images import PLAIN, Augment, Split, Standardize
-from hintjax.data.records import Records, optional_module
+from hintjax.data.records import optional_module
 from hintjax.data.standardize import standardized
 
 
 def stream(
-    source: Split | Records,
+    source: Source,
     batch_size: int,
     standardize: Standardize,
     *,
@@ -37,7 +38,7 @@ def stream(
     the position in the sequence do not depend on P.
 
     Args:
-      source: Records, or a Split on the host.
+      source: a split on the host or on disk.
       batch_size: the number of examples per batch in this process.
       standardize: the statistics of the training split.
       augment: as for `take`, computed in numpy.
@@ -74,14 +75,33 @@ def stream(
     part = _Part(drawn, batch_size, process_index, process_count)
     batches = grain.MapDataset.source(part).batch(batch_size)
     batches = batches.map(partial(_read, source, standardize, augment))
-    threads = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
-    ready = batches.to_iter_dataset(threads)
+    ready = batches.to_iter_dataset(_ahead())
     if workers:
         flags = importlib.import_module("absl.flags").FLAGS
         if not flags.is_parsed():  # Grain's workers read absl's flags
             flags.mark_as_parsed()
         ready = ready.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
     return iter(ready)
+
+
+def read_ahead(read: Callable[[int], Any], start: int = 0) -> Any:
+    """Calls read(start), read(start + 1), ... in a thread that is two results ahead.
+
+    Args:
+      read: `(number) -> batch`. What it raises, the iterator raises in its turn.
+      start: the first number.
+
+    Returns:
+      Grain's iterator of the results, which never ends. `close()` ends its thread.
+    """
+    numbers = optional_module("grain").MapDataset.range(start, sys.maxsize)
+    return iter(numbers.map(read).to_iter_dataset(_ahead()))
+
+
+def _ahead() -> Any:
+    """How Grain reads: in one thread, in order, two batches ahead."""
+    options = optional_module("grain").ReadOptions
+    return options(num_threads=1, prefetch_buffer_size=2)
 
 
 class _Part:
@@ -120,7 +140,7 @@ def _fixed(
 
 
 def _read(
-    source: Split | Records,
+    source: Source,
     standardize: Standardize,
     augment: Augment,
     drawn: dict[str, np.ndarray],

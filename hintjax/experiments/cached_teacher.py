@@ -1,4 +1,4 @@
-"""The features of the teacher for all training examples, as runs use them."""
+"""The stored features of the teacher as runs read them, and the crops of its views."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple

@@ -1,4 +1,4 @@
-"""Computes the cache of a run's teacher, and checks it."""
+"""The cache of a run's teacher: planned, computed before training, and checked."""
 
 import functools
 import math

@@ -1,4 +1,4 @@
-"""A comparison: one teacher, several arms, the same seeds; a table and a picture.
+"""The runs of a comparison: one teacher, several arms, the same seeds.
 
 Every arm has the same number of steps. An arm with several learning rates runs with
 each of them, and the mean validation metric over the seeds chooses. The test split
@@ -78,7 +78,7 @@ def compare(
     ]
     one = _runner(setting, run_dir, arms, teacher, begin)
     alone = setting.layout is None  # programs of one mesh must not cross
-    results = _side_by_side(one, jobs, setting.config.seeds if alone else 1)
+    results = side_by_side(one, jobs, setting.config.seeds if alone else 1)
     done = list(zip(jobs, results, strict=True))
     explained = explained_by(setting, teacher)
 
@@ -164,13 +164,21 @@ def _chosen(
     }
 
 
-def _side_by_side(
+def side_by_side(
     one: Callable[..., Any], jobs: Sequence[Sequence[Any]], most: int
 ) -> list[Any]:
     """Runs all jobs, and returns their results in order.
 
     On a CPU several jobs run at a time, since one small step cannot fill the cores.
     Each job gives the same bits as alone.
+
+    Args:
+        one: function of a job, called with its parts.
+        jobs: the jobs.
+        most: largest number of jobs that run at a time.
+
+    Returns:
+        The results.
     """
     workers = min(os.cpu_count() or 1, most) if jax.default_backend() == "cpu" else 1
     with stoppable():  # for all jobs: signals come to the main thread

@@ -1,27 +1,25 @@
-"""The pictures of a comparison and of a run that show data."""
+"""The picture of a comparison: its curves, its accuracies, and attention maps."""
 
 import functools
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from hintjax.experiments.attachment import middle
-from hintjax.experiments.explained import Images, image_batches, map_of, maps
+from hintjax.experiments.feature_maps import image_batches
 from hintjax.experiments.finished import RESULT, load_student
+from hintjax.experiments.report.attention import attention_of
 from hintjax.experiments.setting import Setting, taught_by
-from hintjax.losses import attention_map
-from hintjax.networks import Network, Variables
+from hintjax.networks import Variables
 from hintjax.processes import first, told
 from hintjax.training import read_metrics
 
 COMPARISON = "comparison.png"
-ATTENTION = "attention.png"
 _SHOWN = 6  # images in the picture
-_FEW = 3  # images in the picture of one run
 
 
 def picture(
@@ -51,15 +49,11 @@ def picture(
     shown = np.arange(min(_SHOWN, dataset.test.n))
     images = list(image_batches(setting, dataset.test, shown))
     ours, theirs = setting.places.class_tokens
-    attention_of = functools.partial(_attention_of, images)
-    attention = {
-        f"teacher {hint}": attention_of(taught_by(setting), hint, theirs, teacher)
-    }
+    maps_of = functools.partial(attention_of, images)
+    attention = {f"teacher {hint}": maps_of(taught_by(setting), hint, theirs, teacher)}
     for name, arm in found.items():
         student = load_student(run_dir / arm["runs"][0], hints_only=True)[1]
-        attention[f"{name} {guided}"] = attention_of(
-            setting.student, guided, ours, student
-        )
+        attention[f"{name} {guided}"] = maps_of(setting.student, guided, ours, student)
     metric = setting.task.name
     fewer, known = report["compression"], report["teacher"][metric]
     history = functools.partial(_history, per_epoch, metric)
@@ -84,47 +78,6 @@ def picture(
     if first():
         figure.savefig(path)
     return path
-
-
-def attention_picture(
-    setting: Setting, run_dir: Path, teacher: Variables, guided: str, hint: str
-) -> None:
-    """Draws attention.png of a finished run: teacher, student, and their difference.
-
-    Args:
-        setting: setting of the run.
-        run_dir: run directory.
-        teacher: variables of the teacher.
-        guided: path of the guided layer.
-        hint: path of the hint layer.
-    """
-    from hintjax.experiments import pictures
-
-    test = setting.dataset.test
-    shown = np.arange(min(_FEW, test.n))
-    images = list(image_batches(setting, test, shown))
-    ours, theirs = setting.places.class_tokens
-    student = load_student(run_dir, hints_only=True)[1]
-    figure = pictures.attention(
-        test.read(shown).image,
-        _attention_of(images, taught_by(setting), hint, theirs, teacher),
-        _attention_of(images, setting.student, guided, ours, student),
-    )
-    if first():
-        figure.savefig(run_dir / ATTENTION)
-
-
-def _attention_of(
-    images: Sequence[Images],
-    network: Network,
-    path: str,
-    class_tokens: int,
-    variables: Variables,
-) -> np.ndarray:
-    """The attention maps of a layer for some images."""
-    hints = maps(map_of(network, path, class_tokens), variables, images)
-    height, width = hints.shape[1:3]
-    return np.asarray(attention_map(hints)).reshape(-1, height, width)
 
 
 def _history(

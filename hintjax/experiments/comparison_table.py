@@ -1,4 +1,4 @@
-"""A comparison in numbers."""
+"""The table of a comparison: the metrics of its arms, and their differences."""
 
 import importlib.metadata
 import math

@@ -6,7 +6,7 @@ import os
 import re
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -49,6 +49,9 @@ class MethodOptions:
         rates: Learning rates to try for each method of a comparison; the validation
             split chooses. By default the learning rate, or rates chosen on the digits
             if no methods are named.
+        settings: Values of options for single methods of a comparison, each as
+            method.option=value, such as at.weight=300; `hintjax tune` finds them. Pairs
+            are joined by +. By default all methods have the options of the comparison.
         seeds: Number of runs per method in a comparison, each with its own seed.
         pairs: Pairs of layers, each as guided=hint. By default the pairs of the
             method's authors; `hintjax layers` lists the layers.
@@ -70,6 +73,7 @@ class MethodOptions:
     method: str | None = None
     compare: tuple[str, ...] = ()
     rates: tuple[float, ...] = ()
+    settings: tuple[str, ...] = ()
     seeds: int = 3
     pairs: tuple[str, ...] = ()
     weight: float | None = None
@@ -218,7 +222,8 @@ class HardwareOptions:
 
     Attributes:
         devices: Number of devices that share each batch. By default all devices, of all
-            processes.
+            processes. Each core of a CPU is a device, and by default a batch is only
+            shared between as many cores as its operations are worth.
         fsdp: Number of devices over which large parameters are sharded (FSDP). By
             default nothing is sharded.
         accumulate: Number of micro-batches into which a step divides its batch, to save
@@ -247,6 +252,14 @@ class Config(
     MethodOptions,
 ):
     """All options of a run; every run directory holds its own as config.yaml."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Adjusted(Config):
+    """A config whose weight is a value of the state, not of the compiled program.
+
+    Students of one program can then have different weights.
+    """
 
 
 Options = TypeVar(
@@ -337,7 +350,18 @@ def check(config: Config) -> Config:
         raise Refusal(message("config", wanted, f"{config.hint_epochs}"))
     for pair in config.pairs:
         parse_pair(pair)
+    _check_settings(config)
     return config
+
+
+def _check_settings(config: Config) -> None:
+    """Refuses settings of methods that are not compared, and values out of range."""
+    for method, own in own_settings(config).items():
+        if method not in config.compare:
+            wanted = f"settings of the methods in compare, {list(config.compare)}"
+            do = "For a single method, use its options, such as --weight."
+            raise Refusal(message("config", wanted, described(method), do))
+        check(with_settings(config, own))
 
 
 def _check_task(config: Config) -> None:
@@ -367,6 +391,82 @@ def parse_pair(pair: str) -> tuple[str, str]:
     if not (guided and equal and hint):
         raise Refusal(message("config", "pairs as guided=hint", described(pair)))
     return guided, hint
+
+
+def _parse_pairs(text: str) -> tuple[str, ...]:
+    """Pairs that are joined by +."""
+    for pair in text.split("+"):
+        parse_pair(pair)
+    return tuple(text.split("+"))
+
+
+Settings = Mapping[str, Any]  # values by the name of a field of a config
+
+# Fields that can differ between the methods of a comparison, and how they are read.
+SETTINGS: Mapping[str, Callable[[str], Any]] = {
+    "weight": float,
+    "learning_rate": float,
+    "temperature": float,
+    "pairs": _parse_pairs,
+    "task_weight": float,
+    "kd_weight": float,
+    "hinted_rate": float,
+    "hint_epochs": int,
+    "negatives": int,
+}
+
+
+def parse_setting(name: str, text: str) -> Any:
+    """The value of a setting from its text.
+
+    >>> parse_setting("pairs", "conv10=conv2+conv12=conv4")
+    ('conv10=conv2', 'conv12=conv4')
+    """
+    if name not in SETTINGS:
+        do = f"Nearest: {', '.join(nearest(name, SETTINGS))}."
+        raise Refusal(message("config", "the name of a setting", described(name), do))
+    try:
+        return SETTINGS[name](text)
+    except ValueError as error:
+        if isinstance(error, Refusal):
+            raise
+        kind = SETTINGS[name].__name__
+        got = described(text)
+        raise Refusal(message("config", f"{name} to be {kind}", got)) from None
+
+
+def setting_text(name: str, value: Any) -> str:
+    """The text from which `parse_setting` reads a value, with its name.
+
+    >>> setting_text("weight", 300.0)
+    'weight=300'
+    """
+    if name == "pairs":
+        return f"{name}={'+'.join(value)}"
+    shortest = f"{value:g}" if float(f"{value:g}") == value else f"{value!r}"
+    return f"{name}={shortest}"
+
+
+def own_settings(config: Config) -> dict[str, dict[str, Any]]:
+    """The settings of single methods of a comparison, by method.
+
+    >>> own_settings(Config(settings=("at.weight=300",)))
+    {'at': {'weight': 300.0}}
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for text in config.settings:
+        method, dot, rest = text.partition(".")
+        name, equal, value = rest.partition("=")
+        if not (method and dot and name and equal and value):
+            wanted = "settings as method.option=value"
+            raise Refusal(message("config", wanted, described(text)))
+        found.setdefault(method, {})[name] = parse_setting(name, value)
+    return found
+
+
+def with_settings(config: Config, own: Settings) -> Config:
+    """The config with the settings of one of its methods."""
+    return dataclasses.replace(config, settings=(), **own)
 
 
 def save(config: Config, run_dir: str | os.PathLike[str]) -> None:

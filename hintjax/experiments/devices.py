@@ -21,7 +21,10 @@ def split_cpu() -> None:
     cores keeps all of them busy. A number of devices that the user has set stays.
     """
     flags = os.environ.get("XLA_FLAGS", "")
-    if "host_platform_device_count" in flags or jax.config.jax_num_cpu_devices > 0:
+    if (
+        "host_platform_device_count" in flags
+        or jax.config.values["jax_num_cpu_devices"] > 0
+    ):
         return
     affinity = getattr(os, "sched_getaffinity", None)
     cores = len(affinity(0)) if affinity else os.cpu_count() or 1

@@ -1,4 +1,4 @@
-"""The commands `distill`, `resume` and `eval`."""
+"""The commands `distill`, `resume`, `eval` and `cache`: the runs of a run directory."""
 
 import contextlib
 import dataclasses
@@ -28,7 +28,6 @@ from hintjax.experiments.comparison_picture import picture
 from hintjax.experiments.comparison_table import max_validated, show_table, table
 from hintjax.experiments.config import Config
 from hintjax.experiments.doubts import doubts_after, doubts_before
-from hintjax.experiments.ending import training_begins
 from hintjax.experiments.finished import (
     DEPLOYED,
     RESULT,
@@ -37,10 +36,11 @@ from hintjax.experiments.finished import (
     score,
 )
 from hintjax.experiments.forecast import check_memory, show_forecast
+from hintjax.experiments.launch.ending import training_begins
 from hintjax.experiments.methods_table import CLASSES_ONLY, RECIPES
 from hintjax.experiments.phases import check, check_balance
 from hintjax.experiments.pretrained import recorded
-from hintjax.experiments.recipes import PlannedPhase, Recipe, backprop
+from hintjax.experiments.recipes import PlannedPhase, Recipe, With, backprop
 from hintjax.experiments.report.drawn import drawing
 from hintjax.experiments.report.end_of_run import arm_facts, report_run, written
 from hintjax.experiments.report.facts import Pair, pair_of
@@ -78,12 +78,12 @@ class Plan(NamedTuple):
 def planned(config: Config) -> Plan:
     """The recipes of the methods that a config names, alone or as a comparison."""
     if config.method is not None:
-        return Plan([_recipe(config.method, config.task)])
+        return Plan([recipe_of(config.method, config.task)])
     arms = _named_arms(config) if config.compare else _default_arms(config)
     return Plan([arm.recipe for arm in arms], arms)
 
 
-def _recipe(name: str, task: str) -> Recipe:
+def recipe_of(name: str, task: str) -> Recipe:
     """The recipe of a method's name, for a task."""
     if name not in RECIPES:
         do = f"Nearest: {', '.join(nearest(name, RECIPES))}."
@@ -97,12 +97,21 @@ def _recipe(name: str, task: str) -> Recipe:
 def _named_arms(config: Config) -> list[Arm]:
     """The arms of --compare; methods that compare only outputs are baselines."""
     rates = config.rates or (config.learning_rate,)
-    arms = []
+    arms, settings = [], configs.own_settings(config)
     for name in config.compare:
-        recipe = _recipe(name, config.task)
-        attaches = recipe is not backprop and recipe.where is not attachment.outputs
-        arms.append(Arm(name, recipe, rates, config.student, baseline=not attaches))
+        recipe = recipe_of(name, config.task)
+        own = settings.get(name, {})
+        tried = (own.pop("learning_rate"),) if "learning_rate" in own else rates
+        used = With(recipe, tuple(own.items())) if own else recipe
+        arms.append(
+            Arm(name, used, tried, config.student, baseline=not attaches(recipe))
+        )
     return arms
+
+
+def attaches(recipe: Recipe) -> bool:
+    """Whether a recipe attaches to hidden layers, or compares only outputs."""
+    return recipe is not backprop and recipe.where is not attachment.outputs
 
 
 def _default_arms(config: Config) -> list[Arm]:
@@ -412,7 +421,7 @@ def shipped(
     """
     config = configs.load(run_dir)
     if config.method is not None:
-        recipe = _recipe(config.method, config.task)
+        recipe = recipe_of(config.method, config.task)
     else:
         recipe = _recipe_of_arm(config, run_dir)
     # Any machine can evaluate.

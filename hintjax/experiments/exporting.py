@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from hintjax._checks import FileRefusal, Refusal, integer, message
-from hintjax.data import Records, Split, evaluation_batches
+from hintjax.data import Source, evaluation_batches
 from hintjax.experiments import config as configs
 from hintjax.experiments.comparison import REPORT
 from hintjax.experiments.distill import shipped
@@ -207,7 +207,7 @@ def alone(setting: Setting, network: Network, variables: Variables) -> Standalon
 
 
 def spread_images(
-    split: Split | Records, count: int
+    split: Source, count: int
 ) -> UInt8[np.ndarray, "n height width channels"]:
     """Some images of a split, evenly spaced."""
     at = np.linspace(0, split.n - 1, min(count, split.n)).astype(int)

@@ -1,4 +1,4 @@
-"""Networks from the names of their factories."""
+"""Networks from the names of their factories, and checks of what a factory makes."""
 
 import functools
 import importlib

@@ -3,13 +3,15 @@
 import dataclasses
 import json
 import os
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 
 from hintjax._checks import Refusal, message
-from hintjax.data import Records, Split, Standardize, evaluation_batches
+from hintjax.data import Source, Standardize, evaluation_batches
 from hintjax.experiments import config as configs
 from hintjax.experiments.config import Config
 from hintjax.experiments.factories import student_network
@@ -64,7 +66,7 @@ def run_config(run_dir: Path) -> Config:
     return configs.from_dict(told(lambda: dataclasses.asdict(configs.load(run_dir))))
 
 
-def evaluation_size(split: Split | Records, config: Config, parts: int = 1) -> int:
+def evaluation_size(split: Source, config: Config, parts: int = 1) -> int:
     """The number of examples in a batch for evaluation.
 
     A batch of small images (up to 32 x 32 pixels in color) holds 500 examples. A batch
@@ -89,7 +91,7 @@ def evaluation_size(split: Split | Records, config: Config, parts: int = 1) -> i
 def score(
     network: Network,
     variables: Variables,
-    split: Split | Records,
+    split: Source,
     standardize: Standardize,
     size: int,
     task: Task,
@@ -107,6 +109,19 @@ def score(
     Returns:
         The mean over the examples that have labels that count.
     """
+    batches = evaluation_batches(split, size, standardize)
+    return scorer(network, task)(variables, batches)
+
+
+def scorer(
+    network: Network, task: Task
+) -> Callable[[Variables, Iterable[Mapping[str, Any]]], float]:
+    """Makes `(variables, batches) -> metric`, which compiles once for all variables.
+
+    Args:
+        network: the network.
+        task: the task.
+    """
 
     @jax.jit
     def measured(variables, image, label, where):
@@ -114,8 +129,11 @@ def score(
         shown, _ = network.apply(*variables, image, wants=wants, train=False)
         return task.measured(shown.output, label, where)
 
-    total, count = 0.0, 0
-    for batch in evaluation_batches(split, size, standardize):
-        found = measured(variables, batch["image"], batch["label"], batch["where"])
-        total, count = total + float(found[0]), count + int(found[1])
-    return total / max(count, 1)
+    def scored(variables: Variables, batches: Iterable[Mapping[str, Any]]) -> float:
+        total, count = 0.0, 0
+        for batch in batches:
+            found = measured(variables, batch["image"], batch["label"], batch["where"])
+            total, count = total + float(found[0]), count + int(found[1])
+        return total / max(count, 1)
+
+    return scored

@@ -1,4 +1,4 @@
-"""The phases of a recipe, as compiled stages."""
+"""The phases of a recipe: checked on shapes, then stages that the loop trains."""
 
 import dataclasses
 import functools

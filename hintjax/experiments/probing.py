@@ -13,7 +13,7 @@ from jaxtyping import Array
 
 from hintjax import pairing
 from hintjax._checks import Refusal, message, positive_int
-from hintjax.data import Dataset, Records, Split, evaluation_batches, load
+from hintjax.data import Dataset, Source, evaluation_batches, load
 from hintjax.data.splits import stratified
 from hintjax.experiments.attachment import Layers
 from hintjax.experiments.config import Config
@@ -197,7 +197,7 @@ def _rows(
 
 
 def _features(
-    probed: _Probed, split: Split | Records, data: Dataset, config: Config
+    probed: _Probed, split: Source, data: Dataset, config: Config
 ) -> _Features:
     """The pooled features of a whole split."""
 

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Key
 
-from hintjax.data import ON_DEVICE, Augment, fits_on_device, steps_per_epoch
+from hintjax.data import ON_DEVICE, Split, fits_on_device, steps_per_epoch
 from hintjax.experiments import config as configs
 from hintjax.experiments.cached_teacher import crops_of
 from hintjax.experiments.config import Config
@@ -54,7 +54,9 @@ _ELSEWHERE = (
 # Fields that runs of an earlier version did not have, with the value that they had.
 _LATER = {
     name: getattr(Config, name)
-    for name in ("task", "labels", "balance", "balance_every", "quantize")
+    for name in (
+        *("task", "labels", "balance", "balance_every", "quantize", "settings"),
+    )
 }
 # Fields that may change when a run resumes.
 _HARMLESS = (
@@ -148,7 +150,7 @@ def _run(
         feed,
         (initial or setting.student).init(initialize, setting.inputs),
         key=fitting,
-        validation=_validation(setting),
+        validation=validation_of(setting),
         evaluate_every=config.evaluate_every,
         checkpoint_every=config.checkpoint_every,
         checkpoint_seconds=config.checkpoint_seconds,
@@ -208,18 +210,12 @@ def feed_of(setting: Setting, config: Config, key: Key[Array, ""]) -> Feed:
     dataset, mesh = setting.dataset, setting.layout and setting.layout.mesh
     crops = crops_of(config, dataset.train.n)
     cache = setting.cache
-    rows_on_host = cache is not None and cache.on_device is None
-    if fits_on_device(dataset.train) and not rows_on_host:
-        return on_device(dataset, config.batch_size, key, mesh, crops)
-    return streamed(
-        dataset,
-        config.batch_size,
-        config.seed,
-        Augment(pad=config.pad, flip=config.flip),
-        mesh,
-        crops,
-        cache.with_rows if cache is not None and rows_on_host else dict,
-    )
+    if cache is not None and cache.on_device is None:
+        also = cache.with_rows
+        return streamed(dataset, config.batch_size, key, mesh, crops, also)
+    near = isinstance(dataset.train, Split) and fits_on_device(dataset.train)
+    feed = on_device if near else streamed
+    return feed(dataset, config.batch_size, key, mesh, crops)
 
 
 def _images(setting: Setting) -> dict[str, Any]:
@@ -231,7 +227,7 @@ def _images(setting: Setting) -> dict[str, Any]:
     return {"images": seen(dataset)["train"]}
 
 
-def _validation(setting: Setting) -> Callable[[], Iterable[Any]]:
+def validation_of(setting: Setting) -> Callable[[], Iterable[Any]]:
     """Makes the validation batches anew; they stay on the device if they fit."""
     split = setting.dataset.validation
     batches = functools.partial(batches_of, setting, split)

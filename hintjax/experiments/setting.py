@@ -2,7 +2,7 @@
 
 import functools
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -12,7 +12,8 @@ import numpy as np
 from hintjax._checks import Refusal, message
 from hintjax.data import (
     Dataset,
-    Records,
+    Files,
+    Source,
     Split,
     evaluation_batches,
     load,
@@ -210,14 +211,16 @@ def taught_by(setting: Setting) -> Network:
 
 
 def seen(dataset: Dataset) -> dict[str, Any]:
-    """Numbers that tell datasets apart; images on a disk are not read for them."""
+    """Numbers that tell datasets apart; images on disk are not read for them."""
     found = {
         "classes": dataset.classes,
         "mean and std": [array.tolist() for array in dataset.standardize],
     }
     for name in ("train", "validation", "test"):
         split = getattr(dataset, name)
-        arrays = split if isinstance(split, Split) else ()
+        arrays: Sequence[Any] = split if isinstance(split, Split) else ()
+        if isinstance(split, Files):
+            arrays = split.checksum, split.label
         sums = [zlib.crc32(np.ascontiguousarray(array).data) for array in arrays]
         found[name] = [split.n, *split.shape, *sums]
     return found
@@ -229,7 +232,7 @@ def _factory(teacher: str) -> str:
     return teacher if run_dir is None else run_config(run_dir).student
 
 
-def batches_of(setting: Setting, split: Split | Records) -> Iterator[dict[str, Any]]:
+def batches_of(setting: Setting, split: Source) -> Iterator[dict[str, Any]]:
     """The batches of a split for evaluation, which all devices can share."""
     mesh = setting.layout and setting.layout.mesh
     parts = 1 if mesh is None else shares(mesh)

@@ -11,8 +11,8 @@ from hintjax._checks import Refusal, message
 from hintjax.data import order
 from hintjax.experiments import recipes
 from hintjax.experiments.attachment import as_map, last_stage
-from hintjax.experiments.explained import Shown, image_batches
-from hintjax.experiments.recipes import Recipe
+from hintjax.experiments.feature_maps import Shown, image_batches
+from hintjax.experiments.recipes import Recipe, With
 from hintjax.experiments.setting import Setting, taught_by
 from hintjax.losses import (
     FeatureMoments,
@@ -43,9 +43,16 @@ def with_standardizations(
     Raises:
         Refusal: if the features of a hint layer do not vary.
     """
-    if recipes.PHI_S not in planned:
+    own = [recipe if isinstance(recipe, With) else With(recipe) for recipe in planned]
+    pairs = [
+        pair
+        for one in own
+        if one.recipe == recipes.PHI_S
+        for pair in last_stage(one.places(setting.places))
+    ]
+    hints = dict.fromkeys(hint for _, hint in pairs)
+    if not hints:
         return setting
-    hints = dict.fromkeys(hint for _, hint in last_stage(setting.places))
     found = {hint: _estimated(setting, hint, teacher) for hint in hints}
     places = setting.places._replace(standardizations=found)
     return setting._replace(places=places)

@@ -1,4 +1,4 @@
-"""Mean, spread and paired differences over seeds."""
+"""Mean, spread and paired differences over seeds, with their intervals."""
 
 import math
 from collections.abc import Sequence

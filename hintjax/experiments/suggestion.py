@@ -2,14 +2,14 @@
 
 import dataclasses
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from hintjax._checks import FileRefusal, Refusal, message, positive_int
+from hintjax._checks import FileRefusal, message, positive_int
 from hintjax.data import evaluation_batches, order
 from hintjax.experiments.attachment import middle
 from hintjax.experiments.config import Config
@@ -19,6 +19,7 @@ from hintjax.experiments.teacher import teacher_of
 from hintjax.experiments.teaching import teacher_variables
 from hintjax.networks import Variables
 from hintjax.pairing import (
+    Candidate,
     Choice,
     Measured,
     Seen,
@@ -30,16 +31,15 @@ from hintjax.pairing import (
 )
 
 _BATCH = 64  # images; the similarity keeps n^2 numbers for each layer
-_COLUMNS = (
-    *("hint layer", "depth", "shape", "FLOPs", "regressor", "probe", "CKA", "R^2"),
-    "guided layer",
-)
-_LEGEND = """\
-FLOPs: a step of the hint stage, of the FLOPs of both whole networks.
-regressor: number of parameters of the default regressor.
-probe: accuracy of a linear probe of the hint layer for the labels.
-CKA: similarity to the layer in the line above; 1 says that one of both is redundant.
-R^2: part of the hint that a linear map of an untrained guided layer explains."""
+_PROBE = "probe"  # the column that needs labels
+_LEGEND = {
+    "FLOPs": "a step of the hint stage, of the FLOPs of both whole networks.",
+    "regressor": "number of parameters of the default regressor.",
+    _PROBE: "accuracy of a linear probe of the hint layer for the labels.",
+    "CKA": "similarity to the layer in the line above; 1 says that one of both is "
+    "redundant.",
+    "R^2": "part of the hint that a linear map of an untrained guided layer explains.",
+}
 _LEAST = 4  # images: see `hintjax.similarity`
 
 
@@ -65,8 +65,7 @@ def suggest(
         The measurements.
 
     Raises:
-        Refusal: if there are no labels or fewer than 8 images, or if the picture cannot
-            be written.
+        Refusal: if there are fewer than 8 images, or if the picture cannot be written.
     """
     positive_int("suggest", count=count, images=images)
     _check_picture(picture)
@@ -74,29 +73,15 @@ def suggest(
     # Any machine can measure, and with all labels.
     here = dataclasses.replace(config, devices=1, fsdp=1, labels=None)
     setting = prepare(here, teach=True)
-    if not setting.dataset.labeled:
-        wanted = f"labels in {config.dataset}, by which layers are judged"
-        do = "Name other data by --dataset, or name the layers by --pairs."
-        raise Refusal(message("suggest", wanted, "none", do))
-    key = jax.random.key(config.seed)
     teacher, trained = _teacher(setting, path)
     if not trained:
         print(
             "The teacher is not trained, so the table says little. Name a trained one: "
             "--teacher RUN_DIR, --weights FILE, or the directory of a run."
         )
-    student = setting.student.init(key, setting.inputs)
-    batches = _batches(setting, images)
-    used = setting.places.pairs or middle(setting.places)
-    networks = setting.student, student, taught_by(setting), teacher
-    classes = setting.dataset.classes
-    found = measure(
-        *networks,
-        batches,
-        classes=classes,
-        pairs=used,
-        class_tokens=setting.places.class_tokens,
-    )
+    batches = some_batches(setting, images)
+    used = middle(setting.places)
+    found = measured(setting, teacher, batches, pairs=used)
     print("\n".join(_table(found)))
     chosen = choose(found, count=count)
     for one in chosen:
@@ -132,8 +117,50 @@ def _teacher(setting: Setting, run_dir: Path | None) -> tuple[Variables, bool]:
     return taught_by(setting).init(key, setting.inputs), False
 
 
-def _batches(setting: Setting, images: int) -> Sequence[dict[str, Any]]:
-    """An even number of batches of random training images."""
+def measured(
+    setting: Setting,
+    teacher: Variables,
+    batches: Sequence[Mapping[str, Any]],
+    *,
+    pairs: Sequence[tuple[str, str]] = (),
+) -> Measured:
+    """Measures the layers of a teacher and of a fresh student, before any training.
+
+    Without labels of classes there is no probe.
+
+    Args:
+        setting: setting of a run; the student is initialized from the config's seed.
+        teacher: variables of the teacher.
+        batches: the result of `some_batches`.
+        pairs: (guided layer, hint layer) that are measured, too.
+
+    Returns:
+        The measurements.
+    """
+    student = setting.student.init(jax.random.key(setting.config.seed), setting.inputs)
+    classified = setting.dataset.labeled and setting.task.targets is None
+    return measure(
+        setting.student,
+        student,
+        taught_by(setting),
+        teacher,
+        batches,
+        classes=setting.dataset.classes if classified else None,
+        pairs=pairs,
+        class_tokens=setting.places.class_tokens,
+    )
+
+
+def some_batches(setting: Setting, images: int) -> Sequence[dict[str, Any]]:
+    """An even number of batches of random training images.
+
+    Args:
+        setting: setting of a run.
+        images: number of images, at most.
+
+    Returns:
+        The batches, with `where`.
+    """
     train = setting.dataset.train
     index = np.asarray(order(jax.random.key(0), train.n))[:images]
     half = -(-len(index) // 2)
@@ -145,29 +172,37 @@ def _batches(setting: Setting, images: int) -> Sequence[dict[str, Any]]:
 def _table(measured: Measured) -> Iterator[str]:
     """The lines of the table, and the meaning of its columns."""
     at = {path: row for row, path in enumerate(measured.teacher)}
-    lines: list[tuple[str, ...]] = [_COLUMNS]
-    before = None
+    rows, before = [], None
     for one in measured.candidates:
         row = at[one.hint]
-        lines.append(
-            (
-                one.hint,
-                f"{one.depth:.2f}",
-                "x".join(map(str, one.shape)),
-                f"{one.cost:.1%}",
-                "none fits" if one.regressor is None else f"{one.regressor:,}",
-                f"{one.probe:.1%}",
-                "" if before is None else f"{measured.alike[row, before]:.2f}",
-                f"{one.explained:.2f}",
-                one.guided,
-            )
-        )
+        near = None if before is None else float(measured.alike[row, before])
+        rows.append(_cells(one, near))
         before = row
+    labeled = measured.chance is not None
+    columns = [name for name in rows[0] if labeled or name != _PROBE]
+    lines = [columns, *([cells[name] for name in columns] for cells in rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for first, *between, last in lines:
         numbers = (f"{n:>{w}}" for n, w in zip(between, widths[1:-1], strict=True))
         yield "  ".join((f"{first:{widths[0]}}", *numbers, last))
-    yield _LEGEND
+    for name, meaning in _LEGEND.items():
+        if name in columns:
+            yield f"{name}: {meaning}"
+
+
+def _cells(one: Candidate, alike: float | None) -> dict[str, str]:
+    """A line of the table by columns; `alike` is CKA to the line above, if any."""
+    return {
+        "hint layer": one.hint,
+        "depth": f"{one.depth:.2f}",
+        "shape": "x".join(map(str, one.shape)),
+        "FLOPs": f"{one.cost:.1%}",
+        "regressor": "none fits" if one.regressor is None else f"{one.regressor:,}",
+        _PROBE: "" if one.probe is None else f"{one.probe:.1%}",
+        "CKA": "" if alike is None else f"{alike:.2f}",
+        "R^2": f"{one.explained:.2f}",
+        "guided layer": one.guided,
+    }
 
 
 def _draw(

@@ -1,4 +1,4 @@
-"""The teacher that a config names."""
+"""The teacher that a config names: a factory, a finished run, or a file of weights."""
 
 from pathlib import Path
 from typing import NamedTuple

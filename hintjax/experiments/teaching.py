@@ -1,4 +1,4 @@
-"""Teachers are trained or loaded, and then judged."""
+"""The variables of a teacher: trained or loaded, and then judged."""
 
 import dataclasses
 import warnings

@@ -1,6 +1,6 @@
 """SimKD: the reused teacher classifier (Chen et al. 2022)."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from hintjax.losses import hint_loss
 from hintjax.method import Applied, Batch, Context, Data, Method, hints_of
 from hintjax.methods import _regressed
 from hintjax.methods._shapes import checked, maps
-from hintjax.metrics import accuracy, class_labels
+from hintjax.metrics import accuracy, class_labels, ignored, not_ignored
 from hintjax.networks import Features
 
 
@@ -21,6 +21,7 @@ def simkd(
     pair: tuple[str, str],
     classifier: str = "classifier",
     *,
+    ignore: int | Sequence[int] = (),
     regressor: regressors.Sizing = regressors.bottleneck,
 ) -> Method:
     """SimKD: a projector predicts the teacher's last map, its classifier does the rest.
@@ -37,6 +38,8 @@ def simkd(
     Args:
         pair: (last map of the student, last map of the teacher), before the pooling.
         classifier: path of the teacher's classifier, a dense layer.
+        ignore: labels that are left out of the accuracy, such as -1 for examples
+            without a label. By default all labels count.
         regressor: makes the projector; see `hintjax.regressors.bottleneck` for its
             width.
 
@@ -46,8 +49,8 @@ def simkd(
         "label", it reports the `accuracy` of projector and classifier.
 
     Raises:
-        ValueError: (when a stage is initialized) if the layers are not maps, or the
-            classifier has no kernel.
+        ValueError: if `ignore` is not an integer or several; or, when a stage is
+            initialized, if the layers are not maps, or the classifier has no kernel.
 
     References:
         Chen et al. 2022, Knowledge Distillation with the Reused Teacher Classifier.
@@ -55,6 +58,7 @@ def simkd(
     student_wants, teacher_wants = hints_of("simkd", [pair])
     instance("simkd", str, classifier=classifier)
     function("simkd", regressor=regressor)
+    left_out = ignored("simkd", ignore)
     teacher_wants = teacher_wants._replace(params=(classifier,))
 
     beside = _regressed.beside([pair], regressor)
@@ -82,8 +86,11 @@ def simkd(
         metrics = {}
         logits = reused_classifier(found, teacher.params[classifier])
         if "label" in batch and class_labels(logits, batch["label"]):
-            right = accuracy(logits, batch["label"])
-            metrics["accuracy"] = masked_mean(right, batch.get("where"))
+            right, where = accuracy(logits, batch["label"]), batch.get("where")
+            if left_out:
+                counted = not_ignored(batch["label"], left_out)
+                where = counted if where is None else counted & where
+            metrics["accuracy"] = masked_mean(right, where)
         return hint_loss(found, hint), memory, metrics
 
     def deploy(
@@ -92,7 +99,9 @@ def simkd(
         ((_, found, _),), _ = beside.predict(params, memory, student, teacher, False)
         return reused_classifier(found, teacher.params[classifier])
 
-    method = Method(student_wants, teacher_wants, init, apply, deploy=deploy)
+    method = Method(
+        student_wants, teacher_wants, init, apply, deploy=deploy, ignored=left_out
+    )
     return checked("simkd", [pair], method, maps)
 
 

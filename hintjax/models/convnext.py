@@ -6,8 +6,8 @@ from jaxtyping import Float
 
 from hintjax._checks import Refusal, message
 from hintjax.models.blocks import GlobalAveragePool
-from hintjax.models.tower import IMAGENET, Scale, exact_gelu
-from hintjax.models.transformer import layer_norm
+from hintjax.models.tower import IMAGENET
+from hintjax.models.transformer import Scale, exact_gelu, layer_norm
 
 EPSILON = 1e-6  # of the LayerNorms
 SMALL = nn.initializers.truncated_normal(0.02)

@@ -7,7 +7,7 @@ from jax import Array
 from jaxtyping import Bool, Float, Int
 
 from hintjax._checks import Refusal, message
-from hintjax.models.transformer import Perceptron, SelfAttention, Token, layer_norm
+from hintjax.models.transformer import FeedForward, SelfAttention, Token, layer_norm
 
 EPSILON = 1e-12  # of BERT's LayerNorms
 SMALL = nn.initializers.truncated_normal(0.02)
@@ -56,7 +56,8 @@ class Block(nn.Module):
         """Returns the tokens after attention and the MLP."""
         y = SelfAttention(self.heads, SMALL, name="attention")(x, where)
         x = layer_norm(EPSILON, name="norm1")(x + y)
-        y = Perceptron(self.ratio, SMALL, name="mlp")(x)
+        hidden = self.ratio * x.shape[-1]
+        y = FeedForward(hidden, SMALL, name="mlp")(x)
         return layer_norm(EPSILON, name="norm2")(x + y)
 
 

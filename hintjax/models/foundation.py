@@ -17,7 +17,8 @@ has (0.48145466, 0.4578275, 0.40821073) and (0.26862954, 0.26130258, 0.27577711)
 from flax import linen as nn
 from jax import Array
 
-from hintjax.models.tower import ImageTower, exact_gelu, quick_gelu
+from hintjax.models.tower import ImageTower, quick_gelu
+from hintjax.models.transformer import exact_gelu
 
 OPENAI = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 HALF = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)

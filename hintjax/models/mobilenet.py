@@ -100,8 +100,8 @@ class MobileNetV3(nn.Module):
     convolution), `pool` (the pooled vector), `hidden` (before the hard swish) and
     `classifier` (the logits). `group1/block1` ... are the blocks, and inside each block
     `expand`, `depthwise`, `squeeze`, `project` and `sum`. Torchvision's dropout is not
-    here. `hintjax.weights` reads the weights of torchvision, which want images of
-    224x224 in ImageNet's normalization. (Those of timm have another BatchNorm epsilon.)
+    here. `hintjax.weights` reads the weights of torchvision and timm, which want images
+    of 224x224 in ImageNet's normalization.
 
     Args:
         groups: the blocks of each group.

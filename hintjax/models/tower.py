@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable
-from functools import partial
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,8 +10,16 @@ from jax import Array
 from jaxtyping import Float
 
 from hintjax._checks import Refusal, message
-from hintjax.models.blocks import Sum
-from hintjax.models.transformer import Rotation, SelfAttention, Token, layer_norm
+from hintjax.models.patches import PatchEmbedding, check_sides
+from hintjax.models.transformer import (
+    FeedForward,
+    PreNormBlock,
+    Rotation,
+    SelfAttention,
+    Token,
+    exact_gelu,
+    layer_norm,
+)
 
 SMALL = nn.initializers.truncated_normal(0.02)
 IMAGENET = (
@@ -21,125 +28,9 @@ IMAGENET = (
 )  # mean and std of pixels in 0..1
 
 
-def exact_gelu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """GELU without an approximation."""
-    return nn.gelu(x, approximate=False)
-
-
 def quick_gelu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """CLIP's approximation of GELU: x sigmoid(1.702 x)."""
     return x * nn.sigmoid(1.702 * x)
-
-
-class FeedForward(nn.Module):
-    """Two linear maps around an activation, which may be gated.
-
-    Without a gate, out(a(hidden(x))). With a gate, down(silu(gate(x)) up(x)), the
-    SwiGLU of Shazeer, GLU Variants Improve Transformer, 2020.
-
-    Args:
-        hidden: number of channels between both maps.
-        activation: the function a; None for the gate.
-    """
-
-    hidden: int
-    activation: Callable[[Array], Array] | None
-
-    @nn.compact
-    def __call__(
-        self, x: Float[Array, "*batch n width"]
-    ) -> Float[Array, "*batch n width"]:
-        """Returns the tokens after both linear maps."""
-        width = x.shape[-1]
-        linear = partial(nn.Dense, kernel_init=SMALL)
-        if self.activation is None:
-            gate = linear(self.hidden, name="gate")(x)
-            y = nn.silu(gate) * linear(self.hidden, name="up")(x)
-            return linear(width, name="down")(y)
-        y = self.activation(linear(self.hidden, name="hidden")(x))
-        return linear(width, name="out")(y)
-
-
-class Scale(nn.Module):
-    """A learned factor for each channel: LayerScale of Touvron et al., 2021."""
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch width"]:
-        """Returns the scaled channels."""
-        init = nn.initializers.constant(1e-5)
-        return x * self.param("scale", init, x.shape[-1:])
-
-
-class Embedding(nn.Module):
-    """Patches as tokens, after the class token and the registers.
-
-    Args:
-        patch: side of a patch, in pixels.
-        width: channels of a token.
-        class_token: whether a class token comes first.
-        registers: number of register tokens, which have no positions.
-        positions: whether the class token and the patches have learned positions.
-    """
-
-    patch: int
-    width: int
-    class_token: bool
-    registers: int
-    positions: bool
-
-    @nn.compact
-    def __call__(
-        self, x: Float[Array, "*batch h w channels"]
-    ) -> Float[Array, "*batch n width"]:
-        """Returns the class token, the registers and the tokens of the patches."""
-        if any(side % self.patch or not side for side in x.shape[-3:-1]):
-            wanted = f"images whose sides are multiples of the patch, {self.patch}"
-            got = f"{x.shape[-3]}x{x.shape[-2]}"
-            near = max(1, round(x.shape[-3] / self.patch)) * self.patch
-            do = f"Resize the images, for example to {near}x{near}."
-            raise Refusal(message("ImageTower", wanted, got, do))
-        sides = (self.patch, self.patch)
-        patches = nn.Conv(self.width, sides, sides, "VALID", name="patches")
-        x = patches(x)
-        x = x.reshape(*x.shape[:-3], -1, self.width)
-        if self.class_token:
-            x = jnp.concatenate([self._tokens("tokens", 1, x), x], axis=-2)
-        if self.positions:
-            x = x + self.param("positions", SMALL, x.shape[-2:])
-        if self.registers:
-            first, rest = jnp.split(x, [int(self.class_token)], axis=-2)
-            registers = self._tokens("registers", self.registers, x)
-            x = jnp.concatenate([first, registers, rest], axis=-2)
-        return x
-
-    def _tokens(self, name: str, n: int, x: Array) -> Array:
-        """Learned tokens, for every image of a batch."""
-        tokens = self.param(name, SMALL, (n, self.width)).astype(x.dtype)
-        return jnp.broadcast_to(tokens, (*x.shape[:-2], n, self.width))
-
-
-class Block(nn.Module):
-    """Pre-norm block; its layer `sum` is the stream between attention and MLP."""
-
-    heads: int
-    hidden: int
-    activation: Callable[[Array], Array] | None
-    scaled: bool
-    epsilon: float
-
-    @nn.compact
-    def __call__(
-        self, x: Float[Array, "*batch n width"], rotation: Rotation | None = None
-    ) -> Float[Array, "*batch n width"]:
-        """Returns the tokens after attention and the MLP."""
-        y = layer_norm(self.epsilon, name="norm1")(x)
-        y = SelfAttention(self.heads, SMALL, name="attention")(y, rotation=rotation)
-        y = Scale(name="scale1")(y) if self.scaled else y
-        x = Sum(name="sum")(x, y)
-        y = layer_norm(self.epsilon, name="norm2")(x)
-        y = FeedForward(self.hidden, self.activation, name="mlp")(y)
-        y = Scale(name="scale2")(y) if self.scaled else y
-        return x + y
 
 
 class AttentionPool(nn.Module):
@@ -162,7 +53,7 @@ class AttentionPool(nn.Module):
         probe = jnp.broadcast_to(probe, (*x.shape[:-2], *probe.shape))
         y = SelfAttention(self.heads, SMALL, name="attention")(x, queries=probe)
         z = layer_norm(self.epsilon, name="norm")(y)
-        y = y + FeedForward(self.hidden, self.activation, name="mlp")(z)
+        y = y + FeedForward(self.hidden, SMALL, self.activation, name="mlp")(z)
         return y[..., 0, :]
 
 
@@ -255,22 +146,25 @@ class ImageTower(nn.Module):
         self, x: Float[Array, "*batch h w channels"], train: bool = False
     ) -> Float[Array, "*batch features"]:
         """Returns one vector for each image of a batch."""
+        check_sides("ImageTower", x, self.patch)
         h, w = (side // self.patch for side in x.shape[-3:-1])
-        special = (self.class_token, self.registers, not self.rotated)
-        x = Embedding(self.patch, self.width, *special, name="embed")(x)
+        special = (int(self.class_token), self.registers, not self.rotated)
+        x = PatchEmbedding(self.patch, self.width, SMALL, *special, name="embed")(x)
         if self.norm_first:
             x = layer_norm(self.epsilon, name="embed_norm")(x)
         d = self.width // self.heads
         rotation = rotations(h, w, d) if self.rotated else None
-        shape = (self.heads, self.hidden, self.activation)
+        shape, how = (self.heads, self.hidden), (self.activation, self.scaled)
         for number in range(1, self.depth + 1):
-            block = Block(*shape, self.scaled, self.epsilon, name=f"block{number}")
+            block = PreNormBlock(
+                *shape, SMALL, self.epsilon, *how, name=f"block{number}"
+            )
             x = block(x, rotation)
         x = layer_norm(self.epsilon, name="norm")(x)
         if self.class_token:
             x = Token(name="token")(x)
         else:
-            x = AttentionPool(*shape, self.epsilon, name="pool")(x)
+            x = AttentionPool(*shape, self.activation, self.epsilon, name="pool")(x)
         if self.projection is not None:
             x = nn.Dense(self.projection, use_bias=False, name="projection")(x)
         return x

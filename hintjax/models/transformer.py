@@ -1,5 +1,6 @@
-"""Shared parts of transformers: attention, each part of it a possible hint, and MLP."""
+"""Shared parts of transformers: attention, MLPs, and blocks; each part is a hint."""
 
+from collections.abc import Callable
 from functools import partial
 
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ from jax import Array
 from jaxtyping import Bool, Float
 
 from hintjax._checks import Refusal, message
+from hintjax.models.blocks import Sum
 
 Rotation = tuple[Float[Array, "m d"], Float[Array, "m d"]]  # cosines and sines
 
@@ -113,28 +115,85 @@ def rotated(
     return jnp.concatenate([first, last], axis=-3)
 
 
-class Perceptron(nn.Module):
-    """Two linear maps around a GELU; its layer `hidden` comes before the GELU.
+def exact_gelu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """GELU without an approximation; Flax's default approximates it by a tanh."""
+    return nn.gelu(x, approximate=False)
 
-    The GELU is exact; Flax's default approximates it by a tanh.
+
+class FeedForward(nn.Module):
+    """Two linear maps around an activation, which may be gated.
+
+    Without a gate, out(a(hidden(x))). With a gate, down(silu(gate(x)) up(x)), the
+    SwiGLU of Shazeer, GLU Variants Improve Transformer, 2020.
 
     Args:
-        ratio: width of the hidden layer, as a multiple of the input width.
-        kernel_init: initializer of both kernels.
+        hidden: number of channels between both maps.
+        kernel_init: initializer of the kernels.
+        activation: the function a; None for the gate.
     """
 
-    ratio: int
+    hidden: int
     kernel_init: nn.initializers.Initializer
+    activation: Callable[[Array], Array] | None = exact_gelu
 
     @nn.compact
     def __call__(
         self, x: Float[Array, "*batch n width"]
     ) -> Float[Array, "*batch n width"]:
         """Returns the tokens after both linear maps."""
-        width, init = x.shape[-1], self.kernel_init
-        x = nn.Dense(self.ratio * width, kernel_init=init, name="hidden")(x)
-        x = nn.gelu(x, approximate=False)
-        return nn.Dense(width, kernel_init=init, name="out")(x)
+        width = x.shape[-1]
+        linear = partial(nn.Dense, kernel_init=self.kernel_init)
+        if self.activation is None:
+            gate = linear(self.hidden, name="gate")(x)
+            y = nn.silu(gate) * linear(self.hidden, name="up")(x)
+            return linear(width, name="down")(y)
+        y = self.activation(linear(self.hidden, name="hidden")(x))
+        return linear(width, name="out")(y)
+
+
+class Scale(nn.Module):
+    """A learned factor for each channel: LayerScale of Touvron et al., 2021."""
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch width"]:
+        """Returns the scaled channels."""
+        init = nn.initializers.constant(1e-5)
+        return x * self.param("scale", init, x.shape[-1:])
+
+
+class PreNormBlock(nn.Module):
+    """Pre-norm block; its layer `sum` is the stream between attention and MLP.
+
+    Args:
+        heads: number of attention heads.
+        hidden: number of channels of the MLP's hidden layer.
+        kernel_init: initializer of the kernels.
+        epsilon: constant of the LayerNorms.
+        activation: activation of the MLP; None for SwiGLU.
+        scaled: whether LayerScale follows attention and MLP.
+    """
+
+    heads: int
+    hidden: int
+    kernel_init: nn.initializers.Initializer
+    epsilon: float
+    activation: Callable[[Array], Array] | None = exact_gelu
+    scaled: bool = False
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "*batch n width"], rotation: Rotation | None = None
+    ) -> Float[Array, "*batch n width"]:
+        """Returns the tokens after attention and the MLP."""
+        init = self.kernel_init
+        y = layer_norm(self.epsilon, name="norm1")(x)
+        y = SelfAttention(self.heads, init, name="attention")(y, rotation=rotation)
+        y = Scale(name="scale1")(y) if self.scaled else y
+        x = Sum(name="sum")(x, y)
+        y = layer_norm(self.epsilon, name="norm2")(x)
+        y = FeedForward(self.hidden, init, self.activation, name="mlp")(y)
+        y = Scale(name="scale2")(y) if self.scaled else y
+        return x + y
 
 
 class Token(nn.Module):

@@ -1,74 +1,15 @@
 """Vision transformers (ViT) for small images, with DeiT's distillation token."""
 
-import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 from jaxtyping import Float
 
-from hintjax._checks import Refusal, message
-from hintjax.models.blocks import Sum
-from hintjax.models.transformer import Perceptron, SelfAttention, Token, layer_norm
+from hintjax.models.patches import PatchEmbedding, check_sides
+from hintjax.models.transformer import PreNormBlock, Token, layer_norm
 
 EPSILON = 1e-6  # of the LayerNorms of ViT and DeiT
 XAVIER = nn.initializers.xavier_uniform()
 SMALL = nn.initializers.normal(0.02)  # of tokens and positions
-
-
-class Embedding(nn.Module):
-    """Class tokens, then patches as tokens, plus learned positions.
-
-    Its layer `patches` is the map of the patches, before positions are added.
-
-    Args:
-        patch: side of a patch, in pixels.
-        width: channels of a token.
-        classes: number of class tokens.
-    """
-
-    patch: int
-    width: int
-    classes: int
-
-    @nn.compact
-    def __call__(
-        self, x: Float[Array, "*batch h w channels"]
-    ) -> Float[Array, "*batch n width"]:
-        """Returns the class tokens and the tokens of the patches."""
-        if any(side % self.patch or not side for side in x.shape[-3:-1]):
-            wanted = f"images whose sides are multiples of the patch, {self.patch}"
-            got = f"{x.shape[-3]}x{x.shape[-2]}"
-            do = "Choose another patch, or pad the images."
-            raise Refusal(message("VisionTransformer", wanted, got, do))
-        x = nn.Conv(
-            self.width,
-            kernel_size=(self.patch, self.patch),
-            strides=(self.patch, self.patch),
-            padding="VALID",
-            name="patches",
-        )(x)
-        x = x.reshape(*x.shape[:-3], -1, self.width)
-        tokens = self.param("tokens", SMALL, (self.classes, self.width))
-        tokens = jnp.broadcast_to(tokens, (*x.shape[:-2], *tokens.shape))
-        x = jnp.concatenate([tokens.astype(x.dtype), x], axis=-2)
-        return x + self.param("positions", SMALL, x.shape[-2:])
-
-
-class Block(nn.Module):
-    """Pre-norm block; its layer `sum` is the stream between attention and MLP."""
-
-    heads: int
-    ratio: int
-
-    @nn.compact
-    def __call__(
-        self, x: Float[Array, "*batch n width"]
-    ) -> Float[Array, "*batch n width"]:
-        """Returns the tokens after attention and the MLP."""
-        y = layer_norm(EPSILON, name="norm1")(x)
-        y = SelfAttention(self.heads, XAVIER, name="attention")(y)
-        x = Sum(name="sum")(x, y)
-        y = layer_norm(EPSILON, name="norm2")(x)
-        return x + Perceptron(self.ratio, XAVIER, name="mlp")(y)
 
 
 class VisionTransformer(nn.Module):
@@ -141,9 +82,12 @@ class VisionTransformer(nn.Module):
         self, x: Float[Array, "*batch h w channels"], train: bool = False
     ) -> Float[Array, "*batch classes"]:
         """Returns the logits of a batch of images."""
-        x = Embedding(self.patch, self.width, self.class_tokens, name="embed")(x)
+        check_sides("VisionTransformer", x, self.patch)
+        shape = (self.patch, self.width, SMALL, self.class_tokens)
+        x = PatchEmbedding(*shape, name="embed")(x)
+        shape = (self.heads, self.ratio * self.width, XAVIER, EPSILON)
         for number in range(1, self.depth + 1):
-            x = Block(self.heads, self.ratio, name=f"block{number}")(x)
+            x = PreNormBlock(*shape, name=f"block{number}")(x)
         x = layer_norm(EPSILON, name="norm")(x)
         # Class token and classifier come last; a pooled vector is expected there.
         if self.distillation:

@@ -27,7 +27,8 @@ class Candidate(NamedTuple):
         cost: FLOPs of a step of the hint stage, as a part of the FLOPs of a step of
             both whole networks.
         regressor: number of parameters of the default regressor; None if none fits.
-        probe: accuracy of a linear probe of the hint layer for the labels.
+        probe: accuracy of a linear probe of the hint layer for the labels; None without
+            labels.
         explained: R^2 with which an untrained guided layer explains the hint linearly.
     """
 
@@ -38,7 +39,7 @@ class Candidate(NamedTuple):
     shape: tuple[int, ...]
     cost: float
     regressor: int | None
-    probe: float
+    probe: float | None
     explained: float
 
 
@@ -48,14 +49,14 @@ class Measured(NamedTuple):
     Attributes:
         candidates: one for each hint layer in reach, from shallow to deep, and then the
             pairs that the user named.
-        chance: accuracy of the most frequent label.
+        chance: accuracy of the most frequent label; None without labels.
         teacher: paths of the teacher's layers in `alike`.
         student: paths of the student's layers in `alike`.
         alike: CKA of each two layers, the layers of the teacher first.
     """
 
     candidates: tuple[Candidate, ...]
-    chance: float
+    chance: float | None
     teacher: tuple[str, ...]
     student: tuple[str, ...]
     alike: Float[np.ndarray, "layers layers"]
@@ -131,11 +132,14 @@ def choose(measured: Measured, *, count: int = 1) -> tuple[Choice, ...]:
     2. The others are ordered by (probe - chance) (1 - R^2) d, with R^2 in [0, 1] and
        the depth d of the guided layer: the knowledge of the labels in the hint, the
        part of the hint that the student lacks, and the part of the student that the
-       hint stage trains. If two are equal, the cheaper one comes first.
+       hint stage trains. Without labels, the first factor is 1. If two are equal, the
+       cheaper one comes first.
     3. The first `count` are chosen that differ from the pairs before: by another guided
        layer, and by a hint layer whose CKA to theirs is below 0.98.
 
-    The rule is a plain one, which no benchmark has tuned: read the table, too.
+    The rule is a plain one, which no benchmark has tuned. Whether its pair is better
+    than the middle third is not known yet (`benchmarks/suggestion.py` asks): read the
+    table, too.
 
     Args:
         measured: the result of `hintjax.pairing.measure`.
@@ -153,8 +157,7 @@ def choose(measured: Measured, *, count: int = 1) -> tuple[Choice, ...]:
 
     def worth(one: Candidate) -> tuple[float, float]:
         lacking = 1 - min(max(one.explained, 0.0), 1.0)
-        knows = one.probe - measured.chance
-        return knows * lacking * one.guided_depth, -one.cost
+        return _knows(one, measured) * lacking * one.guided_depth, -one.cost
 
     chosen: list[Candidate] = []
     for one in sorted(kept, key=worth, reverse=True):
@@ -182,7 +185,7 @@ def remarks(
         One sentence or two for each warning; none if there is nothing to say.
     """
     said = []
-    if all(one.probe <= measured.chance for one in measured.candidates):
+    if all(_knows(one, measured) <= 0 for one in measured.candidates):
         said.append(
             "No layer of the teacher knows more of the labels than chance. Check that "
             "the teacher is trained, and on images like these."
@@ -236,11 +239,23 @@ def doubts_of_explained(explained: float) -> list[str]:
     return [said]
 
 
+def _knows(one: Candidate, measured: Measured) -> float:
+    """What the hint knows of the labels beyond chance; 1 without labels."""
+    if one.probe is None or measured.chance is None:
+        return 1.0
+    return one.probe - measured.chance
+
+
 def _choice(one: Candidate, measured: Measured) -> Choice:
     """A candidate with the reason for it."""
+    known = ""
+    if one.probe is not None and measured.chance is not None:
+        known = (
+            f"a linear probe of the hint is right for {one.probe:.0%} of the images "
+            f"(chance {measured.chance:.0%}), "
+        )
     reason = (
-        f"a linear probe of the hint is right for {one.probe:.0%} of the images "
-        f"(chance {measured.chance:.0%}), an untrained guided layer explains "
+        f"{known}an untrained guided layer explains "
         f"{max(one.explained, 0):.0%} of the hint, and the hint stage trains "
         f"{one.guided_depth:.0%} of the student for {one.cost:.0%} of the FLOPs"
     )

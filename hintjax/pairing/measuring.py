@@ -53,7 +53,7 @@ def measure(
     teacher_variables: Any,
     batches: Sequence[Batch],
     *,
-    classes: int,
+    classes: int | None,
     pairs: Sequence[tuple[str, str]] = (),
     class_tokens: tuple[int, int] = (0, 0),
 ) -> Measured:
@@ -72,9 +72,11 @@ def measure(
         student_variables: its variables before training.
         teacher: the teacher.
         teacher_variables: its variables, trained.
-        batches: two or more batches of one shape with `image` and `label`, and `where`
-            if some examples do not count; at least 4 examples each.
-        classes: number of classes.
+        batches: two or more batches of one shape with `image`, `label` if there are
+            classes, and `where` if some examples do not count; at least 4 examples
+            each.
+        classes: number of classes; None if there are no labels of classes, and so no
+            probe.
         pairs: (guided layer, hint layer) that are measured, too.
         class_tokens: for student and teacher, the number of tokens before the grid.
 
@@ -84,7 +86,8 @@ def measure(
     Raises:
         ValueError: if there are fewer than two batches, or a network has no maps.
     """
-    positive_int("measure", classes=classes)
+    if classes is not None:
+        positive_int("measure", classes=classes)
     if len(batches) < 2:
         wanted = "two batches or more, to fit on one half and judge on the other"
         raise Refusal(message("measure", wanted, f"{len(batches)}"))
@@ -101,9 +104,10 @@ def measure(
         for one, path in zip((ours, theirs), pair, strict=True):
             one.depth(path)  # raises
     found = list(dict.fromkeys([*found, *pairs]))
-    probes = _probes(
-        theirs, tuple(dict.fromkeys(h for _, h in found)), batches, classes
-    )
+    hints = tuple(dict.fromkeys(hint for _, hint in found))
+    probes, chance = {}, None
+    if classes is not None:
+        probes, chance = _probes(theirs, hints, batches, classes), _chance(batches)
     explained = _explained(ours, theirs, found, batches, class_tokens)
     whole = _BACKWARD * ours.flops(None) + theirs.flops(None)
     rows = []
@@ -119,14 +123,13 @@ def measure(
                 layers[1].shape[1:],
                 cost / whole,
                 _size(*layers, class_tokens),
-                probes[hint],
+                probes.get(hint),
                 r2,
             )
         )
-    hints = tuple(dict.fromkeys(hint for _, hint in found))
     guided = tuple(dict.fromkeys([*ours.depths, *(path for path, _ in pairs)]))
     alike = alignment(theirs.seen(hints), ours.seen(guided), batches=batches)
-    return Measured(tuple(rows), _chance(batches), hints, guided, alike)
+    return Measured(tuple(rows), chance, hints, guided, alike)
 
 
 def alignment(*seen: Seen, batches: Sequence[Batch]) -> Float[np.ndarray, "n n"]:

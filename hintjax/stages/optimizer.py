@@ -51,11 +51,13 @@ def updates(
     params: PyTree,
     value: Float[Array, ""],
     value_fn: Callable[[PyTree], Float[Array, ""]],
+    grad_of_term: Callable[[str], PyTree],
 ) -> tuple[PyTree, optax.OptState]:
     """Returns the updates of the parameters, and the optimizer's new state.
 
     An optimizer that needs more than the gradient gets the extra arguments of optax:
-    `value`, `grad` and `value_fn` (`optax.contrib.reduce_on_plateau`, `optax.lbfgs`).
+    `value`, `grad` and `value_fn` (`optax.contrib.reduce_on_plateau`, `optax.lbfgs`),
+    and `grad_of_term` (`distillation_oriented`).
 
     Args:
         transform: the optimizer.
@@ -64,6 +66,7 @@ def updates(
         params: the parameters.
         value: the loss of the batch.
         value_fn: the loss of the same batch as a function of the parameters.
+        grad_of_term: the gradient of a term of the objective, by its name.
 
     Raises:
         TypeError: if the optimizer needs another argument, or another type.
@@ -77,7 +80,8 @@ def updates(
     extra = {"value": value, "grad": grads, "value_fn": of_all}
     call = optax.with_extra_args_support(transform).update
     errors = []
-    for given in (extra, {}):  # some take no other extra argument than their own
+    # Some take no other extra argument than their own, or than those of optax.
+    for given in ({**extra, "grad_of_term": grad_of_term}, extra, {}):
         try:
             found = call(grads, state, params, **given)
         except (TypeError, ValueError, AttributeError) as error:

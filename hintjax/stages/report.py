@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, PyTree
 
+from hintjax._checks import Refusal, message
 from hintjax._numerics import as_float
 
 Report = dict[str, dict]  # see Stage.report
@@ -28,6 +29,21 @@ def losses_by_term(metrics: Mapping[str, Array]) -> dict[str, Array]:
         if name.endswith("/weighted") and name.count("/") == 1
     }
     return {**terms, "loss": metrics["loss"]}
+
+
+def loss_of_term(metrics: Mapping[str, Array], term: str) -> Array:
+    """Returns the weighted loss of one term of the outermost objective.
+
+    Raises:
+        ValueError: if there is no such term.
+    """
+    found = losses_by_term(metrics)
+    del found["loss"]
+    if term not in found:
+        wanted = f"an objective with the term {term!r}"
+        got = f"the terms {list(found)}" if found else "a method without terms"
+        raise Refusal(message("stage", wanted, got))
+    return found[term]
 
 
 def report(found: Mapping[str, tuple[Array, PyTree]]) -> Report:

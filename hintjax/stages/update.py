@@ -84,6 +84,7 @@ def step(
         state.params,
         metrics["loss"],
         partial(value, plan, state, taught, batch),
+        partial(gradient_of_term, plan, state, taught, batch),
     )
     moved = optax.apply_updates(state.params, updates)
     good, norms, counts = skipping.guard(
@@ -183,6 +184,34 @@ def value(
         return weigh(found), after
 
     return learn(plan, mean, state._replace(params=params), taught, batch)[0]
+
+
+def gradient_of_term(
+    plan: Plan, state: State, taught: Features, batch: Batch, term: str
+) -> PyTree:
+    """Returns the gradient of one term of the objective, with its weight.
+
+    Args:
+        plan: the stage's settings.
+        state: the state before the update.
+        taught: the teacher's features of the batch.
+        batch: the batch.
+        term: name of the term.
+
+    Raises:
+        ValueError: if the method is no objective with such a term.
+    """
+
+    def gradient(
+        plan: Plan, parts: Parts, weigh: Callable[[Array], Array], number: Any
+    ) -> tuple[PyTree, Carry]:
+        def of_term(params: PyTree) -> tuple[Array, Carry]:
+            _, (after, metrics) = loss(plan, parts._replace(params=params), train=True)
+            return weigh(reports.loss_of_term(metrics, term)), after
+
+        return jax.grad(of_term, has_aux=True)(parts.params)
+
+    return plan.place.grads(learn(plan, gradient, state, taught, batch)[0])
 
 
 def keep(plan: Plan, good: Array, new: State, old: State, batch: Batch) -> State:

@@ -17,7 +17,6 @@ from hintjax._checks import Refusal, message
 from hintjax.processes import largest, told
 from hintjax.stages import State
 from hintjax.training.checkpoints import Checkpoints
-from hintjax.training.feeds import Feed
 from hintjax.training.ledger import Now
 from hintjax.training.metrics import read_metrics
 from hintjax.training.signals import Request
@@ -33,7 +32,6 @@ class Keeper:
         run_dir: the run directory.
         checkpoints: the open checkpoints in it.
         request: tells whether a signal has asked the run to end.
-        feed: the batches; a checkpoint holds their position.
         identity: all that must be equal when the run is resumed; JSON.
         seconds: how old the last checkpoint may become; None means any age.
     """
@@ -43,14 +41,12 @@ class Keeper:
         run_dir: str | os.PathLike[str],
         checkpoints: Checkpoints,
         request: Request,
-        feed: Feed,
         identity: Mapping[str, Any],
         seconds: float | None,
     ):
         self.run_dir = run_dir
         self.checkpoints = checkpoints
         self.request = request
-        self.feed = feed
         self.identity = identity
         self.seconds = seconds
         self._last = time.perf_counter()  # of the last save; at first, of the start
@@ -80,7 +76,6 @@ class Keeper:
         now = now._replace(lowest=now.found if lowest else now.lowest)
         extra = {
             "now": now._asdict(),
-            "position": self.feed.position(),
             "of": self.identity,
             "owed": _packed(owed),
             "time": time.time(),
@@ -132,7 +127,6 @@ class Keeper:
             return state
 
         state, extra = self.checkpoints.restore(like)
-        self.feed.seek(extra["position"])
         now = Now(**extra["now"]).spend("compilation", made[0])
         now = now.spend("checkpoints", time.perf_counter() - start - made[0])
         lost = told(partial(_lost, self.run_dir, now.at, extra["time"]))

@@ -146,9 +146,7 @@ def fit(
         stoppable() as request,
         open_checkpoints(Path(run_dir) / "checkpoints") as checkpoints,
     ):
-        keeper = Keeper(
-            run_dir, checkpoints, request, feed, identity, checkpoint_seconds
-        )
+        keeper = Keeper(run_dir, checkpoints, request, identity, checkpoint_seconds)
         if resume and checkpoints.latest() is not None:
             like = partial(template, phases, feed, key, student)
             state, now, metrics = keeper.restore(like, harmless)

@@ -33,6 +33,7 @@ converts the images of a dataset to it, and so does the command with `--weights`
 | `TIMM_EFFICIENTNET_LITE` | timm: tf_efficientnet_lite* | `models.efficientnet_lite0` |
 | `efficientnet_lite` | efficientnet-lite-pytorch | the same |
 | `torchvision_mobilenet_v3` | torchvision | `models.mobilenet_v3_large`, ... |
+| `timm_mobilenet_v3` | timm: mobilenetv3_large_100, mobilenetv3_small_100 | the same |
 | `TORCHVISION_CONVNEXT` | torchvision: convnext_* | `models.convnext_tiny`, ... |
 | `TIMM_CONVNEXT` | timm: convnext_tiny and the like | the same |
 | `HF_CONVNEXT` | transformers: ConvNextForImageClassification | the same |
@@ -41,9 +42,13 @@ converts the images of a dataset to it, and so does the command with `--weights`
 | `TIMM_DINOV2_REGISTERS` | timm: vit_*_patch14_reg4_dinov2 | the same |
 | `HF_DINOV2` | transformers: Dinov2Model, also with registers | the same |
 | `HF_DINOV3` | transformers: DINOv3ViTModel | `models.dinov3_*` |
+| `TIMM_DINOV3` | timm: vit_*_patch16_dinov3 | the same |
+| `TIMM_DINOV3_BIASES` | timm: vit_*_patch16_dinov3_qkvb | the same |
 | `HF_CLIP` | transformers: CLIPModel, or its image tower | `models.clip_*` |
+| `TIMM_CLIP` | timm: vit_*_clip_quickgelu_224 | the same |
 | `HF_SIGLIP` | transformers: SiglipModel | `models.siglip_*` |
 | `HF_SIGLIP_TOWER` | transformers: the image tower alone | the same |
+| `TIMM_SIGLIP` | timm: vit_*_siglip_224 and the like | the same |
 
 `family` finds the map of a file from its keys. Those in small letters are functions,
 because torch numbers the blocks of such a model in a row. The names of transformers are
@@ -57,9 +62,13 @@ differently (without an antialias). DINOv3 has no learned positions.
 A file that does not match its model is refused, but shapes do not determine everything.
 The user must give the right number of heads. The models assume that bottlenecks have
 their stride in the 3x3 convolution (v1.5), that the GELU of a ViT is exact, and that
-LayerNorm's epsilon is 1e-6 (in an `ImageTower` both are arguments). Not covered:
-variants with other layers (resnet50d, ResNeXt, Wide ResNet; ConvNeXt V2; classifiers
-of DINOv2; DINOv3 ViT-7B).
+LayerNorm's epsilon is 1e-6 (in an `ImageTower` both are arguments). OpenAI's weights of
+CLIP want the approximate GELU of `quickgelu`; other weights want the exact one. SigLIP
+was trained with a GELU by tanh, which timm replaces by the exact one in some sizes. The
+variances of timm's MobileNetV3 are shifted, because its BatchNorms have the epsilon
+1e-5 and those of the model 1e-3. Not covered: variants with other layers (resnet50d,
+ResNeXt, Wide ResNet; ConvNeXt V2; classifiers of DINOv2 and CLIP; DINOv3 ViT-7B; SigLIP
+with average pooling; MobileNetV3 of TensorFlow; MobileNetV4).
 """
 
 from hintjax.weights.convert import How, Names, Rule, from_torch
@@ -72,6 +81,7 @@ from hintjax.weights.family import family
 from hintjax.weights.mobile import (
     TIMM_EFFICIENTNET_LITE,
     efficientnet_lite,
+    timm_mobilenet_v3,
     torchvision_mobilenet_v3,
 )
 from hintjax.weights.names import (
@@ -94,8 +104,12 @@ from hintjax.weights.towers import (
     HF_DINOV3,
     HF_SIGLIP,
     HF_SIGLIP_TOWER,
+    TIMM_CLIP,
     TIMM_DINOV2,
     TIMM_DINOV2_REGISTERS,
+    TIMM_DINOV3,
+    TIMM_DINOV3_BIASES,
+    TIMM_SIGLIP,
 )
 
 __all__ = [
@@ -107,11 +121,15 @@ __all__ = [
     "HF_SIGLIP",
     "HF_SIGLIP_TOWER",
     "RESNET",
+    "TIMM_CLIP",
     "TIMM_CONVNEXT",
     "TIMM_DEIT",
     "TIMM_DINOV2",
     "TIMM_DINOV2_REGISTERS",
+    "TIMM_DINOV3",
+    "TIMM_DINOV3_BIASES",
     "TIMM_EFFICIENTNET_LITE",
+    "TIMM_SIGLIP",
     "TIMM_VIT",
     "TORCHVISION_CONVNEXT",
     "TORCHVISION_VIT",
@@ -128,5 +146,6 @@ __all__ = [
     "linear",
     "read_safetensors",
     "resample_positions",
+    "timm_mobilenet_v3",
     "torchvision_mobilenet_v3",
 ]

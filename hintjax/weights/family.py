@@ -14,6 +14,7 @@ from hintjax.weights.convnext import (
 from hintjax.weights.mobile import (
     TIMM_EFFICIENTNET_LITE,
     efficientnet_lite,
+    timm_mobilenet_v3,
     torchvision_mobilenet_v3,
 )
 from hintjax.weights.names import RESNET, TIMM_DEIT, TIMM_VIT, TORCHVISION_VIT
@@ -24,15 +25,21 @@ from hintjax.weights.towers import (
     HF_DINOV3,
     HF_SIGLIP,
     HF_SIGLIP_TOWER,
+    TIMM_CLIP,
     TIMM_DINOV2,
     TIMM_DINOV2_REGISTERS,
+    TIMM_DINOV3,
+    TIMM_DINOV3_BIASES,
+    TIMM_SIGLIP,
 )
 
 # Maps, and functions that make the map of a model.
 FAMILIES: tuple[Names | Callable[[Variables], Names], ...] = (
     *(RESNET, TIMM_VIT, TIMM_DEIT, TORCHVISION_VIT),
-    *(TIMM_EFFICIENTNET_LITE, efficientnet_lite, torchvision_mobilenet_v3),
+    *(TIMM_EFFICIENTNET_LITE, efficientnet_lite),
+    *(torchvision_mobilenet_v3, timm_mobilenet_v3),
     *(DINOV2, TIMM_DINOV2, TIMM_DINOV2_REGISTERS, HF_DINOV2, HF_DINOV3),
+    *(TIMM_DINOV3, TIMM_DINOV3_BIASES, TIMM_CLIP, TIMM_SIGLIP),
     *(HF_CLIP, HF_SIGLIP, HF_SIGLIP_TOWER),
     *(TORCHVISION_CONVNEXT, TIMM_CONVNEXT, HF_CONVNEXT),
 )

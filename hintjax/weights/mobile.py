@@ -2,9 +2,18 @@
 
 import re
 
+import numpy as np
+
 from hintjax.networks import Variables
-from hintjax.weights.convert import Names, Rule, paths
-from hintjax.weights.names import COUNTED, batch_norm, conv, linear
+from hintjax.weights.convert import How, Names, Rule, paths
+from hintjax.weights.names import (
+    COUNTED,
+    VECTOR,
+    batch_norm,
+    conv,
+    layer_norm,
+    linear,
+)
 
 _BLOCK = "group<g>/block<b>"
 
@@ -87,6 +96,64 @@ def torchvision_mobilenet_v3(like: Variables) -> Names:
             *_conv_norm("head", f"{last}.0", f"{last}.1"),
             *linear("hidden", "classifier.0"),
             *linear("classifier", "classifier.3"),
+        ),
+        COUNTED,
+    )
+
+
+_OURS, _TIMMS = 1e-3, 1e-5  # epsilon of the BatchNorms of MobileNetV3
+SHIFTED = How(  # a variance with which our epsilon gives the numbers of timm's
+    "features",
+    lambda n: [(n,)],
+    lambda shape, x: x.astype(np.float64) + _TIMMS - _OURS,
+)
+SQUARE = How(  # a linear map that is a convolution of 1x1 in torch
+    "in out", lambda i, o: [(o, i, 1, 1)], lambda shape, x: x[..., 0, 0].T
+)
+
+
+def _shifted(flax: str, convolution: str, norm: str) -> tuple[Rule, ...]:
+    """A convolution without a bias, then BatchNorm with timm's epsilon."""
+    return (
+        *conv(f"{flax}/conv", convolution),
+        *layer_norm(f"{flax}/norm", norm),
+        Rule(f"batch_stats/{flax}/norm/mean", (f"{norm}.running_mean",), VECTOR),
+        Rule(f"batch_stats/{flax}/norm/var", (f"{norm}.running_var",), SHIFTED),
+    )
+
+
+def _squeeze(flax: str, torch: str) -> tuple[Rule, ...]:
+    """Squeeze and excitation in timm."""
+    return (
+        *conv(f"{flax}/squeeze/reduce", f"{torch}.se.conv_reduce", bias=True),
+        *conv(f"{flax}/squeeze/expand", f"{torch}.se.conv_expand", bias=True),
+    )
+
+
+def timm_mobilenet_v3(like: Variables) -> Names:
+    """The map of names of timm's MobileNetV3 (mobilenetv3_large_100 and the like).
+
+    Args:
+        like: variables of the model, or their shapes; the head has the number of the
+            last group.
+    """
+    last = f"blocks.{max((group for group, _ in _blocks(like)), default=0)}.0"
+    first = "group1/block<b>"
+    return Names(
+        (
+            *_shifted("stem", "conv_stem", "bn1"),
+            *_shifted(
+                "group1/block<b>/depthwise", f"{_FIRST}.conv_dw", f"{_FIRST}.bn1"
+            ),
+            *_shifted(f"{first}/project", f"{_FIRST}.conv_pw", f"{_FIRST}.bn2"),
+            *_shifted(f"{_BLOCK}/expand", f"{_TIMM}.conv_pw", f"{_TIMM}.bn1"),
+            *_shifted(f"{_BLOCK}/depthwise", f"{_TIMM}.conv_dw", f"{_TIMM}.bn2"),
+            *_shifted(f"{_BLOCK}/project", f"{_TIMM}.conv_pwl", f"{_TIMM}.bn3"),
+            *_squeeze(_BLOCK, _TIMM),
+            *_shifted("head", f"{last}.conv", f"{last}.bn1"),
+            Rule("params/hidden/kernel", ("conv_head.weight",), SQUARE),
+            Rule("params/hidden/bias", ("conv_head.bias",), VECTOR),
+            *linear("classifier", "classifier"),
         ),
         COUNTED,
     )

@@ -48,17 +48,22 @@ def positions(class_tokens: int) -> How:
     return How("tokens width", lambda n, width: [(1, n, width)], convert, fits)
 
 
-def _third(number: int) -> tuple[How, How]:
-    """Kernel and bias of queries (0), keys (1) or values (2), which torch joins."""
+def joined(number: int, count: int) -> tuple[How, How]:
+    """Kernel and bias of one of the maps that torch joins, by its number from 0.
+
+    Args:
+        number: the number of the map; for queries, keys and values 0, 1 and 2.
+        count: the number of joined maps.
+    """
     kernel = How(
         "width heads d",
-        lambda width, heads, d: [(3 * heads * d, width)],
-        lambda shape, x: x.T.reshape(shape[0], 3, *shape[1:])[:, number],
+        lambda width, heads, d: [(count * heads * d, width)],
+        lambda shape, x: x.T.reshape(shape[0], count, *shape[1:])[:, number],
     )
     bias = How(
         "heads d",
-        lambda heads, d: [(3 * heads * d,)],
-        lambda shape, x: x.reshape(3, *shape)[number],
+        lambda heads, d: [(count * heads * d,)],
+        lambda shape, x: x.reshape(count, *shape)[number],
     )
     return kernel, bias
 
@@ -97,7 +102,7 @@ def attention(flax: str, qkv: str, out: str) -> tuple[Rule, ...]:
     """
     rules = []
     for number, name in enumerate(("query", "key", "value")):
-        kernel, bias = _third(number)
+        kernel, bias = joined(number, 3)
         rules += [
             Rule(f"params/{flax}/{name}/kernel", (f"{qkv}weight",), kernel),
             Rule(f"params/{flax}/{name}/bias", (f"{qkv}bias",), bias),

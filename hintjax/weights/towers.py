@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from hintjax._checks import Refusal, message
 from hintjax.weights.convert import How, Names, Rule
 from hintjax.weights.names import (
     LINEAR,
@@ -11,6 +12,7 @@ from hintjax.weights.names import (
     ZEROS,
     attention,
     conv,
+    joined,
     layer_norm,
     linear,
     positions,
@@ -25,7 +27,7 @@ PATCHES = How(  # positions of the patches alone; the class token's are in the t
     lambda got, wanted: positions(0).fits(got, wanted),
 )
 ONE_TOKEN = How("tokens width", lambda n, width: [(width,)], lambda shape, x: x[None])
-NO_KEY_BIAS = How("heads d", lambda heads, d: [], lambda shape: np.zeros(shape))
+NO_HEADS_BIAS = How("heads d", lambda heads, d: [], lambda shape: np.zeros(shape))
 REGISTERS = How("tokens width", lambda n, width: [(1, n, width)], lambda shape, x: x[0])
 HEADS = How(  # queries, keys or values, where torch has a linear map for each
     "width heads d",
@@ -35,6 +37,20 @@ HEADS = How(  # queries, keys or values, where torch has a linear map for each
 HEADS_BIAS = How(
     "heads d", lambda heads, d: [(heads * d,)], lambda shape, x: x.reshape(shape)
 )
+
+
+def _unbiased(
+    shape: tuple[int, ...], kernel: np.ndarray, bias: np.ndarray
+) -> np.ndarray:
+    """The kernel of a linear map, whose bias must be 0."""
+    if bias.any():
+        wanted = "the projection of CLIP, which has no bias"
+        do = "A file that was trained further, as a classifier, has no projection."
+        raise Refusal(message("from_torch", wanted, "head.bias that is not 0", do))
+    return kernel.T
+
+
+PROJECTION = How("in out", lambda i, o: [(o, i), (o,)], _unbiased)
 
 
 def _table(class_tokens: int) -> How:
@@ -128,6 +144,72 @@ TIMM_DINOV2_REGISTERS = Names(
     )
 )
 
+
+def _dinov3(*biases: Rule) -> Names:
+    """DINOv3 in timm; queries, keys and values without a rule have no bias."""
+    return Names(
+        (
+            *biases,
+            *(
+                Rule(f"params/block<b>/attention/{name}/bias", (), NO_HEADS_BIAS)
+                for name in ("query", "key", "value")
+            ),
+            Rule("params/block<b>/scale<n>/scale", (f"{_TIMM}.gamma_<n>",), VECTOR),
+            *linear("block<b>/mlp/gate", f"{_TIMM}.mlp.fc1_g"),
+            *linear("block<b>/mlp/up", f"{_TIMM}.mlp.fc1_x"),
+            *linear("block<b>/mlp/down", f"{_TIMM}.mlp.fc2"),
+            *_BLOCKS,
+            _registers("reg_token"),
+        )
+    )
+
+
+TIMM_DINOV3 = _dinov3()
+TIMM_DINOV3_BIASES = _dinov3(
+    *(
+        Rule(
+            f"params/block<b>/attention/{name}/bias",
+            (f"{_TIMM}.attn.{name[0]}_bias",),
+            HEADS_BIAS,
+        )
+        for name in ("query", "value")
+    )
+)
+
+TIMM_CLIP = Names(
+    (
+        Rule("params/embed/patches/bias", (), ZEROS),
+        *_BLOCKS,
+        _POSITIONS,
+        *layer_norm("embed_norm", "norm_pre"),
+        Rule("params/projection/kernel", ("head.weight", "head.bias"), PROJECTION),
+    )
+)
+
+_POOL = "params/pool/attention"
+
+TIMM_SIGLIP = Names(
+    (
+        *_BLOCKS,
+        Rule("params/embed/positions", ("pos_embed",), positions(0)),
+        Rule("params/pool/probe", ("attn_pool.latent",), TOKENS),
+        Rule(f"{_POOL}/query/kernel", ("attn_pool.q.weight",), HEADS),
+        Rule(f"{_POOL}/query/bias", ("attn_pool.q.bias",), HEADS_BIAS),
+        *(
+            Rule(f"{_POOL}/{name}/{leaf}", (f"attn_pool.kv.{torch}",), how)
+            for number, name in enumerate(("key", "value"))
+            for leaf, torch, how in zip(
+                ("kernel", "bias"), ("weight", "bias"), joined(number, 2), strict=True
+            )
+        ),
+        Rule(f"{_POOL}/out/kernel", ("attn_pool.proj.weight",), OUT),
+        Rule(f"{_POOL}/out/bias", ("attn_pool.proj.bias",), VECTOR),
+        *layer_norm("pool/norm", "attn_pool.norm"),
+        *linear("pool/mlp/hidden", "attn_pool.mlp.fc1"),
+        *linear("pool/mlp/out", "attn_pool.mlp.fc2"),
+    )
+)
+
 _HF, _INNER = "encoder.layer.<b-1>", "encoder.layer.<b-1>.attention.attention"
 
 HF_DINOV2 = Names(
@@ -165,7 +247,7 @@ HF_DINOV3 = Names(
         Rule("params/embed/tokens", ("embeddings.cls_token",), TOKENS),
         _registers("embeddings.register_tokens"),
         *layer_norm("block<b>/norm<n>", f"{_DINOV3}.norm<n>"),
-        Rule("params/block<b>/attention/key/bias", (), NO_KEY_BIAS),
+        Rule("params/block<b>/attention/key/bias", (), NO_HEADS_BIAS),
         *_separate(
             "block<b>/attention",
             query=f"{_DINOV3}.attention.q_proj",

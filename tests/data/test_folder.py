@@ -1,10 +1,14 @@
 """Folders of images: their order, classes and splits, odd files, damaged files."""
 
+import functools
+
 import numpy as np
 import pytest
 from PIL import Image
 
 from hintjax import data
+from hintjax._checks import FileRefusal
+from hintjax.data import sources
 from hintjax.data.folder import image_folder
 
 pytestmark = pytest.mark.quick
@@ -80,9 +84,8 @@ def test_images_of_many_sizes_need_a_size(tmp_path):
         image_folder(tmp_path, None, MOST)
     splits, _ = image_folder(tmp_path, 4, MOST)
     assert splits["train"].shape == (4, 4, 3)
-    got = r"2 images of \(4, 4, 3\), 96 bytes, in"
-    with pytest.raises(ValueError, match=rf"up to 95 bytes together, got {got}"):
-        image_folder(tmp_path, 4, 95)
+    assert isinstance(image_folder(tmp_path, 4, 96)[0]["train"], data.Split)
+    assert isinstance(image_folder(tmp_path, 4, 95)[0]["train"], data.Files)
 
 
 # Odd files
@@ -155,22 +158,23 @@ def damage(path, kind):
     )
 
 
+@pytest.mark.parametrize("most", [MOST, 0], ids=["in memory", "on disk"])
 @pytest.mark.parametrize(
     ("kind", "reason"), [("empty", "an empty file"), ("text", "no image"), ("cut", "")]
 )
-def test_a_damaged_file_is_named_and_left_out(kind, reason, tmp_path):
+def test_a_damaged_file_is_named_and_left_out(kind, reason, most, tmp_path):
     for seed in range(12):
         path = write(tmp_path / "ab"[seed % 2] / f"{seed:02}.png", pixels(seed))
     damage(path, kind)
     with pytest.warns(UserWarning, match=rf"left out, 1 of 12: 'b/11.png' \({reason}"):
-        splits, names = image_folder(tmp_path, None, MOST)
+        splits, names = image_folder(tmp_path, None, most)
     assert splits["train"].n == 11 and names == ["a", "b"]
     assert splits["train"].label.tolist() == [0] * 6 + [1] * 5
-    np.testing.assert_array_equal(splits["train"].image[-1], pixels(9))
+    np.testing.assert_array_equal(splits["train"].read([10]).image[0], pixels(9))
     damage(tmp_path / "a" / "00.png", kind)
     match = rf"at most 1 damaged .* 2 of 12: 'a/00.png' .*'b/11.png' \({reason}"
     with pytest.raises(OSError, match=match):
-        image_folder(tmp_path, None, MOST)
+        image_folder(tmp_path, None, most)
 
 
 def test_a_folder_without_images_is_refused(tmp_path):
@@ -196,6 +200,80 @@ def test_the_folder_of_a_prepared_set_is_no_folder_of_images(tmp_path, monkeypat
         data.load("mnist", tmp_path / "sets")
     with pytest.raises(ValueError, match="images .* in the folder mnist"):
         data.load("mnist", tmp_path / "nothing")
+
+
+# More images than memory
+
+
+@pytest.fixture
+def large(tmp_path, monkeypatch):
+    """A folder of 60 images in two classes, and `load` with little memory."""
+    for seed in range(60):
+        write(tmp_path / "ab"[seed % 2] / f"{seed:02}.png", pixels(seed))
+    whole = functools.partial(data.load, str(tmp_path))
+    fits = functools.partial(data.fits_on_device, limit=0)
+
+    def on_disk(**options):
+        with monkeypatch.context() as patch:
+            patch.setattr(sources, "IN_MEMORY", 1000)
+            patch.setattr(sources, "fits_on_device", fits)
+            return data.load(str(tmp_path), **options)
+
+    return tmp_path, whole, on_disk
+
+
+SPLITS = ("train", "validation", "test")
+
+
+@pytest.mark.parametrize("options", [{}, {"size": 4}, {"limit": 9}, {"labels": 9}])
+def test_images_in_files_are_the_images_in_memory(large, options):
+    _, whole, on_disk = large
+    ours, theirs = on_disk(**options), whole(**options)
+    for key in SPLITS:
+        files, split = getattr(ours, key), getattr(theirs, key)
+        assert isinstance(files, data.Files) and isinstance(split, data.Split)
+        assert (files.n, files.shape) == (split.n, split.shape)
+        some = [files.n - 1, 0, 2, 2]
+        for mine, other in ((range(files.n), split), (some, split.read(some))):
+            read = files.read(mine)
+            np.testing.assert_array_equal(read.image, other.image)
+            np.testing.assert_array_equal(read.label, other.label)
+        np.testing.assert_array_equal(files.labels(some), split.labels(some))
+    for mine, other in zip(ours.standardize, theirs.standardize, strict=True):
+        np.testing.assert_array_equal(mine, other)
+    assert ours.class_names == theirs.class_names
+
+
+def test_splits_that_fit_on_the_device_are_decoded_once(large, monkeypatch):
+    monkeypatch.setattr(sources, "IN_MEMORY", 1000)
+    limit = 30 * 6 * 8 * 3  # validation and test are smaller than training
+    fits = functools.partial(data.fits_on_device, limit=limit)
+    monkeypatch.setattr(sources, "fits_on_device", fits)
+    dataset = data.load(str(large[0]))
+    kinds = [type(getattr(dataset, key)) for key in SPLITS]
+    assert kinds == [data.Files, data.Split, data.Split]
+
+
+@pytest.mark.parametrize("change", ["other pixels", "another shape", "removed", "cut"])
+def test_a_file_that_changes_after_it_was_read_is_refused(large, change):
+    root, _, on_disk = large
+    train = on_disk().train
+    path = root / train.path[7]
+    if change == "removed":
+        path.unlink()
+    elif change == "cut":
+        damage(path, "cut")
+    else:
+        write(path, pixels(99, (6, 8, 3) if change == "other pixels" else (6, 9, 3)))
+    train.read(range(7))
+    match = rf"load: expected the file '{train.path[7]}' of .* as it was at the start"
+    with pytest.raises(FileRefusal, match=match):
+        train.read(range(20))
+    # The thread in which Grain reads ahead raises the same error.
+    batches = data.stream(train, 14, data.statistics(train))
+    with pytest.raises(FileRefusal, match=match):
+        for _ in range(4):
+            next(batches)
 
 
 # Few labels, no labels

@@ -5,7 +5,7 @@ import pytest
 
 import hintjax as hj
 from hintjax import data
-from hintjax.experiments import explained, finished
+from hintjax.experiments import explained, feature_maps, finished
 from hintjax.experiments.config import Config
 from hintjax.experiments.finished import evaluation_size, score
 from hintjax.experiments.run import _validation
@@ -108,11 +108,11 @@ def test_maps_do_not_depend_on_the_size_of_the_batches(corners, monkeypatch):
         return 2 * image
 
     def batches():
-        return list(explained.image_batches(setting, setting.dataset.test, index))
+        return list(feature_maps.image_batches(setting, setting.dataset.test, index))
 
-    whole = explained.maps(shown, hj.Variables({}, {}), batches())
+    whole = feature_maps.maps(shown, hj.Variables({}, {}), batches())
     monkeypatch.setattr(finished, "_SMALL", 64)
-    parts = explained.maps(shown, hj.Variables({}, {}), batches())
+    parts = feature_maps.maps(shown, hj.Variables({}, {}), batches())
     np.testing.assert_array_equal(whole, parts)
     assert seen == [20, 7, 7, 7]  # one program for all batches
 

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 import hintjax as hj
-from hintjax.experiments import recipes
+from hintjax.experiments import attachment, recipes
 from hintjax.experiments.config import Config
 from hintjax.experiments.phases import check, check_balance
 from hintjax.experiments.setting import prepare
@@ -28,7 +28,7 @@ def test_phases_of_one_name_with_other_rates_are_other_programs(setting):
 
 
 def test_phases_of_one_name_with_other_methods_are_other_programs(setting):
-    middle = recipes.AT._replace(where=recipes.middle)
+    middle = recipes.AT._replace(where=attachment.middle)
     check(setting, recipes.AT)
     check(setting, middle)
     check(setting, middle._replace(weight=1.0))

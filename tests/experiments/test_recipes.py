@@ -12,7 +12,8 @@ from hintjax.cli import main
 from hintjax.experiments import recipes
 from hintjax.experiments.config import Config
 from hintjax.experiments.finished import load_student
-from hintjax.experiments.methods_table import ATTACHED, METHODS, RECIPES, markdown
+from hintjax.experiments.listing import ATTACHED, markdown
+from hintjax.experiments.methods_table import METHODS, RECIPES
 from hintjax.experiments.phases import check
 from hintjax.experiments.recipes import backprop
 from hintjax.experiments.run import load_deployed

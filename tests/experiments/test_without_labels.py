@@ -1,5 +1,6 @@
 """Runs without labels or with few of them, the page about them, and `probe`."""
 
+import functools
 import json
 import re
 import runpy
@@ -18,8 +19,9 @@ from PIL import Image
 
 from hintjax._checks import Refusal
 from hintjax.cli import main
+from hintjax.data import Files, fits_on_device, sources
 from hintjax.experiments import config as configs
-from hintjax.experiments import recipes
+from hintjax.experiments import recipes, run
 from hintjax.experiments.attachment import Places
 from hintjax.experiments.config import Config
 from hintjax.experiments.distill import planned, show_costs
@@ -33,6 +35,7 @@ from hintjax.method import Context
 from hintjax.models import VisionTransformer
 from hintjax.models.blocks import GlobalAveragePool
 from hintjax.networks import Features, Wants
+from hintjax.training import load_tree, streamed
 
 PAGE = Path(__file__).parents[2] / "hintjax" / "data" / "README.md"
 # Methods that read the label of every example.
@@ -163,12 +166,120 @@ def test_a_probe_reads_what_the_head_reads():
     assert layer_of({"classifier": vector}) is None
 
 
+def test_layers_are_suggested_without_labels(page, tmp_path, capsys):
+    picture = tmp_path / "similar.png"
+    capsys.readouterr()
+    main(["suggest", "runs/student", "--images", "16", "--picture", str(picture)])
+    out = capsys.readouterr().out
+    columns = re.split(r"  +", out.splitlines()[0])
+    assert columns[4:] == ["regressor", "CKA", "R^2", "guided layer"]
+    assert "probe" not in out and "chance" not in out and "labels" not in out
+    assert re.search(r"^(suggested: group|No layer passes)", out, re.MULTILINE)
+    assert picture.exists()
+
+
 def test_a_run_does_not_resume_with_other_images(page, capsys):
     main(["resume", "runs/student"])
     Image.new("RGB", (12, 10)).save("photos/45.png")
     with pytest.raises(SystemExit):
         main(["resume", "runs/student"])
     assert "images" in capsys.readouterr().err
+
+
+# Images that do not fit into memory
+
+
+@pytest.fixture
+def little_memory(monkeypatch):
+    """A machine that neither decodes the folders in memory nor on the device."""
+    fits = functools.partial(fits_on_device, limit=0)
+    monkeypatch.setattr(sources, "IN_MEMORY", 100)
+    for module in (sources, run):
+        monkeypatch.setattr(module, "fits_on_device", fits)
+    read = []
+    of_files = Files.read
+
+    def counted(files, index):
+        read.append(len(index))
+        return of_files(files, index)
+
+    monkeypatch.setattr(Files, "read", counted)
+    return read
+
+
+def again(page, name, *more):
+    """Trains a run of the page once more, and returns its directory."""
+    (line,) = [line for line in page if line.endswith(f"--run-dir runs/{name}")]
+    run_dir = f"runs/again_{name}{len(more)}"
+    main([*small(line), "--run-dir", run_dir, *more])
+    return run_dir
+
+
+def without_times(name):
+    found = json.loads(Path(name, "result.json").read_text())
+    return {key: value for key, value in found.items() if key not in TIMES}
+
+
+TIMES = {"seconds", "spent"}
+
+
+@pytest.mark.parametrize(
+    "name", ["teacher", pytest.param("few", marks=pytest.mark.long)]
+)
+def test_a_folder_in_files_trains_the_same_student(page, name, little_memory):
+    run_dir = again(page, name)
+    assert set(little_memory) > {8}  # batches of training, and larger ones
+    ours, theirs = (load_tree(Path(of, "student")) for of in (run_dir, f"runs/{name}"))
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+    assert without_times(run_dir) == without_times(f"runs/{name}")
+    main(["resume", run_dir])
+
+
+@pytest.mark.long
+def test_a_folder_in_files_is_probed_alike(page, little_memory):
+    def probed():
+        main(["probe", "runs/few"])
+        return Path("runs/few/probe.json").read_text()
+
+    on_disk = probed()
+    assert len(little_memory) > 3
+    little_memory.clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sources, "IN_MEMORY", 2**30)
+        assert probed() == on_disk
+    assert not little_memory
+
+
+@pytest.mark.long
+def test_a_cache_of_a_folder_in_files_is_that_of_the_folder_in_memory(page, request):
+    options = ("--cache", "--pad", "1", "--views", "2")
+    whole = again(page, "student", *options)
+    request.getfixturevalue("little_memory")
+    run_dir = again(page, "student", *options, "--cache-dtype", "float32")
+    ours, theirs = (
+        b"".join(path.read_bytes() for path in sorted(Path(of).glob("cache/rows*")))
+        for of in (run_dir, whole)
+    )
+    assert ours == theirs
+    ours, theirs = (load_tree(Path(of, "student")) for of in (run_dir, whole))
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
+def test_a_file_that_vanishes_ends_the_run_with_a_sentence(
+    page, little_memory, monkeypatch, capsys
+):
+    def removing(*arguments):
+        Path("photos/50.png").rename("photos/50.bak")
+        return streamed(*arguments)
+
+    monkeypatch.setattr(run, "streamed", removing)
+    with pytest.raises(SystemExit) as stopped:
+        again(page, "student", "--seed", "1")
+    Path("photos/50.bak").rename("photos/50.png")
+    assert stopped.value.code == 2
+    assert "the file '50.png' of photos as it was at the start" in (
+        capsys.readouterr().err
+    )
 
 
 # Recipes
@@ -207,13 +318,35 @@ def test_recipes_without_labels_have_no_task_or_say_that_they_need_labels(corner
                 assert -1 in phase.method.ignored
                 learned = phase.method.student.output or phase.method.student.params
                 assert labels or phase.hints_only or learned or name == "simkd"
+                if name == "simkd":
+                    shown = metrics_of(phase.method, setting)
+                    assert ("simkd/accuracy" in shown) == bool(labels)
         assert refused == (EVERY_LABEL if labels else EVERY_LABEL | {"backprop"})
+
+
+def metrics_of(method, setting):
+    """The names of the metrics of a method, from shapes alone."""
+
+    def shown(key):
+        image = jnp.zeros((2, *setting.inputs.shape[1:]))
+        features = []
+        for network, wants in (
+            (setting.student, method.student),
+            (setting.teacher, method.teacher),
+        ):
+            variables = network.init(key, image)
+            features += [network.apply(*variables, image, wants=wants, train=False)[0]]
+        params, memory = method.init(key, *features, None)
+        batch, context = {"label": jnp.array([0, -1])}, Context(key, jnp.int32(0), True)
+        return method.apply(params, memory, *features, batch, context)[2]
+
+    return set(jax.eval_shape(shown, jax.random.key(0)))
 
 
 def test_the_task_counts_examples_with_a_label_as_a_batch_of_them():
     output, label = jnp.eye(3)[:2].repeat(4, 0), jnp.array([0, -1, 1, -1, 1, 2, -1, -1])
     places = Places({}, {}, examples=80, labels=40)
-    term = recipes._task(Config(), places, 0.5)
+    term = recipes.kinds._task(Config(), places, 0.5)
     context = Context(jnp.zeros(2, jnp.uint32), jnp.int32(0), True)
     features = Features(output=output)
     values, _, metrics = term.method.apply(

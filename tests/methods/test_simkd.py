@@ -73,6 +73,32 @@ def test_the_method_is_the_code(golden):
     assert case.error("out.logits", logits) < 1e-5
 
 
+def test_examples_without_a_label_do_not_count_in_the_accuracy():
+    head = {"kernel": jnp.eye(3)}
+    teacher = Features(hints={"x": jnp.ones((5, 2, 2, 3))}, params={"classifier": head})
+    student = Features(hints={"a": jnp.ones((5, 2, 2, 3))})
+
+    def measured(**batch):
+        def run(key):
+            params, memory = method.init(key, student, teacher, None)
+            context = Context(key, jnp.int32(0), True)
+            arrays = {name: jnp.asarray(values) for name, values in batch.items()}
+            return method.apply(params, memory, student, teacher, arrays, context)[2]
+
+        return float(jax.jit(run)(KEY)["accuracy"])
+
+    method = simkd(("a", "x"))
+    (right,) = [c for c in range(3) if measured(label=[c] * 5) == 1]
+    wrong = (right + 1) % 3
+    label = [right, -1, wrong, -1, right]
+    assert measured(label=label) == pytest.approx(2 / 5)
+    method = simkd(("a", "x"), ignore=-1)
+    assert method.ignored == (-1,)
+    assert measured(label=label) == pytest.approx(2 / 3)
+    where = [True, True, True, True, False]
+    assert measured(label=label, where=where) == pytest.approx(1 / 2)
+
+
 def test_a_classifier_has_a_kernel():
     student = Features(hints={"a": jnp.ones((2, 4, 4, 3))})
     norm = {"scale": jnp.ones(3)}

@@ -275,7 +275,7 @@ def objective_parts(metrics):
         (
             models.vit_mini(10),
             images(30, 28, 1),
-            "VisionTransformer: .*multiples of the patch, 4, got 30x28. Choose another",
+            "VisionTransformer: .*multiples of the patch, 4, got 30x28. Resize",
         ),
         (
             models.VisionTransformer(2, 8, 1, 3, 10),

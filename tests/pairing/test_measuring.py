@@ -156,6 +156,16 @@ def test_the_alignment_is_the_similarity_of_all_layers(found):
     np.testing.assert_allclose(alone[0, 1], found.alike[2, 0], rtol=1e-4)
 
 
+def test_without_labels_all_but_the_probe_is_measured(found):
+    images = [{name: one[name] for name in ("image", "where")} for one in BATCHES]
+    networks = STUDENT, STARTED, TEACHER, TAUGHT
+    unlabeled = measure(*networks, images, classes=None, pairs=[("conv1", "conv3")])
+    assert unlabeled.chance is None
+    labeled = tuple(one._replace(probe=None) for one in found.candidates)
+    assert unlabeled.candidates == labeled
+    np.testing.assert_array_equal(unlabeled.alike, found.alike)
+
+
 def test_too_little_to_measure_is_refused(unchecked):
     networks = STUDENT, STARTED, TEACHER, TAUGHT
     with pytest.raises(ValueError, match="two batches or more.* got 1"):

@@ -179,6 +179,18 @@ def test_the_pair_that_knows_most_and_is_explained_least_is_chosen():
     )
 
 
+def test_without_labels_a_hint_counts_by_all_but_its_probe():
+    found = [
+        candidate("shallow", guided_depth=0.4, explained=0.1, probe=None),
+        candidate("best", explained=0.1, probe=None),
+        candidate("explained", explained=0.7, probe=None),
+    ]
+    unlabeled = measured(*found)._replace(chance=None)
+    assert hints(unlabeled, 1) == ["best"] and remarks(unlabeled) == ()
+    (choice,) = choose(unlabeled)
+    assert choice.reason.startswith("an untrained guided layer explains 10%")
+
+
 @pytest.mark.parametrize(
     "wrong",
     [{"depth": 0.7}, {"guided_depth": 0.7}, {"regressor": None}, {"explained": 0.9}],

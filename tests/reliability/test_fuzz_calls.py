@@ -34,7 +34,7 @@ from hintjax import (
 )
 from hintjax.methods import uncertainty
 from hintjax.networks import nnx as networks_nnx
-from hintjax.stages import balance, debugging
+from hintjax.stages import balance, debugging, oriented
 
 # The functions of these names hide their modules.
 objective = importlib.import_module("hintjax.objective")
@@ -260,6 +260,9 @@ VALID = {
         "seeing": {"network": NETWORK, "view": jnp.abs},
         "self_taught": {"method": METHOD},
         "together": {"one": NETWORK},
+    },
+    oriented: {
+        "distillation_oriented": {"momentum": 0.9, "delta": 0.05, "task": "task"}
     },
     views: {
         "at_head": {"method": METHOD, "student": "head"},

@@ -12,10 +12,11 @@ import jax
 import numpy as np
 import pytest
 
-from hintjax.experiments import recipes
+from hintjax.experiments import attachment, recipes
 from hintjax.experiments import run as experiment
 from hintjax.experiments.config import Config
 from hintjax.experiments.setting import prepare
+from hintjax.methods import fitnets
 from hintjax.models.blocks import GlobalAveragePool
 from hintjax.training import fingerprint, on_device, read_metrics
 
@@ -61,7 +62,7 @@ class Block(nn.Module):
 def two_stages(recipe):
     if isinstance(recipe, recipes.BeforeTask):
         return recipe
-    return recipes.BeforeTask(recipes.fitnets, recipes.middle, after=recipe)
+    return recipes.BeforeTask(fitnets, attachment.middle, after=recipe)
 
 
 @pytest.fixture(scope="module")

@@ -198,6 +198,7 @@ def test_what_is_wrong_is_named(stages, case):
             checked.evaluate(*arguments)
 
 
+@pytest.mark.bits
 def test_what_is_right_comes_to_the_same_bits(stages):
     stage, checked, state, theirs = stages
     ours, reported = [], []

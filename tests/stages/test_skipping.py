@@ -85,6 +85,7 @@ def test_an_exploding_batch_changes_nothing_at_all(count):
 
 
 @pytest.mark.parametrize("mesh", [None, hj.data_mesh], ids=["alone", "mesh"])
+@pytest.mark.bits
 def test_without_spikes_a_guard_changes_no_bit(mesh):
     mesh = mesh and mesh()
     (got, _), (want, _) = (ran(g, range(8), mesh=mesh) for g in (GUARD, None))

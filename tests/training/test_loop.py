@@ -19,14 +19,8 @@ import orbax.checkpoint as ocp
 import pytest
 
 import hintjax as hj
-from hintjax.data import (
-    Augment,
-    Dataset,
-    Split,
-    evaluation_batches,
-    statistics,
-    stream,
-)
+from hintjax.data import Augment, Dataset, Split, evaluation_batches, statistics
+from hintjax.data.stream import read_ahead
 from hintjax.training import (
     DamageError,
     Fitted,
@@ -239,11 +233,14 @@ def test_scanned_dispatch_trains_like_single_steps_and_resumes_exactly(world, tm
     assert fingerprint(resumed.state) == fingerprint(scanned.state)
 
 
-def test_streamed_batches_resume_to_the_same_bits(world, tmp_path):
+@pytest.mark.bits
+def test_streamed_batches_train_and_resume_to_the_bits_of_the_device(
+    world, whole, tmp_path
+):
     def feed():
-        return streamed(world["dataset"], BATCH, seed=0, augment=Augment(pad=1))
+        return streamed(world["dataset"], BATCH, jax.random.key(3))
 
-    expected = train(world, tmp_path / "whole", feed=feed())
+    expected = whole[1]
     with pytest.raises(Killed):
         train(world, tmp_path / "killed", feed=feed(), show=killer(12))
     resumed = train(world, tmp_path / "killed", feed=feed(), resume=True)
@@ -272,7 +269,7 @@ def test_a_balanced_run_keeps_the_shares_and_resumes_to_the_same_bits(
     def run(name, **how):
         feed = None
         if source == "streamed":
-            feed = streamed(world["dataset"], BATCH, seed=0, augment=Augment(pad=1))
+            feed = streamed(world["dataset"], BATCH, jax.random.key(3))
         return train(world, tmp_path / name, feed=feed, phases=phases, **how)
 
     expected = run("whole", checkpoint_seconds=1e-9)
@@ -369,6 +366,7 @@ def test_debug_names_what_is_not_finite(world, tmp_path):
         train(world, tmp_path, phases=[phase], debug=True)
 
 
+@pytest.mark.bits
 def test_debug_changes_no_bit_of_a_run_that_is_right(world, whole, tmp_path):
     fitted = train(world, tmp_path, debug=True)
     for one, other in zip(
@@ -692,21 +690,21 @@ def test_what_trains_nobody_counts_against_goodput():
 def test_steps_that_wait_for_data_are_told(world, tmp_path, monkeypatch):
     class Slow:
         def __init__(self, batches):
-            self.get_state, self.set_state = batches.get_state, batches.set_state
-            self.batches = batches
+            self.batches, self.close = batches, batches.close
 
         def __next__(self):
             time.sleep(0.04)
             return next(self.batches)
 
-    monkeypatch.setattr(feeds, "stream", lambda *a, **k: Slow(stream(*a, **k)))
-    fitted = train(world, tmp_path, feed=streamed(world["dataset"], BATCH, seed=0))
+    monkeypatch.setattr(feeds, "read_ahead", lambda *a: Slow(read_ahead(*a)))
+    key = jax.random.key(3)
+    fitted = train(world, tmp_path, feed=streamed(world["dataset"], BATCH, key))
     # Of sixteen steps, the first of each phase waits among its compilation.
     assert fitted.spent["data"] >= 14 * 0.04 and fitted.goodput < 1
     # While an earlier step still runs, its successor's batch may be late.
     busy = types.SimpleNamespace(is_ready=lambda: False)
-    update = types.SimpleNamespace(update=lambda state, *rest: (state, {"loss": busy}))
-    runs, feed = types.SimpleNamespace(stage=update), streamed(world["dataset"], 8, 0)
+    runs = types.SimpleNamespace(one=lambda state, *rest: (state, {"loss": busy}))
+    feed = streamed(world["dataset"], BATCH, key)
     feed.waited()
     feed.advance(runs, None, None, 0, 1)
     assert feed.waited() >= 0.04

@@ -113,6 +113,6 @@ def test_a_comparison_ends_all_of_its_runs():
                     raise
 
     with pytest.raises(SystemExit) as stopped:
-        compare._side_by_side(one, [(job,) for job in range(9)], 2)
+        compare.side_by_side(one, [(job,) for job in range(9)], 2)
     assert stopped.value.code == 143
     assert 1 <= len(ended) < 9  # the others were not begun

@@ -34,8 +34,8 @@ def outputs():
         return dict(file)
 
 
-def dinov2(hidden=32, **kwargs):
-    return models.ImageTower(14, 8, 2, 2, hidden, scaled=True, **kwargs)
+def dinov2(hidden=32, scaled=True, **kwargs):
+    return models.ImageTower(14, 8, 2, 2, hidden, scaled=scaled, **kwargs)
 
 
 def tower(**kwargs):
@@ -46,15 +46,30 @@ def dinov3(**kwargs):
     return tower(registers=4, scaled=True, epsilon=1e-5, rotated=True, **kwargs)
 
 
+def timm_dinov3(**kwargs):
+    return dinov2(registers=4, epsilon=1e-5, rotated=True, **kwargs)
+
+
 MOBILENET = (
     (Mobile(16, 16, 3, 2, False, True), Mobile(16, 24, 3, 1, False, False)),
     (Mobile(24, 32, 5, 2, True, True), Mobile(24, 40, 3, 1, True, True)),
+)
+TIMM_MOBILENET = (
+    (Mobile(16, 16, 3, 2, False, True),),
+    (Mobile(24, 32, 5, 2, True, True), Mobile(24, 40, 3, 1, True, False)),
 )
 CONVNEXT = models.ConvNeXt((1, 2, 1, 1), (4, 6, 8, 10), 5)
 LITE = models.EfficientNetLite(5, width=0.2, depth=0.5)
 CASES = {
     "timm_lite": LITE,
     "lite_pytorch": LITE,
+    "timm_dinov3": timm_dinov3(),
+    "timm_dinov3_gated": timm_dinov3(activation=None),
+    "timm_clip": dinov2(
+        activation=quick_gelu, epsilon=1e-5, norm_first=True, projection=6, scaled=False
+    ),
+    "timm_siglip": dinov2(class_token=False, scaled=False),
+    "timm_mobilenet": models.MobileNetV3(TIMM_MOBILENET, 32, 5),
     "timm_dinov2": dinov2(),
     "timm_dinov2_reg": dinov2(registers=4),
     "timm_dinov2_giant": dinov2(21, registers=4, activation=None),
@@ -74,7 +89,7 @@ CASES = {
     "hub_dinov2_giant": dinov2(24, registers=4, activation=None),
 }
 # Of each kind of block one; all others run where the time of the tests is no matter.
-QUICK = ("timm_lite", "hf_dinov2", "hf_dinov2_giant", "hf_clip")
+QUICK = ("timm_lite", "timm_siglip", "hf_dinov2", "hf_dinov2_giant", "hf_clip")
 
 
 @functools.cache
@@ -251,6 +266,15 @@ def test_a_file_with_the_tower_of_texts_gives_the_tower_of_images():
     assert names is weights.HF_SIGLIP
     got = weights.from_torch(whole, names, like)
     jax.tree.map(np.testing.assert_array_equal, got, alone)
+
+
+@pytest.mark.quick
+def test_a_clip_that_became_a_classifier_is_refused():
+    tensors, like = drawn(NAMES["timm_clip"]), shapes(CASES["timm_clip"], (28, 28))
+    assert weights.family(tensors, like) is weights.TIMM_CLIP
+    tensors["head.bias"] = np.ones(6, np.float32)
+    with pytest.raises(hj.Refusal, match=r"CLIP, which has no bias, got head\.bias"):
+        weights.from_torch(tensors, weights.TIMM_CLIP, like)
 
 
 @pytest.mark.quick

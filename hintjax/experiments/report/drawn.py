@@ -40,7 +40,7 @@ def from_file(path: Path, words: str) -> Html:
     """A picture in the run directory; nothing if there is none."""
     if not path.exists():
         return Html("")
-    return page.pictures(page.image(path.read_bytes(), "png", words))
+    return page.image(path.read_bytes(), "png", words)
 
 
 def without_pictures() -> Html:

@@ -7,9 +7,9 @@ from typing import Any
 
 from hintjax.experiments.attachment import middle
 from hintjax.experiments.comparison import Arm
-from hintjax.experiments.comparison_picture import attention_picture
 from hintjax.experiments.finished import DEPLOYED, load_student
 from hintjax.experiments.recipes import Recipe
+from hintjax.experiments.report.attention import attention_picture
 from hintjax.experiments.report.drawn import drawing
 from hintjax.experiments.report.facts import Pair, classes_by, pair_of, write_facts
 from hintjax.experiments.report.report import write_report

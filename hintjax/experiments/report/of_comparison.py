@@ -22,12 +22,13 @@ from hintjax.experiments.report.words import (
     dataset_of,
     device_of,
     interval_of,
-    shown,
     sized,
     words_of,
 )
 from hintjax.experiments.statistics import summary
 from hintjax.experiments.tasks import TASKS, Task
+
+_PICTURE = "Validation curves, test metrics and attention maps of all arms."
 
 
 def comparison_page(run_dir: Path) -> str:
@@ -54,7 +55,7 @@ def comparison_page(run_dir: Path) -> str:
         warnings_of(run_dir),
         page.section("What was run", _what_was_compared(report, config)),
         page.section("Results", *_arms(report, task, runs)),
-        page.section("Pictures", from_file(run_dir / COMPARISON, "The comparison.")),
+        page.section("Pictures", page.wide(from_file(run_dir / COMPARISON, _PICTURE))),
         page.section("Metric and size", against_size(task, points)),
         page.section("Each arm, its first seed", *arms),
         page.section("Configuration", configuration(config)),
@@ -69,7 +70,7 @@ def _arms(
     rows = []
     known = report["teacher"][task.name]
     rows.append(
-        ["teacher", "other classes" if math.isnan(known) else shown(task, known)]
+        ["teacher", "other classes" if math.isnan(known) else task.shown(known)]
     )
     for row in report["rows"]:
         spread = summary(row["seeds"])

@@ -2,8 +2,8 @@
 
 import math
 
-from hintjax.experiments.comparison_picture import ATTENTION
 from hintjax.experiments.report import page
+from hintjax.experiments.report.attention import ATTENTION
 from hintjax.experiments.report.classes import classes_of
 from hintjax.experiments.report.curves import curves_of
 from hintjax.experiments.report.drawn import from_file, without_pictures
@@ -44,7 +44,9 @@ def run_page(run: Ran) -> str:
         page.section("Results", _results(run)),
         page.section("Curves", *curves_of(run)),
         page.section("Classes", *classes_of(run)),
-        page.section("Attention maps", from_file(run.path / ATTENTION, _ATTENTION)),
+        page.section(
+            "Attention maps", page.pictures(from_file(run.path / ATTENTION, _ATTENTION))
+        ),
         page.section("Accuracy and size", against_size(task, _points(run)))
         if task.larger
         else Html(""),

@@ -32,7 +32,7 @@ h2 { font-size: 1.1rem; margin: 2rem 0 0.5rem; border-bottom: 1px solid var(--li
 p, ul { margin: 0.5rem 0; }
 ul { padding-left: 1.2rem; }
 .note, caption { color: var(--gray); font-size: 0.875rem; }
-caption { text-align: left; padding: 0.25rem 0; }
+caption { text-align: left; padding: 0.25rem 0; min-width: 16rem; }
 .doubt { color: var(--doubt); }
 .box { overflow-x: auto; max-width: 100%; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums;
@@ -40,7 +40,8 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums;
 th, td { padding: 0.2rem 0.6rem; border-bottom: 1px solid var(--line);
   text-align: right; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; }
-td.words { text-align: left; }
+td.words { text-align: left; white-space: normal; overflow-wrap: anywhere; }
+td.words:first-child { min-width: 7rem; overflow-wrap: normal; }
 th { color: var(--gray); font-weight: 600; }
 table.matrix td { text-align: center; min-width: 2rem;
   background: rgb(var(--mark) / calc(var(--part, 0) * 0.6)); }
@@ -49,6 +50,7 @@ table.matrix td { text-align: center; min-width: 2rem;
 figure { margin: 0; }
 img { display: block; width: 100%; height: auto; background: #ffffff;
   border: 1px solid var(--line); border-radius: 4px; }
+.wide img { min-width: 70rem; }
 summary { cursor: pointer; padding: 0.25rem 0; }
 </style>
 </head>
@@ -182,6 +184,15 @@ def pictures(*images: Html) -> Html:
     """Pictures side by side, or one below the other on a narrow screen."""
     inside = "".join(images)
     return Html(f'<div class="pictures">{inside}</div>' if inside else "")
+
+
+def wide(picture: Html) -> Html:
+    """A picture that is as wide as the page, and on a narrow screen scrolls in a box.
+
+    Args:
+        picture: an `image` whose texts are small; nothing if empty.
+    """
+    return Html(f'<div class="box wide">{picture}</div>' if picture else "")
 
 
 def _class(kind: str) -> str:

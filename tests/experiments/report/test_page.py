@@ -31,7 +31,8 @@ def test_a_dollar_sign_in_a_page_is_only_a_dollar_sign():
 
 
 def test_empty_parts_leave_nothing():
-    assert page.section("Warnings", page.points([]), page.pictures()) == ""
+    parts = page.points([]), page.pictures(), page.wide(page.Html(""))
+    assert page.section("Warnings", *parts) == ""
 
 
 def test_the_color_of_a_cell_is_its_part_of_its_row():

@@ -12,9 +12,10 @@ from hintjax.cli import main
 from hintjax.experiments import config as configs
 from hintjax.experiments.config import Config
 from hintjax.experiments.report.facts import calibration_error
-from hintjax.training import read_metrics
 
 EMPTY = ("meta", "img", "br", "hr", "link", "input")
+# Attributes that load or open something, besides the `src` of an image.
+LOADING = {"href", "srcset", "data", "poster", "action", "background", "ping"}
 NAME = "<img src=x onerror=alert(1)>&amp;'\"$title.npz"
 
 
@@ -47,12 +48,15 @@ class Page(html.parser.HTMLParser):
 def page(path):
     """A page that fetches nothing and whose tags are balanced."""
     text = Path(path).read_text(encoding="utf-8")
-    assert "http:" not in text and "https:" not in text and "@import" not in text
+    for loading in ("http:", "https:", "@import", "url("):
+        assert loading not in text
     found = Page(text)
     assert {name for name, _ in found.tags}.isdisjoint({"script", "link", "iframe"})
     for _, attributes in found.tags:
         assert not {name for name in attributes if name.startswith("on")}
-        assert "href" not in attributes
+        assert LOADING.isdisjoint(attributes)
+    sources = [name for name, attributes in found.tags if "src" in attributes]
+    assert set(sources) <= {"img"}
     for image in found.all("img"):
         assert image["src"].startswith("data:image/") and image["alt"]
     return found
@@ -130,33 +134,8 @@ def test_without_matplotlib_a_report_says_that_it_has_no_pictures(
     assert "no pictures, because matplotlib is not installed" in found.text
 
 
-def by_hand(run_dir, method="kd", accuracy=0.9, names=("0", "1"), **fields):
-    """The files of a finished run."""
-    run_dir.mkdir(parents=True)
-    configs.save(Config(method=method, **fields), run_dir)
-    result = {"seconds": 3.0, "boundaries": [20], "class_names": names, "classes": 2}
-    result |= {f"{split}/accuracy": accuracy for split in ("validation", "test")}
-    (run_dir / "result.json").write_text(json.dumps(result))
-    right = round(100 * accuracy)
-    classes = {"examples": 100, "right": right, "complete": True, "ece": 0.125}
-    classes["confusions"] = [[0, 0, right], [0, 1, 100 - right]]
-    classes["bins"] = [[100, right, 80.0]]
-    sizes = {"student": 1000, "teacher": 5000}
-    facts = {"parameters": sizes, "classes": classes, "pair": None, "teacher": None}
-    (run_dir / "facts.json").write_text(json.dumps(facts))
-    lines = [
-        {"step": step, "stage": method, "kd": 2.0 / step, "kd/weighted": 1.0 / step}
-        | {"loss": None, "validation/task/accuracy": accuracy - 1 / step}
-        for step in (10, 20)
-    ]
-    text = "".join(f"{json.dumps(line)}\n" for line in lines)
-    (run_dir / "metrics.jsonl").write_text(text)
-    assert read_metrics(run_dir) == lines
-    return run_dir
-
-
 @pytest.mark.quick
-def test_hostile_names_of_classes_are_text(tmp_path):
+def test_hostile_names_of_classes_are_text(by_hand, tmp_path):
     path = by_hand(tmp_path / "run", names=("<script>", "</td>&"))
     main(["report", str(path)])
     found = page(path / "report.html")
@@ -164,7 +143,7 @@ def test_hostile_names_of_classes_are_text(tmp_path):
 
 
 @pytest.mark.quick
-def test_finished_runs_are_compared_with_their_intervals(tmp_path, capsys):
+def test_finished_runs_are_compared_with_their_intervals(by_hand, tmp_path, capsys):
     paths = [
         by_hand(tmp_path / "a", accuracy=0.9),
         by_hand(tmp_path / "b", "at", accuracy=0.8, learning_rate=0.01),
@@ -183,7 +162,21 @@ def test_finished_runs_are_compared_with_their_intervals(tmp_path, capsys):
 
 
 @pytest.mark.quick
-def test_runs_that_cannot_be_compared_are_refused(tmp_path, capsys):
+def test_a_comparison_leaves_one_file_that_fetches_nothing(compared_by_hand, tmp_path):
+    path = compared_by_hand(tmp_path / "compared", ["kd", "<b>fitnets</b>"])
+    (path / "comparison.png").write_bytes(b"\x89PNG")
+    main(["report", str(path)])
+    found = page(path / "report.html")
+    for words in ("What was run", "Results", "Each arm", "Configuration"):
+        assert words in found.text
+    assert "<b>fitnets</b>" in found.text and "cannot be told apart" in found.text
+    (box,) = (at for at in found.all("div") if at["class"] == "box wide")
+    picture = found.tags[found.tags.index(("div", box)) + 2]
+    assert picture[0] == "img" and picture[1]["src"].startswith("data:image/png")
+
+
+@pytest.mark.quick
+def test_runs_that_cannot_be_compared_are_refused(by_hand, tmp_path, capsys):
     one = by_hand(tmp_path / "one")
     other = by_hand(tmp_path / "other", dataset="mnist")
     unfinished = tmp_path / "unfinished"
@@ -201,7 +194,7 @@ def test_runs_that_cannot_be_compared_are_refused(tmp_path, capsys):
 
 
 @pytest.mark.quick
-def test_many_classes_show_their_most_frequent_confusions(tmp_path):
+def test_many_classes_show_their_most_frequent_confusions(by_hand, tmp_path):
     path = by_hand(tmp_path / "run")
     facts = json.loads((path / "facts.json").read_text())
     pairs = [[i, i + 1, 1 + i % 7] for i in range(100)]

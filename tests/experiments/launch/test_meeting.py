@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from hintjax import Refusal
-from hintjax.experiments import meeting
+from hintjax.experiments.launch import meeting
 
 pytestmark = pytest.mark.quick
 

@@ -14,8 +14,8 @@ from collections.abc import Iterator
 import jax
 
 from hintjax._checks import Refusal, message, positive_int
-from hintjax.experiments.ending import watched
-from hintjax.experiments.meeting import meet
+from hintjax.experiments.launch.ending import watched
+from hintjax.experiments.launch.meeting import meet
 
 # Seconds until a silent process counts as lost (the default of JAX, 100 s, is costly,
 # and JAX's own threads report that a process lives); until the connection gives up on
