@@ -110,7 +110,7 @@ def listen(log: Log, feed: str) -> None:
 
     feeds.read_ahead = telling_read_ahead
     if feed == "streamed":
-        run.fits_on_device = lambda split: fits(split, limit=0)
+        run.fits_on_device = lambda split, limit=0: fits(split, limit=limit)
     for name in ("on_device", "streamed"):
         setattr(run, name, _followed(getattr(run, name), log, waiting))
 

@@ -16,5 +16,6 @@ Before a run, `forecast` tells its cost and `doubts` what may be wrong. After it
 
 Each command has a file: `distill` (with resume, eval and cache), `listing` (methods),
 `suggestion` (suggest), `probing` (probe), `exporting` (export), `measuring` (measure).
-`launch` starts and ends one process among several.
+`tuning` is the folder of `hintjax tune`. `launch` starts and ends one process among
+several.
 """

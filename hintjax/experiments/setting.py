@@ -101,7 +101,6 @@ def prepare(config: Config, *, teach: bool = False) -> Setting:
     inputs = jnp.zeros((1, *dataset.train.shape), jnp.float32)
     dataset, teacher = _taught(config, dataset, inputs, teach)
     student = each(lambda: student_network(config, dataset.classes))
-    layout = mesh_of(config, student, inputs)
     factories = [
         config.student,
         *([_factory(config.teacher)] if teach else []),
@@ -113,6 +112,7 @@ def prepare(config: Config, *, teach: bool = False) -> Setting:
             weights = config.weights if made is teacher else None
             if dataset.labeled:
                 check_learns(name, dataset.classes, weights)
+    layout = mesh_of(config, student, inputs)  # which runs the student's forward pass
 
     def said(attribute: str, missing: Any) -> tuple[Any, ...]:
         return tuple(

@@ -223,6 +223,7 @@ def without_times(name):
 TIMES = {"seconds", "spent"}
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize(
     "name", ["teacher", pytest.param("few", marks=pytest.mark.long)]
 )
@@ -250,6 +251,7 @@ def test_a_folder_in_files_is_probed_alike(page, little_memory):
     assert not little_memory
 
 
+@pytest.mark.bits
 @pytest.mark.long
 def test_a_cache_of_a_folder_in_files_is_that_of_the_folder_in_memory(page, request):
     options = ("--cache", "--pad", "1", "--views", "2")

@@ -111,6 +111,7 @@ def test_an_undisturbed_epoch_has_every_example_once(feed, data, runs):
     assert moved.any(-1).mean() > 0.5
 
 
+@pytest.mark.bits
 def test_both_feeds_show_the_same_batches(data, runs):
     (_, ours), (_, theirs) = runs.values()
     found = data.compare(ours, theirs, EXAMPLES)
