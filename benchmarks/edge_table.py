@@ -278,7 +278,7 @@ def misses(row: Mapping[str, Any], lost: float = _LOST) -> list[str]:
 
 
 HEAD = (
-    "data",
+    "data: student",
     "network",
     "file",
     "bytes",
@@ -326,13 +326,14 @@ def cells(record: Mapping[str, Any]) -> list[tuple[str, ...]]:
 
 
 def named(config: Mapping[str, Any]) -> str:
-    """The name of the data, with the size of its images if they were scaled.
+    """The name of the data, with the size of its images if scaled, and the student.
 
-    >>> named({"dataset": "mnist", "size": 14})
-    'mnist, 14x14'
+    >>> named({"dataset": "mnist", "size": 14, "student": "edge_networks:thin"})
+    'mnist, 14x14: thin'
     """
     size = config["size"]
-    return config["dataset"] + ("" if size is None else f", {size}x{size}")
+    scaled = "" if size is None else f", {size}x{size}"
+    return f"{config['dataset']}{scaled}: {config['student'].rpartition(':')[2]}"
 
 
 def table(record: Mapping[str, Any]) -> str:
