@@ -336,7 +336,7 @@ def test_doctor_names_versions_devices_and_disk(capsys):
         (["--student", "resnet20"], "expected student as package.module:factory"),
         (["--batch-size", "5000"], "batch_size"),
         (
-            ["--batch-size", "20"],
+            ["--batch-size", "20", "--devices", "8"],
             "batch_size that 8 devices can share evenly, got 20. ",
         ),
         (["--devices", "9"], "at most the devices that are here, got 9 of 8"),

@@ -38,6 +38,7 @@ def cached(live, corners, run_dir, *options):
     return run_dir
 
 
+@pytest.mark.bits
 def test_a_cached_run_has_the_bits_of_a_live_run(
     live, corners, tmp_path, monkeypatch, capsys
 ):

@@ -65,7 +65,7 @@ def test_cores_become_devices_unless_a_number_is_set(monkeypatch, flags, before,
     counted = {"jax_num_cpu_devices": before}
 
     class Settings:
-        jax_num_cpu_devices = before
+        values = counted
         update = staticmethod(counted.__setitem__)
 
     monkeypatch.setenv("XLA_FLAGS", flags)
