@@ -293,11 +293,15 @@ HEAD = (
 )
 
 
-def cells(record: Mapping[str, Any]) -> list[tuple[str, ...]]:
+def cells(
+    record: Mapping[str, Any], files: Sequence[str] = tuple(FILES)
+) -> list[tuple[str, ...]]:
     """The table as texts: one tuple for each row, in the order of `HEAD`."""
     found = []
     for data in record["data"]:
         for row in data["rows"]:
+            if row["file"] not in files:
+                continue
             std = "" if row["std"] is None else f" ± {100 * row['std']:.1f}"
             ratio = row["over_teacher"]
             # A loss of less than 0.005 points is no loss.
@@ -355,9 +359,9 @@ def table(record: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def markdown(record: Mapping[str, Any]) -> str:
-    """The table of the record for a page."""
-    rows = [HEAD, ("---",) * len(HEAD), *cells(record)]
+def markdown(record: Mapping[str, Any], files: Sequence[str] = tuple(FILES)) -> str:
+    """The table of the record for a page, with some kinds of files."""
+    rows = [HEAD, ("---",) * len(HEAD), *cells(record, files)]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 

@@ -200,75 +200,7 @@ def _objective(
     caller: str, terms: Mapping[str, Weighted | Method], combine: Combine
 ) -> Method:
     """An objective that combines the weighted values of its terms."""
-    instance(caller, (Method, Weighted), **terms)
-    named = {
-        name: term if isinstance(term, Weighted) else Weighted(term, 1.0)
-        for name, term in terms.items()
-    }
-    # Names that stages report, and names in the memory beside those of the terms.
-    taken = ("loss", "norm", "skipped", "spikes", ADJUSTABLE, PREPARED)
-    if named.keys() & {*taken}:
-        do = "Give the term another name."
-        wanted = f"no term with a name among {taken}"
-        raise Refusal(message(caller, wanted, f"{list(named)}", do))
-    adjustable = {
-        name: term.weight.start
-        for name, term in named.items()
-        if isinstance(term.weight, Adjustable)
-    }
-    if all(term.weight == 0 for term in named.values()):
-        got = f"the terms {list(named)} with weight 0" if named else "no terms"
-        raise Refusal(message(caller, "a term with a weight > 0", got))
-
-    def init(
-        key: Array, student: Features, teacher: Features, data: Data | None
-    ) -> tuple[dict, dict]:
-        made = {
-            name: term.method.init(_fold(key, name), student, teacher, data)
-            for name, term in named.items()
-        }
-        params = {name: params for name, (params, _) in made.items()}
-        memory = {name: memory for name, (_, memory) in made.items()}
-        if adjustable:
-            memory[ADJUSTABLE] = {
-                name: jnp.asarray(start, float) for name, start in adjustable.items()
-            }
-        return params, memory
-
-    def apply(
-        params: dict,
-        memory: dict,
-        student: Features,
-        teacher: Features,
-        batch: Batch,
-        context: Context,
-    ) -> Applied:
-        parts, metrics = {}, {}
-        _check_terms(named, params)
-        remembered = {ADJUSTABLE: memory[ADJUSTABLE]} if adjustable else {}
-        n = None
-        for name, (method, weight) in named.items():
-            values, remembered[name], own = method.apply(
-                params[name],
-                memory[name],
-                student,
-                teacher,
-                batch,
-                context._replace(key=_fold(context.key, name)),
-            )
-            one_per_example(caller, f"the term {name!r}", values, n)
-            n = values.shape[0]
-            kept = memory[ADJUSTABLE][name] if name in adjustable else None
-            scaled = values * _now(weight, kept, context.step, values.dtype)
-            parts[name] = scaled
-            metrics[name] = masked_mean(values, batch.get("where"))
-            metrics[f"{name}/weighted"] = masked_mean(scaled, batch.get("where"))
-            metrics |= {f"{name}/{key}": value for key, value in own.items()}
-        values, more = combine(parts, context, batch.get("where"))
-        metrics |= more
-        metrics["loss"] = masked_mean(values, batch.get("where"))
-        return values, remembered, metrics
-
+    named = _named(caller, terms)
     prepared = {
         name: term.method.prepare
         for name, term in named.items()
@@ -277,8 +209,8 @@ def _objective(
     return Method(
         student=union(*(term.method.student for term in named.values())),
         teacher=union(*(term.method.teacher for term in named.values())),
-        init=init,
-        apply=apply,
+        init=_init(named),
+        apply=_apply(caller, named, combine),
         prepare=objective(**prepared) if prepared else None,
         deploy=_deployed(named),
         split=_split(named),
@@ -292,6 +224,92 @@ def _objective(
         mislabeled=_mislabeled(named),
         silent=_silent(named),
     )
+
+
+def _named(caller: str, terms: Mapping[str, Weighted | Method]) -> dict[str, Weighted]:
+    """The terms with their weights.
+
+    Raises:
+        Refusal: if a name is taken, or if all weights are 0.
+    """
+    instance(caller, (Method, Weighted), **terms)
+    named = {
+        name: term if isinstance(term, Weighted) else Weighted(term, 1.0)
+        for name, term in terms.items()
+    }
+    # Names that stages report, and names in the memory beside those of the terms.
+    taken = ("loss", "norm", "skipped", "spikes", ADJUSTABLE, PREPARED)
+    if named.keys() & {*taken}:
+        do = "Give the term another name."
+        wanted = f"no term with a name among {taken}"
+        raise Refusal(message(caller, wanted, f"{list(named)}", do))
+    if all(term.weight == 0 for term in named.values()):
+        got = f"the terms {list(named)} with weight 0" if named else "no terms"
+        raise Refusal(message(caller, "a term with a weight > 0", got))
+    return named
+
+
+def _init(terms: dict[str, Weighted]) -> Callable[..., tuple[dict, dict]]:
+    """`Method.init` of an objective; adjustable weights are in the memory."""
+    adjustable = {
+        name: term.weight.start
+        for name, term in terms.items()
+        if isinstance(term.weight, Adjustable)
+    }
+
+    def init(
+        key: Array, student: Features, teacher: Features, data: Data | None
+    ) -> tuple[dict, dict]:
+        made = {
+            name: term.method.init(_fold(key, name), student, teacher, data)
+            for name, term in terms.items()
+        }
+        params = {name: params for name, (params, _) in made.items()}
+        memory = {name: memory for name, (_, memory) in made.items()}
+        if adjustable:
+            memory[ADJUSTABLE] = {
+                name: jnp.asarray(start, float) for name, start in adjustable.items()
+            }
+        return params, memory
+
+    return init
+
+
+def _apply(
+    caller: str, terms: dict[str, Weighted], combine: Combine
+) -> Callable[..., Applied]:
+    """`Method.apply` of an objective: each term is computed, weighted and reported."""
+
+    def apply(
+        params: dict,
+        memory: dict,
+        student: Features,
+        teacher: Features,
+        batch: Batch,
+        context: Context,
+    ) -> Applied:
+        parts, metrics, n = {}, {}, None
+        _check_terms(terms, params)
+        adjusted = memory.get(ADJUSTABLE)
+        remembered = {} if adjusted is None else {ADJUSTABLE: adjusted}
+        for name, (method, weight) in terms.items():
+            own_context = context._replace(key=_fold(context.key, name))
+            given = params[name], memory[name], student, teacher, batch, own_context
+            values, remembered[name], own = method.apply(*given)
+            one_per_example(caller, f"the term {name!r}", values, n)
+            n = values.shape[0]
+            kept = adjusted[name] if isinstance(weight, Adjustable) else None
+            scaled = values * _now(weight, kept, context.step, values.dtype)
+            parts[name] = scaled
+            metrics[name] = masked_mean(values, batch.get("where"))
+            metrics[f"{name}/weighted"] = masked_mean(scaled, batch.get("where"))
+            metrics |= {f"{name}/{key}": value for key, value in own.items()}
+        values, more = combine(parts, context, batch.get("where"))
+        metrics |= more
+        metrics["loss"] = masked_mean(values, batch.get("where"))
+        return values, remembered, metrics
+
+    return apply
 
 
 def _check_terms(terms: dict[str, Weighted], params: dict) -> None:

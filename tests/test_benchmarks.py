@@ -718,3 +718,10 @@ def test_the_steps_against_torch_run(script):
         for function, state, rest in steps.values()
     ]
     assert np.isfinite(losses).all() and losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+@pytest.mark.long
+def test_a_batch_on_all_devices_is_measured_against_one(script):
+    record = script("cpu_devices").main(["--small", "--rounds", "1", "--steps", "1"])
+    (row,) = record["rows"].values()
+    assert row["all_over_one"]["median"] > 0 and row["flops_per_device"] > 0

@@ -15,8 +15,8 @@ from jaxtyping import Array, Int32, PyTree
 
 from hintjax._checks import Refusal, instance, message, positive_int
 from hintjax._numerics import masked_mean
-from hintjax.cache.coding import CODINGS
-from hintjax.method import Applied, Context, Method, reduced, union
+from hintjax.cache.coding import CODINGS, Coding
+from hintjax.method import Applied, Context, Method, Reduced, reduced, union
 from hintjax.networks import Features, Network, Variables, Wants
 from hintjax.networks.capture import features_of
 from hintjax.stages import image
@@ -120,36 +120,88 @@ def contents(
     if not (wants.output or wants.hints):
         got = "methods that read neither its output nor its hints"
         raise Refusal(message("cache", "a method that learns from the teacher", got))
-    encode, decode = CODINGS[coding]
-    seen = union(*(method.student for method in methods))
-
-    def guided(variables: Variables, batch: Batch) -> Features:
-        return student.apply(*variables, inputs(batch), wants=seen, train=False)[0]
-
-    shapes = jax.eval_shape(guided, student_variables, batch)
+    shapes = _guided(student, methods, student_variables, inputs, batch)
     reductions = [reduced(method, shapes) for method in methods]
+    live = _live(teacher, wants, methods, reductions)
+
+    def features(variables: Variables, batch: Batch) -> dict[str, PyTree]:
+        return live(*variables, teacher_inputs(batch))
+
+    shown = jax.eval_shape(features, teacher_variables, batch)
+    named = dict(_named(shown))
+    encode, decode = _by_name(CODINGS[coding], named)
+    rows = jax.eval_shape(encode, named)
+
+    def read(at: Place, everything: dict[str, Array] | None) -> dict[str, PyTree]:
+        """The features of a batch, from its rows."""
+        found = decode(_gathered(at, everything, rows, (views, examples)))
+        leaves = [found[name] for name in named]
+        return jax.tree.unflatten(jax.tree.structure(shown), leaves)
 
     def reading(method: Method) -> Method:
         limits = {"index": examples, "view": views}
         return _counting(reduced(method, shapes).method, limits)
 
+    one = {
+        name: jax.ShapeDtypeStruct(row.shape[1:], row.dtype)
+        for name, row in rows.items()
+    }
+    return Contents(
+        features=lambda variables, batch: dict(_named(features(variables, batch))),
+        encode=encode,
+        decode=decode,
+        network=_reader(live, read, shown["hints"]),
+        inputs=lambda batch: _place(batch, teacher_inputs),
+        reading=reading,
+        rows=one,
+        description={
+            "coding": coding,
+            "rows": {
+                name: [str(row.dtype), list(row.shape)] for name, row in one.items()
+            },
+        },
+    )
+
+
+def _guided(
+    student: Network,
+    methods: Sequence[Method],
+    variables: Variables,
+    inputs: Callable[[Batch], PyTree],
+    batch: Batch,
+) -> Features:
+    """The shapes of the student's features, on which a reduction may depend."""
+    wants = union(*(method.student for method in methods))
+
+    def guided(variables: Variables, batch: Batch) -> Features:
+        return student.apply(*variables, inputs(batch), wants=wants, train=False)[0]
+
+    return jax.eval_shape(guided, variables, batch)
+
+
+def _live(
+    teacher: Network,
+    wants: Wants,
+    methods: Sequence[Method],
+    reductions: Sequence[Reduced],
+) -> Callable[[PyTree, PyTree, PyTree], dict[str, PyTree]]:
+    """`(params, state, inputs) -> features` of the live teacher, reduced."""
+
     def live(params: PyTree, state: PyTree, at: PyTree) -> dict[str, PyTree]:
-        """The features before they are stored, by name."""
         found, _ = teacher.apply(params, state, at, wants=wants, train=False)
         hints = {}
         for reduction, method in zip(reductions, methods, strict=True):
             hints |= reduction.reduce(_part(found, method.teacher)).hints
         return {"output": found.output if wants.output else {}, "hints": dict(hints)}
 
-    def features(variables: Variables, batch: Batch) -> dict[str, Array]:
-        return dict(_named(live(*variables, at=teacher_inputs(batch))))
+    return live
 
-    shown = jax.eval_shape(
-        lambda variables, batch: live(*variables, at=teacher_inputs(batch)),
-        teacher_variables,
-        batch,
-    )
-    named = dict(_named(shown))
+
+def _by_name(
+    coding: Coding, features: Mapping[str, jax.ShapeDtypeStruct]
+) -> tuple[Callable[..., dict[str, Array]], Callable[..., dict[str, Array]]]:
+    """A coding of one array as `(features -> rows, rows -> features)`, by name."""
+    encode, decode = coding
 
     def encoded(features: Mapping[str, Array]) -> dict[str, Array]:
         return {
@@ -164,11 +216,19 @@ def contents(
             leaf, _, part = name.rpartition(":")
             parts.setdefault(leaf, {})[part] = jnp.asarray(stored)
         return {
-            name: decode(stored).astype(named[name].dtype)
+            name: decode(stored).astype(features[name].dtype)
             for name, stored in parts.items()
         }
 
-    rows = jax.eval_shape(encoded, named)
+    return encoded, decoded
+
+
+def _reader(
+    live: Callable[[PyTree, PyTree, PyTree], dict[str, PyTree]],
+    read: Callable[[Place, dict[str, Array] | None], dict[str, PyTree]],
+    shown: Mapping[str, jax.ShapeDtypeStruct],
+) -> Network:
+    """The teacher that reads rows at a `Place`, and else runs live."""
 
     def apply(
         params: PyTree,
@@ -180,9 +240,7 @@ def contents(
         key: Array | None = None,
     ) -> tuple[Features, PyTree]:
         if isinstance(at, Place):
-            read = decoded(_gathered(at, state["rows"], rows, (views, examples)))
-            leaves = [read[name] for name in named]
-            found = jax.tree.unflatten(jax.tree.structure(shown), leaves)
+            found = read(at, state["rows"])
         else:
             found = live(params, state["live"], at)
         hints = {name: found["hints"][name] for name in wants.hints}
@@ -194,27 +252,9 @@ def contents(
     def layers(
         params: PyTree, state: PyTree, at: PyTree
     ) -> dict[str, jax.ShapeDtypeStruct]:
-        return dict(shown["hints"])
+        return dict(shown)
 
-    return Contents(
-        features=features,
-        encode=encoded,
-        decode=decoded,
-        network=Network(init, apply, layers),
-        inputs=lambda batch: _place(batch, teacher_inputs),
-        reading=reading,
-        rows={
-            name: jax.ShapeDtypeStruct(row.shape[1:], row.dtype)
-            for name, row in rows.items()
-        },
-        description={
-            "coding": coding,
-            "rows": {
-                name: [str(row.dtype), list(row.shape[1:])]
-                for name, row in rows.items()
-            },
-        },
-    )
+    return Network(init, apply, layers)
 
 
 def variables_of(

@@ -222,8 +222,8 @@ class HardwareOptions:
 
     Attributes:
         devices: Number of devices that share each batch. By default all devices, of all
-            processes. Each core of a CPU is a device, and by default a batch is only
-            shared between as many cores as its operations are worth.
+            processes. Each core of a CPU is a device. By default a batch is shared
+            between cores only where that was measured to be faster.
         fsdp: Number of devices over which large parameters are sharded (FSDP). By
             default nothing is sharded.
         accumulate: Number of micro-batches into which a step divides its batch, to save

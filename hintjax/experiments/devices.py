@@ -10,15 +10,17 @@ from hintjax.experiments.config import Config
 from hintjax.networks import Network, Variables, Wants
 from hintjax.sharding import Layout, make_mesh
 
-# Operations of the student's forward pass that are worth a device of a CPU.
-WORTH = 2e8
+# Operations of the student's forward pass that are worth a device of a CPU, in a step
+# (benchmarks/cpu_devices.py). With later versions of JAX, one device is as fast.
+WORTH = 4e8
+SHARED_BEFORE = (0, 11)
 
 
 def split_cpu() -> None:
     """Makes every core of the CPU a device, before JAX starts its devices.
 
-    XLA runs many operations of a step on one core, and a batch that is shared by the
-    cores keeps all of them busy. A number of devices that the user has set stays.
+    Large steps are then faster with the versions of JAX before `SHARED_BEFORE`. A
+    number of devices that the user has set stays.
     """
     flags = os.environ.get("XLA_FLAGS", "")
     if (
@@ -72,6 +74,8 @@ def _by_default(config: Config, student: Network, inputs: Array) -> int:
     cpu = jax.default_backend() == "cpu"
     if not cpu or jax.process_count() > 1 or config.fsdp > 1:
         return here
+    if jax.__version_info__ >= SHARED_BEFORE:
+        return 1
     variables = jax.eval_shape(student.init, jax.random.key(0), inputs)
     flops = config.batch_size * (forward_flops(student, variables, inputs) or 0)
     shares = range(min(here, int(flops / WORTH)), 0, -1)

@@ -42,8 +42,15 @@ def test_a_cpu_has_as_many_devices_as_the_step_is_worth(
     student, flops, monkeypatch, worth, batch, count
 ):
     monkeypatch.setattr(devices, "WORTH", worth * flops)
+    monkeypatch.setattr(devices, "SHARED_BEFORE", (99, 0))
     layout = devices.mesh_of(Config(batch_size=batch), student, INPUTS)
     assert (1 if layout is None else shares(layout.mesh)) == count
+
+
+def test_later_versions_of_jax_share_the_cores_of_one_device(student, monkeypatch):
+    monkeypatch.setattr(devices, "WORTH", 1)
+    monkeypatch.setattr(devices, "SHARED_BEFORE", jax.__version_info__)
+    assert devices.mesh_of(Config(batch_size=16), student, INPUTS) is None
 
 
 def test_devices_that_are_asked_for_are_used(student):
