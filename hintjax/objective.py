@@ -290,16 +290,16 @@ def _apply(
     ) -> Applied:
         parts, metrics, n = {}, {}, None
         _check_terms(terms, params)
-        adjusted = memory.get(ADJUSTABLE)
-        remembered = {} if adjusted is None else {ADJUSTABLE: adjusted}
+        adjusted = memory.get(ADJUSTABLE, {})
+        remembered = {ADJUSTABLE: adjusted} if adjusted else {}
         for name, (method, weight) in terms.items():
             own_context = context._replace(key=_fold(context.key, name))
             given = params[name], memory[name], student, teacher, batch, own_context
             values, remembered[name], own = method.apply(*given)
             one_per_example(caller, f"the term {name!r}", values, n)
             n = values.shape[0]
-            kept = adjusted[name] if isinstance(weight, Adjustable) else None
-            scaled = values * _now(weight, kept, context.step, values.dtype)
+            now = _now(weight, adjusted.get(name), context.step, values.dtype)
+            scaled = values * now
             parts[name] = scaled
             metrics[name] = masked_mean(values, batch.get("where"))
             metrics[f"{name}/weighted"] = masked_mean(scaled, batch.get("where"))
