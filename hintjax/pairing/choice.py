@@ -137,9 +137,8 @@ def choose(measured: Measured, *, count: int = 1) -> tuple[Choice, ...]:
     3. The first `count` are chosen that differ from the pairs before: by another guided
        layer, and by a hint layer whose CKA to theirs is below 0.98.
 
-    The rule is a plain one, which no benchmark has tuned. Whether its pair is better
-    than the middle third is not known yet (`benchmarks/suggestion.py` asks): read the
-    table, too.
+    The rule is a plain one, which no benchmark has tuned. Its pair could not be told
+    apart from the middle third (`benchmarks/suggestion.py`): read the table, too.
 
     Args:
         measured: the result of `hintjax.pairing.measure`.
