@@ -16,6 +16,7 @@ arguments=()
 for argument in "$@"; do
   if [ "$argument" = --long ]; then
     marks="long or not long"
+    export HINTJAX_EXAMPLES=20 # of each property
   else
     arguments+=("$argument")
   fi

@@ -36,7 +36,7 @@ jax.config.update("jax_disable_most_optimizations", True)
 
 hypothesis.settings.register_profile(
     "hintjax",
-    max_examples=10,
+    max_examples=int(os.environ.get("HINTJAX_EXAMPLES", "6")),
     derandomize=True,
     deadline=None,
     suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
