@@ -73,7 +73,7 @@ def table(
     return {
         "dataset": setting.config.dataset,
         "task": setting.config.task,
-        "machine": machine_of(),
+        "machine": machine_of(setting),
         "teacher": {
             task.name: _score(setting, teacher),
             "parameters": sizes["teacher"],
@@ -178,11 +178,12 @@ def _score(setting: Setting, teacher: Variables) -> float:
     return score(taught_by(setting), teacher, *where)
 
 
-def machine_of() -> dict[str, Any]:
-    """Device and versions, without which the numbers are worth little."""
+def machine_of(setting: Setting) -> dict[str, Any]:
+    """Devices of the runs, and versions, without which the numbers are worth little."""
+    devices = 1 if setting.layout is None else setting.layout.mesh.size
     names = ("hintjax", "jax", "flax", "optax", "orbax-checkpoint")
     return {
-        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "device": f"{devices} x {jax.devices()[0].device_kind}",
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         **{name: importlib.metadata.version(name) for name in names},

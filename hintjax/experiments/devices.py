@@ -19,8 +19,8 @@ SHARED_BEFORE = (0, 11)
 def split_cpu() -> None:
     """Makes every core of the CPU a device, before JAX starts its devices.
 
-    Large steps are then faster with the versions of JAX before `SHARED_BEFORE`. A
-    number of devices that the user has set stays.
+    `mesh_of` decides how many of them share a batch. A number of devices that the user
+    has set stays.
     """
     flags = os.environ.get("XLA_FLAGS", "")
     if (

@@ -176,7 +176,7 @@ def write_facts(
     if teacher is not None:
         sizes["teacher"] = size_of(teacher.params)
     facts = {
-        "machine": machine_of(),
+        "machine": machine_of(setting),
         "train": setting.dataset.train.n,
         "test": setting.dataset.test.n,
         "parameters": sizes,
