@@ -239,7 +239,7 @@ def doubts_of_explained(explained: float) -> list[str]:
 
 
 def _knows(one: Candidate, measured: Measured) -> float:
-    """What the hint knows of the labels beyond chance; 1 without labels."""
+    """The accuracy of the hint's probe above chance; 1 without labels."""
     if one.probe is None or measured.chance is None:
         return 1.0
     return one.probe - measured.chance
