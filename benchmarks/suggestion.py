@@ -86,7 +86,7 @@ class Exactly(NamedTuple):
 
 
 class Bench(NamedTuple):
-    """What the runs of one pair of networks share."""
+    """The parts that the runs of one pair of networks share."""
 
     setting: Setting
     teacher: Variables
