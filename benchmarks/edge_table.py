@@ -44,7 +44,7 @@ import numpy as np
 
 from hintjax.experiments import config as configs
 from hintjax.experiments.comparison import REPORT
-from hintjax.experiments.distill import shipped
+from hintjax.experiments.evaluating import shipped
 from hintjax.experiments.exporting import (
     FORMATS,
     alone,

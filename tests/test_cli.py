@@ -22,7 +22,8 @@ from hintjax import models
 from hintjax.cli import main
 from hintjax.experiments import suggestion
 from hintjax.experiments.config import Config, save
-from hintjax.experiments.distill import keep_compiled, shipped
+from hintjax.experiments.distill import keep_compiled
+from hintjax.experiments.evaluating import shipped
 from hintjax.experiments.finished import load_student
 from hintjax.experiments.setting import batches_of, prepare
 from hintjax.experiments.teaching import check_teacher

@@ -14,8 +14,10 @@ Before a run, `forecast` tells its cost and `doubts` what may be wrong. After it
 (`comparison_table`, with the `statistics` of its seeds) and a picture
 (`comparison_picture`).
 
-Each command has a file: `distill` (with resume, eval and cache), `listing` (methods),
-`suggestion` (suggest), `probing` (probe), `exporting` (export), `measuring` (measure).
+`commands` are all commands with their options. Most do their work in a file of their
+own: `distill` (with resume), which runs the `plan` of a config, `evaluating` (eval,
+cache), `listing` (methods), `suggestion` (suggest), `probing` (probe), `exporting`
+(export), `measuring` (measure).
 `tuning` is the folder of `hintjax tune`. `launch` starts and ends one process among
 several.
 """

@@ -22,7 +22,7 @@ Layers = Mapping[str, jax.ShapeDtypeStruct]
 
 
 class Places(NamedTuple):
-    """The layers of both networks, the number of training examples, and the mesh.
+    """The facts of a run that a recipe reads besides its config, such as its layers.
 
     Attributes:
         student: layers of the student.
@@ -39,6 +39,8 @@ class Places(NamedTuple):
             teacher is there.
         same_outputs: whether the outputs of both networks have one shape, so that they
             can be compared. They differ if the teacher was trained on other classes.
+        adjustable: whether the weight of a method is a value of the state, so that
+            students of one compiled program can have different weights.
         mesh: mesh on which the run trains, over which a method may shard its memory;
             None for a single device.
     """
@@ -53,6 +55,7 @@ class Places(NamedTuple):
     labels: int | None = None
     standardizations: Mapping[str, Standardization] = {}
     same_outputs: bool = True
+    adjustable: bool = False
     mesh: Mesh | None = None
 
 

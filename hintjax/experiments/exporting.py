@@ -15,7 +15,7 @@ from hintjax._checks import FileRefusal, Refusal, integer, message
 from hintjax.data import Source, evaluation_batches
 from hintjax.experiments import config as configs
 from hintjax.experiments.comparison import REPORT
-from hintjax.experiments.distill import shipped
+from hintjax.experiments.evaluating import shipped
 from hintjax.experiments.finished import RESULT, evaluation_size
 from hintjax.experiments.setting import Setting
 from hintjax.experiments.tasks import TASKS

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from hintjax._checks import FileRefusal, Refusal, integer, message
-from hintjax.experiments.distill import shipped
+from hintjax.experiments.evaluating import shipped
 from hintjax.experiments.exporting import (
     EXPORTED,
     best_run,

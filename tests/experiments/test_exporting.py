@@ -16,7 +16,7 @@ from hintjax.cli import main
 from hintjax.experiments import config as configs
 from hintjax.experiments import exporting, measuring
 from hintjax.experiments.config import Config
-from hintjax.experiments.distill import shipped
+from hintjax.experiments.evaluating import shipped
 from hintjax.experiments.measuring import middle
 from hintjax.networks import Wants
 

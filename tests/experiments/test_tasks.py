@@ -16,7 +16,7 @@ import hintjax as hj
 from hintjax._checks import Refusal
 from hintjax.cli import main
 from hintjax.experiments import config as configs
-from hintjax.experiments import distill, phases
+from hintjax.experiments import phases, plan
 from hintjax.experiments import run as training
 from hintjax.experiments.comparison_table import show_table
 from hintjax.experiments.config import Config
@@ -208,8 +208,8 @@ def test_the_kd_of_each_task_is_its_own():
 @pytest.mark.parametrize("name", sorted(CLASSES_ONLY))
 def test_methods_of_classes_are_refused_for_other_tasks(name):
     with pytest.raises(Refusal, match=f"a method for regression, got '{name}'"):
-        distill.planned(config_of("regression", method=name))
-    assert name in METHODS and distill.planned(Config(method=name)).recipes
+        plan.planned(config_of("regression", method=name))
+    assert name in METHODS and plan.planned(Config(method=name)).recipes
 
 
 def test_a_head_of_another_size_is_refused_in_a_sentence(unchecked, monkeypatch):

@@ -24,9 +24,10 @@ from hintjax.experiments import config as configs
 from hintjax.experiments import recipes, run
 from hintjax.experiments.attachment import Places
 from hintjax.experiments.config import Config
-from hintjax.experiments.distill import planned, show_costs
+from hintjax.experiments.distill import show_costs
 from hintjax.experiments.finished import load_student
 from hintjax.experiments.methods_table import RECIPES
+from hintjax.experiments.plan import planned
 from hintjax.experiments.probing import layer_of
 from hintjax.experiments.setting import prepare
 from hintjax.experiments.standardizing import check_varies, with_standardizations

@@ -17,7 +17,7 @@ import yaml
 
 from hintjax._checks import Refusal, WrongType
 from hintjax.experiments import config as configs
-from hintjax.experiments import distill, phases, setting
+from hintjax.experiments import distill, phases, plan, setting
 from hintjax.models.blocks import GlobalAveragePool
 
 SENTENCE = re.compile(r"[\w. ]+: expected .+, got ", re.DOTALL)  # as the command's
@@ -232,7 +232,7 @@ def mutated(number):
 def followed(path):
     """A config on the way that the command goes, up to the first step of training."""
     config = configs.load(path)
-    used = distill.planned(config).recipes
+    used = plan.planned(config).recipes
     prepared = setting.prepare(config, teach=config.method != "backprop")
     for recipe in used:
         phases.check(prepared, recipe)

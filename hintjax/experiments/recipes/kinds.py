@@ -14,7 +14,6 @@ from hintjax.experiments.attachment import (
     on_grids,
 )
 from hintjax.experiments.config import (
-    Adjusted,
     Config,
     check,
     parse_pair,
@@ -171,7 +170,8 @@ class Beside(NamedTuple):
         if isinstance(usual, Grown | Falling):
             usual = usual(rest, per_epoch)
         name = self.name or self.method.__name__
-        terms = {name: weighted(method, _start(config, _or(config.weight, usual)))}
+        weight = _start(config, places, _or(config.weight, usual))
+        terms = {name: weighted(method, weight)}
         if places.labels == 0:
             if config.task_weight:
                 _check_labels("the task (--task-weight)", places)
@@ -282,12 +282,12 @@ class With(NamedTuple):
     Attributes:
         recipe: the recipe.
         settings: names and values of fields of a config; see `config.SETTINGS`.
-        adjusted: whether the weight is a value of the state; see `config.Adjusted`.
+        adjustable: whether the weight is a value of the state; see `Places`.
     """
 
     recipe: Recipe
     settings: tuple[tuple[str, Any], ...] = ()
-    adjusted: bool = False
+    adjustable: bool = False
 
     def __call__(
         self,
@@ -298,10 +298,10 @@ class With(NamedTuple):
     ) -> list[PlannedPhase]:
         """The phases of the recipe."""
         config = check(with_settings(config, dict(self.settings)))
-        if self.adjusted:
-            config = Adjusted(**vars(config))
+        if self.adjustable:
+            places = places._replace(adjustable=True)
         planned = self.recipe(config, self.places(places), per_epoch, epochs)
-        own = self.settings, self.adjusted
+        own = self.settings, self.adjustable
         return [phase._replace(source=(phase.source, *own)) for phase in planned]
 
     def places(self, places: Places) -> Places:
@@ -348,10 +348,10 @@ def _or(value: float | None, usual: Weight) -> Weight:
     return usual if value is None else value
 
 
-def _start(config: Config, weight: Weight) -> Weight:
+def _start(config: Config, places: Places, weight: Weight) -> Weight:
     """A weight, in the state if it changes there; a schedule is a factor."""
-    fixed = config.balance is None and not isinstance(config, Adjusted)
-    if fixed or isinstance(weight, Adjustable):
+    changes = places.adjustable or config.balance is not None
+    if not changes or isinstance(weight, Adjustable):
         return weight
     return Adjustable(1.0, weight) if callable(weight) else Adjustable(weight)
 

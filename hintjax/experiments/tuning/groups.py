@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 from hintjax.data import steps_per_epoch
 from hintjax.experiments import config as configs
 from hintjax.experiments.config import Config
-from hintjax.experiments.distill import attaches, recipe_of
 from hintjax.experiments.phases import check
+from hintjax.experiments.plan import attaches, recipe_of
 from hintjax.experiments.recipes import With
 from hintjax.experiments.setting import Setting
 from hintjax.experiments.tuning.candidates import Candidate, Rung, rungs
@@ -88,7 +88,7 @@ def _groups(setting: Setting, name: str, tried: Sequence[Candidate]) -> list[Gro
         moving = {k: v for k, v in whole.items() if k in IN_STATE}
         if "weight" in moving:
             shared["weight"] = 1.0  # until the state gets another
-        key = With(recipe, tuple(shared.items()), adjusted="weight" in moving)
+        key = With(recipe, tuple(shared.items()), adjustable="weight" in moving)
         found.setdefault(key, {})[number] = moving
     return [
         Group(key, some, [phase.epochs for phase in check(setting, key)])

@@ -24,11 +24,7 @@ from hintjax._checks import Refusal, message
 from hintjax.experiments import config as configs
 from hintjax.experiments.caching import CACHE, with_cache
 from hintjax.experiments.config import Config
-from hintjax.experiments.distill import (
-    COMPILED,
-    keep_compiled,
-    show_classes,
-)
+from hintjax.experiments.distill import COMPILED, keep_compiled, show_classes
 from hintjax.experiments.setting import Setting, prepare
 from hintjax.experiments.standardizing import with_standardizations
 from hintjax.experiments.teaching import check_teacher, teacher_variables
