@@ -10,8 +10,7 @@ import flax.linen as nn
 import jax
 from jaxtyping import PyTree
 
-from hintjax._checks import Refusal, WrongType, form, message
-from hintjax.experiments import config as configs
+from hintjax._checks import Refusal, WrongType, form, message, nearest
 from hintjax.experiments.config import Config
 from hintjax.networks import Network, Wants, fake_quantized, linen
 from hintjax.networks.nnx import nnx
@@ -34,7 +33,7 @@ def factory(name: str) -> Callable[..., Any]:
             message("model", f"to import {module_name}", f"{error}")
         ) from None
     if not hasattr(module, attribute):
-        near = ", ".join(configs.nearest(attribute, dir(module)))
+        near = ", ".join(nearest(attribute, dir(module)))
         do = f"Nearest: {near}."
         wanted = f"a factory in {module_name}"
         raise Refusal(message("model", wanted, attribute, do))
