@@ -6,13 +6,18 @@ from pathlib import Path
 
 # Both are read when jax starts, so they come before any import of it.
 os.environ["JAX_PLATFORMS"] = "cpu"
-flags = [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8"]
+flags = [
+    os.environ.get("XLA_FLAGS", ""),
+    "--xla_force_host_platform_device_count=8",
+    "--xla_cpu_parallel_codegen_split_count=1",  # tests run side by side already
+]
 if "HINTJAX_COMPILE_FAST" in os.environ and version("jaxlib").startswith("0.10."):
     # Compilation takes 40 % less time. Programs are fused in another way, so tests of
     # equal bits of two programs run without it (the mark `bits`).
     flags.append("--xla_cpu_use_fusion_emitters=false")
 os.environ["XLA_FLAGS"] = " ".join(flags)
 
+import gc
 import multiprocessing.reduction
 import pickle
 
@@ -25,9 +30,14 @@ import pytest
 
 HERE = Path(__file__).parent
 
+# JAX keeps its programs as millions of objects, over which Python's collector would
+# walk again and again.
+gc.set_threshold(100_000, 20, 100)
+
 # Annotations are checked at run time, in tests only, and must be hooked in before
-# hintjax is imported.
-jaxtyping.install_import_hook("hintjax", "beartype.beartype")
+# hintjax is imported. The checks are the same on every Python, so one is enough.
+if "HINTJAX_ANNOTATIONS_UNCHECKED" not in os.environ:
+    jaxtyping.install_import_hook("hintjax", "beartype.beartype")
 
 jax.config.update("jax_compilation_cache_dir", str(HERE.parent / ".jax_cache"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)

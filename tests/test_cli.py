@@ -524,7 +524,6 @@ def test_a_run_that_learned_nothing_is_a_sentence_and_3(tmp_path, monkeypatch, c
     assert capsys.readouterr().err == said
 
 
-@pytest.mark.quick
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 def test_a_reader_that_ends_first_ends_the_command_without_a_traceback(unbuffered):
     started = []
@@ -604,7 +603,7 @@ def test_a_killed_run_resumes_to_the_same_bits_in_both_stages(
     """SIGKILL in the hint stage, again in the distillation stage, then to the end."""
     command = [sys.executable, "-m", "hintjax.cli"]
     options = (
-        *("--method", "fitnets", "--dataset", corners, *TINY, "--epochs", "60"),
+        *("--method", "fitnets", "--dataset", corners, *TINY, "--epochs", "30"),
         *("--checkpoint-every", "1", "--teacher", str(finished / "teacher")),
     )
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}

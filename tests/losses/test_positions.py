@@ -9,7 +9,7 @@ import pytest
 
 from hintjax import losses
 
-pytestmark = [pytest.mark.quick, pytest.mark.usefixtures("strict")]
+pytestmark = pytest.mark.usefixtures("strict")
 
 LABEL = np.random.default_rng(5).integers(0, 7, (4, 2, 3)).astype(np.int32)
 
@@ -33,6 +33,8 @@ LOSSES = {
     "standardized_kd": standardized,
     "dist": losses.dist_loss,
 }
+# One program each: without it, every operation would be compiled by itself.
+LOSSES = {name: jax.jit(loss) for name, loss in LOSSES.items()}
 # One example without a valid position, one with a single one, one with all.
 WHERE = np.random.default_rng(2).random((4, 2, 3)) < 0.5
 WHERE[0] = False

@@ -10,7 +10,7 @@ from hintjax import losses
 from hintjax.method import Context
 from hintjax.networks import Features
 
-pytestmark = [pytest.mark.quick, pytest.mark.usefixtures("strict")]
+pytestmark = pytest.mark.usefixtures("strict")
 
 PAIRS = [("s1", "t1"), ("s2", "t2")]
 CONTEXT = Context(jax.random.key(0), jnp.int32(0), True)
@@ -27,6 +27,12 @@ HINTS = {
     "probability_transfer": losses.probability_loss,
     "channel_wise": losses.channel_loss,
 }
+HINTS = {name: jax.jit(loss) for name, loss in HINTS.items()}
+
+
+def applied(method):
+    """`method.apply` in the one context of these tests, as one program."""
+    return jax.jit(lambda *arguments: method.apply(*arguments, CONTEXT))
 
 
 def hints(size=6):
@@ -60,7 +66,7 @@ def test_the_values_are_the_loss_summed_over_pairs(name):
     student, teacher = hints()
     method = getattr(hintjax, name)(PAIRS)
     params, before = method.init(jax.random.key(0), student, teacher, None)
-    values, memory, _ = method.apply(params, before, student, teacher, {}, CONTEXT)
+    values, memory, _ = applied(method)(params, before, student, teacher, {})
     want = sum(HINTS[name](student.hints[s], teacher.hints[t]) for s, t in PAIRS)
     np.testing.assert_allclose(values, want, rtol=1e-5)
     assert memory == before
@@ -73,9 +79,9 @@ def test_padding_is_compared_with_none(name):
     method = getattr(hintjax, name)(PAIRS)
     params, memory = method.init(jax.random.key(0), student, teacher, None)
     where = jnp.arange(8) < 6
-    want, _, metrics = method.apply(params, memory, student, teacher, {}, CONTEXT)
-    got, _, others = method.apply(
-        params, memory, *map(padded, (student, teacher)), {"where": where}, CONTEXT
+    want, _, metrics = applied(method)(params, memory, student, teacher, {})
+    got, _, others = applied(method)(
+        params, memory, *map(padded, (student, teacher)), {"where": where}
     )
     np.testing.assert_allclose(got[:6], want, rtol=1e-4)
     np.testing.assert_array_equal(got[6:], 0)
@@ -90,8 +96,8 @@ def test_dist_is_its_loss_without_the_padding():
         student.output, teacher.output, beta=2.0, gamma=0.5, temperature=4.0
     )
     batch = {"where": jnp.arange(8) < 6}
-    arguments = (*map(padded, (student, teacher)), batch, CONTEXT)
-    got, _, _ = method.apply({}, {}, *arguments)
+    arguments = (*map(padded, (student, teacher)), batch)
+    got, _, _ = applied(method)({}, {}, *arguments)
     np.testing.assert_allclose(got[:6], want, rtol=1e-4)
     np.testing.assert_array_equal(got[6:], 0)
 
@@ -102,14 +108,14 @@ def test_decoupled_kd_is_its_loss_of_the_labels():
     hyper = {"alpha": 0.5, "beta": 2.0, "temperature": 3.0}
     want = losses.decoupled_kd_loss(student.output, teacher.output, label, **hyper)
     method = hintjax.decoupled_kd(**hyper, label="fine")
-    got, _, _ = method.apply({}, {}, student, teacher, {"fine": label}, CONTEXT)
+    got, _, _ = applied(method)({}, {}, student, teacher, {"fine": label})
     np.testing.assert_allclose(got, want, rtol=1e-6)
 
 
 def test_relational_reports_its_parts_and_skips_a_weight_of_0():
     student, teacher = hints()
     method = hintjax.relational(PAIRS[:1], distance=3.0, angle=0.0)
-    values, _, metrics = method.apply({}, {}, student, teacher, {}, CONTEXT)
+    values, _, metrics = applied(method)({}, {}, student, teacher, {})
     distance = losses.distance_loss(student.hints["s1"], teacher.hints["t1"])
     np.testing.assert_allclose(values, 3 * distance, rtol=1e-6)
     np.testing.assert_allclose(metrics["distance"], distance.mean(), rtol=1e-6)
@@ -124,7 +130,7 @@ def test_correlation_congruence_trains_two_heads_per_pair():
     assert set(params) == {"s1->t1", "s2->t2"}
     kernels = [x for x in jax.tree.leaves(params) if x.ndim == 2]
     assert sorted(x.shape for x in kernels) == [(30, 9), (30, 9), (48, 9), (48, 9)]
-    values, _, _ = method.apply(params, {}, student, teacher, {}, CONTEXT)
+    values, _, _ = applied(method)(params, {}, student, teacher, {})
     rows = {"student": student.hints, "teacher": teacher.hints}
     want = 0.0
     for pair in PAIRS:
