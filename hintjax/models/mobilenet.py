@@ -17,6 +17,7 @@ class Block(Protocol):
 
     def module(self, name: str) -> nn.Module:
         """Returns the module of this name; it is called as `module(x, train)`."""
+        ...
 
 
 class Mobile(NamedTuple):

@@ -152,9 +152,10 @@ class MobileNetV4(nn.Module):
 
     `hintjax.weights` reads the weights of timm: of mobilenetv4_conv_small,
     mobilenetv4_conv_medium and mobilenetv4_conv_large. They want images in ImageNet's
-    normalization, except for mobilenetv4_conv_small.e3600_r256_in1k, which wants -1..1.
+    normalization; mobilenetv4_conv_small.e3600_r256_in1k alone wants pixels in -1..1.
     The variants with attention (hybrid) and with smoothing before a stride (aa, blur)
-    are not covered; a file of the latter has the names of a file without smoothing.
+    are not covered. A file with smoothing has the names of a file without it, and so it
+    is not refused, but the model computes other numbers.
 
     Args:
         groups: the blocks of each group.
