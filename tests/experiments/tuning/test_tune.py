@@ -274,7 +274,7 @@ def test_candidates_share_a_program_unless_it_depends_on_their_settings(setting)
     plan = plan_of(setting, "at", tried)
     assert [list(group.candidates) for group in plan.groups] == [[0, 1, 2], [3, 4, 5]]
     assert plan.epochs() == 6 * 1 + 3 * (2 - 1) + 1 * (4 - 2)
-    assert plan.groups[0].recipe.adjusted
+    assert plan.groups[0].recipe.adjustable
 
 
 @pytest.mark.quick
