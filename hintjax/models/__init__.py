@@ -69,6 +69,12 @@ from hintjax.models.mobilenet import (
     mobilenet_v3_large,
     mobilenet_v3_small,
 )
+from hintjax.models.mobilenet_v4 import (
+    MobileNetV4,
+    mobilenet_v4_conv_large,
+    mobilenet_v4_conv_medium,
+    mobilenet_v4_conv_small,
+)
 from hintjax.models.plain import PlainCNN, plain_thin, plain_thin_he, plain_wide
 from hintjax.models.resnet import (
     ResNet,
@@ -107,6 +113,7 @@ __all__ = [
     "Maxout",
     "MaxoutCNN",
     "MobileNetV3",
+    "MobileNetV4",
     "PlainCNN",
     "ResNet",
     "VisionTransformer",
@@ -151,6 +158,9 @@ __all__ = [
     "maxout_mnist",
     "mobilenet_v3_large",
     "mobilenet_v3_small",
+    "mobilenet_v4_conv_large",
+    "mobilenet_v4_conv_medium",
+    "mobilenet_v4_conv_small",
     "plain_thin",
     "plain_thin_he",
     "plain_wide",

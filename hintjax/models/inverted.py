@@ -78,18 +78,24 @@ class SqueezeExcite(nn.Module):
 class InvertedBottleneck(nn.Module):
     """Expansion, depthwise convolution and projection, each with BatchNorm.
 
-    The layers are `expand` (absent if there is nothing to expand), `depthwise`,
-    `squeeze` (if there is squeeze and excitation) and `project`, and `sum` if the block
-    keeps the shape. No activation follows the projection.
+    The layers are `start` (if a depthwise convolution comes before the expansion),
+    `expand` (absent if there is nothing to expand before `depthwise`), `depthwise` (if
+    it has a kernel), `squeeze` (if there is squeeze and excitation) and `project`, and
+    `sum` if the block keeps the shape. No activation follows `start` and `project`.
+
+    With `start` this is the universal inverted bottleneck of MobileNetV4, and with a
+    larger kernel of `expand`, and without depthwise convolutions, the fused one.
 
     Args:
         features: number of channels of the result.
-        hidden: number of channels of the depthwise convolution.
-        kernel: side of its kernel.
-        stride: its stride.
+        hidden: number of channels after the expansion.
+        kernel: side of the kernel of `depthwise`; 0 for no such convolution.
+        stride: the stride of `depthwise`, or else of `start`, or else of `expand`.
         activation: the activation after the expansion and the depthwise convolution.
         squeezed: whether squeeze and excitation follow the depthwise convolution.
         symmetric: whether the padding is torch's.
+        start_kernel: side of the kernel of `start`; 0 for no such convolution.
+        expand_kernel: side of the kernel of `expand`.
     """
 
     features: int
@@ -99,6 +105,8 @@ class InvertedBottleneck(nn.Module):
     activation: Activation = nn.relu6
     squeezed: bool = False
     symmetric: bool = False
+    start_kernel: int = 0
+    expand_kernel: int = 1
 
     @nn.compact
     def __call__(
@@ -106,11 +114,18 @@ class InvertedBottleneck(nn.Module):
     ) -> Float[Array, "*batch h2 w2 features"]:
         """Returns the projected maps, plus the input if the shape is the same."""
         active = {"activation": self.activation, "symmetric": self.symmetric}
+        left = 1 if self.kernel else self.stride  # for layers before `depthwise`
         y = x
-        if self.hidden != x.shape[-1]:
-            y = ConvNorm(self.hidden, **active, name="expand")(y, train)
-        depthwise = self.hidden, self.kernel, self.stride, True
-        y = ConvNorm(*depthwise, **active, name="depthwise")(y, train)
+        if self.start_kernel:
+            start = x.shape[-1], self.start_kernel, left, True
+            y = ConvNorm(*start, None, self.symmetric, name="start")(y, train)
+            left = 1
+        if self.hidden != x.shape[-1] or not self.kernel:
+            expand = self.hidden, self.expand_kernel, left
+            y = ConvNorm(*expand, **active, name="expand")(y, train)
+        if self.kernel:
+            depthwise = self.hidden, self.kernel, self.stride, True
+            y = ConvNorm(*depthwise, **active, name="depthwise")(y, train)
         if self.squeezed:
             y = SqueezeExcite(in_eights(float(self.hidden // 4)), name="squeeze")(y)
         y = ConvNorm(self.features, activation=None, name="project")(y, train)

@@ -1,6 +1,6 @@
 """MobileNetV3 as in torchvision: inverted bottlenecks with squeeze and excitation."""
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from flax import linen as nn
 from jax import Array
@@ -9,6 +9,15 @@ from jaxtyping import Float
 from hintjax.models.blocks import GlobalAveragePool
 from hintjax.models.inverted import ConvNorm, InvertedBottleneck
 from hintjax.models.tower import IMAGENET
+
+
+@runtime_checkable
+class Block(Protocol):
+    """The sizes of one block, which make its module."""
+
+    def module(self, name: str) -> nn.Module:
+        """Returns the module of this name; it is called as `module(x, train)`."""
+        ...
 
 
 class Mobile(NamedTuple):
@@ -29,6 +38,19 @@ class Mobile(NamedTuple):
     stride: int
     hard: bool
     squeezed: bool
+
+    def module(self, name: str) -> InvertedBottleneck:
+        """Returns the block as a module of this name."""
+        return InvertedBottleneck(
+            self.features,
+            self.hidden,
+            self.kernel,
+            self.stride,
+            nn.hard_swish if self.hard else nn.relu,
+            self.squeezed,
+            symmetric=True,
+            name=name,
+        )
 
 
 LARGE = (
@@ -70,9 +92,13 @@ SMALL = (
 
 
 class MobileGroup(nn.Module):
-    """Blocks of one width."""
+    """Blocks that come one after the other: `block1`, `block2`, ...
 
-    blocks: tuple[Mobile, ...]
+    Args:
+        blocks: the sizes of each block.
+    """
+
+    blocks: tuple[Block, ...]
 
     @nn.compact
     def __call__(
@@ -80,16 +106,7 @@ class MobileGroup(nn.Module):
     ) -> Float[Array, "*batch h2 w2 features"]:
         """Returns the maps of the last block."""
         for number, block in enumerate(self.blocks, start=1):
-            x = InvertedBottleneck(
-                block.features,
-                block.hidden,
-                block.kernel,
-                block.stride,
-                nn.hard_swish if block.hard else nn.relu,
-                block.squeezed,
-                symmetric=True,
-                name=f"block{number}",
-            )(x, train)
+            x = block.module(f"block{number}")(x, train)
         return x
 
 

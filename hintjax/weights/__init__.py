@@ -34,6 +34,7 @@ converts the images of a dataset to it, and so does the command with `--weights`
 | `efficientnet_lite` | efficientnet-lite-pytorch | the same |
 | `torchvision_mobilenet_v3` | torchvision | `models.mobilenet_v3_large`, ... |
 | `timm_mobilenet_v3` | timm: mobilenetv3_large_100, mobilenetv3_small_100 | the same |
+| `TIMM_MOBILENET_V4` | timm: mobilenetv4_conv_* | `models.mobilenet_v4_conv_*` |
 | `TORCHVISION_CONVNEXT` | torchvision: convnext_* | `models.convnext_tiny`, ... |
 | `TIMM_CONVNEXT` | timm: convnext_tiny and the like | the same |
 | `HF_CONVNEXT` | transformers: ConvNextForImageClassification | the same |
@@ -65,10 +66,13 @@ their stride in the 3x3 convolution (v1.5), that the GELU of a ViT is exact, and
 LayerNorm's epsilon is 1e-6 (in an `ImageTower` both are arguments). OpenAI's weights of
 CLIP want the approximate GELU of `quickgelu`; other weights want the exact one. SigLIP
 was trained with a GELU by tanh, which timm replaces by the exact one in some sizes. The
-variances of timm's MobileNetV3 are shifted, because its BatchNorms have the epsilon
-1e-5 and those of the model 1e-3. Not covered: variants with other layers (resnet50d,
-ResNeXt, Wide ResNet; ConvNeXt V2; classifiers of DINOv2 and CLIP; DINOv3 ViT-7B; SigLIP
-with average pooling; MobileNetV3 of TensorFlow; MobileNetV4).
+variances of timm's MobileNetV3 and MobileNetV4 are shifted, because their BatchNorms
+have the epsilon 1e-5 and those of the models 1e-3. The keys of timm's
+mobilenetv4_conv_aa_* and mobilenetv4_conv_blur_* are those of mobilenetv4_conv_*, but
+the models do not smooth before a stride and give other numbers. Not covered: variants
+with other layers (resnet50d, ResNeXt, Wide ResNet; ConvNeXt V2; classifiers of DINOv2
+and CLIP; DINOv3 ViT-7B; SigLIP with average pooling; MobileNetV3 of TensorFlow;
+MobileNetV4-Hybrid).
 """
 
 from hintjax.weights.convert import How, Names, Rule, from_torch
@@ -80,6 +84,7 @@ from hintjax.weights.convnext import (
 from hintjax.weights.family import family
 from hintjax.weights.mobile import (
     TIMM_EFFICIENTNET_LITE,
+    TIMM_MOBILENET_V4,
     efficientnet_lite,
     timm_mobilenet_v3,
     torchvision_mobilenet_v3,
@@ -129,6 +134,7 @@ __all__ = [
     "TIMM_DINOV3",
     "TIMM_DINOV3_BIASES",
     "TIMM_EFFICIENTNET_LITE",
+    "TIMM_MOBILENET_V4",
     "TIMM_SIGLIP",
     "TIMM_VIT",
     "TORCHVISION_CONVNEXT",

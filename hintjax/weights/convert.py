@@ -51,10 +51,13 @@ class Names(NamedTuple):
     Attributes:
         rules: the first rule that matches a leaf is used.
         unused: names of tensors that the Flax model does not need; `*` is any text.
+        foreign: pairs of a pattern of names and the relative of the family whose files
+            have them, but which no model here can read; `*` is any text.
     """
 
     rules: tuple[Rule, ...]
     unused: tuple[str, ...] = ()
+    foreign: tuple[tuple[str, str], ...] = ()
 
     def find(self, path: str) -> Rule | None:
         """The rule of one leaf, with its numbers filled in; None if no rule matches.
@@ -89,7 +92,8 @@ def from_torch(
 
     Raises:
         ValueError: if tensors are missing, left over, misshapen or not floats, or if
-            leaves of the model have no rule. The message lists all of them.
+            leaves of the model have no rule. The message lists all of them. A file of a
+            foreign relative is refused by one of its tensors.
 
     >>> from flax import linen as nn
     >>> import hintjax as hj
@@ -102,6 +106,7 @@ def from_torch(
     >>> variables.params["layers_0"]["kernel"].shape
     (3, 2)
     """
+    _check_foreign(tensors, names)
     leaves, structure = jax.tree_util.tree_flatten_with_path(join(like))
     kinds = ("missing", "left over", "misshapen", "no floats", "unnamed")
     problems = {kind: {} for kind in kinds}
@@ -139,6 +144,16 @@ def paths(like: Variables) -> list[str]:
     return [
         jax.tree_util.keystr(keys, simple=True, separator="/") for keys, _ in leaves
     ]
+
+
+def _check_foreign(tensors: Mapping[str, np.ndarray], names: Names) -> None:
+    """Raise if a tensor is of a relative that no model here can read."""
+    for pattern, relative in names.foreign:
+        found = [name for name in sorted(tensors) if fnmatchcase(name, pattern)]
+        if found:
+            wanted = "the file of a model that HintJAX has"
+            got = f"{found[0]!r}, a tensor of {relative}"
+            raise Refusal(message("from_torch", wanted, got))
 
 
 def _numbered(name: str, match: re.Match) -> str:

@@ -13,6 +13,7 @@ from hintjax.weights.convnext import (
 )
 from hintjax.weights.mobile import (
     TIMM_EFFICIENTNET_LITE,
+    TIMM_MOBILENET_V4,
     efficientnet_lite,
     timm_mobilenet_v3,
     torchvision_mobilenet_v3,
@@ -37,7 +38,7 @@ from hintjax.weights.towers import (
 FAMILIES: tuple[Names | Callable[[Variables], Names], ...] = (
     *(RESNET, TIMM_VIT, TIMM_DEIT, TORCHVISION_VIT),
     *(TIMM_EFFICIENTNET_LITE, efficientnet_lite),
-    *(torchvision_mobilenet_v3, timm_mobilenet_v3),
+    *(torchvision_mobilenet_v3, timm_mobilenet_v3, TIMM_MOBILENET_V4),
     *(DINOV2, TIMM_DINOV2, TIMM_DINOV2_REGISTERS, HF_DINOV2, HF_DINOV3),
     *(TIMM_DINOV3, TIMM_DINOV3_BIASES, TIMM_CLIP, TIMM_SIGLIP),
     *(HF_CLIP, HF_SIGLIP, HF_SIGLIP_TOWER),

@@ -101,7 +101,7 @@ def torchvision_mobilenet_v3(like: Variables) -> Names:
     )
 
 
-_OURS, _TIMMS = 1e-3, 1e-5  # epsilon of the BatchNorms of MobileNetV3
+_OURS, _TIMMS = 1e-3, 1e-5  # epsilon of the BatchNorms of MobileNetV3 and V4
 SHIFTED = How(  # a variance with which our epsilon gives the numbers of timm's
     "features",
     lambda n: [(n,)],
@@ -114,11 +114,15 @@ SQUARE = How(  # a linear map that is a convolution of 1x1 in torch
 
 def _shifted(flax: str, convolution: str, norm: str) -> tuple[Rule, ...]:
     """A convolution without a bias, then BatchNorm with timm's epsilon."""
+    return *conv(f"{flax}/conv", convolution), *_shifted_norm(f"{flax}/norm", norm)
+
+
+def _shifted_norm(flax: str, norm: str) -> tuple[Rule, ...]:
+    """BatchNorm with timm's epsilon."""
     return (
-        *conv(f"{flax}/conv", convolution),
-        *layer_norm(f"{flax}/norm", norm),
-        Rule(f"batch_stats/{flax}/norm/mean", (f"{norm}.running_mean",), VECTOR),
-        Rule(f"batch_stats/{flax}/norm/var", (f"{norm}.running_var",), SHIFTED),
+        *layer_norm(flax, norm),
+        Rule(f"batch_stats/{flax}/mean", (f"{norm}.running_mean",), VECTOR),
+        Rule(f"batch_stats/{flax}/var", (f"{norm}.running_var",), SHIFTED),
     )
 
 
@@ -157,6 +161,29 @@ def timm_mobilenet_v3(like: Variables) -> Names:
         ),
         COUNTED,
     )
+
+
+_FUSED = "group1/block<b>"  # fused inverted bottlenecks, or plain blocks
+
+TIMM_MOBILENET_V4 = Names(
+    (
+        *_shifted("stem", "conv_stem", "bn1"),
+        *_shifted(f"{_FUSED}/expand", f"{_FIRST}.conv_exp", f"{_FIRST}.bn1"),
+        *_shifted(f"{_FUSED}/project", f"{_FIRST}.conv_pwl", f"{_FIRST}.bn2"),
+        # A plain block has no layers of its own.
+        *_shifted(_BLOCK, f"{_TIMM}.conv", f"{_TIMM}.bn1"),
+        *_shifted(f"{_BLOCK}/start", f"{_TIMM}.dw_start.conv", f"{_TIMM}.dw_start.bn"),
+        *_shifted(f"{_BLOCK}/expand", f"{_TIMM}.pw_exp.conv", f"{_TIMM}.pw_exp.bn"),
+        *_shifted(f"{_BLOCK}/depthwise", f"{_TIMM}.dw_mid.conv", f"{_TIMM}.dw_mid.bn"),
+        *_shifted(f"{_BLOCK}/project", f"{_TIMM}.pw_proj.conv", f"{_TIMM}.pw_proj.bn"),
+        *_shifted("head", "blocks.4.0.conv", "blocks.4.0.bn1"),
+        Rule("params/hidden/kernel", ("conv_head.weight",), SQUARE),
+        *_shifted_norm("norm", "norm_head"),
+        *linear("classifier", "classifier"),
+    ),
+    COUNTED,
+    (("blocks.*.attn.*", "MobileNetV4-Hybrid, which has attention"),),
+)
 
 
 def _numbered(rules: tuple[Rule, ...], like: Variables) -> list[Rule]:

@@ -12,6 +12,7 @@ from flax import linen as nn
 from hintjax import models
 from hintjax.models.blocks import batch_norm, conv
 from hintjax.models.fitnets import max_pool
+from hintjax.models.inverted import InvertedBottleneck
 from hintjax.models.maxout import maxout
 
 CIFAR, MNIST, DIGITS = (2, 32, 32, 3), (2, 28, 28, 1), (2, 8, 8, 1)
@@ -214,7 +215,7 @@ def test_the_pairs_of_the_paper_exist(student, guided, teacher, shape, maps):
 @pytest.mark.quick
 def test_every_factory_takes_classes_and_the_module_takes_train():
     factories = [name for name in models.__all__ if name == name.lower()]
-    assert len(factories) == 63
+    assert len(factories) == 66
     for name in factories:
         factory = getattr(models, name)
         model = factory(classes=7)
@@ -246,6 +247,26 @@ def test_strided_convolutions_are_padded_like_torch():
     same = nn.Conv(4, (3, 3), strides=(2, 2), padding="SAME", use_bias=False)
     padded_by_torch = conv(4, stride=2, name="layer").apply(logits[3], x)
     assert np.abs(same.apply(logits[3], x) - padded_by_torch).max() > 0.1
+
+
+@pytest.mark.parametrize(
+    ("sizes", "strided"),
+    [
+        ({}, "depthwise"),
+        ({"start_kernel": 3}, "depthwise"),
+        ({"start_kernel": 3, "kernel": 0}, "start"),
+        ({"kernel": 0, "expand_kernel": 3}, "expand"),
+        ({"kernel": 0, "hidden": 4}, "expand"),
+    ],
+)
+def test_one_layer_of_an_inverted_bottleneck_has_the_stride(sizes, strided):
+    model = InvertedBottleneck(features=6, stride=2, **({"hidden": 8} | sizes))
+    maps, _, layers = trace(model, (2, 8, 8, 4))
+    assert maps.shape == (2, 4, 4, 6)
+    order = [name for name in ("start", "expand", "depthwise") if name in layers]
+    at = order.index(strided)
+    for number, name in enumerate(order):
+        assert layers[name][0] == (8 if number < at else 4)
 
 
 def test_residual_convolutions_start_with_he_fan_out():

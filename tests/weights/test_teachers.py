@@ -20,6 +20,7 @@ import hintjax as hj
 from hintjax import models, weights
 from hintjax.models.foundation import tanh_gelu
 from hintjax.models.mobilenet import Mobile
+from hintjax.models.mobilenet_v4 import Plain, Universal
 from hintjax.models.tower import quick_gelu
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
@@ -58,6 +59,17 @@ TIMM_MOBILENET = (
     (Mobile(16, 16, 3, 2, False, True),),
     (Mobile(24, 32, 5, 2, True, True), Mobile(24, 40, 3, 1, True, False)),
 )
+TIMM_MOBILENET_V4 = (
+    (Universal(16, 32, 0, 0, 2, expand=3),),
+    (Plain(24, 3, 2), Plain(16)),
+    (
+        Universal(24, 32, 5, 3, 2),
+        Universal(24, 48, 0, 5),
+        Universal(24, 48, 3, 0),
+        Universal(24, 48, 0, 0),
+    ),
+    (Universal(32, 48, 3, 0, 2),),
+)
 CONVNEXT = models.ConvNeXt((1, 2, 1, 1), (4, 6, 8, 10), 5)
 LITE = models.EfficientNetLite(5, width=0.2, depth=0.5)
 CASES = {
@@ -70,6 +82,9 @@ CASES = {
     ),
     "timm_siglip": dinov2(class_token=False, scaled=False),
     "timm_mobilenet": models.MobileNetV3(TIMM_MOBILENET, 32, 5),
+    "timm_mobilenet_v4": models.MobileNetV4(
+        TIMM_MOBILENET_V4, 5, stem=8, head=40, hidden=48
+    ),
     "timm_dinov2": dinov2(),
     "timm_dinov2_reg": dinov2(registers=4),
     "timm_dinov2_giant": dinov2(21, registers=4, activation=None),
@@ -89,7 +104,14 @@ CASES = {
     "hub_dinov2_giant": dinov2(24, registers=4, activation=None),
 }
 # Of each kind of block one; all others run where the time of the tests is no matter.
-QUICK = ("timm_lite", "timm_siglip", "hf_dinov2", "hf_dinov2_giant", "hf_clip")
+QUICK = (
+    "timm_lite",
+    "timm_mobilenet_v4",
+    "timm_siglip",
+    "hf_dinov2",
+    "hf_dinov2_giant",
+    "hf_clip",
+)
 
 
 @functools.cache
@@ -184,6 +206,7 @@ def test_efficientnet_lite0_computes_what_its_port_computes(side):
         (models.efficientnet_lite0, 224, 4_652_008),
         (models.convnext_tiny, 224, 28_589_128),
         (models.mobilenet_v3_small, 224, 2_542_856),
+        (models.mobilenet_v4_conv_small, 224, 3_774_024),
         (models.dinov2_vits14_reg, 518, 22_057_728),
     ],
 )
@@ -201,6 +224,8 @@ def test_sizes_are_the_published_ones(factory, side, size):
         (models.efficientnet_lite3, 280, 8_197_096),
         (models.efficientnet_lite4, 300, 13_006_568),
         (models.mobilenet_v3_large, 224, 5_483_032),
+        (models.mobilenet_v4_conv_medium, 256, 9_715_512),
+        (models.mobilenet_v4_conv_large, 384, 32_590_864),
         (models.dinov2_vits14, 518, 22_056_192),
         (models.convnext_small, 224, 50_223_688),
         (models.convnext_base, 224, 88_591_464),
@@ -275,6 +300,50 @@ def test_a_clip_that_became_a_classifier_is_refused():
     tensors["head.bias"] = np.ones(6, np.float32)
     with pytest.raises(hj.Refusal, match=r"CLIP, which has no bias, got head\.bias"):
         weights.from_torch(tensors, weights.TIMM_CLIP, like)
+
+
+@pytest.mark.quick
+def test_a_mobilenet_with_attention_is_refused():
+    model, tensors = CASES["timm_mobilenet_v4"], drawn(NAMES["timm_mobilenet_v4"])
+    like = shapes(model, (64, 64))
+    # Where a hybrid has attention, the other names of a block are missing.
+    tensors = {name: x for name, x in tensors.items() if ".2.3." not in name}
+    tensors["blocks.2.3.attn.query.proj.weight"] = np.ones((24, 24, 1, 1), np.float32)
+    names = weights.family(tensors, like)
+    assert names is weights.TIMM_MOBILENET_V4
+    sentence = (
+        r"^from_torch: expected the file of a model that HintJAX has, got "
+        r"'blocks\.2\.3\.attn\.query\.proj\.weight', a tensor of MobileNetV4-Hybrid, "
+        r"which has attention\.$"
+    )
+    with pytest.raises(hj.Refusal, match=sentence):
+        weights.from_torch(tensors, names, like)
+
+
+@pytest.mark.quick
+def test_a_mobilenet_v4_names_its_hints():
+    network = hj.linen(models.mobilenet_v4_conv_small(classes=7))
+    x = jax.ShapeDtypeStruct((1, 64, 96, 3), jnp.float32)
+    variables = jax.eval_shape(network.init, jax.random.key(0), x)
+    layers = {
+        path: layer.shape[1:] for path, layer in network.layers(*variables, x).items()
+    }
+    assert layers["stem"] == (32, 48, 32)
+    ends = {"group1": (16, 24, 32), "group2": (8, 12, 64)}
+    ends |= {"group3": (4, 6, 96), "group4": (2, 3, 128), "head": (2, 3, 960)}
+    for path, shape in ends.items():
+        assert layers[path] == shape
+    assert layers["group1/block1"] == ends["group1"]
+    assert layers["group3/block1/start"] == (8, 12, 64)
+    assert layers["group3/block1/expand"] == (8, 12, 192)
+    assert layers["group3/block1/depthwise"] == (4, 6, 192)
+    assert layers["group3/block6/start"] == layers["group3/block6/sum"] == (4, 6, 96)
+    assert (
+        "group3/block6/depthwise" not in layers and "group3/block2/start" not in layers
+    )
+    assert layers["pool"] == (960,)
+    assert layers["hidden"] == layers["norm"] == (1280,)
+    assert layers["classifier"] == layers[":out"] == (7,)
 
 
 @pytest.mark.quick
