@@ -5,13 +5,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hintjax.losses import (
-    contrastive_log_constant,
-    contrastive_loss,
-    contrastive_scores_loss,
-)
+from hintjax import losses
 
 pytestmark = [pytest.mark.quick, pytest.mark.usefixtures("strict")]
+
+# One program each: without it, every operation would be compiled by itself.
+OPTIONS = "size", "temperature"
+contrastive_log_constant, contrastive_loss, contrastive_scores_loss = (
+    jax.jit(loss, static_argnames=OPTIONS)
+    for loss in (
+        losses.contrastive_log_constant,
+        losses.contrastive_loss,
+        losses.contrastive_scores_loss,
+    )
+)
 
 
 def formula(positive, negatives, size, constant, temperature):
@@ -80,7 +87,8 @@ def test_each_anchor_counts_its_own_valid_negatives():
         for p, n, keep in zip(positive, negatives, valid, strict=True)
     ]
     np.testing.assert_allclose(got, want, rtol=1e-5)
-    gradients = jax.grad(lambda *scores: loss(*scores).sum(), (0, 1))(*arrays)
+    slopes = jax.jit(jax.grad(lambda *scores: loss(*scores).sum(), (0, 1)))
+    gradients = slopes(*arrays)
     assert all(np.isfinite(g).all() for g in gradients)
     assert np.abs(gradients[1])[~valid].max() == 0
 
@@ -104,7 +112,7 @@ def test_the_constant_is_the_mean_over_what_counts_and_has_no_gradient():
         )
 
     arrays = jnp.array(positive), jnp.array(negatives)
-    value, gradients = jax.value_and_grad(constant, (0, 1))(*arrays)
+    value, gradients = jax.jit(jax.value_and_grad(constant, (0, 1)))(*arrays)
     np.testing.assert_allclose(value, want, rtol=1e-6)
     assert all(np.all(g == 0) for g in gradients)
 
@@ -121,15 +129,18 @@ def test_a_score_that_is_no_number_does_not_spoil_the_constant():
 
 def test_extreme_scores_have_finite_values_and_gradients():
     positive, negatives = scores()
-    for scale in 1e2, 1e4:
-        arrays = jnp.array(positive) * scale, jnp.array(negatives) * scale
-        log_constant = contrastive_log_constant(*arrays, size=50)
-        value, gradients = jax.value_and_grad(
-            lambda *a, z=log_constant: contrastive_scores_loss(
-                *a, size=50, log_constant=z
+    slopes = jax.jit(
+        jax.value_and_grad(
+            lambda *a: contrastive_scores_loss(
+                *a[:2], size=50, log_constant=a[2]
             ).sum(),
             (0, 1),
-        )(*arrays)
+        )
+    )
+    for scale in 1e2, 1e4:
+        arrays = [np.float32(x * scale) for x in (positive, negatives)]
+        log_constant = contrastive_log_constant(*arrays, size=50)
+        value, gradients = slopes(*arrays, log_constant)
         assert np.isfinite([value, log_constant]).all()
         assert max(np.abs(g).max() for g in gradients) <= 1 / 0.07 + 1e-3
 

@@ -5,9 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hintjax.losses import dist_loss
+from hintjax import losses
 
 pytestmark = [pytest.mark.quick, pytest.mark.usefixtures("strict")]
+
+# One program each: without it, every operation would be compiled by itself.
+OPTIONS = "beta", "gamma", "temperature"
+dist_loss = jax.jit(losses.dist_loss, static_argnames=OPTIONS)
 
 
 def logits(seed, shape=(5, 7)):
@@ -61,7 +65,7 @@ def test_a_batch_of_one_has_the_codes_second_term():
 
 def test_equal_examples_and_even_ones_have_no_gradient():
     """Their columns and rows do not vary, up to rounding."""
-    even, same = jnp.full((6, 7), 0.3), jnp.array(logits(0)[:1].repeat(6, 0))
+    even, same = np.full((6, 7), 0.3, np.float32), logits(0)[:1].repeat(6, 0)
     teacher = jnp.array(logits(1, (6, 7)))
     between = jax.jit(jax.grad(lambda s: dist_loss(s, teacher, beta=0.0).sum()))
     both = jax.jit(jax.grad(lambda s: dist_loss(s, teacher).sum()))
@@ -71,7 +75,7 @@ def test_equal_examples_and_even_ones_have_no_gradient():
 
 @pytest.mark.parametrize("temperature", [0.05, 1.0, 20.0])
 def test_margins_of_120_are_bounded(temperature):
-    student, teacher = (jnp.eye(5, 7) * sign * 120 for sign in (1, -1))
+    student, teacher = (np.eye(5, 7, dtype=np.float32) * sign for sign in (120, -120))
     loss = jax.value_and_grad(
         lambda s, t: dist_loss(s, t, temperature=temperature).sum()
     )

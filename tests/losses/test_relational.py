@@ -5,9 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hintjax.losses import angle_loss, distance_loss
+from hintjax import losses
 
 pytestmark = [pytest.mark.quick, pytest.mark.usefixtures("strict")]
+
+# One program each: without it, every operation would be compiled by itself.
+angle_loss, distance_loss = map(jax.jit, (losses.angle_loss, losses.distance_loss))
 
 
 def embeddings(seed, shape=(5, 7)):
@@ -70,7 +73,7 @@ def test_both_match_repdistiller(golden):
 
 @pytest.mark.parametrize("loss", [distance_loss, angle_loss])
 def test_position_and_scale_do_not_matter(loss):
-    student, teacher = jnp.array(embeddings(0)), jnp.array(embeddings(1))
+    student, teacher = embeddings(0), embeddings(1)
     want = loss(student, teacher)
     np.testing.assert_allclose(loss(student * 8 + 2, teacher - 1), want, rtol=1e-3)
 
@@ -84,13 +87,13 @@ def test_a_batch_of_one_has_no_relation(loss):
 
 def test_duplicates_are_a_distance_like_any_other():
     """All equal: at equal distances, as in the code; the mean counts them."""
-    same, teacher = jnp.ones((4, 3)), jnp.array(np.eye(4, dtype=np.float32))
+    same, teacher = np.ones((4, 3), np.float32), np.eye(4, dtype=np.float32)
     np.testing.assert_allclose(distance_loss(same, teacher), 0, atol=1e-6)
     pairs = jnp.array([[0.0], [0.0], [1.0]])
     want = (
         formula_distances(np.eye(3)) - np.array([[0, 0, 1], [0, 0, 1], [1, 1, 0]]) * 1.5
     )
-    got = distance_loss(pairs, jnp.eye(3))
+    got = distance_loss(pairs, np.eye(3, dtype=np.float32))
     np.testing.assert_allclose(got, np.vectorize(smooth)(want).mean(1), rtol=1e-5)
 
 

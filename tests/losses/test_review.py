@@ -5,9 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hintjax.losses import hierarchical_context_loss
+from hintjax import losses
 
 pytestmark = [pytest.mark.quick, pytest.mark.usefixtures("strict")]
+
+# One program: without it, every operation would be compiled by itself.
+hierarchical_context_loss = jax.jit(
+    losses.hierarchical_context_loss, static_argnames="levels"
+)
 
 
 def formula(student, teacher, levels):

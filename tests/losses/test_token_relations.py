@@ -5,13 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hintjax.losses import (
-    attention_distribution_loss,
-    relation_loss,
-    token_gram_loss,
-)
+from hintjax import losses
 
 pytestmark = [pytest.mark.quick, pytest.mark.usefixtures("strict")]
+
+# One program each: without it, every operation would be compiled by itself.
+attention_distribution_loss = jax.jit(losses.attention_distribution_loss)
+relation_loss = jax.jit(losses.relation_loss, static_argnames="heads")
+token_gram_loss = jax.jit(losses.token_gram_loss)
 
 TOKENS = np.arange(5) < np.array([[5], [3], [1]])  # True where a token counts
 
@@ -68,7 +69,7 @@ def test_padding_is_neither_query_nor_key():
 
     gradients, got = jax.jit(jax.grad(loss, (0, 1), has_aux=True))(*arrays)
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-7)
-    for x in gradients:
+    for x in map(np.asarray, gradients):
         assert np.isfinite(x).all()
         assert np.abs(x[~TOKENS]).max() == 0
         assert np.abs(x[:2][TOKENS[:2]]).min() > 0
@@ -76,9 +77,10 @@ def test_padding_is_neither_query_nor_key():
 
 def test_it_is_the_divergence_of_the_scores():
     """MiniLM's attention compares queries with keys; a relation, one with itself."""
-    student, teacher = jnp.array(states(0)), jnp.array(states(1))
+    student, teacher = states(0), states(1)
     scores = (
-        (x @ x.swapaxes(-1, -2))[:, None] / jnp.sqrt(12.0) for x in (student, teacher)
+        (x @ x.swapaxes(-1, -2))[:, None] / np.float32(12) ** 0.5
+        for x in (student, teacher)
     )
     want = attention_distribution_loss(*scores)
     got = relation_loss(student, teacher, heads=1)
@@ -86,7 +88,7 @@ def test_it_is_the_divergence_of_the_scores():
 
 
 def test_a_single_token_has_no_signal():
-    student, teacher = jnp.array(states(0))[:, :1], jnp.array(states(1))[:, :1]
+    student, teacher = states(0)[:, :1], jnp.array(states(1)[:, :1])
     loss = jax.value_and_grad(lambda s: relation_loss(s, teacher, heads=2).sum())
     value, gradient = jax.jit(loss)(student)
     assert value == np.abs(gradient).max() == 0
