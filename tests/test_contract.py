@@ -986,7 +986,7 @@ def test_a_reduction_of_the_teacher_gives_a_method_the_same_values(name):
     student, teacher, batch = jax.tree.map(jnp.asarray, seen(row))
     params, memory = started(name)
     found = reduced(row.method, jax.eval_shape(lambda: student))
-    small = found.reduce(teacher)
+    small = jax.jit(found.reduce)(teacher)
     own = jax.eval_shape(
         lambda key: found.method.init(key, student, small, None), jax.random.key(0)
     )
@@ -994,13 +994,15 @@ def test_a_reduction_of_the_teacher_gives_a_method_the_same_values(name):
     assert set(found.method.teacher.hints) == set(small.hints)
     context = Context(KEY, np.int32(0), True)
     got, want = (
-        method.apply(params, memory, student, shown, batch, context)[0]
+        jax.jit(lambda *shown, of=method: of.apply(*shown, batch, context)[0])(
+            params, memory, student, shown
+        )
         for method, shown in ((found.method, small), (row.method, teacher))
     )
     assert_close(got, want, 1e-5)
     # One reduction may serve several terms, beside terms that have none.
     both = objective(first=row.method, second=row.method)
-    again = reduced(both, student).reduce(teacher)
+    again = jax.eval_shape(reduced(both, student).reduce, teacher)
     assert set(again.hints) == set(small.hints)
 
 
@@ -1013,7 +1015,7 @@ def test_a_method_gives_values_memory_and_metrics(taught):
     chex.assert_type(values, jnp.float32)
     chex.assert_trees_all_equal_shapes_and_dtypes(memory, after)
     chex.assert_rank(list(metrics.values()), 0)
-    chex.assert_tree_all_finite((values, metrics))
+    chex.assert_tree_all_finite(jax.device_get((values, metrics)))
 
 
 def test_a_method_teaches_the_student_and_never_the_teacher(taught):
@@ -1026,7 +1028,7 @@ def test_a_method_teaches_the_student_and_never_the_teacher(taught):
 def test_a_method_remembers_nothing_in_evaluation(taught):
     _, memory = started(taught.name)
     _, (_, after, _) = applied_to(taught, *seen(taught), train=False)
-    chex.assert_trees_all_equal(memory, after)
+    chex.assert_trees_all_equal(*jax.device_get((memory, after)))
 
 
 def test_a_method_is_traced_once(taught):
@@ -1097,7 +1099,7 @@ def test_a_method_takes_any_sizes(taught, data, dtype, computed):
     chex.assert_shape(values, (4,))
     assert values.dtype == jnp.float32
     if computed:
-        chex.assert_tree_all_finite((gradients, values))
+        chex.assert_tree_all_finite(jax.device_get((gradients, values)))
 
 
 def linear(shapes, seed):
@@ -1157,8 +1159,9 @@ def test_a_method_stands_in_both_stages(taught, kind):
         before = jax.device_get(state.params)
         for _ in range(2):
             state, metrics = once(state, theirs, batch)
-    chex.assert_tree_all_finite((state.params, metrics))
-    for trees in zip(own(state.params), own(before), strict=True):
+    after, metrics = jax.device_get((state.params, metrics))
+    chex.assert_tree_all_finite((after, metrics))
+    for trees in zip(own(after), own(before), strict=True):
         moved = jax.tree.leaves(jax.tree.map(lambda a, b: np.any(a != b), *trees))
         assert any(moved) or not moved
 

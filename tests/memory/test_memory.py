@@ -19,6 +19,7 @@ def vectors(seed, rows, width=4):
 
 def test_a_new_bank_is_of_norm_one_on_average_and_has_no_constants():
     bank = jax.jit(memory.init, static_argnums=(1, 2))(KEY, 2000, 128)
+    bank = jax.device_get(bank)
     for rows in bank[:2]:
         np.testing.assert_allclose(np.square(rows).sum(1).mean(), 1, rtol=0.02)
         assert np.abs(rows).max() <= (3 / 128) ** 0.5
@@ -27,9 +28,10 @@ def test_a_new_bank_is_of_norm_one_on_average_and_has_no_constants():
 
 
 def test_an_update_mixes_and_normalizes_what_stands_in_the_batch():
-    bank = memory.init(KEY, 6, 4)
+    bank = jax.jit(memory.init, static_argnums=(1, 2))(KEY, 6, 4)
     index, s, t = jnp.array([4, 1]), vectors(0, 2), vectors(1, 2)
     got = jax.jit(lambda *a: memory.update(*a, momentum=0.75))(bank, index, s, t)
+    bank, s, t = jax.device_get((bank, s, t))
     for before, after, new in ((bank[0], got[0], s), (bank[1], got[1], t)):
         want = np.array(before)
         for row, i in enumerate([4, 1]):
@@ -39,13 +41,14 @@ def test_an_update_mixes_and_normalizes_what_stands_in_the_batch():
 
 
 def test_the_last_of_an_examples_embeddings_counts():
-    bank = memory.init(KEY, 6, 4)
+    bank = jax.jit(memory.init, static_argnums=(1, 2))(KEY, 6, 4)
     index, s = jnp.array([2, 5, 2, 2]), vectors(0, 4)
     where = jnp.array([True, True, True, False])
-    got = memory.update(bank, index, s, s, momentum=0.0, where=where)
-    np.testing.assert_allclose(got.student[2], s[2], rtol=1e-6)
-    np.testing.assert_allclose(got.student[5], s[1], rtol=1e-6)
-    alone = memory.update(bank, index, s, s, where=jnp.zeros(4, bool))
+    update = jax.jit(memory.update, static_argnames="momentum")
+    got = np.asarray(update(bank, index, s, s, momentum=0.0, where=where).student)
+    np.testing.assert_allclose(got[2], np.asarray(s)[2], rtol=1e-6)
+    np.testing.assert_allclose(got[5], np.asarray(s)[1], rtol=1e-6)
+    alone = update(bank, index, s, s, where=jnp.zeros(4, bool))
     np.testing.assert_array_equal(alone.student, bank.student)
 
 
@@ -96,7 +99,9 @@ def test_relaxed_positives_are_drawn_evenly_from_the_class():
 def test_a_label_is_compared_with_that_of_the_index(size):
     classes = memory.by_class(jnp.array(LABELS[:size]))
     index, label = np.meshgrid(np.arange(-2, size + 2), np.arange(-1, 5))
-    got = memory.labeled(classes, jnp.array(index.ravel()), jnp.array(label.ravel()))
+    # One program: without it, every operation would be compiled by itself.
+    labeled = jax.jit(memory.labeled)
+    got = labeled(classes, index.ravel(), label.ravel())
     inside = (index >= 0) & (index < size)
     wanted = inside & (LABELS[np.clip(index, 0, size - 1)] == label)
     np.testing.assert_array_equal(got, wanted.ravel())
@@ -104,11 +109,10 @@ def test_a_label_is_compared_with_that_of_the_index(size):
 
 def test_draws_do_not_depend_on_the_place_in_the_batch():
     turned = [2, 0, 1]
-    index, _ = memory.draw_others(CLASSES, KEYS, jnp.array(ANCHORS), 9)
-    got, _ = memory.draw_others(
-        CLASSES, KEYS[jnp.array(turned)], jnp.array(ANCHORS)[jnp.array(turned)], 9
-    )
-    np.testing.assert_array_equal(got, index[jnp.array(turned)])
+    draw = jax.jit(memory.draw_others, static_argnums=3)
+    index, _ = draw(CLASSES, KEYS, ANCHORS, 9)
+    got, _ = draw(CLASSES, KEYS[np.array(turned)], ANCHORS[turned], 9)
+    np.testing.assert_array_equal(got, np.asarray(index)[turned])
 
 
 @pytest.mark.parametrize("count", [0, -1, 2.5])

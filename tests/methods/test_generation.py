@@ -50,7 +50,8 @@ def test_generator_and_loss_are_the_code(golden):
 )
 def test_a_mask_hides_its_share(mask, shape):
     keys = jax.random.split(KEY, 100)
-    kept = jax.vmap(lambda key: mask(key, (40, 30, 50), 0.15))(keys)
+    draw = jax.vmap(lambda key: mask(key, (40, 30, 50), 0.15))
+    kept = np.asarray(jax.jit(draw)(keys))
     assert kept.shape == (100, *shape)
     np.testing.assert_allclose(kept.mean(), 0.85, atol=0.02)
 
@@ -68,15 +69,21 @@ def test_the_method_draws_the_mask_of_an_example_from_its_index():
     student, teacher = features()
     method = masked_generation([("a", "x")], rate=0.5, mask=masked_positions)
     params, memory = jax.jit(lambda key: method.init(key, student, teacher, None))(KEY)
-    same = jax.tree.map(lambda x: x[jnp.zeros(4, int)], (student, teacher))
+    same = jax.tree.map(lambda x: np.repeat(x[:1], 4, 0), (student, teacher))
     batch = {"index": jnp.array([7, 8, 9, 7])}
-    values, after, _ = method.apply(params, memory, *same, batch, CONTEXT)
+
+    @jax.jit
+    def apply(key):
+        context = CONTEXT._replace(key=key)
+        return method.apply(params, memory, *same, batch, context)
+
+    values, after, _ = apply(KEY)
+    values = np.asarray(values)
     assert values[0] == values[3]
     assert len(set(values.tolist())) == 3
     assert after == memory
-    other = CONTEXT._replace(key=jax.random.key(1))
-    again, _, _ = method.apply(params, memory, *same, batch, other)
-    assert (again != values).any()
+    again, _, _ = apply(jax.random.key(1))
+    assert np.any(again != values)
 
 
 def test_equal_channels_are_not_aligned_and_no_rate_hides_nothing():
@@ -84,10 +91,15 @@ def test_equal_channels_are_not_aligned_and_no_rate_hides_nothing():
     method = masked_generation([("a", "x")], rate=0.0)
     params, memory = jax.jit(lambda key: method.init(key, student, teacher, None))(KEY)
     assert set(params["a->x"]) == {"hidden", "generate"}
-    values, _, _ = method.apply(params, memory, student, teacher, {}, CONTEXT)
+    apply = jax.jit(lambda *shown: method.apply(params, memory, *shown, {}, CONTEXT))
+    values, _, _ = apply(student, teacher)
     module = regressors.Generator(5)
-    whole = module.apply({"params": params["a->x"]}, student.hints["a"])
-    want = masked_generation_loss(whole, teacher.hints["x"])
+
+    @jax.jit
+    def loss(x, hint):
+        return masked_generation_loss(module.apply({"params": params["a->x"]}, x), hint)
+
+    want = loss(student.hints["a"], teacher.hints["x"])
     np.testing.assert_allclose(values, want, rtol=1e-5)
 
 

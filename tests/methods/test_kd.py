@@ -1,5 +1,7 @@
 """KD as a method: the loss of the two outputs, nothing else."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -38,8 +40,11 @@ def test_the_values_are_those_of_the_loss(method, temperature):
     student, teacher = outputs((5, 7), (5, 7))
     made = method() if temperature is None else method(temperature)
     context = Context(jax.random.key(0), jnp.int32(0), True)
-    values, memory, metrics = made.apply({}, {}, student, teacher, {}, context)
-    want = loss(student.output, teacher.output, temperature=temperature or default)
+    # A program each: without it, every operation would be compiled by itself.
+    apply = jax.jit(lambda *shown: made.apply({}, {}, *shown, {}, context))
+    values, memory, metrics = apply(student, teacher)
+    loss = jax.jit(functools.partial(loss, temperature=temperature or default))
+    want = loss(student.output, teacher.output)
     np.testing.assert_array_equal(values, want)
     assert (memory, metrics) == ({}, {})
 

@@ -23,6 +23,11 @@ def linear(case, name, kind="param"):
     return {"kernel": case[f"{head}.weight"], "bias": case[f"{head}.bias"]}
 
 
+def begun(method, student, teacher):
+    """As one program: otherwise every operation would be one."""
+    return jax.jit(lambda key: method.init(key, student, teacher, None))(KEY)
+
+
 def gradients(method, params, memory, student, teacher):
     def run(params, student):
         values, after, _ = method.apply(params, memory, student, teacher, {}, CONTEXT)
@@ -44,7 +49,7 @@ def test_the_method_is_lightlys_first_version(golden, kind):
     method = hj.queue_similarity(PAIR, size=queue.shape[0])
     student = Features(hints={"a": case["in.f_s"]})
     teacher = Features(hints={"x": case["in.f_t"]})
-    params, memory = method.init(KEY, student, teacher, None)
+    params, memory = begun(method, student, teacher)
     assert memory["queue"].shape == queue.shape
     params = {"regressor": {"linear": linear(case, "")}}
     (value, after), grads = gradients(
@@ -66,7 +71,7 @@ def test_local_and_global_terms_are_lightlys_third_version(golden):
     )
     student = Features(hints={"a": case["in.g_s"], "b": case["in.f_s"]})
     teacher = Features(hints={"x": case["in.g_t"], "y": case["in.f_t"]})
-    params, memory = method.init(KEY, student, teacher, None)
+    params, memory = begun(method, student, teacher)
     one, other = linear(case, "_global"), linear(case, "_local")
     params = {
         "whole": {"regressor": {"linear": one}},
@@ -89,11 +94,15 @@ def test_only_good_training_steps_change_the_queue():
         return Features(None, hints, {}), state
 
     network = hj.Network(None, apply, None)
-    ours, theirs = (hj.Variables({"kernel": jnp.ones((3, n)) / n}, {}) for n in (4, 5))
+    ours, theirs = (
+        hj.Variables({"kernel": np.full((3, n), 1 / n, "f")}, {}) for n in (4, 5)
+    )
     method = hj.queue_similarity(PAIR, size=3)
     stage = hj.distillation_stage(network, network, method, optax.sgd(0.1))
     with jax.numpy_dtype_promotion("standard"):
-        batch = {"image": jnp.ones((2, 1, 1, 3)).at[1, ..., 0].set(5.0)}
+        image = np.ones((2, 1, 1, 3), np.float32)
+        image[1, ..., 0] = 5
+        batch = {"image": image}
         state = stage.init(KEY, ours, theirs, batch)
         before = np.array(state.memory["queue"])
         assert not before.any()
@@ -101,18 +110,19 @@ def test_only_good_training_steps_change_the_queue():
         filled = np.array(state.memory["queue"])
         np.testing.assert_allclose(np.linalg.norm(filled, axis=1), [1, 1, 0], rtol=1e-6)
         stage.evaluate(state, theirs, batch)
-        bad = {"image": jnp.full((2, 1, 1, 3), jnp.nan)}
+        bad = {"image": np.full_like(image, np.nan)}
         state, _ = stage.update(state, theirs, bad)
     np.testing.assert_array_equal(state.memory["queue"], filled)
 
 
 def shapes(size):
     method = hj.queue_similarity(PAIR, size=size)
-    features = (Features(hints={n: jnp.ones((2, 3))}) for n in PAIR)
+    features = [Features(hints={n: jnp.ones((2, 3))}) for n in PAIR]
 
     def init(n):
         data = n and Data(np.zeros(n, np.int32))
-        return method.init(KEY, *features, data)[1]["queue"].shape[0]
+        made = jax.eval_shape(lambda key: method.init(key, *features, data), KEY)
+        return made[1]["queue"].shape[0]
 
     return init
 

@@ -53,6 +53,11 @@ def shown(guided, hint):
     return Features(hints={"guided": ours}), Features({}, {"hint": theirs}, NORM)
 
 
+def begun(name, student, teacher):
+    """What `init` gives, as shapes: nothing is compiled."""
+    return jax.eval_shape(lambda key: ALL[name].init(key, student, teacher, DATA), KEY)
+
+
 def refused(name, guided, hint, batch=None):
     """The sentence of `init`, or of `apply` for a batch."""
     method = ALL[name]
@@ -119,7 +124,7 @@ def test_a_regressor_that_does_not_fit_names_the_pair(make, regressor):
 
 @pytest.mark.parametrize("name", ANY)
 def test_layers_of_any_axes_are_taken(name):
-    ALL[name].init(KEY, *shown((4, 5), (4, 6, 6, 7)), DATA)
+    begun(name, *shown((4, 5), (4, 6, 6, 7)))
 
 
 @pytest.mark.parametrize("name", ["attention_transfer", "selectivity", "fsp"])
@@ -128,7 +133,7 @@ def test_layers_of_any_axes_are_taken(name):
 )
 def test_maps_of_any_rank_and_size_are_taken(name, sizes):
     shapes = shown(*((4, *size, 5) for size in sizes))
-    ALL[name].init(KEY, *shapes, DATA)
+    begun(name, *shapes)
     values, *_ = jax.eval_shape(
         lambda s, t: ALL[name].apply({}, {}, s, t, {}, CONTEXT), *shapes
     )
@@ -203,9 +208,9 @@ def test_padding_reaches_the_loss_and_hides_what_is_masked(name):
         return values.sum(), values
 
     gradient, values = run(*drawn())
-    want = loss(*map(jnp.asarray, drawn()), where=jnp.asarray(WHERE))
+    want = jax.jit(loss)(*drawn(), where=WHERE)
     np.testing.assert_allclose(values, want, rtol=1e-5, atol=1e-7)
-    assert values[3] == 0
+    assert np.asarray(values)[3] == 0
     for hidden in (np.nan, np.inf):
         again, same = run(*drawn(hidden))
         np.testing.assert_array_equal(same, values)
@@ -216,12 +221,13 @@ def test_attention_transfer_takes_the_codes_signs():
     student, teacher = map(jnp.asarray, drawn())
     method = hj.attention_transfer(PAIRS, power=3, attention=losses.attention_map_code)
     features = Features(hints={"guided": student}), Features(hints={"hint": teacher})
-    values, *_ = method.apply({}, {}, *features, {}, CONTEXT)
-    want = losses.attention_transfer_loss(
-        student, teacher, power=3, attention=losses.attention_map_code
+    values, *_ = jax.jit(lambda *a: method.apply({}, {}, *a, {}, CONTEXT))(*features)
+    loss = jax.jit(
+        losses.attention_transfer_loss, static_argnames=("power", "attention")
     )
+    want = loss(student, teacher, power=3, attention=losses.attention_map_code)
     np.testing.assert_allclose(values, want, rtol=1e-6)
-    unsigned = losses.attention_transfer_loss(student, teacher, power=3)
+    unsigned = np.asarray(loss(student, teacher, power=3))
     assert np.all(np.abs(unsigned - want) > 1e-3)
 
 
@@ -232,15 +238,12 @@ def test_too_few_examples_to_compare_are_refused_in_the_first_batch_alone(name):
     words = f"{least} examples or more, got"
     assert words in refused(name, (least - 1, 5), (least - 1, 5))
     student, teacher = shown((least, 5), (least, 5))
-    params, memory = ALL[name].init(KEY, student, teacher, DATA)
+    params, memory = begun(name, student, teacher)
     small, batch = shown((1, 5), (1, 5)), {"label": jnp.zeros(1, int)}
     small = small if name != "crd" else (student, teacher)
     batch = batch if name != "crd" else {"label": jnp.zeros(least, int)}
     jax.eval_shape(
-        lambda ours, theirs: ALL[name].apply(
-            params, memory, ours, theirs, batch, CONTEXT
-        )[0],
-        *small,
+        lambda *a: ALL[name].apply(*a, batch, CONTEXT)[0], params, memory, *small
     )
 
 

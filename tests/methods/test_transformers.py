@@ -77,6 +77,10 @@ def apply(method, batch, params=None, memory=None, student=STUDENT, teacher=TEAC
     return run(params or {}, memory or {}, student, teacher, batch)
 
 
+def begun(method, teacher=TEACHER):
+    return jax.jit(lambda key: method.init(key, STUDENT, teacher, None))(KEY)
+
+
 @pytest.mark.quick
 @pytest.mark.parametrize("padding", [None, "mask"])
 @pytest.mark.parametrize("name", TERMS)
@@ -85,9 +89,11 @@ def test_the_values_are_the_losses_summed_over_pairs(name, padding):
     where = None if padding is None else jnp.array(TOKENS)
     batch = {} if padding is None else {"mask": where}
     values, memory, metrics = apply(make(padding=padding), batch)
+    # A program for each loss: its operations alone would be one each.
     parts = {
         term: sum(
-            loss(STUDENT.hints[s], TEACHER.hints[t], where=where) for s, t in pairs
+            np.asarray(jax.jit(loss)(STUDENT.hints[s], TEACHER.hints[t], where=where))
+            for s, t in pairs
         )
         for term, (loss, pairs) in terms.items()
     }
@@ -101,20 +107,23 @@ def test_the_values_are_the_losses_summed_over_pairs(name, padding):
 def test_tinybert_has_one_regressor_for_all_hidden_states():
     method = hj.tinybert(HIDDEN, SCORES, padding="mask")
     teacher = features("t", 1, **{"1": (5, 9), "2": (5, 9)})
-    params, memory = method.init(KEY, STUDENT, teacher, None)
+    params, memory = begun(method, teacher)
     kernel, bias = sorted(jax.tree.leaves(params), key=lambda x: -x.ndim)
     assert (kernel.shape, bias.shape) == ((6, 9), (9,))
     where = jnp.array(TOKENS)
     values, _, metrics = apply(
         method, {"mask": where}, params, memory, STUDENT, teacher
     )
+    hint_loss, score_loss = map(
+        jax.jit, (losses.hint_loss, losses.attention_score_loss)
+    )
+    ours, theirs, kernel = jax.device_get((STUDENT.hints, teacher.hints, kernel))
     hidden = sum(
-        losses.hint_loss(STUDENT.hints[s] @ kernel, teacher.hints[t], where=where)
+        np.asarray(hint_loss(ours[s] @ kernel, theirs[t], where=where))
         for s, t in HIDDEN
     )
     scores = sum(
-        losses.attention_score_loss(STUDENT.hints[s], teacher.hints[t], where=where)
-        for s, t in SCORES
+        np.asarray(score_loss(ours[s], theirs[t], where=where)) for s, t in SCORES
     )
     assert not np.any(bias)
     np.testing.assert_allclose(values, hidden + scores, rtol=1e-5)
@@ -143,8 +152,10 @@ def test_minilm_puts_heads_one_after_another():
 @pytest.mark.parametrize("token", [1, -1])
 def test_patient_takes_the_token_it_is_told(token):
     values, *_ = apply(hj.patient(HIDDEN[:1], token=token), {})
-    pair = STUDENT.hints["s1"][:, token], TEACHER.hints["t1"][:, token]
-    np.testing.assert_allclose(values, losses.patient_loss(*pair), rtol=1e-6)
+    pair = jax.device_get((STUDENT.hints["s1"], TEACHER.hints["t1"]))
+    pair = [x[:, token] for x in pair]
+    want = jax.jit(losses.patient_loss)(*pair)
+    np.testing.assert_allclose(values, want, rtol=1e-6)
 
 
 @pytest.mark.quick
@@ -167,34 +178,35 @@ PADDED = {
 def test_padding_reaches_nothing(name):
     """Neither what stands at padded tokens, nor the examples that fill up a batch."""
     method = PADDED[name]()
-    params, memory = method.init(KEY, STUDENT, TEACHER, None)
+    params, memory = begun(method)
     where = np.array([True, True, False, True])
     counts = TOKENS & where[:, None]
 
     def broken(x):
         if x.ndim == 3:
-            return jnp.where(counts[..., None], x, jnp.nan)
+            return np.where(counts[..., None], x, np.float32(np.nan))
         pairs = counts[:, :, None] & counts[:, None, :]
-        return jnp.where(pairs[:, None], x, jnp.nan)
+        return np.where(pairs[:, None], x, np.float32(np.nan))
 
     batch = {"mask": jnp.array(TOKENS), "where": jnp.array(where)}
     want, _, metrics = apply(method, batch, params, memory)
     hidden = (jax.tree.map(broken, x) for x in (STUDENT, TEACHER))
     got, _, others = apply(method, batch, params, memory, *hidden)
+    got, others, metrics = jax.device_get((got, others, metrics))
     np.testing.assert_allclose(got, want, rtol=1e-6)
     assert got[2] == 0
     chex.assert_trees_all_close(metrics, others, rtol=1e-5)
     alone, *_ = apply(method, {"mask": jnp.array(TOKENS)}, params, memory)
-    np.testing.assert_allclose(got[where], alone[where], rtol=1e-6)
+    np.testing.assert_allclose(got[where], np.asarray(alone)[where], rtol=1e-6)
     everything, *_ = apply(method, {"mask": jnp.ones((4, 5), bool)}, params, memory)
-    assert np.all(np.abs(got[1:] - everything[1:]) > 1e-3)
+    assert np.all(np.abs(got - everything)[1:] > 1e-3)
 
 
 @pytest.mark.quick
 @pytest.mark.parametrize("name", PADDED)
 def test_a_mask_that_is_missing_or_no_mask_is_refused(name):
     method = PADDED[name]()
-    params, memory = method.init(KEY, STUDENT, TEACHER, None)
+    params, memory = begun(method)
     with pytest.raises(ValueError) as error:
         apply(method, {"label": jnp.zeros(4)}, params, memory)
     assert str(error.value) == (
@@ -299,8 +311,8 @@ def test_a_transformer_learns_from_another_and_never_from_padding(kind):
     narrow = kind == "distillation"
     student = hj.linen(Transformer(8 if narrow else 16, 1))
     teacher = hj.linen(Transformer(16, 2))
-    ours = student.init(jax.random.key(0), inputs(batch))
-    theirs = teacher.init(jax.random.key(1), inputs(batch))
+    ours = jax.jit(student.init)(jax.random.key(0), inputs(batch))
+    theirs = jax.jit(teacher.init)(jax.random.key(1), inputs(batch))
     chosen = terms(narrow)
     if kind == "distillation":
         chosen["kd"] = hj.weighted(hj.kd(), 10.0)
@@ -318,9 +330,9 @@ def test_a_transformer_learns_from_another_and_never_from_padding(kind):
         copy = jax.tree.map(jnp.copy, state)
         after, metrics = stage.update(state, theirs, batch)
         _, same = stage.update(copy, theirs, other)
-        chex.assert_trees_all_close(metrics, same, rtol=1e-5)
+        chex.assert_trees_all_close(*jax.device_get((metrics, same)), rtol=1e-5)
         for _ in range(60):
             after, last = stage.update(after, theirs, batch)
-    chex.assert_tree_all_finite((after.params, last))
+    chex.assert_tree_all_finite(jax.device_get((after.params, last)))
     for name in chosen:
         assert last[name] < metrics[name], name
