@@ -1,5 +1,6 @@
 """The queue of embeddings: order, masked examples, batches larger than the queue."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ pytestmark = [pytest.mark.quick, pytest.mark.usefixtures("strict")]
 
 
 def column(*numbers):
-    return jnp.array(numbers, jnp.float32)[:, None]
+    return np.array(numbers, np.float32)[:, None]
 
 
 @pytest.mark.parametrize("batch", [(7,), (7, 8), (7, 8, 9), (7, 8, 9, 10)])
@@ -19,7 +20,8 @@ def test_the_newest_are_in_front_and_masked_examples_do_not_enter(batch, masked)
     where = np.array([i != 1 for i in range(len(batch))]) if masked else None
     valid = [x for i, x in enumerate(batch) if not masked or where[i]]
     told = {} if where is None else {"where": jnp.array(where)}
-    got = enqueue(column(1, 2, 3), column(*batch), **told)
+    # One program: without it, every operation would be compiled by itself.
+    got = jax.jit(enqueue)(column(1, 2, 3), column(*batch), **told)
     np.testing.assert_array_equal(got, column(*[*valid, 1, 2, 3][:3]))
 
 

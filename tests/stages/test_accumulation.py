@@ -85,7 +85,10 @@ def begun(method, *, norm=False, optimizer=None, **how):
 
 
 def ran(method, *, steps=2, batch=images, **how):
-    stage, state, theirs = begun(method, **how)
+    return trained(*begun(method, **how), steps=steps, batch=batch)
+
+
+def trained(stage, state, theirs, *, steps=2, batch=images):
     reported = []
     for step in range(steps):
         state, metrics = stage.update(state, theirs, batch(step))
@@ -261,10 +264,9 @@ def collectives(stage, state, theirs):
 def test_on_a_mesh_no_example_moves(whole, form, layout):
     moved = []
     for count in (1, 3):
-        stage, state, theirs = begun(everything(), mesh=layout(), accumulate=count)
-        moved.append(collectives(stage, state, theirs))
-        got = ran(everything(), mesh=layout(), accumulate=count)
-        close(got, whole)
+        start = begun(everything(), mesh=layout(), accumulate=count)
+        moved.append(collectives(*start))
+        close(trained(*start), whole)
     one, three = moved
     assert three.keys() == one.keys()
     # Weights are gathered once for all; of what is summed there is more.

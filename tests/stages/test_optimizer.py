@@ -27,8 +27,8 @@ class Net(nn.Module):
 
 
 NETWORK = linen(Net())
-VARIABLES = NETWORK.init(KEY, BATCH["image"])
-TEACHER = NETWORK.init(jax.random.key(1), BATCH["image"])
+VARIABLES = jax.jit(NETWORK.init)(KEY, BATCH["image"])
+TEACHER = jax.jit(NETWORK.init)(jax.random.key(1), BATCH["image"])
 CROSS_ENTROPY = optax.softmax_cross_entropy_with_integer_labels
 
 
