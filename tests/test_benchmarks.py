@@ -720,6 +720,26 @@ def test_the_steps_against_torch_run(script):
     assert np.isfinite(losses).all() and losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
+def test_single_convolutions_are_compared_with_the_faster_layout_of_torch(script):
+    convolutions = script("convolutions")
+    programs = convolutions._programs(2, *convolutions.SMALL["8x8, 4 to 4"])
+    assert {name: run().shape for name, run in programs.items()} == {
+        "forward": (2, 8, 8, 4),
+        "input gradient": (2, 8, 8, 4),
+        "kernel gradient": (3, 3, 4, 4),
+    }
+    seconds = {}
+    for part in programs:
+        seconds["XLA", f"8x8, 4 to 4, {part}"] = [3.0] * 6
+        for layout, time in (("channels last", 4.0), ("default layout", 2.0)):
+            seconds["torch", f"8x8, 4 to 4, {part}, {layout}"] = [time] * 6
+    found = convolutions._compared(2, convolutions.SMALL, seconds)
+    assert len(found) == 3
+    for row in found.values():
+        assert row["over_torch"]["XLA"]["median"] == 1.5
+        assert row["operations"] == 2 * 9 * 4 * 4 * 2 * 64
+
+
 @pytest.mark.long
 def test_a_batch_on_all_devices_is_measured_against_one(script):
     record = script("cpu_devices").main(["--small", "--rounds", "1", "--steps", "1"])

@@ -158,6 +158,31 @@ def test_a_program_is_compiled_and_told_of(tpu_aot, tmp_path, capsys):
     assert (tmp_path / "aot.png").stat().st_size > 0
 
 
+def test_a_step_is_told_of_for_a_gpu(tpu_aot, capsys):
+    """The program is for this host; without --host, it is for a GPU."""
+    gpu_aot = import_module("gpu_aot")
+    record = gpu_aot.main(["--small", "kd", "--host"])
+    single, half = record["programs"]
+    assert [single["dtype"], half["dtype"]] == ["float32", "bfloat16"]
+    for row in record["programs"]:
+        assert row["flops"] > 0 and row["bytes"] > 0 and row["memory"]["temp"] > 0
+    assert single["bound_seconds"] == max(
+        single["flops"] / 495e12, single["bytes"] / 3.35e12
+    )
+    assert "bound ms" in capsys.readouterr().out
+
+
+def test_the_page_has_the_numbers_of_the_gpu(tpu_aot):
+    page = (FOLDER / "results" / "README.md").read_text()
+    record = json.loads((FOLDER / "results" / "gpu_aot.json").read_text())
+    assert len(record["programs"]) == 2 * len(tpu_aot.CORE)
+    for row in record["programs"]:
+        shown = f"{1e3 * row['bound_seconds']:.2f}"
+        numbers = f"{row['flops'] / 1e9:.0f} | {row['bytes'] / 1e9:.2f} | "
+        numbers += f"{row['memory']['temp'] / 1e6:.0f} | {shown}"
+        assert f"| `{row['method']}` | {row['dtype']} | {numbers} |" in page
+
+
 @pytest.mark.long
 def test_every_program_of_the_matrix_traces(tpu_aot):
     mesh = tpu_aot.hj.make_mesh()

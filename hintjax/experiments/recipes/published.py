@@ -47,7 +47,7 @@ from hintjax.experiments.recipes.kinds import (
 )
 from hintjax.experiments.tasks import TASKS
 from hintjax.losses import Standardization
-from hintjax.losses.feature_standardization import hadamard_matrix
+from hintjax.losses.hadamard import hadamard_matrix
 from hintjax.method import Applied, Method
 from hintjax.methods import (
     AnchorNegatives,
