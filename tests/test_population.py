@@ -64,8 +64,9 @@ def made(weight, mesh=None):
     )
     optimizer = optax.inject_hyperparams(optax.sgd)(learning_rate=0.1)
     stage = hj.distillation_stage(student, teacher, method, optimizer, mesh=mesh)
-    ours = [double(student.init(jax.random.key(i), image)) for i in range(N)]
-    return stage, ours, double(teacher.init(jax.random.key(9), image))
+    start = jax.jit(student.init)  # otherwise every operation would be one program
+    ours = [double(start(jax.random.key(i), image)) for i in range(N)]
+    return stage, ours, double(jax.jit(teacher.init)(jax.random.key(9), image))
 
 
 def keys(n=N):

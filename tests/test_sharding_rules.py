@@ -185,7 +185,9 @@ def test_a_stage_follows_rules_and_layers_may_be_split_over_model():
         "image": np.random.default_rng(0).normal(size=(8, 2, 2, 1)).astype(np.float32),
         "label": np.arange(8, dtype=np.int32) % 4,
     }
-    ours, theirs = (network.init(jax.random.key(i), batch["image"]) for i in (0, 1))
+    ours, theirs = (
+        jax.jit(network.init)(jax.random.key(i), batch["image"]) for i in (0, 1)
+    )
     method = hj.objective(
         task=hj.task(optax.softmax_cross_entropy_with_integer_labels), kd=hj.kd()
     )

@@ -43,7 +43,7 @@ STUDENT, BIG, OTHER = (hj.linen(Net(width)) for width in (4, 6, 5))
 
 
 def start(network, seed=0):
-    return network.init(jax.random.key(seed), BATCH["image"])
+    return jax.jit(network.init)(jax.random.key(seed), BATCH["image"])
 
 
 def after_one_step(student, teacher, theirs, method, key=KEY):

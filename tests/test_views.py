@@ -154,8 +154,8 @@ def networks():
 
 
 def trained(stage, student, teacher, updates):
-    ours = student.init(jax.random.key(0), BATCH["image"])
-    theirs = teacher.init(jax.random.key(1), BATCH["image"])
+    ours = jax.jit(student.init)(jax.random.key(0), BATCH["image"])
+    theirs = jax.jit(teacher.init)(jax.random.key(1), BATCH["image"])
     state = stage.init(KEY, ours, theirs, BATCH)
     before = jax.tree.map(jnp.copy, state.params["student"])
     state, first = stage.update(state, theirs, BATCH)

@@ -24,7 +24,7 @@ def trained():
     theirs = teacher.init(jax.random.key(1), images)
     method = hj.objective(simkd=hj.simkd(("conv2", "conv2")))
     stage = hj.distillation_stage(student, teacher, method, optax.sgd(0.1))
-    state = stage.init(KEY, student.init(KEY, images), theirs, batch)
+    state = stage.init(KEY, jax.jit(student.init)(KEY, images), theirs, batch)
     for _ in range(3):
         state, _ = stage.update(state, theirs, batch)
     return student, teacher, theirs, method, stage, state, batch

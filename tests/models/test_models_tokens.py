@@ -248,8 +248,8 @@ def test_an_encoder_learns_the_relations_and_states_of_another():
         inputs=lambda batch: batch,
         teacher_inputs=lambda batch: batch,
     )
-    ours = student.init(jax.random.key(0), batch)
-    theirs = teacher.init(jax.random.key(1), batch)
+    ours = jax.jit(student.init)(jax.random.key(0), batch)
+    theirs = jax.jit(teacher.init)(jax.random.key(1), batch)
     # As drawn for BERT, scores are near 0: nothing to learn.
     louder = jax.tree.map(lambda x: 10 * x, theirs.params["block2"]["attention"])
     theirs.params["block2"]["attention"] = louder

@@ -541,7 +541,7 @@ def test_a_module_without_state_has_none():
 def test_dropout_works_with_one_key():
     network = linen(Deterministic(), call=lambda module, x, train: module(x, not train))
     x = jnp.ones((4, 64))
-    variables = network.init(jax.random.key(0), x)
+    variables = jax.jit(network.init)(jax.random.key(0), x)
 
     def output(train, key=None):
         wants = Wants(output=True)
@@ -598,7 +598,7 @@ class ModedSetup(nn.Module):
 def test_a_module_with_train_as_an_attribute_is_called_by_its_clone(cls):
     (line,) = re.findall(r"`(lambda m, x, train: m\.clone.*?)`", linen.__doc__)
     network = linen(cls(), call=eval(line))
-    variables = network.init(jax.random.key(0), TOKENS)
+    variables = jax.jit(network.init)(jax.random.key(0), TOKENS)
     key, wants = jax.random.key(1), Wants(True, ("low", "norm"))
     for train in (False, True):
         shown, state = network.apply(
@@ -674,14 +674,14 @@ def test_inputs_may_be_any_tree():
     network = linen(
         Language(), call=lambda module, x, train: module(x["ids"], x["mask"])
     )
-    variables = network.init(jax.random.key(0), batch)
+    variables = jax.jit(network.init)(jax.random.key(0), batch)
     assert hint(network, variables, batch, "embed").shape == (2, 3, 4)
     assert list(network.layers(*variables, batch)) == ["embed", "head", ":out"]
 
 
 def test_a_module_with_another_method_than_call():
     network = linen(Encoder(), call=lambda module, x, train: module.embed(x))
-    variables = network.init(jax.random.key(0), TOKENS)
+    variables = jax.jit(network.init)(jax.random.key(0), TOKENS)
     np.testing.assert_array_equal(
         hint(network, variables, TOKENS, "dense"),
         Encoder().apply(join(variables), TOKENS, method="embed"),
@@ -837,7 +837,7 @@ def perceptron_init(key, inputs):
 @functools.cache
 def by_hand():
     network = function(perceptron, init=perceptron_init)
-    return network, network.init(jax.random.key(0), TOKENS)
+    return network, jax.jit(network.init)(jax.random.key(0), TOKENS)
 
 
 def test_a_function_shows_what_it_returns():

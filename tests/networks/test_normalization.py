@@ -22,7 +22,7 @@ def test_the_network_sees_pixels_in_its_own_normalization(given):
     pixels = np.random.default_rng(0).uniform(size=(2, 4, 4, len(mean)))
     network = renormalized(NETWORK, given, OWN)
     images = jnp.asarray((pixels - mean) / std, jnp.float32)
-    variables = network.init(jax.random.key(0), images)
+    variables = jax.jit(network.init)(jax.random.key(0), images)
     assert variables.params["layers_0"]["kernel"].shape == (3, 2)
     wants = hj.Wants(output=True, hints=("layers_0",))
     got, _ = network.apply(*variables, images, wants=wants, train=False)

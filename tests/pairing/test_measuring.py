@@ -47,7 +47,7 @@ def batches(count=4):
 
 BATCHES = batches()
 STARTED, TAUGHT = (
-    network.init(jax.random.key(i), BATCHES[0]["image"])
+    jax.jit(network.init)(jax.random.key(i), BATCHES[0]["image"])
     for i, network in enumerate((STUDENT, TEACHER))
 )
 LAST = ("conv4", "conv3")

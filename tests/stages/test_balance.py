@@ -58,7 +58,7 @@ def begun(devices=1, accumulate=1, weight=50.0):
     )
     image = images()["image"]
     ours, theirs = (
-        double(network.init(jax.random.key(i), image))
+        double(jax.jit(network.init)(jax.random.key(i), image))
         for i, network in enumerate((student, teacher))
     )
     return stage, stage.init(jax.random.key(2), ours, theirs, images()), theirs

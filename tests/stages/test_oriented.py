@@ -55,7 +55,7 @@ def inputs(batch):
 def networks():
     student, teacher = hj.linen(Net(4)), hj.linen(Net(6))
     variables = [
-        double(network.init(jax.random.key(i), images()["image"]))
+        double(jax.jit(network.init)(jax.random.key(i), images()["image"]))
         for i, network in enumerate((student, teacher))
     ]
     return (student, teacher), variables

@@ -786,7 +786,7 @@ def test_what_a_stage_before_trained_is_remembered_and_never_decays(relay):
     student, teacher, theirs, _ = relay
     method, batch = hj.objective(**factors()), images()
     first = hj.hint_stage(student, teacher, method.prepare, optax.sgd(0.1))
-    start = student.init(KEY, batch["image"])
+    start = jax.jit(student.init)(KEY, batch["image"])
     earlier = first.init(KEY, start, theirs, batch)
     earlier, _ = first.update(earlier, theirs, batch)
     equal(earlier.params["student"], start.params)
@@ -1205,7 +1205,7 @@ def test_a_parameter_of_weak_type_is_still_one_trace():
 
     network = linen(Gain())
     batch = points()
-    variables = network.init(KEY, batch["image"])
+    variables = jax.jit(network.init)(KEY, batch["image"])
     method = hj.objective(task=task())
     traced = Traced()
     stage = hj.distillation_stage(network, None, method, optax.sgd(0.1), inputs=traced)
@@ -1246,7 +1246,7 @@ def test_a_model_that_sows_a_loss_can_be_trained(make):
 
     network = linen(Sowing())
     batch = points()
-    variables = network.init(KEY, batch["image"])
+    variables = jax.jit(network.init)(KEY, batch["image"])
     stage = make(network, network, hints(("guided", "guided")), optax.sgd(0.1))
     state = stage.init(KEY, variables, variables, batch)
     for _ in range(2):
