@@ -375,6 +375,29 @@ def test_a_suggestion_is_compared_with_other_pairs(script, tmp_path, monkeypatch
 
 
 @pytest.mark.long
+@pytest.mark.quick
+def test_the_readme_shows_the_numbers_of_the_pretrained_teacher():
+    root = Path(__file__).parent.parent
+    record = root / "benchmarks" / "results" / "foundation_cpu.json"
+    runs = json.loads(record.read_text())["runs"]
+    arms = {
+        "from scratch, labels alone": "scratch",
+        "KD from a probe of the teacher's features": "kd",
+        "hints, then the task": "hints_tune",
+        "hints, then KD": "hints_kd",
+    }
+    page = (root / "README.md").read_text()
+    for title, arm in arms.items():
+        few, more = (runs[arm][labels]["0"]["test"] for labels in ("10", "100"))
+        assert f"| {title} | {100 * few:.1f} | {100 * more:.1f} |" in page
+    for title, who in (("hint student", "hints"), ("teacher", "teacher")):
+        few, more = (
+            runs["frozen"][labels]["0"][who]["probe"] for labels in ("10", "100")
+        )
+        shown = f"| {100 * few:.1f} | {100 * more:.1f} |"
+        assert f"| *probe of the frozen {title}* {shown}" in page
+
+
 def test_a_student_of_few_labels_never_reads_the_hidden_ones(
     script, tmp_path, monkeypatch
 ):
