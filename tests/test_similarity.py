@@ -15,8 +15,6 @@ from hintjax.similarity import (
     begin_moments,
 )
 
-pytestmark = pytest.mark.quick
-
 N, P, Q = 24, 5, 3
 RANDOM = np.random.default_rng(0)
 X = RANDOM.normal(size=(N, P)) + 2.0

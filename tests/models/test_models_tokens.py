@@ -36,7 +36,6 @@ def count(params):
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
 
 
-@pytest.mark.quick
 @pytest.mark.parametrize(
     ("model", "inputs", "size"),
     [

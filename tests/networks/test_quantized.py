@@ -10,8 +10,6 @@ import pytest
 import hintjax as hj
 from hintjax.networks import quantized
 
-pytestmark = pytest.mark.quick
-
 # One program each: without it, every operation would be compiled by itself.
 fake_quantized_activation = jax.jit(
     quantized.fake_quantized_activation, static_argnums=2

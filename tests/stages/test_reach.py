@@ -19,8 +19,6 @@ from hintjax.methods import (
 from hintjax.networks import linen
 from hintjax.stages.dependency import differentiated
 
-pytestmark = pytest.mark.quick
-
 KEY = jax.random.key(0)
 CROSS_ENTROPY = optax.softmax_cross_entropy_with_integer_labels
 BATCH = {
