@@ -763,6 +763,24 @@ def test_single_convolutions_are_compared_with_the_faster_layout_of_torch(script
         assert row["operations"] == 2 * 9 * 4 * 4 * 2 * 64
 
 
+@pytest.mark.quick
+def test_the_page_shows_the_ratios_of_the_convolutions():
+    results = Path(__file__).parent.parent / "benchmarks" / "results"
+    record = json.loads((results / "convolutions_cpu.json").read_text())
+    for part in ("forward", "input gradient", "kernel gradient"):
+        rows = [
+            row["over_torch"]
+            for name, row in record["convolutions"].items()
+            if name.endswith(part)
+        ]
+        ranges = []
+        for who in ("XLA", "XLA without YNNPACK"):
+            ratios = [row[who]["median"] for row in rows]
+            ranges.append(f"{min(ratios):.2f} to {max(ratios):.2f}")
+        row = f"| {part} | {ranges[0]} | {ranges[1]} |"
+        assert row in (results / "README.md").read_text()
+
+
 @pytest.mark.long
 def test_a_batch_on_all_devices_is_measured_against_one(script):
     record = script("cpu_devices").main(["--small", "--rounds", "1", "--steps", "1"])
