@@ -16,6 +16,8 @@ import pytest
 from hintjax import losses, memory, probes, regressors
 from hintjax._numerics import at_smaller_size, unit
 
+pytestmark = pytest.mark.quick
+
 # A case c maps names to arrays. These are the authors' parameters under Flax's names:
 
 

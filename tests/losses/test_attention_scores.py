@@ -10,7 +10,7 @@ import pytest
 from hintjax import losses
 from hintjax.losses.attention_scores import over_keys
 
-pytestmark = [pytest.mark.quick, pytest.mark.usefixtures("strict")]
+pytestmark = pytest.mark.usefixtures("strict")
 
 # One program each: without it, every operation would be compiled by itself.
 attention_distribution_loss = jax.jit(losses.attention_distribution_loss)

@@ -7,7 +7,7 @@ import pytest
 
 from hintjax import losses
 
-pytestmark = [pytest.mark.quick, pytest.mark.usefixtures("strict")]
+pytestmark = pytest.mark.usefixtures("strict")
 
 # One program each: without it, every operation would be compiled by itself.
 OPTIONS = "beta", "gamma", "temperature"

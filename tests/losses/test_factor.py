@@ -7,7 +7,7 @@ import pytest
 
 from hintjax.losses import factor_loss
 
-pytestmark = [pytest.mark.quick, pytest.mark.usefixtures("strict")]
+pytestmark = pytest.mark.usefixtures("strict")
 
 
 @pytest.mark.parametrize(("power", "exponent"), [(2, 1), (2, 2), (1, 1), (3, 3)])

@@ -8,7 +8,7 @@ import pytest
 from hintjax import losses
 from hintjax.losses.hadamard import hadamard_matrix
 
-pytestmark = [pytest.mark.quick, pytest.mark.usefixtures("strict")]
+pytestmark = pytest.mark.usefixtures("strict")
 
 # One program each: without it, every operation would be compiled by itself.
 feature_moments = jax.jit(losses.feature_moments)

@@ -6,7 +6,7 @@ import pytest
 
 from hintjax.losses import masked_generation_loss
 
-pytestmark = [pytest.mark.quick, pytest.mark.usefixtures("strict")]
+pytestmark = pytest.mark.usefixtures("strict")
 
 
 def test_the_loss_is_the_formula():

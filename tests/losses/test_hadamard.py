@@ -5,7 +5,7 @@ import pytest
 
 from hintjax.losses.hadamard import hadamard_matrix
 
-pytestmark = [pytest.mark.quick, pytest.mark.usefixtures("strict")]
+pytestmark = pytest.mark.usefixtures("strict")
 
 
 @pytest.mark.parametrize("size", [1, 2, 8, 12, 20, 24, 28, 36, 44, 192, 768])

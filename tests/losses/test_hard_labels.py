@@ -10,7 +10,7 @@ import hintjax as hj
 from hintjax import losses
 from hintjax.networks import Features
 
-pytestmark = [pytest.mark.quick, pytest.mark.usefixtures("strict")]
+pytestmark = pytest.mark.usefixtures("strict")
 
 # One program: without it, every operation would be compiled by itself.
 hard_label_loss = jax.jit(losses.hard_label_loss)

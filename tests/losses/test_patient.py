@@ -7,7 +7,7 @@ import pytest
 
 from hintjax import losses
 
-pytestmark = [pytest.mark.quick, pytest.mark.usefixtures("strict")]
+pytestmark = pytest.mark.usefixtures("strict")
 
 # One program each: without it, every operation would be compiled by itself.
 cosine_loss, patient_loss = map(jax.jit, (losses.cosine_loss, losses.patient_loss))

@@ -7,7 +7,7 @@ import pytest
 
 from hintjax import losses
 
-pytestmark = [pytest.mark.quick, pytest.mark.usefixtures("strict")]
+pytestmark = pytest.mark.usefixtures("strict")
 
 # One program each: without it, every operation would be compiled by itself.
 angle_loss, distance_loss = map(jax.jit, (losses.angle_loss, losses.distance_loss))

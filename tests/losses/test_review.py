@@ -7,7 +7,7 @@ import pytest
 
 from hintjax import losses
 
-pytestmark = [pytest.mark.quick, pytest.mark.usefixtures("strict")]
+pytestmark = pytest.mark.usefixtures("strict")
 
 # One program: without it, every operation would be compiled by itself.
 hierarchical_context_loss = jax.jit(

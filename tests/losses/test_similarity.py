@@ -7,7 +7,7 @@ import pytest
 
 from hintjax.losses import similarity_loss, similarity_matrix
 
-pytestmark = [pytest.mark.quick, pytest.mark.usefixtures("strict")]
+pytestmark = pytest.mark.usefixtures("strict")
 
 
 def features(seed, shape=(5, 4, 3, 2)):

@@ -16,7 +16,7 @@ from hintjax.losses import (
 from hintjax.method import Context
 from hintjax.networks import Features, Wants
 
-pytestmark = [pytest.mark.quick, pytest.mark.usefixtures("strict")]
+pytestmark = pytest.mark.usefixtures("strict")
 
 # Two pairs whose maps have one size, one of another, one where the student is smaller.
 SHAPES = {

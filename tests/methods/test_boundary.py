@@ -8,7 +8,7 @@ from hintjax import activation_boundary, regressors
 from hintjax.method import Context
 from hintjax.networks import Features
 
-pytestmark = [pytest.mark.quick, pytest.mark.usefixtures("strict")]
+pytestmark = pytest.mark.usefixtures("strict")
 
 KEY = jax.random.key(0)
 CONTEXT = Context(KEY, jnp.int32(0), True)

@@ -10,7 +10,7 @@ from hintjax.losses import class_attention_loss
 from hintjax.method import Context
 from hintjax.networks import Features, Wants
 
-pytestmark = [pytest.mark.quick, pytest.mark.usefixtures("strict")]
+pytestmark = pytest.mark.usefixtures("strict")
 
 CONTEXT = Context(jax.random.key(0), jnp.int32(0), True)
 

@@ -62,7 +62,6 @@ def apply(method, params, memory, train=True, **batch):
     return run(params, memory, batch)
 
 
-@pytest.mark.quick
 @pytest.mark.parametrize("loss", [hint_loss, hint_loss_paper])
 def test_the_values_are_the_loss_behind_each_regressor_summed(loss):
     method = fitnets(PAIRS, loss=loss)
@@ -84,7 +83,6 @@ def test_the_values_are_the_loss_behind_each_regressor_summed(loss):
     np.testing.assert_allclose(metrics["r2"], mean, rtol=1e-4)
 
 
-@pytest.mark.quick
 def test_one_pair_reports_one_number():
     method = fitnets(PAIRS[:1])
     assert set(apply(method, *built(method))[2]) == {"r2"}
@@ -96,7 +94,6 @@ def test_several_pairs_report_their_losses():
     assert {f"{g}->{h}/loss" for g, h in PAIRS} <= set(metrics)
 
 
-@pytest.mark.quick
 def test_only_the_layers_of_the_pairs_are_wanted():
     method = fitnets(PAIRS)
     assert method.student == Wants(hints=("a", "b", "c"))
@@ -111,7 +108,6 @@ def test_regressors_of_equal_shape_start_apart_and_from_the_key_alone():
     jax.tree.map(np.testing.assert_array_equal, again, params)
 
 
-@pytest.mark.quick
 def test_batch_norm_of_a_regressor_moves_only_in_training():
     method = fitnets(PAIRS, regressor=normed)
     params, memory = built(method)
@@ -129,7 +125,6 @@ def normed(student, teacher):
     return sizing(student, teacher, batch_norm=True, activation=nn.relu)
 
 
-@pytest.mark.quick
 def test_options_of_a_regressor_are_bound_with_partial():
     method = fitnets(PAIRS[:1], regressor=partial(regressors.conv, batch_norm=True))
     params, memory = built(method)
@@ -137,7 +132,6 @@ def test_options_of_a_regressor_are_bound_with_partial():
     assert "batch_stats" in memory["a->x"]
 
 
-@pytest.mark.quick
 def test_a_pair_that_no_regressor_fits_is_refused_with_both_shapes():
     with pytest.raises(ValueError, match=r"student \(4, 4, 3\) and teacher \(3,\)"):
         built(fitnets([("a", "z")]))
@@ -146,7 +140,6 @@ def test_a_pair_that_no_regressor_fits_is_refused_with_both_shapes():
         built(identity)
 
 
-@pytest.mark.quick
 def test_no_pairs_are_refused():
     with pytest.raises(ValueError, match="fitnets: expected at least one pair"):
         fitnets([])
@@ -173,7 +166,6 @@ def r2(predicted, target, where=None):
     return 1 - np.square(target - predicted).sum() / np.square(target - mean).sum()
 
 
-@pytest.mark.quick
 @pytest.mark.parametrize("shape", [(6, 3), (6, 5, 3), (6, 4, 2, 3)])
 @pytest.mark.parametrize("where", [None, [True, False, True, True, False, True]])
 def test_explained_variance_is_its_definition(shape, where):
@@ -191,7 +183,6 @@ def test_explained_variance_is_its_definition(shape, where):
     assert 0 < got < 0.95
 
 
-@pytest.mark.quick
 def test_explained_variance_of_tokens_leaves_out_padding():
     generator = np.random.default_rng(0)
     target = generator.normal(size=(4, 5, 3)) + 10 * np.arange(3)
@@ -202,7 +193,6 @@ def test_explained_variance_of_tokens_leaves_out_padding():
     np.testing.assert_allclose(got, r2(predicted, target, where), rtol=1e-4)
 
 
-@pytest.mark.quick
 def test_what_explains_nothing_and_what_varies_in_nothing():
     target = np.arange(12, dtype=np.float32).reshape(4, 3)
     mean = np.broadcast_to(target.mean(0), target.shape)
@@ -241,7 +231,6 @@ def decay(epoch, initial, final, start, saturate):
     return final
 
 
-@pytest.mark.quick
 @pytest.mark.parametrize(
     ("initial", "final", "start", "saturate"),
     [(4.0, 1.0, 5, 40), (4.0, 0.0, 0, 3), (4.0, 1.0, 2, 2), (1.0, 4.0, 1, 5)]
@@ -256,7 +245,6 @@ def test_lambda_decays_as_published(initial, final, start, saturate, steps):
     np.testing.assert_allclose(got, want, rtol=1e-6)
 
 
-@pytest.mark.quick
 def test_a_decay_out_of_order_is_refused():
     with pytest.raises(ValueError, match="lambda_decay: expected start <= saturate"):
         lambda_decay(4.0, 1.0, 5, 4, 1)

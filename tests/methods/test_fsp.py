@@ -17,7 +17,7 @@ from hintjax.losses import (
 from hintjax.method import Context
 from hintjax.networks import Features, Wants
 
-pytestmark = [pytest.mark.quick, pytest.mark.usefixtures("strict")]
+pytestmark = pytest.mark.usefixtures("strict")
 
 KEY = jax.random.key(0)
 # Two flows of one shape, and one of another.

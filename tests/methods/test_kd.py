@@ -12,7 +12,7 @@ from hintjax.losses import kd_loss, soft_cross_entropy_loss, standardize_logits
 from hintjax.method import Context
 from hintjax.networks import Features, Wants
 
-pytestmark = [pytest.mark.quick, pytest.mark.usefixtures("strict")]
+pytestmark = pytest.mark.usefixtures("strict")
 
 
 def standardized_loss(student, teacher, *, temperature):

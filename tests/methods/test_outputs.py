@@ -10,7 +10,7 @@ from hintjax import losses
 from hintjax.method import Context
 from hintjax.networks import Features
 
-pytestmark = [pytest.mark.quick, pytest.mark.usefixtures("strict")]
+pytestmark = pytest.mark.usefixtures("strict")
 
 CONTEXT = Context(jax.random.key(0), jnp.int32(0), True)
 LABEL = jnp.arange(12, dtype=jnp.int32).reshape(4, 3) % 7

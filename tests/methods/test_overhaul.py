@@ -10,7 +10,7 @@ from hintjax import overhaul
 from hintjax.method import Context
 from hintjax.networks import Features, Wants
 
-pytestmark = [pytest.mark.quick, pytest.mark.usefixtures("strict")]
+pytestmark = pytest.mark.usefixtures("strict")
 
 KEY = jax.random.key(0)
 CONTEXT = Context(KEY, jnp.int32(0), False)

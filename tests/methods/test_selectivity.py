@@ -10,7 +10,7 @@ from hintjax.losses import selectivity_loss
 from hintjax.method import Context
 from hintjax.networks import Features
 
-pytestmark = [pytest.mark.quick, pytest.mark.usefixtures("strict")]
+pytestmark = pytest.mark.usefixtures("strict")
 
 
 def test_the_values_are_the_loss_summed_over_pairs():

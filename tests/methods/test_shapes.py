@@ -12,7 +12,7 @@ from hintjax import losses, regressors
 from hintjax.method import Context
 from hintjax.networks import Features
 
-pytestmark = [pytest.mark.quick, pytest.mark.usefixtures("strict")]
+pytestmark = pytest.mark.usefixtures("strict")
 
 PAIRS = [("guided", "hint")]
 KEY = jax.random.key(0)

@@ -11,7 +11,7 @@ from hintjax import metrics
 from hintjax.method import Context, Data
 from hintjax.networks import Features
 
-pytestmark = [pytest.mark.quick, pytest.mark.usefixtures("strict")]
+pytestmark = pytest.mark.usefixtures("strict")
 
 cross_entropy = optax.softmax_cross_entropy_with_integer_labels
 KEY = jax.random.key(0)

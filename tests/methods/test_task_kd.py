@@ -9,7 +9,7 @@ import hintjax as hj
 from hintjax.losses import kd_loss
 from hintjax.networks import Features
 
-pytestmark = [pytest.mark.quick, pytest.mark.usefixtures("strict")]
+pytestmark = pytest.mark.usefixtures("strict")
 
 CONTEXT = hj.Context(jax.random.key(0), jnp.int32(0), True)
 

@@ -81,7 +81,6 @@ def begun(method, teacher=TEACHER):
     return jax.jit(lambda key: method.init(key, STUDENT, teacher, None))(KEY)
 
 
-@pytest.mark.quick
 @pytest.mark.parametrize("padding", [None, "mask"])
 @pytest.mark.parametrize("name", TERMS)
 def test_the_values_are_the_losses_summed_over_pairs(name, padding):
@@ -103,7 +102,6 @@ def test_the_values_are_the_losses_summed_over_pairs(name, padding):
         np.testing.assert_allclose(value, parts[metric].mean(), rtol=1e-5)
 
 
-@pytest.mark.quick
 def test_tinybert_has_one_regressor_for_all_hidden_states():
     method = hj.tinybert(HIDDEN, SCORES, padding="mask")
     teacher = features("t", 1, **{"1": (5, 9), "2": (5, 9)})
@@ -131,14 +129,12 @@ def test_tinybert_has_one_regressor_for_all_hidden_states():
     np.testing.assert_allclose(metrics["attention"], scores.mean(), rtol=1e-5)
 
 
-@pytest.mark.quick
 def test_tinybert_refuses_hidden_states_of_two_widths():
     student = features("s", 0, **{"2": (5, 7)})
     with pytest.raises(ValueError, match="tinybert: .*one shape, got .*5, 7"):
         hj.tinybert(HIDDEN).init(KEY, student, TEACHER, None)
 
 
-@pytest.mark.quick
 def test_minilm_puts_heads_one_after_another():
     student = features("s", 0, **{"1": (5, 3, 2)})
     flat = Features(hints={"s1": student.hints["s1"].reshape(4, 5, 6)})
@@ -148,7 +144,6 @@ def test_minilm_puts_heads_one_after_another():
     np.testing.assert_array_equal(got, want)
 
 
-@pytest.mark.quick
 @pytest.mark.parametrize("token", [1, -1])
 def test_patient_takes_the_token_it_is_told(token):
     values, *_ = apply(hj.patient(HIDDEN[:1], token=token), {})
@@ -158,7 +153,6 @@ def test_patient_takes_the_token_it_is_told(token):
     np.testing.assert_allclose(values, want, rtol=1e-6)
 
 
-@pytest.mark.quick
 @pytest.mark.parametrize("token", [5, -6])
 def test_patient_refuses_a_token_that_is_not_there(token):
     with pytest.raises(ValueError, match=f"patient: .*token at {token}, got 5 tokens"):
@@ -173,7 +167,6 @@ PADDED = {
 }
 
 
-@pytest.mark.quick
 @pytest.mark.parametrize("name", PADDED)
 def test_padding_reaches_nothing(name):
     """Neither what stands at padded tokens, nor the examples that fill up a batch."""
@@ -202,7 +195,6 @@ def test_padding_reaches_nothing(name):
     assert np.all(np.abs(got - everything)[1:] > 1e-3)
 
 
-@pytest.mark.quick
 @pytest.mark.parametrize("name", PADDED)
 def test_a_mask_that_is_missing_or_no_mask_is_refused(name):
     method = PADDED[name]()
@@ -220,7 +212,6 @@ def test_a_mask_that_is_missing_or_no_mask_is_refused(name):
             apply(method, {"mask": mask}, params, memory)
 
 
-@pytest.mark.quick
 @pytest.mark.parametrize(
     ("make", "message"),
     [

@@ -5,11 +5,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import pytest
 
 import hintjax as hj
-
-pytestmark = pytest.mark.quick
 
 LOGITS = jnp.asarray(np.random.default_rng(0).normal(size=(4, 3)), jnp.float32)
 LABELS = jnp.arange(4) % 3
