@@ -2,10 +2,10 @@
 
     python benchmarks/cache.py --out benchmarks/results/cache_cpu.json
 
-Device: any; the committed numbers are from two CPU cores, on which other programs ran
-(6 rounds, 26 minutes; 9 of processor time). Expected: no cached step above 1.10 times
-the student's step. FLOPs are within 1.10 everywhere. The intervals of the times are
-wide, and one median is above: FSP with rows of bfloat16, 1.15 [0.93, 1.40].
+Device: any; the committed numbers are from two otherwise idle CPU cores (6 rounds, 6
+minutes). Expected: no cached step above 1.10 times the student's step. With rows of
+float32 the intervals of all methods are below; with rows of bfloat16 one reaches 1.15
+(FSP).
 
 WRN-40-2 teaches WRN-16-2, batch 64, images 32x32x3, 100 classes; CRD shares 16384
 negatives of 50000 examples. For each method four programs are timed in the same rounds:
