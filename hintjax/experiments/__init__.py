@@ -14,7 +14,7 @@ Before a run, `forecast` tells its cost and `doubts` what may be wrong. After it
 (`comparison_table`, with the `statistics` of its seeds) and a picture
 (`comparison_picture`).
 
-`commands` are all commands with their options. Most do their work in a file of their
+`commands` lists the commands with their options. Most commands work in a file of their
 own: `distill` (with resume), which runs the `plan` of a config, `evaluating` (eval,
 cache), `listing` (methods), `suggestion` (suggest), `probing` (probe), `exporting`
 (export), `measuring` (measure).
