@@ -125,8 +125,10 @@ def _distill(config: Config, run_dir: Path, resume: bool) -> None:
     if not resume:
         configs.save(config, run_dir)
         check_memory(work.setting, work.plan.recipes)
-    do = _run_arms if work.plan.arms else _run_alone
-    do(work)
+    if work.plan.arms:
+        _run_arms(work)
+    else:
+        _run_alone(work)
 
 
 @contextlib.contextmanager
@@ -192,7 +194,7 @@ def _doubted(work: Work, teacher: Variables | None) -> Pair | None:
 
 
 def _with_teacher(work: Work, teacher: Variables) -> Setting:
-    """The setting with what is computed once from the teacher: statistics, cache."""
+    """The setting with the teacher's statistics and cache, which are computed once."""
     ready = with_standardizations(work.setting, work.plan.recipes, teacher)
     if not work.setting.config.cache:
         return ready
