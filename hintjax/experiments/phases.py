@@ -13,7 +13,7 @@ from hintjax._checks import Refusal, message
 from hintjax.data import Augment, steps_per_epoch
 from hintjax.experiments.attachment import compares_outputs
 from hintjax.experiments.cached_teacher import CachedTeacher
-from hintjax.experiments.config import Config
+from hintjax.experiments.config import Config, layer_rates
 from hintjax.experiments.factories import output_shape
 from hintjax.experiments.recipes import PlannedPhase, Recipe
 from hintjax.experiments.setting import Setting, taught_by
@@ -191,7 +191,9 @@ def _stage(
     if phase.hints_only:
         teacher = teacher or taught_by(setting)
         return hint_stage(setting.student, teacher, method, optimizer, **how)
-    rates = phase.rates
+    rates = layer_rates(config)
+    for path, rate in phase.rates.items():
+        rates[path] = rate * rates.get(path, 1.0)
     return distillation_stage(
         setting.student, teacher, method, optimizer, rates=rates, **how
     )

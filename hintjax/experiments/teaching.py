@@ -57,6 +57,7 @@ def teacher_variables(setting: Setting, run_dir: Path, **how: Any) -> Variables:
             task_weight=None,
             balance=None,
             cosine=False,
+            layer_rates=(),
             quantize=False,
         )
         run(prepare(own), path, backprop, resume=True, **how)

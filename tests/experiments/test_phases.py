@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 import hintjax as hj
-from hintjax.experiments import attachment, recipes
+from hintjax.experiments import attachment, phases, recipes
 from hintjax.experiments.config import Config
 from hintjax.experiments.phases import check, check_balance
 from hintjax.experiments.setting import prepare
@@ -73,3 +73,25 @@ def test_arms_share_what_is_built_alike_whatever_their_rate_and_seed(
         config = dataclasses.replace(setting.config, **rate)
         check(setting._replace(config=config), recipe)
     assert len(setting.programs) == programs
+
+
+def test_rates_of_layers_multiply_the_rate_of_hinted_layers(setting, monkeypatch):
+    """The hint of FitNets is at group1; in the hint stage no rate is scaled."""
+    seen = []
+
+    def recorded(*given, rates, **named):
+        seen.append(rates)
+        return hj.distillation_stage(*given, rates=rates, **named)
+
+    monkeypatch.setattr(phases, "distillation_stage", recorded)
+    rates = ("group1=0.5", "classifier=10")
+    config = dataclasses.replace(setting.config, layer_rates=rates)
+    check(setting._replace(config=config), recipes.FITNETS)
+    (found,) = seen
+    assert found == pytest.approx({"group1": 0.05, "classifier": 10})
+
+
+def test_a_rate_of_an_unknown_layer_is_refused_before_training(setting):
+    config = dataclasses.replace(setting.config, layer_rates=("group9=0.5",))
+    with pytest.raises(hj.Refusal, match="group9"):
+        check(setting._replace(config=config), recipes.KD)

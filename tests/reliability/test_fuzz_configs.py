@@ -72,7 +72,7 @@ MORE = (  # of which one is added to the base
     {"method": "at", "kd_weight": 0.5, "optimizer": "sgd", "cosine": True},
     {"method": "backprop", "limit": 9, "size": 4, "pad": 1, "flip": True},
     {"method": "crd", "task_weight": 2.0, "weight_decay": 1e-4},
-    {"method": "rkd", "learning_rate": 3e-3, "seed": 7, "debug": True},
+    {"method": "rkd", "layer_rates": ["conv2=0.5"], "seed": 7, "debug": True},
     {"compare": ["backprop", "kd"], "rates": [1e-3], "seeds": 1},
 )
 ANYTHING = (

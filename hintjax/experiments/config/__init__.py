@@ -19,6 +19,7 @@ from hintjax.experiments.config.options import (
 )
 from hintjax.experiments.config.settings import (
     SETTINGS,
+    layer_rates,
     own_settings,
     parse_pair,
     parse_setting,
@@ -39,6 +40,7 @@ __all__ = [
     "check",
     "from_dict",
     "joined",
+    "layer_rates",
     "load",
     "own_settings",
     "parse_pair",

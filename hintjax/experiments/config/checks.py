@@ -14,6 +14,7 @@ from hintjax._checks import (
 )
 from hintjax.experiments.config.options import Config
 from hintjax.experiments.config.settings import (
+    layer_rates,
     own_settings,
     parse_pair,
     with_settings,
@@ -80,6 +81,7 @@ def check(config: Config) -> Config:
         raise Refusal(message("config", wanted, f"{config.hint_epochs}"))
     for pair in config.pairs:
         parse_pair(pair)
+    layer_rates(config)
     _check_settings(config)
     return config
 

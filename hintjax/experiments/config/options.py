@@ -149,6 +149,9 @@ class ScheduleOptions:
         cosine: Whether the learning rate of each stage falls to 0 along a cosine.
         hinted_rate: Factor on the learning rate of the layers that a hint stage
             trained, in the stage after it.
+        layer_rates: Factors on the learning rate of all parameters up to a layer, each
+            as layer=factor, in every stage but a hint stage. The factors of several
+            layers multiply; 0 freezes. `hintjax layers` lists the layers.
         weight_decay: Weight decay: decoupled for Adam, an L2 penalty for SGD. By
             default nothing decays.
         spike_factor: Factor over the usual gradient norm above which a step is skipped.
@@ -165,6 +168,7 @@ class ScheduleOptions:
     learning_rate: float = 1e-3
     cosine: bool = False
     hinted_rate: float = 1.0
+    layer_rates: tuple[str, ...] = ()
     weight_decay: float = 0.0
     spike_factor: float | None = None
     seed: int = 0

@@ -1,6 +1,7 @@
 """Settings: options that can differ between the methods of a comparison, as text."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -18,6 +19,25 @@ def parse_pair(pair: str) -> tuple[str, str]:
     if not (guided and equal and hint):
         raise Refusal(message("config", "pairs as guided=hint", described(pair)))
     return guided, hint
+
+
+def layer_rates(config: Config) -> dict[str, float]:
+    """The factors on the learning rate, by layer.
+
+    >>> layer_rates(Config(layer_rates=("group1=0.1", "group2=0.5")))
+    {'group1': 0.1, 'group2': 0.5}
+    """
+    found = {}
+    for text in config.layer_rates:
+        layer, equal, factor = text.rpartition("=")
+        try:
+            found[layer] = float(factor)
+        except ValueError:
+            equal = ""
+        if not (layer and equal and 0 <= found[layer] < math.inf):
+            wanted = "layer_rates as layer=factor, with a factor >= 0"
+            raise Refusal(message("config", wanted, described(text)))
+    return found
 
 
 def _parse_pairs(text: str) -> tuple[str, ...]:
