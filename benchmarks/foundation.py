@@ -37,8 +37,9 @@ import argparse
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,6 +54,7 @@ from hintjax import data, probes, weights
 from hintjax.data.images import UNLABELED
 from hintjax.data.splits import stratified
 from hintjax.experiments.distill import keep_compiled
+from hintjax.experiments.statistics import paired
 from hintjax.networks import Network, Variables, Wants
 
 Arrays = Mapping[str, np.ndarray]
@@ -111,6 +113,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     print(table(record))
     if options.out:
         measure.write(options.out, record)
+        plot(record, options.out.with_suffix(".png"))
     return record
 
 
@@ -568,7 +571,22 @@ def record_of(
         "options": _plain(options),
         "unfinished": left,
         "runs": runs,
+        "differences": differences(runs),
     }
+
+
+def differences(runs: Mapping[str, Any]) -> dict[str, Any]:
+    """For two arms "a - b" and labels per class, the paired differences of seeds."""
+    found = {}
+    for a, b in combinations([arm for arm in reversed(ARMS) if arm in runs], 2):
+        for labels, ours in runs[a].items():
+            others = runs[b].get(labels, {})
+            seeds = [seed for seed in ours if seed in others]
+            tests = ([run[seed]["test"] for seed in seeds] for run in (ours, others))
+            if len(seeds) > 1:
+                pair = paired(*tests)._asdict()
+                found.setdefault(f"{a} - {b}", {})[labels] = pair
+    return found
 
 
 def table(record: Mapping[str, Any]) -> str:
@@ -579,21 +597,60 @@ def table(record: Mapping[str, Any]) -> str:
         f"{record['images']} images, {student} on {machine['device']}",
         f"{'arm':24}{'labels per class':>18}{'test':>8}  seeds",
     ]
-    for arm in (*ARMS, FROZEN):
-        for labels, seeds in runs.get(arm, {}).items():
-            for name, values in _accuracies(arm, seeds.values()).items():
-                each = " ".join(f"{100 * value:.1f}" for value in values)
-                mean = 100 * sum(values) / len(values)
-                lines.append(f"{name:24}{labels:>18}{mean:8.1f}  {each}")
+    for name, labels, values in _rows(runs):
+        each = " ".join(f"{value:.1f}" for value in values)
+        mean = sum(values) / len(values)
+        lines.append(f"{name:24}{labels:>18}{mean:8.1f}  {each}")
+    for pair, counts in record["differences"].items():
+        for labels, one in counts.items():
+            mean, low, high = (100 * one[name] for name in ("mean", "low", "high"))
+            lines.append(
+                f"{pair:24}{labels:>18}{mean:+8.1f}  [{low:+.1f}, {high:+.1f}]"
+            )
     if record["unfinished"]:
         lines.append(f"not finished: {', '.join(record['unfinished'])}")
     return "\n".join(lines)
 
 
-def _accuracies(arm: str, runs: Any) -> dict[str, list[float]]:
+def plot(record: Mapping[str, Any], path: Path) -> None:
+    """Draws test accuracy over the labels per class: means, and a dot for each seed."""
+    from matplotlib.figure import Figure
+
+    lines: dict[str, dict[int, list[float]]] = {}
+    for name, labels, values in _rows(record["runs"]):
+        lines.setdefault(name, {})[labels] = values
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    for name, line in lines.items():
+        if name.endswith("knn"):
+            continue
+        means = [sum(values) / len(values) for values in line.values()]
+        style = "-" if name in ARMS else "--"
+        (drawn,) = axes.plot(list(line), means, style, label=name)
+        for labels, values in line.items():
+            axes.plot([labels] * len(values), values, ".", color=drawn.get_color())
+    counts = record["options"]["labels"]
+    axes.set_xscale("log")
+    axes.set_xticks(counts, counts)
+    axes.set_xlabel("labels per class")
+    axes.set_ylabel("test accuracy, %")
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=100)
+
+
+def _rows(runs: Mapping[str, Any]) -> Iterator[tuple[str, int, list[float]]]:
+    """Name, labels per class, and the accuracies of all seeds in percent."""
+    for arm in (*ARMS, FROZEN):
+        for labels, seeds in runs.get(arm, {}).items():
+            for name, values in _accuracies(arm, seeds.values()).items():
+                yield name, int(labels), [100 * value for value in values]
+
+
+def _accuracies(arm: str, runs: Iterable[Any]) -> dict[str, list[float]]:
     """The accuracies of the seeds, by the names of the rows of the table."""
     if arm != FROZEN:
         return {arm: [run["test"] for run in runs]}
+    runs = list(runs)
     return {
         f"{network} {kind}": [run[network][kind] for run in runs]
         for network in ("untrained", HINTS, "teacher")
