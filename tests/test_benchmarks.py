@@ -21,6 +21,7 @@ from hintjax.experiments.attachment import Places
 from hintjax.experiments.config import Config
 from hintjax.experiments.distill import claim, distill
 from hintjax.experiments.setting import prepare
+from hintjax.experiments.statistics import summary
 from hintjax.pairing import Candidate, Measured
 
 if find_spec("tensorflow"):
@@ -374,30 +375,47 @@ def test_a_suggestion_is_compared_with_other_pairs(script, tmp_path, monkeypatch
         suggestion.main([*arguments, "2", "--batch", "8"])
 
 
-@pytest.mark.long
-@pytest.mark.quick
 def test_the_readme_shows_the_numbers_of_the_pretrained_teacher():
     root = Path(__file__).parent.parent
-    record = root / "benchmarks" / "results" / "foundation_cpu.json"
-    runs = json.loads(record.read_text())["runs"]
-    arms = {
-        "from scratch, labels alone": "scratch",
-        "KD from a probe of the teacher's features": "kd",
-        "hints, then the task": "hints_tune",
-        "hints, then KD": "hints_kd",
+    file = root / "benchmarks" / "results" / "foundation_cpu.json"
+    record = json.loads(file.read_text())
+    assert not record["unfinished"]
+    runs = record["runs"]
+    titles = {
+        "from scratch, labels alone": ("scratch", "test"),
+        "KD from a probe of the teacher's features": ("kd", "test"),
+        "hints, then the task": ("hints_tune", "test"),
+        "hints, then KD": ("hints_kd", "test"),
+        "*probe of the frozen hint student*": ("frozen", "hints"),
+        "*probe of the frozen teacher*": ("frozen", "teacher"),
     }
     page = (root / "README.md").read_text()
-    for title, arm in arms.items():
-        few, more = (runs[arm][labels]["0"]["test"] for labels in ("10", "100"))
-        assert f"| {title} | {100 * few:.1f} | {100 * more:.1f} |" in page
-    for title, who in (("hint student", "hints"), ("teacher", "teacher")):
-        few, more = (
-            runs["frozen"][labels]["0"][who]["probe"] for labels in ("10", "100")
-        )
-        shown = f"| {100 * few:.1f} | {100 * more:.1f} |"
-        assert f"| *probe of the frozen {title}* {shown}" in page
+    for title, (arm, of) in titles.items():
+        cells = []
+        for seeds in runs[arm].values():
+            values = [seed[of] for seed in seeds.values()]
+            if arm == "frozen":
+                values = [value["probe"] for value in values]
+            spread = summary(values)
+            cells.append(f"{100 * spread.mean:.1f} ± {100 * spread.std:.1f}")
+        assert f"| {title} | {' | '.join(cells)} |" in page
 
 
+def test_differences_of_arms_are_paired_by_seed(script):
+    foundation = script("foundation")
+    runs = {
+        "kd": {"10": {str(seed): {"test": 0.1 * seed} for seed in range(3)}},
+        "hints_kd": {"10": {str(seed): {"test": 0.1 * seed + 0.2} for seed in (2, 1)}},
+        "scratch": {"10": {"0": {"test": 0.5}}},  # one seed has no interval
+    }
+    found = foundation.differences(runs)
+    assert list(found) == ["hints_kd - kd"]
+    assert found["hints_kd - kd"]["10"]["count"] == 2
+    assert found["hints_kd - kd"]["10"]["mean"] == pytest.approx(0.2)
+    assert found["hints_kd - kd"]["10"]["low"] == pytest.approx(0.2)
+
+
+@pytest.mark.long
 def test_a_student_of_few_labels_never_reads_the_hidden_ones(
     script, tmp_path, monkeypatch
 ):
@@ -411,6 +429,7 @@ def test_a_student_of_few_labels_never_reads_the_hidden_ones(
     assert {"untrained", "hints", "teacher"} < set(runs["frozen"]["2"]["0"])
     assert record["unfinished"] == []
     assert json.loads((tmp_path / "results.json").read_text())["images"]["train"] == 64
+    assert (tmp_path / "results.png").stat().st_size > 0
     with pytest.raises(SystemExit, match="other options"):
         foundation.main([*arguments, str(work), "--temperature", "2"])
 
@@ -524,12 +543,13 @@ def test_rows_of_the_edge_table_name_the_aims_that_they_miss(script):
     assert script("edge_table").misses(last, lost=2.0) == ["int8"]
 
 
-def test_networks_of_the_edge_table_have_the_parameters_that_they_tell(script):
+def test_networks_of_the_benchmarks_have_the_parameters_that_they_tell(script):
     networks = script("edge_networks")
     for make, shape in (
         (networks.teacher, (1, 28, 28, 1)),
         (networks.half, (1, 32, 32, 3)),
         (networks.thin, (1, 28, 28, 1)),
+        (networks.resnet8, (1, 32, 32, 3)),
     ):
         net = hj.linen(make(10))
         shapes = jax.eval_shape(net.init, jax.random.key(0), jnp.zeros(shape))

@@ -225,6 +225,15 @@ def test_every_factory_takes_classes_and_the_module_takes_train():
         assert getattr(home, name) is factory
 
 
+def test_a_strided_stem_halves_the_maps_of_a_resnet():
+    published = trace(models.resnet8(10), CIFAR)
+    halved = trace(models.resnet8(10).clone(stride=2), CIFAR)
+    assert count(halved[1]["params"]) == count(published[1]["params"])
+    for group in ("group1", "group2", "group3"):
+        h, w, channels = published[2][group]
+        assert halved[2][group] == (h // 2, w // 2, channels)
+
+
 # --- what the layers compute
 
 
