@@ -24,11 +24,12 @@ Hints are FitNets from pooled features to pooled features, each of the teacher's
 standardized over the training images. Hints never see a label, so all numbers of labels
 share one hint student per seed. Each seed has its own labeled images, initialization
 and order. The first seed tries all `--rates`, and the validation split decides: by
-accuracy, or by the hint loss. It also decides the weight decay of each logistic
-regression. The validation split has labels, more than the few; every arm reads it. The
-test split is read once per finished run. The frozen features of the teacher, the hint
-student and an untrained student are compared by logistic regression and k-NN, both with
-the few labels.
+accuracy, or by the hint loss. Training on few images can spoil the hinted layers, so
+`hints_tune` also tries `--hinted-rates`, factors for all layers but the classifier. The
+split also decides the weight decay of each logistic regression. The validation split
+has labels, more than the few; every arm reads it. The test split is read once per
+finished run. The frozen features of the teacher, the hint student and an untrained
+student are compared by logistic regression and k-NN, both with the few labels.
 
 A finished run (arm, labels, seed) in `--work` is not run again.
 """
@@ -39,7 +40,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -76,6 +77,13 @@ class Known(NamedTuple):
 
     index: np.ndarray
     label: np.ndarray
+
+
+class Rates(NamedTuple):
+    """The learning rate, and the factor on it for the layers that the hints trained."""
+
+    rate: float
+    hinted: float = 1.0
 
 
 class Bench(NamedTuple):
@@ -301,15 +309,17 @@ def _read_taught(batch: Mapping[str, Any]) -> Any:
     return batch["taught"]
 
 
-def stage_of(bench: Bench, kind: str, rate: float, steps: int) -> hj.Stage:
+def stage_of(bench: Bench, kind: str, rates: Rates, steps: int) -> hj.Stage:
     """The stage of "hints", "kd" or "task", with its optimizer."""
     options, student = bench.options, bench.student
-    schedule = optax.warmup_cosine_decay_schedule(0.0, rate, steps // 20 + 1, steps + 1)
+    peak = rates.rate
+    schedule = optax.warmup_cosine_decay_schedule(0.0, peak, steps // 20 + 1, steps + 1)
     optimizer = optax.adamw(schedule, weight_decay=0.01)
     if kind == "task":
         loss = optax.softmax_cross_entropy_with_integer_labels
         method = hj.objective(task=hj.weighted(hj.task(loss), 1.0))
-        return hj.distillation_stage(student, None, method, optimizer)
+        hinted = {options.layer: rates.hinted}
+        return hj.distillation_stage(student, None, method, optimizer, rates=hinted)
     if kind == "kd":
         method = hj.objective(kd=hj.weighted(hj.kd(options.temperature), 1.0))
         make = hj.distillation_stage
@@ -344,18 +354,21 @@ def path_of(bench: Bench, arm: str, labels: int, seed: int) -> Path:
 
 
 def _best(bench: Bench, arm: str, labels: int, seed: int) -> dict[str, Any]:
-    """The run at the rate that the validation split chooses, with the first seed."""
-    options = bench.options
-    rates = options.rates
+    """The run with the rates that the validation split chooses, with the first seed."""
+    several = _rates(bench.options, arm)
     if seed:
         first = json.loads(path_of(bench, arm, labels, 0).read_text())
-        rates = [first["rate"]]
-    tried = {rate: _run(bench, arm, labels, seed, rate) for rate in rates}
-    values = {rate: value for rate, (value, _) in tried.items()}
+        several = [Rates(first["rate"], first["hinted_rate"])]
+    tried = {rates: _run(bench, arm, labels, seed, rates) for rates in several}
+    values = {rates: value for rates, (value, _) in tried.items()}
     pick = min if arm == HINTS else max
-    rate = pick(values, key=values.get)
-    variables = tried[rate][1]
-    found = {"rate": rate, "validation": {str(r): v for r, v in values.items()}}
+    best = pick(values, key=values.get)
+    variables = tried[best][1]
+    found = {
+        "rate": best.rate,
+        "hinted_rate": best.hinted,
+        "validation": {f"{r.rate:g} x {r.hinted:g}": v for r, v in values.items()},
+    }
     if arm == HINTS:
         leaves = map(np.asarray, jax.tree.leaves(variables))
         path = path_of(bench, arm, labels, seed).with_suffix(".npz")
@@ -365,16 +378,22 @@ def _best(bench: Bench, arm: str, labels: int, seed: int) -> dict[str, Any]:
     return found | {"test": accuracy(bench, variables, "test")}
 
 
+def _rates(options: argparse.Namespace, arm: str) -> list[Rates]:
+    """The rates that the first seed of an arm tries."""
+    hinted = options.hinted_rates if arm == "hints_tune" else [1.0]
+    return [Rates(*both) for both in product(options.rates, hinted)]
+
+
 def _run(
-    bench: Bench, arm: str, labels: int, seed: int, rate: float
+    bench: Bench, arm: str, labels: int, seed: int, rates: Rates
 ) -> tuple[float, Variables]:
-    """Trains one arm at one rate; its value on the validation split, and variables."""
+    """Trains one arm; its value on the validation split, and the variables."""
     n = bench.splits["train"].n
     every, steps = np.arange(n), steps_of(bench, arm)
     if arm == HINTS:
         none = Known(every[:0], np.full(n, UNLABELED, np.int32))
         blank = np.zeros((n, bench.classes), np.float32)
-        stage = stage_of(bench, HINTS, rate, steps)
+        stage = stage_of(bench, HINTS, rates, steps)
         start = untrained(bench, seed)
         state, _ = trained(bench, stage, start, none, every, blank, steps, seed)
         return hint_loss(bench, stage, state), hj.student_variables(state)
@@ -382,7 +401,7 @@ def _run(
     by_kd = arm.endswith("kd")
     start = hinted(bench, seed) if by_hints else untrained(bench, seed)
     rows = every if by_kd else few.index
-    stage = stage_of(bench, "kd" if by_kd else "task", rate, steps)
+    stage = stage_of(bench, "kd" if by_kd else "task", rates, steps)
     logits = teacher_logits(bench, few)
     state, _ = trained(bench, stage, start, few, rows, logits, steps, seed)
     variables = hj.student_variables(state)
@@ -538,12 +557,12 @@ def _estimated(bench: Bench, wanted: Sequence[Run]) -> Iterator[Run]:
     if not left:
         return
     total = sum(
-        steps_of(bench, arm) * (1 if seed else len(bench.options.rates))
+        steps_of(bench, arm) * (1 if seed else len(_rates(bench.options, arm)))
         for arm, _, seed in left
     )
     few = known(bench, bench.options.labels[0], 0)
     blank = np.zeros((len(few.label), bench.classes), np.float32)
-    stage, start = stage_of(bench, "task", 1e-3, 10), untrained(bench, 0)
+    stage, start = stage_of(bench, "task", Rates(1e-3), 10), untrained(bench, 0)
     _, seconds = trained(bench, stage, start, few, few.index, blank, 10, 0)
     minutes = total * seconds / 60
     print(f"{len(left)} runs, {total} steps: about {minutes:.0f} minutes", flush=True)
@@ -695,6 +714,13 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--hint-epochs", type=int, default=50, help="epochs of the hint stage")
     add("--epochs", type=int, default=50, help="epochs after it, of all images")
     add("--rates", type=float, nargs="+", default=[1e-3, 3e-3], help="learning rates")
+    add(
+        "--hinted-rates",
+        type=float,
+        nargs="+",
+        default=[1.0, 0.1],
+        help="factors on the rate of hinted layers, when the task follows the hints",
+    )
     add("--temperature", type=float, default=1.0, help="temperature of KD")
     add("--pad", type=int, default=4, help="pixels of padding before a crop")
     options = parser.parse_args(arguments)
