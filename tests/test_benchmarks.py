@@ -401,6 +401,24 @@ def test_the_readme_shows_the_numbers_of_the_pretrained_teacher():
         assert f"| {title} | {' | '.join(cells)} |" in page
 
 
+def test_the_page_shows_the_differences_with_the_pretrained_teacher():
+    results = Path(__file__).parent.parent / "benchmarks" / "results"
+    record = json.loads((results / "foundation_cpu.json").read_text())
+    page = (results / "README.md").read_text()
+    for title, pair in (
+        ("hints, then KD − KD", "hints_kd - kd"),
+        ("hints, then the task − KD", "hints_tune - kd"),
+        ("hints, then the task − from scratch", "hints_tune - scratch"),
+        ("KD − from scratch", "kd - scratch"),
+    ):
+        cells = []
+        for labels in ("10", "100", "1000"):
+            one = record["differences"][pair][labels]
+            mean, low, high = (100 * one[key] for key in ("mean", "low", "high"))
+            cells.append(f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]")
+        assert f"| {title} | {' | '.join(cells)} |" in page
+
+
 def test_differences_of_arms_are_paired_by_seed(script):
     foundation = script("foundation")
     runs = {
